@@ -1,0 +1,903 @@
+"""`Accelerator`: the one object a training script talks to.
+
+A façade: it reads the settings once, joins the run, picks the strategy, and from then on a method is a docstring and a few
+lines of delegation. How a run is distributed is the strategy's business, never asked here.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import data_loader as loading
+from .optimizer import AcceleratedOptimizer
+from .precision import choose as choose_precision
+from .runtime import collectives, world
+from .runtime.memory import release_memory
+from .scheduler import AcceleratedScheduler
+from .settings import env
+from .settings.enums import PROFILE_PATTERN_NAME, DistributedType, DynamoBackend, FP8BackendType, RNGType
+from .settings.handlers import (
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    ProfileKwargs,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+)
+from .state import AcceleratorState, GradientState, PartialState
+from .strategies import Bundle, RunSettings, Strategy
+from .strategies import choose as choose_strategy
+from .strategies.accumulation import GlobalMean, MicroStep, StepCounter
+from .strategies.base import is_dispatched
+from .strategies.bundle import classify
+from .tracking import GeneralTracker, filter_trackers, start_trackers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_UNSET: Any = object()
+
+
+class Accelerator:
+    """Lets one training loop run on one process or many, on any device.
+
+    Args:
+        device_placement: Move models, optimizers and batches to `device`.
+        split_batches: Older place of `DataLoaderConfiguration.split_batches`.
+        mixed_precision: ``no``, ``fp16``, ``bf16`` (or ``fp8``); None takes the launcher's choice.
+        gradient_accumulation_steps: Micro-steps per update; 1 takes the launcher's choice.
+        cpu: Use the CPU even where an accelerator is at hand.
+        dataloader_config: How data is shared between the processes.
+        rng_types: Random number generators to synchronise at the start of each epoch.
+        log_with: Trackers: names, `LoggerType` members, or instances of `GeneralTracker`.
+        project_dir: Where checkpoints and logs go.
+        project_config: The same in detail.
+        gradient_accumulation_plugin: Gradient accumulation in detail.
+        step_scheduler_with_optimizer: Schedulers step only when their optimizers did.
+        kwargs_handlers: How autocast, DDP, the gradient scaler, the process group and the profiler are set up.
+        dynamo_backend: Compile models with this backend of ``torch.compile``.
+        dynamo_plugin: The same in detail.
+        schedule_per_update: Schedulers step once an update, whatever the number of processes. By default an update of N
+            processes counts N steps, since it consumes N batches.
+        kwarg_handlers: Older spelling of `kwargs_handlers`.
+
+    Raises:
+        ValueError, TypeError: for settings that contradict each other, or that this version does not have.
+
+    Example:
+        ```python
+        accelerator = Accelerator()
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        for inputs, targets in loader:
+            loss = loss_function(model(inputs), targets)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        ```
+    """
+
+    def __init__(
+        self,
+        device_placement: bool = True,
+        split_batches: bool = _UNSET,
+        mixed_precision: str | None = None,
+        gradient_accumulation_steps: int = 1,
+        cpu: bool = False,
+        dataloader_config: DataLoaderConfiguration | None = None,
+        deepspeed_plugin: Any = None,
+        fsdp_plugin: Any = None,
+        torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None,
+        rng_types: list[str | RNGType] | None = None,
+        log_with: Any = None,
+        project_dir: str | os.PathLike[str] | None = None,
+        project_config: ProjectConfiguration | None = None,
+        gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
+        step_scheduler_with_optimizer: bool = True,
+        kwargs_handlers: list[KwargsHandler] | None = None,
+        dynamo_backend: DynamoBackend | str | None = None,
+        dynamo_plugin: TorchDynamoPlugin | None = None,
+        deepspeed_plugins: Any = None,
+        parallelism_config: Any = None,
+        *,
+        schedule_per_update: bool = False,
+        kwarg_handlers: list[KwargsHandler] | None = None,
+    ) -> None:
+        _refuse_later_features(
+            deepspeed_plugin=deepspeed_plugin or deepspeed_plugins,
+            fsdp_plugin=fsdp_plugin,
+            torch_tp_plugin=torch_tp_plugin,
+            megatron_lm_plugin=megatron_lm_plugin,
+            parallelism_config=parallelism_config,
+        )
+        self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
+        if project_dir is not None and self.project_dir is None:
+            self.project_configuration.set_directories(project_dir)
+        self._read_handlers(kwargs_handlers or kwarg_handlers or [])
+        plugin = _accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
+        dynamo = _dynamo(dynamo_backend, dynamo_plugin)
+
+        self.state = AcceleratorState(
+            mixed_precision=mixed_precision,
+            cpu=cpu,
+            dynamo_plugin=dynamo,
+            _from_accelerator=True,
+            **(self.init_handler.to_kwargs() if self.init_handler is not None else {}),
+        )
+        self.gradient_state = GradientState(plugin)
+        self.device_placement = device_placement
+        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
+        self.dataloader_config = _loading(dataloader_config, split_batches)
+        self.rng_types = _rng_types(rng_types)
+
+        precision = choose_precision(self.mixed_precision, self.device, self.autocast_handler, self.scaler_handler)
+        settings = RunSettings(
+            precision=precision,
+            prepare_loader=self._prepare_loader,
+            device_placement=device_placement,
+            step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+            schedule_per_update=schedule_per_update,
+            split_batches=self.dataloader_config.split_batches,
+            ddp=self.ddp_handler,
+            dynamo=dynamo,
+        )
+        self.strategy: Strategy = choose_strategy(self.distributed_type)(world.current(), settings)
+        self.precision = precision
+        self.scaler = precision.scaler
+        self.native_amp = self.mixed_precision in ("fp16", "bf16")
+        self._counter = StepCounter(self.strategy)
+        self._global_mean = GlobalMean(self.strategy)
+
+        self._models: list[nn.Module] = []
+        self._optimizers: list[AcceleratedOptimizer] = []
+        self._schedulers: list[AcceleratedScheduler] = []
+        self._dataloaders: list[Any] = []
+        self._custom_objects: list[Any] = []
+        self.flag_tensor: torch.Tensor | None = None
+        self.has_lomo_optimizer = False
+
+        self.log_with = filter_trackers(log_with, self.logging_dir)
+        self.trackers: list[GeneralTracker] = []
+
+    def _read_handlers(self, handlers: Sequence[KwargsHandler]) -> None:
+        """Sorts the handlers into their places, one of each kind."""
+        places: dict[type, str] = {
+            AutocastKwargs: "autocast_handler",
+            DistributedDataParallelKwargs: "ddp_handler",
+            GradScalerKwargs: "scaler_handler",
+            InitProcessGroupKwargs: "init_handler",
+            ProfileKwargs: "profile_handler",
+        }
+        self.autocast_handler: AutocastKwargs | None = None
+        self.ddp_handler: DistributedDataParallelKwargs | None = None
+        self.scaler_handler: GradScalerKwargs | None = None
+        self.init_handler: InitProcessGroupKwargs | None = None
+        self.profile_handler: ProfileKwargs | None = None
+        for handler in handlers:
+            place = next((name for kind, name in places.items() if isinstance(handler, kind)), None)
+            if place is None:
+                raise TypeError(
+                    f"kwargs_handlers takes instances of {', '.join(kind.__name__ for kind in places)}; found "
+                    f"{handler!r}."
+                )
+            if getattr(self, place) is not None:
+                raise ValueError(f"kwargs_handlers has two {type(handler).__name__}: pass one.")
+            setattr(self, place, handler)
+
+    # Who am I --------------------------------------------------------------------------------------------------------
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """How the run is distributed."""
+        kind: DistributedType = self.state.distributed_type
+        return kind
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes over all machines."""
+        count: int = self.state.num_processes
+        return count
+
+    @property
+    def process_index(self) -> int:
+        """Rank of this process over all machines."""
+        rank: int = self.state.process_index
+        return rank
+
+    @property
+    def local_process_index(self) -> int:
+        """Rank of this process on its machine."""
+        rank: int = self.state.local_process_index
+        return rank
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device: torch.device = self.state.device
+        return device
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0 of the run."""
+        return self.state.is_main_process
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is the first process on its machine."""
+        return self.state.is_local_main_process
+
+    @property
+    def is_last_process(self) -> bool:
+        """Whether this is the last rank of the run."""
+        return self.state.is_last_process
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there are peers to talk to."""
+        return self.state.use_distributed
+
+    @property
+    def multi_device(self) -> bool:
+        """Whether the run uses several devices."""
+        return self.use_distributed
+
+    @property
+    def mixed_precision(self) -> str:
+        """``no``, ``fp16``, ``bf16`` or ``fp8``."""
+        return self.state.mixed_precision
+
+    @property
+    def is_fsdp2(self) -> bool:
+        """Whether the run uses FSDP in its second version."""
+        return self.state.is_fsdp2
+
+    @property
+    def fp8_backend(self) -> FP8BackendType:
+        """The library that computes in 8 bits, or ``NO``."""
+        return FP8BackendType.NO
+
+    @property
+    def fp8_enabled(self) -> bool:
+        """Whether models compute in 8 bits."""
+        return self.mixed_precision == "fp8"
+
+    @property
+    def deepspeed_plugin(self) -> Any:
+        """The DeepSpeed plugin in use, or None."""
+        return self.state.deepspeed_plugin
+
+    @property
+    def parallelism_config(self) -> Any:
+        """The sizes of the device mesh, or None."""
+        return self.state.parallelism_config
+
+    @property
+    def torch_device_mesh(self) -> Any:
+        """The device mesh, or None."""
+        return self.state.device_mesh
+
+    @property
+    def is_composable_parallelism_enabled(self) -> bool:
+        """Whether several kinds of parallelism are combined."""
+        return self.parallelism_config is not None
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """This process's place among the ranks that share a layer's tensors."""
+        return self._mesh_rank("tp")
+
+    @property
+    def pipeline_parallel_rank(self) -> int:
+        """This process's place in the pipeline of a model's stages."""
+        return self._mesh_rank("pp")
+
+    @property
+    def context_parallel_rank(self) -> int:
+        """This process's place among the ranks that share a sequence."""
+        return self._mesh_rank("cp")
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This process's place among the replicas of the model."""
+        return self._mesh_rank("dp_replicate")
+
+    @property
+    def data_parallel_shard_rank(self) -> int:
+        """This process's place among the ranks that share the model's shards."""
+        return self._mesh_rank("dp_shard")
+
+    def _mesh_rank(self, dimension: str) -> int:
+        if self.torch_device_mesh is None or dimension not in self.torch_device_mesh.mesh_dim_names:
+            raise RuntimeError(f"this run has no {dimension!r} dimension: it was started without a parallelism_config.")
+        rank: int = self.torch_device_mesh[dimension].get_local_rank()
+        return rank
+
+    # Settings of loading and accumulation ------------------------------------------------------------------------------
+
+    @property
+    def split_batches(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self.dataloader_config.split_batches
+
+    @property
+    def dispatch_batches(self) -> bool | None:
+        """See `DataLoaderConfiguration`."""
+        return self.dataloader_config.dispatch_batches
+
+    @property
+    def even_batches(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self.dataloader_config.even_batches
+
+    @even_batches.setter
+    def even_batches(self, even_batches: bool) -> None:
+        self.dataloader_config.even_batches = even_batches
+
+    @property
+    def use_seedable_sampler(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self.dataloader_config.use_seedable_sampler
+
+    @property
+    def non_blocking(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self.dataloader_config.non_blocking
+
+    @property
+    def use_stateful_dataloader(self) -> bool:
+        """See `DataLoaderConfiguration`."""
+        return self.dataloader_config.use_stateful_dataloader
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per update."""
+        return self.gradient_state.num_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, steps: int) -> None:
+        self.gradient_state.plugin_kwargs.update(GradientAccumulationPlugin(num_steps=steps).to_kwargs())
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether gradients are synchronised at this micro-step, and the optimizer steps."""
+        return self.gradient_state.sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, sync_gradients: bool) -> None:
+        self.gradient_state._set_sync_gradients(sync_gradients)
+
+    @property
+    def step(self) -> int:
+        """Micro-steps that `accumulate` has counted since the last end of a loader."""
+        return self._counter.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._counter.step = step
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether any optimizer left out its last step because fp16 gradients overflowed."""
+        return any(optimizer.step_was_skipped for optimizer in self._optimizers)
+
+    @property
+    def project_dir(self) -> str | os.PathLike[str] | None:
+        """Where checkpoints and logs go."""
+        return self.project_configuration.project_dir
+
+    @property
+    def logging_dir(self) -> str | os.PathLike[str] | None:
+        """Where trackers write that need a folder."""
+        return self.project_configuration.logging_dir
+
+    @property
+    def save_iteration(self) -> int:
+        """The number of the next automatically named checkpoint."""
+        return self.project_configuration.iteration
+
+    @property
+    def should_save_model(self) -> bool:
+        """Whether this process writes files that are the same on all."""
+        if self.project_configuration.save_on_each_node:
+            return self.is_local_main_process
+        return self.is_main_process
+
+    # Together and apart ----------------------------------------------------------------------------------------------
+
+    def wait_for_everyone(self) -> None:
+        """Returns once every process has called it."""
+        self.state.wait_for_everyone()
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        """The main process runs the block before all others."""
+        return self.state.main_process_first()
+
+    def local_main_process_first(self) -> AbstractContextManager[None]:
+        """The first process of each machine runs the block before the others there."""
+        return self.state.local_main_process_first()
+
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
+        """Gives this process its part of `inputs`; see `PartialState.split_between_processes`."""
+        return PartialState().split_between_processes(inputs, apply_padding=apply_padding)
+
+    def on_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """Decorator: the function runs on the main process only."""
+        return PartialState().on_main_process(function)
+
+    def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """Decorator: the function runs on the first process of each machine only."""
+        return PartialState().on_local_main_process(function)
+
+    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: the function runs on the last process only."""
+        return PartialState().on_last_process(function)
+
+    def on_process(
+        self, function: Callable[..., Any] | None = None, process_index: int | None = None
+    ) -> Callable[..., Any]:
+        """Decorator: the function runs on the process with that rank only."""
+        return PartialState().on_process(function, process_index)
+
+    def on_local_process(
+        self,
+        function: Callable[..., Any] | None = None,
+        local_process_index: int | None = None,
+        local_process_idx: int | None = None,
+    ) -> Callable[..., Any]:
+        """Decorator: the function runs on the process with that rank on each machine only."""
+        return PartialState().on_local_process(function, local_process_index, local_process_idx)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """``print``, on the first process of each machine only."""
+        self.state.print(*args, **kwargs)
+
+    def set_trigger(self) -> None:
+        """Raises this process's flag; `check_trigger` on any process sees it."""
+        self.flag_tensor = torch.tensor(1, device=self.device)
+
+    def check_trigger(self) -> bool:
+        """Whether any process has raised its flag since the last call; lowers it. All processes call this together."""
+        flag = self.flag_tensor if self.flag_tensor is not None else torch.tensor(0, device=self.device)
+        raised = world.current().collectives.all_reduce(flag).item() >= 1
+        self.flag_tensor = None
+        return raised
+
+    set_breakpoint = set_trigger
+    check_breakpoint = check_trigger
+
+    # Prepare ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self, *args: Any, device_placement: list[bool | None] | None = None) -> Any:
+        """Makes models, optimizers, loaders and schedulers ready for the run, and returns them in the same order.
+
+        Args:
+            *args: In any order: modules, optimizers, loaders, schedulers. What is prepared already is given back as it
+                is; None and objects of other kinds too.
+            device_placement: For each argument, whether to move it to `device`; None takes the general setting.
+
+        Raises:
+            TypeError: for an object that cannot be meant, such as a dataset or a list of models.
+            ValueError: for an object that cannot be prepared, saying what to do. Nothing has been changed then.
+        """
+        placement = device_placement if device_placement is not None else [None] * len(args)
+        if len(placement) != len(args):
+            raise ValueError(
+                f"device_placement needs one entry for each of the {len(args)} objects to prepare, found "
+                f"{len(placement)}."
+            )
+        moved = frozenset(
+            place for place, wanted in enumerate(placement) if (self.device_placement if wanted is None else wanted)
+        )
+        bundle = classify(args, on_device=moved, prepared=(*self._models, *self._optimizers, *self._schedulers))
+        self.strategy.check(bundle)
+        self._register(self.strategy.prepare(bundle))
+        # Schedulers come last: they belong to the optimizers as prepared, this call's among them.
+        for place, scheduler in bundle.schedulers.items():
+            bundle.schedulers[place] = self.prepare_scheduler(scheduler)
+        results = bundle.in_order()
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """Prepares one model.
+
+        Args:
+            model: The module.
+            device_placement: Move it to `device`; None takes the general setting.
+            evaluation_mode: The model is used without gradients: nothing is set up to synchronise them.
+        """
+        if any(model is known for known in self._models):
+            return model
+        moves = self.device_placement if device_placement is None else device_placement
+        bundle = Bundle(models={0: model}, on_device=frozenset({0} if moves else ()), evaluation=evaluation_mode)
+        self.strategy.check(bundle)
+        self._register(self.strategy.prepare(bundle))
+        return bundle.models[0]
+
+    def prepare_optimizer(
+        self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
+    ) -> AcceleratedOptimizer:
+        """Prepares one optimizer."""
+        moves = self.device_placement if device_placement is None else device_placement
+        bundle = Bundle(optimizers={0: optimizer}, on_device=frozenset({0} if moves else ()))
+        self.strategy.check(bundle)
+        self._register(self.strategy.prepare(bundle))
+        prepared: AcceleratedOptimizer = bundle.optimizers[0]
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
+        """Prepares one scheduler; its optimizer is looked for among those prepared so far."""
+        prepared = scheduler
+        if not isinstance(scheduler, AcceleratedScheduler):
+            prepared = self.strategy.prepare_scheduler(scheduler, self._optimizers)
+        _append_new(self._schedulers, prepared)
+        return prepared
+
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
+    ) -> Any:
+        """Prepares one loader.
+
+        Args:
+            data_loader: A torch ``DataLoader``.
+            device_placement: Move its batches to `device`; None takes the general setting.
+            slice_fn_for_dispatch: How rank 0 cuts a batch into the ranks' parts; by default along dimension 0.
+        """
+        moves = self.device_placement if device_placement is None else device_placement
+        prepared = self._prepare_loader(data_loader, moves, slice_fn_for_dispatch)
+        _append_new(self._dataloaders, prepared)
+        return prepared
+
+    def _prepare_loader(self, data_loader: Any, on_device: bool, slice_fn: Any) -> Any:
+        ranks = self.strategy.data_ranks()
+        config = self.dataloader_config
+        return loading.prepare_data_loader(
+            data_loader,
+            self.device,
+            num_processes=ranks.count,
+            process_index=ranks.index,
+            split_batches=config.split_batches,
+            put_on_device=on_device,
+            rng_types=[str(kind) for kind in self.rng_types],
+            dispatch_batches=config.dispatch_batches,
+            even_batches=config.even_batches,
+            slice_fn_for_dispatch=slice_fn,
+            use_seedable_sampler=config.use_seedable_sampler,
+            data_seed=config.data_seed,
+            non_blocking=config.non_blocking,
+            use_stateful_dataloader=config.use_stateful_dataloader,
+        )
+
+    def _register(self, bundle: Bundle) -> None:
+        for models, known in (
+            (bundle.models, self._models),
+            (bundle.optimizers, self._optimizers),
+            (bundle.loaders, self._dataloaders),
+        ):
+            for prepared in models.values():
+                _append_new(known, prepared)
+
+    # Step ------------------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor, *, num_items: int | float | torch.Tensor | None = None, **kwargs: Any) -> None:
+        """Adds the gradients of a loss, scaled for accumulation and for fp16.
+
+        Args:
+            loss: A scalar. Without `num_items`, the mean over the micro-batch: it is divided by
+                `gradient_accumulation_steps`.
+            num_items: With it, `loss` is the *sum* over this many items (tokens, samples), and the update is the exact mean
+                over the items of all micro-batches of all ranks, however ragged they are.
+            **kwargs: For ``Tensor.backward``; ``learning_rate`` for a LOMO optimizer.
+
+        Raises:
+            TypeError: for a loss that is not a tensor.
+
+        Example:
+            ```python
+            for batch in loader:
+                with accelerator.accumulate(model):
+                    loss = cross_entropy(model(batch["ids"]), batch["labels"], reduction="sum")
+                    accelerator.backward(loss, num_items=(batch["labels"] != -100).sum())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            ```
+        """
+        if not isinstance(loss, torch.Tensor):
+            raise TypeError(f"backward takes the loss as a tensor, found {type(loss).__name__}: {loss!r}.")
+        learning_rate = kwargs.pop("learning_rate", None)
+        if learning_rate is not None and self.has_lomo_optimizer:
+            self.lomo_backward(loss, learning_rate)
+        elif num_items is None:
+            self.strategy.backward(loss, steps=self.gradient_state.num_steps, **kwargs)
+        else:
+            self._global_mean.add(num_items)
+            self.strategy.backward(loss, steps=1, **kwargs)
+            if self.gradient_state.sync_gradients:
+                self._global_mean.divide(self._counter.window or self._models)
+
+    def lomo_backward(self, loss: torch.Tensor, learning_rate: float) -> None:
+        """Backward and update in one, for LOMO optimizers, which never hold all gradients at once."""
+        lomo = [optimizer.optimizer for optimizer in self._optimizers if hasattr(optimizer.optimizer, "fused_backward")]
+        if not lomo:
+            raise ValueError("lomo_backward needs a prepared LOMO optimizer; use `backward` with any other.")
+        for optimizer in lomo:
+            optimizer.fused_backward(loss, learning_rate)
+
+    def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
+        """A context around one micro-step: gradients are synchronised, and optimizers step, only at every
+        `gradient_accumulation_steps`-th, and at the last batch of a loader.
+
+        Args:
+            *models: The models whose gradients are accumulated. One forward and backward belongs in the block.
+        """
+        return MicroStep(self._counter, models)
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """A context whose backward leaves the model's gradients local."""
+        with self.strategy.no_sync(model):
+            yield
+
+    @staticmethod
+    @contextmanager
+    def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
+        """A context whose backward synchronises gradients though its forwards ran under `no_sync`."""
+        strategy = choose_strategy(AcceleratorState().distributed_type)
+        with strategy.sync_in_backward(model):
+            yield
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        """Divides fp16 gradients by the loss scale, before they are looked at or clipped.
+
+        Args:
+            optimizer: One or several of the prepared optimizers; None means all.
+        """
+        chosen = self._optimizers if optimizer is None else optimizer
+        for one in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
+            self.strategy.unscale_gradients(one)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
+        """Scales gradients so that their norm is at most `max_norm`; returns the norm before.
+
+        Call it when `sync_gradients` is true: clipping half-accumulated gradients is not what one wants.
+        """
+        self.unscale_gradients()
+        return self.strategy.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clamps each gradient to ``[-clip_value, clip_value]``."""
+        self.unscale_gradients()
+        self.strategy.clip_grad_value_(parameters, clip_value)
+
+    @contextmanager
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Iterator[None]:
+        """A context that computes in the run's precision, for code outside a prepared model's forward."""
+        with self.precision.autocast(autocast_handler or self.autocast_handler):
+            yield
+
+    @contextmanager
+    def join_uneven_inputs(self, joinables: Sequence[nn.Module], even_batches: bool | None = None) -> Iterator[None]:
+        """A context in which processes may bring different numbers of batches.
+
+        Args:
+            joinables: The prepared models that are trained in the block.
+            even_batches: In the block, the loaders' `even_batches`; None leaves it.
+        """
+        with loading.override_even_batches(self._dataloaders, even_batches), self.strategy.join(joinables):
+            yield
+
+    @contextmanager
+    def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
+        """A context that records what the process spends its time and memory on.
+
+        Args:
+            profile_handler: What to record; None takes the constructor's. With `output_trace_dir` each process leaves a
+                trace there.
+        """
+        handler = profile_handler or self.profile_handler or ProfileKwargs()
+        with handler.build() as profiler:
+            yield profiler
+        if handler.output_trace_dir is not None:
+            os.makedirs(handler.output_trace_dir, exist_ok=True)
+            name = PROFILE_PATTERN_NAME.format(suffix=self.process_index)
+            profiler.export_chrome_trace(os.path.join(handler.output_trace_dir, name))
+            self.wait_for_everyone()
+
+    # Collectives -----------------------------------------------------------------------------------------------------
+
+    def gather(self, tensor: Any) -> Any:
+        """Every rank's tensors, concatenated along dimension 0, in a tree of the same structure."""
+        return collectives.gather(tensor)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """Gathers predictions, and drops at the end of a loader what was added to make the ranks even.
+
+        Args:
+            input_data: A tree of tensors, or any objects (a list of them is joined over the ranks).
+            use_gather_object: Gather tensors as objects, when their shapes differ or they should stay lists.
+        """
+        return loading.gather_for_metrics(input_data, self.gradient_state, use_gather_object=use_gather_object)
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """The ``sum`` or ``mean`` over the ranks, times `scale`; ``none`` gives back what came in."""
+        return collectives.reduce(tensor, reduction, scale)
+
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+        """Pads tensors so that dimension `dim` is as long as on the rank where it is longest."""
+        return collectives.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+
+    # Models and memory -------------------------------------------------------------------------------------------------
+
+    def unwrap_model(self, model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
+        """The model inside the containers that `prepare` put around it.
+
+        Args:
+            model: A prepared model.
+            keep_fp32_wrapper: Leave the mixed-precision wrapper on its forward.
+            keep_torch_compile: Give a compiled model back compiled.
+        """
+        return self.strategy.unwrap(model, keep_fp32_wrapper, keep_torch_compile)
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
+        """The model's full state.
+
+        Args:
+            model: A prepared model.
+            unwrap: Without the names that containers add (``module.``).
+        """
+        return self.strategy.model_state(model) if unwrap else model.state_dict()
+
+    def verify_device_map(self, model: nn.Module) -> bool:
+        """Whether the model, or a part of it, is spread over several devices by a device map."""
+        return is_dispatched([model])
+
+    def free_memory(self, *objects: Any) -> list[None]:
+        """Forgets every prepared object, gives cached memory back, and returns a None for each of `objects`.
+
+        Example:
+            ```python
+            model, optimizer = accelerator.free_memory(model, optimizer)
+            ```
+        """
+        for known in (self._models, self._optimizers, self._schedulers, self._dataloaders):
+            known.clear()
+        self.step = 0
+        return release_memory(*objects)
+
+    def clear(self, *objects: Any) -> list[None]:
+        """See `free_memory`."""
+        return self.free_memory(*objects)
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        """The loader without its first `num_batches` batches, for resuming in the middle of an epoch."""
+        return loading.skip_first_batches(dataloader, num_batches)
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Makes objects part of every checkpoint.
+
+        Raises:
+            ValueError: for objects without ``state_dict`` and ``load_state_dict``.
+        """
+        lacking = [o for o in objects if not (hasattr(o, "state_dict") and hasattr(o, "load_state_dict"))]
+        if lacking:
+            raise ValueError(
+                "only objects with `state_dict` and `load_state_dict` can be part of a checkpoint; these lack them: "
+                + ", ".join(type(o).__name__ for o in lacking)
+            )
+        self._custom_objects.extend(objects)
+
+    # Trackers ----------------------------------------------------------------------------------------------------------
+
+    def init_trackers(self, project_name: str, config: dict[str, Any] | None = None, init_kwargs: Any = None) -> None:
+        """Starts the trackers chosen with `log_with`.
+
+        Args:
+            project_name: The run's name.
+            config: Settings to store with it.
+            init_kwargs: Tracker's name -> arguments for it.
+        """
+        self.trackers = start_trackers(self.log_with, project_name, self.logging_dir, config, init_kwargs or {})
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """The running tracker of that name, or with `unwrap` the object of the library behind it.
+
+        Without such a tracker (or on a process that does not log), one that does nothing.
+        """
+        for tracker in self.trackers:
+            if tracker.name == name:
+                return tracker.tracker if unwrap else tracker
+        return GeneralTracker(_blank=True)
+
+    def log(self, values: dict[str, Any], step: int | None = None, log_kwargs: Any = None) -> None:
+        """Sends values to every tracker.
+
+        Args:
+            values: Name -> number or text.
+            step: The step they belong to.
+            log_kwargs: Tracker's name -> arguments for its ``log``.
+        """
+        for tracker in self.trackers:
+            tracker.log(values, step=step, **(log_kwargs or {}).get(tracker.name, {}))
+
+    def end_training(self) -> None:
+        """Ends the trackers and leaves the process group. Nothing else is expected of the run afterwards."""
+        for tracker in self.trackers:
+            tracker.finish()
+        self.state.destroy_process_group()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Accelerator:
+        logger.info("deep copies of an Accelerator are the Accelerator itself: it stands for this process's run.")
+        return self
+
+
+def _append_new(known: list[Any], item: Any) -> None:
+    if not any(item is other for other in known):
+        known.append(item)
+
+
+def _refuse_later_features(**plugins: Any) -> None:
+    """This version trains on one process and on data-parallel ranks; asking for more must not pass silently."""
+    asked = [name for name, plugin in plugins.items() if plugin is not None]
+    variables = {
+        "fsdp_plugin": "ACCELERATE_USE_FSDP",
+        "deepspeed_plugin": "ACCELERATE_USE_DEEPSPEED",
+        "megatron_lm_plugin": "ACCELERATE_USE_MEGATRON_LM",
+        "parallelism_config": "ACCELERATE_USE_PARALLELISM_CONFIG",
+    }
+    asked += [f"{name} ({variable})" for name, variable in variables.items() if env.flag(variable)]
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: sharded and model-parallel training are not part of this version, which trains on one "
+            "process and on data-parallel ranks (DDP)."
+        )
+
+
+def _accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> GradientAccumulationPlugin:
+    if plugin is not None:
+        if steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={steps} and gradient_accumulation_plugin are both given: set "
+                "`num_steps` in the plugin."
+            )
+        return plugin
+    if steps == 1:
+        steps = env.integer("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
+    return GradientAccumulationPlugin(num_steps=steps)
+
+
+def _dynamo(backend: DynamoBackend | str | None, plugin: TorchDynamoPlugin | None) -> TorchDynamoPlugin:
+    if backend is not None and plugin is not None:
+        raise ValueError("dynamo_backend and dynamo_plugin are both given: set `backend` in the plugin.")
+    if plugin is not None:
+        return plugin
+    return TorchDynamoPlugin(backend=backend) if backend is not None else TorchDynamoPlugin()  # type: ignore[arg-type]
+
+
+def _loading(config: DataLoaderConfiguration | None, split_batches: bool) -> DataLoaderConfiguration:
+    config = config if config is not None else DataLoaderConfiguration()
+    if split_batches is not _UNSET:
+        config.split_batches = split_batches
+    return config
+
+
+def _rng_types(rng_types: list[str | RNGType] | None) -> list[str]:
+    if rng_types is None:
+        return [RNGType.GENERATOR.value]
+    unknown = [kind for kind in rng_types if kind not in RNGType]
+    if unknown:
+        raise ValueError(f"rng_types={rng_types!r}: {unknown} are unknown; choose from {RNGType.list()}.")
+    return [RNGType(kind).value for kind in rng_types]

@@ -1,0 +1,111 @@
+"""Ends what the launcher would leave behind: a tiny process that outlives it by a moment, and a record of who died when.
+
+`Guard` is forked before torch is imported and holds one end of a pipe. However the launcher ends, the pipe closes, and
+the process groups it was told of are killed: the ranks and what they started. `Deaths` is how the launcher knows which
+rank failed first: the others often fail a moment later, because the first is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+
+class Guard:
+    """Watches over process groups until `release`."""
+
+    def __init__(self) -> None:
+        reading, self._writing = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _guard(reading)
+        os.close(reading)
+
+    def watch(self, groups: Iterable[int]) -> None:
+        """Kills these process groups when the launcher ends."""
+        self._tell("+", groups)
+
+    def forget(self, groups: Iterable[int]) -> None:
+        """Lets these process groups live."""
+        self._tell("-", groups)
+
+    def release(self) -> None:
+        """Ends the guard; groups it still watches are killed."""
+        os.close(self._writing)
+        os.waitpid(self._pid, 0)
+
+    def _tell(self, what: str, groups: Iterable[int]) -> None:
+        os.write(self._writing, "".join(f"{what}{group}\n" for group in groups).encode())
+
+
+def _guard(pipe: int) -> None:
+    """The guard's whole life; never returns."""
+    os.setsid()  # Ctrl-C and signals to the launcher's group are not for the guard
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # nobody shall wait for the end of a stream because the guard holds it
+        os.dup2(nowhere, stream)
+    os.dup2(pipe, 3)
+    os.closerange(4, 1024)
+    groups: set[int] = set()
+    with os.fdopen(3) as told:
+        for line in told:
+            (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+    kill(groups)
+    os._exit(0)
+
+
+def kill(groups: Iterable[int]) -> None:
+    """Kills process groups; one that is gone already is fine."""
+    for group in groups:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # gone; or its number belongs to somebody else by now
+            continue
+
+
+class Deaths(threading.Thread):
+    """Notes when each process of a set ends, without reaping it.
+
+    Args:
+        processes: Process id -> whatever names it.
+        ended: Called with the process id and its exit status (negative: a signal) in this thread.
+
+    Attributes:
+        times: Process id -> nanoseconds since the epoch. Stays empty where the system has no process descriptors.
+    """
+
+    def __init__(self, processes: Mapping[int, object], ended: Callable[[int, int], None]) -> None:
+        super().__init__(name="accelerate-deaths", daemon=True)
+        self.times: dict[int, int] = {}
+        self._ended = ended
+        self._open: dict[int, int] = {}
+        for pid in processes:
+            try:
+                self._open[os.pidfd_open(pid)] = pid
+            except (AttributeError, OSError):  # not Linux, or an old one
+                continue
+        self.start()
+
+    def run(self) -> None:
+        waiting = select.poll()
+        for descriptor in self._open:
+            waiting.register(descriptor, select.POLLIN)
+        while self._open:
+            for descriptor, _ in waiting.poll():
+                pid = self._open.pop(descriptor)
+                self.times[pid] = time.time_ns()
+                waiting.unregister(descriptor)
+                self._report(pid, descriptor)
+                os.close(descriptor)
+
+    def _report(self, pid: int, descriptor: int) -> None:
+        try:
+            found = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # reaped by whoever started it
+            return
+        if found is not None:
+            self._ended(pid, found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)

@@ -1,0 +1,165 @@
+"""Words to settings: the command line, the configuration file and the defaults, in that order of precedence.
+
+`split` reads argv, `assemble` joins it with a file, `parse` does both. What follows the script's name is the script's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..settings.launcher import LaunchSettings
+from ..settings.option import Entry, SettingsError, build, entries
+from . import config_file
+from .config_file import ConfigFile
+
+# Flags that choose how the processes share the work: one of them on the command line overrules the file's choice.
+_PARADIGMS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+
+
+class Words(NamedTuple):
+    """A command line, split.
+
+    Attributes:
+        flags: Converted values of the flags that were given, by `Entry.dest`.
+        script: The script, or "" when there is none.
+        script_args: Its arguments, untouched.
+        help: Whether ``-h`` is among the flags.
+    """
+
+    flags: dict[str, Any]
+    script: str
+    script_args: tuple[str, ...]
+    help: bool
+
+
+def parse(argv: Sequence[str]) -> LaunchSettings:
+    """Settings from the words after ``accelerate launch`` and the configuration file they lead to.
+
+    Raises:
+        SettingsError: when they cannot be used.
+    """
+    words = split(argv)
+    file = config_file.find(words.flags.get("config_file"))
+    return assemble(words.flags, file, words.script, words.script_args)
+
+
+def split(argv: Sequence[str]) -> Words:
+    """Separates the launcher's flags from the script and its arguments.
+
+    Raises:
+        SettingsError: for an unknown flag, a missing or a wrong value.
+    """
+    table = _flags()
+    flags: dict[str, Any] = {}
+    wants_help = False
+    words = list(argv)
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if word == "--":
+            break
+        if not word.startswith("-") or word == "-":
+            position -= 1
+            break
+        if word in ("-h", "--help"):
+            wants_help = True
+            continue
+        name, has_value, value = word.partition("=")
+        if not word.startswith("--") and word[:2] in table and len(word) > 2:  # -t3
+            name, has_value, value = word[:2], "=", word[2:].removeprefix("=")
+        entry, fixed = _known(table, name)
+        if fixed is not None:
+            if has_value:
+                raise SettingsError(f"{name} takes no value, found {value!r}.")
+            flags[entry.dest] = fixed
+            continue
+        if not has_value:
+            if position == len(words) or _spelling(words[position]) in table:
+                raise SettingsError(f"{name} needs a value: {entry.option.help}.")
+            value = words[position]
+            position += 1
+        converted = entry.convert(value, name)
+        flags[entry.dest] = flags.get(entry.dest, ()) + converted if entry.type == "tuple[str, ...]" else converted
+    rest = words[position:]
+    return Words(flags, rest[0] if rest else "", tuple(rest[1:]), wants_help)
+
+
+def _flags() -> dict[str, tuple[Entry, bool | None]]:
+    """Every spelling with underscores -> its option, and the value of a flag that takes none."""
+    table: dict[str, tuple[Entry, bool | None]] = {}
+    for entry in entries(LaunchSettings):
+        table.update(dict.fromkeys(entry.flags, (entry, True if entry.option.switch else None)))
+        if entry.option.off is not None:
+            table[entry.option.off] = (entry, False)
+    return table
+
+
+def _spelling(flag: str) -> str:
+    return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
+
+
+def _known(table: Mapping[str, tuple[Entry, bool | None]], name: str) -> tuple[Entry, bool | None]:
+    found = table.get(_spelling(name))
+    if found is not None:
+        return found
+    import difflib
+
+    near = difflib.get_close_matches(_spelling(name), table, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise SettingsError(
+        f"unknown flag {name}.{hint} The launcher's flags come before the script, the script's own after it."
+    )
+
+
+def assemble(
+    flags: Mapping[str, Any], file: ConfigFile | None, script: str, script_args: Iterable[str]
+) -> LaunchSettings:
+    """Settings from flags and a file, by `Entry.dest`: a flag wins over the file, the file over the default.
+
+    Raises:
+        SettingsError: when flags contradict each other.
+    """
+    if flags.get("cpu") and flags.get("multi_gpu"):
+        raise SettingsError("--cpu and --multi_gpu contradict each other: give one of them.")
+    values = dict(flags)
+    rest: dict[str, Any] = {}
+    if file is not None:
+        values = {**_from_file(flags, file), **flags}
+        rest = {"compute_environment": file.compute_environment, "deepspeed_fields": file.deepspeed_fields}
+        if file.distributed_type.startswith("MULTI_"):
+            rest["device"] = _device(file.distributed_type)
+    if values.get("dynamo_backend") == "torhchxla_trace_once":
+        values["dynamo_backend"] = "torchxla_trace_once"
+    return build(LaunchSettings, values, script=script, script_args=tuple(script_args), **rest)
+
+
+def _from_file(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, Any]:
+    """The file's values, with what its distributed_type stands for, where no flag overrules it."""
+    values = dict(file.values)
+    if "parallelism_config" in file.sections:
+        values["use_parallelism_config"] = True
+    if any(flags.get(name) for name in _PARADIGMS):
+        if flags.get("multi_gpu"):
+            values.pop("cpu", None)
+        return values
+    kind = file.distributed_type
+    on_cpu = flags.get("cpu") or values.get("cpu")
+    if kind == "NO":
+        values["num_processes"] = 1  # whatever else the file says: it is about one process
+    elif kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        values[f"use_{kind.lower()}"] = True
+    elif kind == "MULTI_CPU":
+        values["cpu"] = True
+    elif kind == "XLA" and not on_cpu:
+        values["tpu"] = True
+    elif kind.startswith("MULTI_") and not on_cpu:
+        values["multi_gpu"] = True
+    return values
+
+
+def _device(distributed_type: str) -> str:
+    """The kind of device, as in `runtime.devices`, that a MULTI_… value of the file's key stands for."""
+    name = distributed_type.removeprefix("MULTI_").lower()
+    return "cuda" if name == "gpu" else name

@@ -1,0 +1,286 @@
+"""Settings to a plan: the command and the variables of a launch, as values.
+
+`plan(argv) = build(parse(argv))`. `build` touches no file, no device and no variable: what the machine is like comes in
+through the settings (`launch.machine`), so a plan can be printed, compared and tested without starting anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..settings.launcher import LaunchSettings
+from ..settings.option import SettingsError, entries
+from .parse import parse
+
+DEFAULT_PORT = 29500
+# The variable that says which devices a process may see, by kind of device (the rows of runtime.devices, which this
+# module does without: importing it costs more than a plan).
+_VISIBLE_DEVICES = {
+    "cuda": "CUDA_VISIBLE_DEVICES",
+    "xpu": "ZE_AFFINITY_MASK",
+    "npu": "ASCEND_RT_VISIBLE_DEVICES",
+    "mlu": "MLU_VISIBLE_DEVICES",
+    "sdaa": "SDAA_VISIBLE_DEVICES",
+    "musa": "MUSA_VISIBLE_DEVICES",
+    "hpu": "HABANA_VISIBLE_MODULES",
+    "neuron": "NEURON_RT_VISIBLE_CORES",
+}
+# Options of torch.distributed.run that are ours under the same name; left out where they hold the default.
+_AGENT_OPTIONS = ("tee", "log_dir", "role", "rdzv_conf", "max_restarts", "monitor_interval")
+
+
+class LaunchPlan(NamedTuple):
+    """What to start, and how.
+
+    Attributes:
+        starter: Who starts it: ``python``, ``torch``, ``mpirun``, ``deepspeed``, ``tpu``, ``tpu-pod``, ``sagemaker``.
+        command: The command, as one could type it.
+        environment: Variables added to those that are there.
+        yields: Names in `environment` that give way to a value that is already there.
+        worker: The command of one process, where `command` starts several.
+        processes: How many processes this machine starts.
+        machines: How many machines take part.
+        notes: Lines for the person who launched.
+    """
+
+    starter: str
+    command: list[str]
+    environment: dict[str, str]
+    yields: frozenset[str] = frozenset()
+    worker: tuple[str, ...] = ()
+    processes: int = 1
+    machines: int = 1
+    notes: tuple[str, ...] = ()
+
+
+def plan(argv: Sequence[str]) -> LaunchPlan:
+    """The plan for a command line, without a look at the machine.
+
+    Args:
+        argv: The words after ``accelerate launch``.
+
+    Raises:
+        SettingsError: when they cannot be used.
+
+    Example:
+        >>> plan(["--num_processes", "1", "--mixed_precision", "bf16", "train.py"]).environment["ACCELERATE_MIXED_PRECISION"]
+        'bf16'
+    """
+    return build(parse(argv))
+
+
+def build(settings: LaunchSettings) -> LaunchPlan:
+    """The plan for `settings`.
+
+    Raises:
+        SettingsError: when settings contradict each other.
+    """
+    check(settings)
+    starter = choose(settings)
+    environment, yields = _environment(settings, starter)
+    worker = _worker(settings, unbuffered=starter == "torch")
+    if starter == "torch":
+        command = [*settings.python, "-m", "torch.distributed.run", *_agent_arguments(settings)]
+    elif starter == "mpirun":
+        command = [*_mpirun(settings), *worker]
+    elif starter == "deepspeed":
+        command = _deepspeed(settings)
+    else:
+        command = list(worker)
+    return LaunchPlan(
+        starter, command, environment, yields, worker, settings.processes_here, settings.machines, _notes(settings)
+    )
+
+
+def check(settings: LaunchSettings) -> None:
+    """Compares settings with each other.
+
+    Raises:
+        SettingsError: when they contradict each other.
+    """
+    machines, processes, rank = settings.machines, settings.processes, settings.machine_rank or 0
+    if not settings.script:
+        raise SettingsError("which script? Write it after the launcher's flags: accelerate launch [flags] script.py")
+    if settings.module and settings.no_python:
+        raise SettingsError("--module and --no_python contradict each other: give one of them.")
+    if processes % machines:
+        raise SettingsError(
+            f"{processes} processes cannot be shared evenly by {machines} machines: --num_processes counts the "
+            "processes of all machines, and must be a multiple of --num_machines."
+        )
+    if rank >= machines:
+        raise SettingsError(
+            f"machine_rank is {rank}, but with num_machines {machines} the machines are numbered 0 to {machines - 1}."
+        )
+    if settings.main_process_port is not None and settings.main_process_port > 65535:
+        raise SettingsError(f"main_process_port: expected at most 65535, found {settings.main_process_port}.")
+    if machines > 1 and settings.main_process_port == 0:
+        raise SettingsError("main_process_port 0 means any free port, which other machines cannot guess: choose one.")
+    if machines > 1 and settings.main_process_ip is None and choose(settings) == "torch":
+        raise SettingsError(f"{machines} machines need the address of machine 0: give --main_process_ip.")
+
+
+def choose(settings: LaunchSettings) -> str:
+    """Which starter the settings ask for."""
+    if settings.compute_environment == "AMAZON_SAGEMAKER":
+        return "sagemaker"
+    if settings.tpu:
+        return "tpu-pod" if settings.tpus.tpu_use_cluster else "tpu"
+    if settings.use_deepspeed and settings.machines > 1:
+        return "torch" if settings.deepspeed.deepspeed_multinode_launcher == "standard" else "deepspeed"
+    if settings.mpirun.hostfile is not None:
+        return "mpirun"
+    # The engines need a process group, even of one.
+    grouped = settings.use_deepspeed or settings.use_fsdp or settings.use_megatron_lm
+    return "torch" if grouped or settings.processes > 1 or settings.machines > 1 else "python"
+
+
+# Environment -----------------------------------------------------------------------------------------------------------
+
+
+def _environment(settings: LaunchSettings, starter: str) -> tuple[dict[str, str], frozenset[str]]:
+    added = {"ACCELERATE_MIXED_PRECISION": settings.mixed_precision or "no"}
+    yields: dict[str, str] = {}
+    if settings.debug:
+        added["ACCELERATE_DEBUG_MODE"] = "true"
+    if settings.enable_cpu_affinity:
+        added["ACCELERATE_CPU_AFFINITY"] = "1"
+    if settings.gpu_ids not in (None, "all") and settings.device in _VISIBLE_DEVICES:
+        added[_VISIBLE_DEVICES[settings.device]] = str(settings.gpu_ids)
+    if settings.num_cpu_threads_per_process is not None:
+        added["OMP_NUM_THREADS"] = str(settings.num_cpu_threads_per_process)
+    elif settings.threads is not None:
+        yields["OMP_NUM_THREADS"] = str(settings.threads)
+    if starter in ("tpu", "tpu-pod"):
+        if settings.mixed_precision == "bf16":
+            added["XLA_DOWNCAST_BF16" if settings.tpus.downcast_bf16 else "XLA_USE_BF16"] = "1"
+        return {**yields, **added}, frozenset(yields)
+    if settings.cpu or starter in ("python", "mpirun"):
+        added["ACCELERATE_USE_CPU"] = "True" if settings.cpu else "False"
+    if settings.cpu:  # what Intel advises for its OpenMP; others do not read these
+        yields["KMP_BLOCKTIME"] = "1"
+        if settings.processes_here == 1:  # several processes would all be bound to the same cores
+            yields["KMP_AFFINITY"] = "granularity=fine,compact,1,0"
+    if starter == "torch" and settings.machines == 1 and settings.on_cpu and settings.loopback is not None:
+        yields["GLOO_SOCKET_IFNAME"] = settings.loopback
+    if settings.use_deepspeed and settings.directory is not None:
+        yields["PYTHONPATH"] = settings.directory
+    added |= _options(settings, "dynamo")
+    added["ACCELERATE_DYNAMO_BACKEND"] = settings.dynamo.backend.upper()
+    added |= _paradigms(settings)
+    return {**yields, **added}, frozenset(yields)
+
+
+def _paradigms(settings: LaunchSettings) -> dict[str, str]:
+    """The variables of the sections that are in use."""
+    added: dict[str, str] = {}
+    if settings.deepspeed.gradient_accumulation_steps is not None:
+        added["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(settings.deepspeed.gradient_accumulation_steps)
+    if settings.use_deepspeed:
+        added["ACCELERATE_USE_DEEPSPEED"] = "true"
+        added["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(settings.deepspeed_fields)
+        added |= _options(settings, "deepspeed")
+    if settings.use_fsdp:
+        added |= {"ACCELERATE_USE_FSDP": "true", **_options(settings, "fsdp")}
+    if settings.use_megatron_lm:
+        added |= {"ACCELERATE_USE_MEGATRON_LM": "true", **_options(settings, "megatron")}
+    if settings.use_parallelism_config:
+        added |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **_mesh(settings)}
+    if settings.mixed_precision == "fp8" or settings.fp8.backend is not None:
+        added |= _options(settings, "fp8")
+        for gemm, higher in zip(("FPROP", "DGRAD", "WGRAD"), settings.fp8.override_linear_precision, strict=True):
+            added[f"ACCELERATE_FP8_OVERRIDE_{gemm}"] = "true" if higher else "false"
+    return added
+
+
+def _options(settings: LaunchSettings, section: str) -> dict[str, str]:
+    """The variables of one section's options; an option without a value has none."""
+    return {
+        entry.variable: entry.render(value)
+        for entry in entries(LaunchSettings)
+        if entry.path[0] == section and entry.variable is not None and (value := entry.get(settings)) is not None
+    }
+
+
+def _mesh(settings: LaunchSettings) -> dict[str, str]:
+    """The mesh's variables: details of a dimension only where it has more than one rank."""
+    added = _options(settings, "parallelism")
+    details: dict[str, tuple[int, tuple[str, ...]]] = {"CP": (settings.parallelism.cp_size, ("COMM_STRATEGY",))}
+    details["SP"] = (settings.parallelism.sp_size, ("SEQ_LENGTH", "SEQ_LENGTH_IS_VARIABLE", "ATTN_IMPLEMENTATION"))
+    for dimension, (size, names) in details.items():
+        for name in names if size == 1 else ():
+            added.pop(f"PARALLELISM_CONFIG_{dimension}_{name}", None)
+    if settings.parallelism.sp_size > 1:
+        added.setdefault("PARALLELISM_CONFIG_SP_SEQ_LENGTH", "None")
+    return added
+
+
+# Commands --------------------------------------------------------------------------------------------------------------
+
+
+def _worker(settings: LaunchSettings, unbuffered: bool) -> tuple[str, ...]:
+    """The command of one process."""
+    if settings.no_python:
+        return (settings.script, *settings.script_args)
+    # Several processes share one output: what a rank printed must not be lost in its buffer when it is killed.
+    options = ("-u",) if unbuffered and "-u" not in settings.python else ()
+    module = ("-m",) if settings.module else ()
+    return (*settings.python, *options, *module, settings.script, *settings.script_args)
+
+
+def _agent_arguments(settings: LaunchSettings) -> list[str]:
+    """Arguments of torch.distributed.run."""
+    port = DEFAULT_PORT if settings.main_process_port is None else settings.main_process_port
+    arguments = ["--nnodes", str(settings.machines), "--nproc_per_node", str(settings.processes_here)]
+    if settings.machines == 1:
+        arguments += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    else:
+        arguments += ["--node_rank", str(settings.machine_rank or 0), "--rdzv_backend", settings.rdzv_backend]
+        if settings.same_network and settings.rdzv_backend == "static":
+            arguments += ["--master_addr", str(settings.main_process_ip), "--master_port", str(port)]
+        else:
+            arguments += ["--rdzv_endpoint", f"{settings.main_process_ip}:{port}"]
+    for entry in entries(LaunchSettings):
+        if entry.dest in _AGENT_OPTIONS and (value := entry.get(settings)) != entry.option.default:
+            arguments += [f"--{entry.dest}", str(value)]
+    if settings.module:
+        arguments.append("--module")
+    if settings.no_python:
+        arguments.append("--no_python")
+    return [*arguments, settings.script, *settings.script_args]
+
+
+def _mpirun(settings: LaunchSettings) -> list[str]:
+    """Open MPI's spelling."""
+    each, total = str(settings.processes_here), str(settings.processes)
+    return [
+        "mpirun", "--hostfile", str(settings.mpirun.hostfile), "--npernode", each, "-n", total, "--bind-to", "socket"
+    ]  # fmt: skip
+
+
+def _deepspeed(settings: LaunchSettings) -> list[str]:
+    """DeepSpeed's own launcher, for several machines."""
+    options = settings.deepspeed
+    command = ["deepspeed", "--hostfile", str(options.deepspeed_hostfile), "--no_local_rank"]
+    command += ["--launcher", options.deepspeed_multinode_launcher or "pdsh"]
+    if options.deepspeed_exclusion_filter is not None:
+        command += ["--exclude", options.deepspeed_exclusion_filter]
+    elif options.deepspeed_inclusion_filter is not None:
+        command += ["--include", options.deepspeed_inclusion_filter]
+    else:
+        command += ["--num_gpus", str(settings.processes_here)]
+    if settings.main_process_ip is not None:
+        command += ["--master_addr", settings.main_process_ip]
+    command += ["--master_port", str(settings.main_process_port or DEFAULT_PORT)]
+    command += (["--module"] if settings.module else []) + (["--no_python"] if settings.no_python else [])
+    return [*command, settings.script, *settings.script_args]
+
+
+def _notes(settings: LaunchSettings) -> tuple[str, ...]:
+    notes = []
+    if settings.ipex or settings.use_xpu:
+        notes.append(
+            "--ipex and --use_xpu have no effect: Intel's extension has ended, and PyTorch itself has what it did."
+        )
+    return tuple(notes)

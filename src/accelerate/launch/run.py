@@ -1,0 +1,123 @@
+"""Carries a plan out: becomes the script, or starts ranks and looks after them. Ways to start are rows of a table.
+
+One process replaces this one. Several go through torch's elastic agent (`launch.ranks`), the only part that imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from ..settings import env
+from ..settings.launcher import LaunchSettings
+from ..settings.option import SettingsError
+from .machine import look, resolve
+from .plan import LaunchPlan, build
+
+_NOT_YET = {
+    "tpu": "TPUs",
+    "tpu-pod": "a pod of TPUs",
+    "sagemaker": "Amazon SageMaker",
+    "deepspeed": "several machines through DeepSpeed's own launcher",
+    "mpirun": "mpirun",
+}
+
+
+def launch(settings: LaunchSettings) -> int:
+    """Plans for this machine and starts.
+
+    Returns:
+        The exit code of a run of several processes; a single process takes this one's place instead.
+
+    Raises:
+        SettingsError: when the settings cannot be used here.
+    """
+    machine = look(settings)
+    resolved = resolve(settings, machine)
+    plan = build(resolved)
+    check_script(resolved)
+    for line in (*plan.notes, *_choices(settings, resolved)):
+        say(line, resolved.quiet)
+    return start(plan, resolved)
+
+
+def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    """Starts `plan`; see `launch`."""
+    if plan.starter not in _STARTERS:
+        raise SettingsError(f"this version of accelerate cannot start a run on {_NOT_YET[plan.starter]} yet.")
+    return _STARTERS[plan.starter](plan, settings)
+
+
+def say(line: str, quiet: bool = False) -> None:
+    """A line of the launcher's own, on stderr: stdout belongs to the script."""
+    if not quiet:
+        print(f"accelerate launch: {line}", file=sys.stderr, flush=True)
+
+
+def child_environment(plan: LaunchPlan) -> dict[str, str]:
+    """This process's environment with the plan's variables; those that yield do not replace what is there."""
+    here = env.snapshot()
+    return here | {
+        name: value for name, value in plan.environment.items() if name not in plan.yields or name not in here
+    }
+
+
+def check_script(settings: LaunchSettings) -> None:
+    """Looks whether there is something to run, before anything is started.
+
+    Raises:
+        SettingsError: when there is not.
+    """
+    if settings.module:
+        return  # python finds modules, or says why not
+    if settings.no_python:
+        _program(settings.script)
+    elif not os.path.exists(settings.script):
+        hint = "; to run a module, put -m before its name" if "." in settings.script[:-3] else ""
+        raise SettingsError(f"script {settings.script} does not exist (looked in {os.getcwd()}{hint}).")
+
+
+def _program(name: str) -> str:
+    import shutil
+
+    path = shutil.which(name)
+    if path is None:
+        raise SettingsError(f"program {name} does not exist, or may not be executed (--no_python runs it as it is).")
+    return path
+
+
+def _choices(asked: LaunchSettings, resolved: LaunchSettings) -> list[str]:
+    """What was chosen where nobody chose: one line, not one warning a value."""
+    if asked.num_processes is not None or asked.config_file is not None or asked.compute_environment != "LOCAL_MACHINE":
+        return []
+    count, kind = resolved.processes, "cpu" if resolved.on_cpu else resolved.device
+    return [
+        f"{count} process{'' if count == 1 else 'es'} on {'the CPU' if kind == 'cpu' else kind}, mixed precision "
+        f"{resolved.mixed_precision or 'no'} (--num_processes, --mixed_precision or `accelerate config` choose otherwise)"
+    ]
+
+
+def _in_place(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    """Becomes the script: its signals, its exit code and its last words are its own."""
+    environment = child_environment(plan)
+    program = _program(plan.command[0]) if settings.no_python else plan.command[0]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "nt":  # there, exec starts another process and leaves
+        import subprocess
+
+        return subprocess.run(plan.command, env=environment, check=False).returncode
+    try:
+        os.execve(program, plan.command, environment)
+    except OSError as error:
+        raise SettingsError(f"{program} cannot be started: {error.strerror}.") from None
+
+
+def _ranks(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    from .ranks import run
+
+    return run(plan, settings)
+
+
+_STARTERS: dict[str, Callable[[LaunchPlan, LaunchSettings], int]] = {"python": _in_place, "torch": _ranks}

@@ -1,0 +1,134 @@
+"""Local SGD: each process takes several optimizer steps on its own, then all average their parameters.
+
+In between no gradient is communicated. The average goes through few large buffers, not one collective a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from .runtime import collectives
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .accelerator import Accelerator
+
+# Bounds the memory that averaging takes beside the model.
+_BUFFER_BYTES = 256 * 2**20
+
+
+class LocalSGD:
+    """Context of a training loop whose processes average parameters now and then instead of gradients every step.
+
+    Gradient accumulation goes on as usual: a step counts when it has used its gradients. Buffers (the running statistics
+    of batch norm) are not averaged, nor is the optimizer's state. All processes must take the same number of steps.
+
+    Attributes:
+        num_steps: Optimizer steps taken so far.
+
+    Args:
+        accelerator: The accelerator that prepared the model.
+        model: The prepared model.
+        local_sgd_steps: Average after this many optimizer steps; and once more when the block ends.
+        enabled: False leaves training as it is without this context.
+
+    Raises:
+        NotImplementedError: when parameters or gradients are divided over the processes, or an engine of its own
+            communicates them (FSDP, DeepSpeed, Megatron-LM).
+        ValueError: when `local_sgd_steps` is not a positive integer.
+
+    Example:
+        ```python
+        with LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=8) as local_sgd:
+            for inputs, targets in loader:
+                with accelerator.accumulate(model):
+                    accelerator.backward(loss_function(model(inputs), targets))
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    local_sgd.step()
+        ```
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: torch.nn.Module, local_sgd_steps: int, enabled: bool = True
+    ) -> None:
+        if not isinstance(local_sgd_steps, int) or local_sgd_steps < 1:
+            raise ValueError(f"local_sgd_steps is a positive number of steps; it was given as {local_sgd_steps!r}.")
+        if enabled and not accelerator.strategy.supports_local_sgd:
+            raise NotImplementedError(
+                f"LocalSGD needs a whole copy of the model on every process, and {accelerator.distributed_type} does not "
+                "keep one that can be averaged: use plain data parallel training, or LocalSGD(..., enabled=False)."
+            )
+        self.accelerator = accelerator
+        self.model = model
+        self.local_sgd_steps = local_sgd_steps
+        self.enabled = enabled and accelerator.num_processes > 1
+        self.num_steps = 0
+        self.model_sync_obj: AbstractContextManager[None] | None = None
+        self._trained: set[int] = set()
+
+    def __enter__(self) -> Self:
+        if self.enabled:
+            self._trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+            self.model_sync_obj = self.accelerator.no_sync(self.model)
+            self.model_sync_obj.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.model_sync_obj is None:
+            return
+        try:
+            if kind is None:  # after an exception the peers may be anywhere: to average would be to wait for them
+                self._average()
+        finally:
+            self.model_sync_obj.__exit__(kind, error, traceback)
+            self.model_sync_obj = None
+
+    def step(self) -> None:
+        """To be called after each ``optimizer.step()``: averages the parameters when it is time to."""
+        if not self.accelerator.sync_gradients:  # accumulating: the optimizer has not moved
+            return
+        self.num_steps += 1
+        if self.enabled and self.num_steps % self.local_sgd_steps == 0:
+            self._average()
+
+    def _average(self) -> None:
+        with torch.no_grad():
+            for parameters in _buffers_of(self._trained_parameters()):
+                flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+                flat = collectives.reduce(flat, "mean")
+                parts = flat.split([parameter.numel() for parameter in parameters])
+                for parameter, part in zip(parameters, parts, strict=True):
+                    parameter.copy_(part.view_as(parameter))
+
+    def _trained_parameters(self) -> Iterator[torch.nn.Parameter]:
+        # One that was frozen on the way has moved apart like the others.
+        return (p for p in self.model.parameters() if p.requires_grad or id(p) in self._trained)
+
+
+def _buffers_of(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Groups parameters of one dtype and device whose values fit into one buffer. Quantized ones do not train."""
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.nn.Parameter]] = {}
+    filled: dict[tuple[torch.dtype, torch.device], int] = {}
+    for parameter in parameters:
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            continue
+        key = (parameter.dtype, parameter.device)
+        size = parameter.numel() * parameter.element_size()
+        if key in groups and filled[key] + size > _BUFFER_BYTES:
+            yield groups.pop(key)
+            filled[key] = 0
+        groups.setdefault(key, []).append(parameter)
+        filled[key] = filled.get(key, 0) + size
+    yield from groups.values()

@@ -1,0 +1,144 @@
+"""`AcceleratedOptimizer`: a torch optimizer that steps only when gradients are synchronised.
+
+It is a torch ``Optimizer`` for whoever asks (schedulers do), and hands everything on to the one it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .runtime.pytree import send_to_device
+from .state import AcceleratorState, GradientState
+
+
+class AcceleratedOptimizer(torch.optim.Optimizer):
+    """Wraps an optimizer so that `step` and `zero_grad` do nothing while gradients are being accumulated.
+
+    Args:
+        optimizer: The optimizer to wrap.
+        device_placement: Move the optimizer's state to the run's device.
+        scaler: The gradient scaler of an fp16 run; a step whose gradients overflowed is skipped.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device_placement: bool = True,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        # No super().__init__(): state, groups and defaults are the wrapped optimizer's.
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.accelerator_state = AcceleratorState()
+        self.gradient_state = GradientState()
+        self.device_placement = device_placement
+        self._skipped = False
+        self._stepped = False
+        if scaler is not None:
+            # The scaler decides inside its own step whether to call ours: this is how we learn of it.
+            optimizer.register_step_post_hook(self._note_step)
+        if device_placement and optimizer.state:
+            device = self.accelerator_state.device
+            for param, values in optimizer.state.items():
+                target = param.device if isinstance(param, torch.Tensor) else device
+                optimizer.state[param] = {
+                    # Scalar step counters stay where the optimizer wants them: on the CPU unless it is capturable.
+                    key: value if key == "step" else send_to_device(value, target)
+                    for key, value in values.items()
+                }
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]  # an attribute of the base, a view of the wrapped one here
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See ``torch.optim.Optimizer.add_param_group``."""
+        self.optimizer.add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``torch.optim.Optimizer.load_state_dict``."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``torch.optim.Optimizer.state_dict``."""
+        return self.optimizer.state_dict()
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Clears gradients, if this step synchronises them; those being accumulated stay.
+
+        Args:
+            set_to_none: As in torch; None takes the wrapped optimizer's default.
+        """
+        if not self.gradient_state.sync_gradients:
+            return
+        if set_to_none is None:
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Steps, if this step synchronises gradients. Returns what the wrapped optimizer's step does."""
+        if not self.gradient_state.sync_gradients:
+            return None
+        if self.scaler is None:
+            return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        self._stepped = False
+        result = self.scaler.step(self.optimizer) if closure is None else self.scaler.step(self.optimizer, closure)
+        self.scaler.update()
+        self._skipped = not self._stepped
+        return result
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step was left out because fp16 gradients overflowed."""
+        return self._skipped
+
+    def train(self) -> None:
+        """Training mode, for optimizers that have one (schedule-free ones do)."""
+        if callable(mode := getattr(self.optimizer, "train", None)):
+            mode()
+
+    def eval(self) -> None:
+        """Evaluation mode, for optimizers that have one."""
+        if callable(mode := getattr(self.optimizer, "eval", None)):
+            mode()
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """Every parameter of every group."""
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "device_placement": self.device_placement, "scaler": self.scaler}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # takes up the shared states of the process it lands in

@@ -1,0 +1,47 @@
+"""Autocast and gradient scaler as plain functions, for loops that use `AcceleratorState` without an `Accelerator`."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..runtime import world
+from ..settings.enums import DistributedType
+from ..state import AcceleratorState
+from .amp import choose
+
+if TYPE_CHECKING:
+    from ..settings.handlers import AutocastKwargs
+
+# Kinds of run whose gradients lie in pieces on the ranks: a scaler has to agree with the others on an overflow.
+_SCALERS = {DistributedType.FSDP: "torch.distributed.fsdp.sharded_grad_scaler:ShardedGradScaler"}
+
+
+def get_mixed_precision_context_manager(
+    native_amp: bool = False, autocast_kwargs: AutocastKwargs | None = None
+) -> AbstractContextManager[Any]:
+    """A context that computes in the run's mixed precision.
+
+    Args:
+        native_amp: False gives a context that does nothing.
+        autocast_kwargs: Arguments for `torch.autocast`.
+    """
+    if not native_amp:
+        return nullcontext()
+    state = AcceleratorState()
+    return choose(state.mixed_precision, state.device, autocast_kwargs).autocast()
+
+
+def get_grad_scaler(distributed_type: DistributedType | None = None, **kwargs: Any) -> torch.amp.GradScaler:
+    """A gradient scaler for this process's device.
+
+    Args:
+        distributed_type: How the run is distributed; under FSDP the ranks' scalers agree on overflows.
+        **kwargs: Arguments for `torch.amp.GradScaler`.
+    """
+    module, _, name = _SCALERS.get(distributed_type or DistributedType.NO, "torch.amp:GradScaler").partition(":")
+    kind: type[torch.amp.GradScaler] = getattr(importlib.import_module(module), name)
+    return kind(device=world.current().device.type, **kwargs)

@@ -1,0 +1,1 @@
+"""This process and its peers: devices, the process group, collectives, random states, memory."""

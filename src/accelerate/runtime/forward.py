@@ -1,0 +1,103 @@
+"""Wraps and unwraps a module's forward, and the containers around a module: the only place that does.
+
+A wrapper is an object, not a closure: a copy of the module then carries a wrapper around its own forward, where a
+closure would still call the original's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ForwardWrapper:
+    """Base of what `wrap_forward` puts in place of ``module.forward``: calls the wrapped forward.
+
+    Attributes:
+        __wrapped__: The forward underneath; `inspect.signature` follows it.
+    """
+
+    __wrapped__: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+
+def wrap_forward(module: nn.Module, wrapper: ForwardWrapper) -> None:
+    """Puts `wrapper` in place of the module's forward; the first forward is kept as ``_original_forward``."""
+    forward = module.forward
+    functools.update_wrapper(wrapper, forward)  # sets __wrapped__ too
+    if "_original_forward" not in module.__dict__:
+        module._original_forward = forward  # type: ignore[assignment]  # a method, not a submodule
+    module.forward = wrapper  # type: ignore[assignment]
+
+
+def unwrap_forward(module: nn.Module) -> None:
+    """Takes off every wrapper that `wrap_forward` put around the module's forward, and no other."""
+    forward = module.__dict__.get("forward")
+    while isinstance(forward, ForwardWrapper):
+        forward = forward.__wrapped__
+    if "_original_forward" not in module.__dict__:
+        return
+    del module.__dict__["_original_forward"]
+    # The class's own forward needs no entry on the instance; anything else was there before us.
+    if getattr(forward, "__func__", None) is type(module).forward:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = forward  # type: ignore[assignment]
+
+
+def is_compiled_module(module: object) -> bool:
+    """Whether `module` is what ``torch.compile(module)`` returned."""
+    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule) if _dynamo_is_loaded() else False
+
+
+def _dynamo_is_loaded() -> bool:
+    # Nothing can be compiled before dynamo is imported, and importing it costs a second.
+    import sys
+
+    return "torch._dynamo.eval_frame" in sys.modules
+
+
+def extract_model_from_parallel(
+    model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
+) -> Any:
+    """The module inside the containers that a strategy put around it.
+
+    Args:
+        model: A module, perhaps in ``DistributedDataParallel``, ``DataParallel``, compiled, or several of these.
+        keep_fp32_wrapper: Leave the mixed-precision wrapper on the forward; False takes it off.
+        keep_torch_compile: Give a compiled module back compiled; False gives the plain module.
+        recursive: Unwrap submodules too.
+    """
+    compiled = model if is_compiled_module(model) else None
+    inner = compiled._orig_mod if compiled is not None else model
+    inner = _without_containers(inner)
+    if recursive:
+        _unwrap_children(inner)
+    if not keep_fp32_wrapper and isinstance(inner, nn.Module):
+        unwrap_forward(inner)
+    if compiled is not None and keep_torch_compile:
+        compiled._orig_mod = inner
+        return compiled
+    return inner
+
+
+def _without_containers(module: Any) -> Any:
+    while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        module = module.module
+        if is_compiled_module(module):
+            module = module._orig_mod
+    return module
+
+
+def _unwrap_children(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        plain = _without_containers(child)
+        if plain is not child:
+            setattr(module, name, plain)
+        _unwrap_children(plain)

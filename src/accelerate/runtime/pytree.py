@@ -1,0 +1,551 @@
+"""Trees of tensors: lists, tuples, named tuples and mappings, nested, with tensors (and anything else) as leaves.
+
+Pure functions of one process: apply, move, slice, concatenate, describe, convert. A result has the containers of its
+input, built anew; what is neither a container nor a tensor passes through untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass
+class TensorInformation:
+    """What one needs to know of a tensor to allocate another like it.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+# What is it? --------------------------------------------------------------------------------------------------------
+
+
+def is_torch_tensor(tensor: Any) -> bool:
+    """Whether `tensor` is a `torch.Tensor`."""
+    return isinstance(tensor, torch.Tensor)
+
+
+def is_torch_xpu_tensor(tensor: Any) -> bool:
+    """Whether `tensor` is a `torch.Tensor` in the memory of an Intel GPU."""
+    return isinstance(tensor, torch.Tensor) and tensor.device.type == "xpu"
+
+
+def is_tensor_information(tensor_info: Any) -> bool:
+    """Whether `tensor_info` is a `TensorInformation`."""
+    return isinstance(tensor_info, TensorInformation)
+
+
+def is_namedtuple(data: Any) -> bool:
+    """Whether `data` is an instance of a named tuple: a tuple whose class has ``_fields`` and ``_asdict``."""
+    return (
+        isinstance(data, tuple)
+        and hasattr(data, "_asdict")
+        and hasattr(data, "_fields")
+    )
+
+
+# Building containers ------------------------------------------------------------------------------------------------
+
+
+def honor_type(obj: Any, generator: Iterable[Any]) -> Any:
+    """A list or tuple of the same class as `obj`, with the items of `generator`.
+
+    Args:
+        obj: A list, a tuple, or an instance of a subclass of these; named tuples keep their class.
+        generator: The new items, as many as a named tuple has fields.
+    """
+    kind = type(obj)
+    if kind is list or kind is tuple:
+        return kind(generator)
+    return kind(*generator) if is_namedtuple(obj) else kind(generator)
+
+
+def _like_mapping(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    kind = type(data)
+    if kind is dict:
+        return items
+    if isinstance(data, defaultdict):
+        return kind(data.default_factory, items)  # type: ignore[call-arg]  # Mapping's own __init__ takes nothing
+    try:
+        return kind(items)  # type: ignore[call-arg]
+    except TypeError as error:
+        raise TypeError(
+            f"a {kind.__name__} cannot be rebuilt with new values: {error}. Its class needs a constructor that takes a "
+            "mapping; else pass a plain dict."
+        ) from error
+
+
+# Applying a function ------------------------------------------------------------------------------------------------
+
+
+class _ForeignLeafError(Exception):
+    """A leaf that the test refuses; carries the leaf up to where the whole tree is known."""
+
+    def __init__(self, leaf: Any) -> None:
+        super().__init__()
+        self.leaf = leaf
+
+
+def recursively_apply(
+    func: Callable[..., Any],
+    data: Any,
+    *args: Any,
+    test_type: Callable[[Any], bool] = is_torch_tensor,
+    error_on_other_type: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Applies `func` to every leaf of `data` that passes `test_type`.
+
+    Args:
+        func: Called as ``func(leaf, *args, **kwargs)``.
+        data: A leaf, or lists, tuples and mappings of leaves, nested as one likes.
+        *args: Passed on to `func`.
+        test_type: Says of a leaf whether `func` is for it.
+        error_on_other_type: Refuse a leaf that `test_type` does not know, instead of keeping it.
+        **kwargs: Passed on to `func`.
+
+    Returns:
+        The same containers with ``func``'s results in the place of the leaves.
+
+    Raises:
+        TypeError: for such a leaf, saying where in `data` it is.
+
+    Example:
+        ```python
+        recursively_apply(lambda t: t + 1, {"a": torch.ones(2), "b": [torch.zeros(1), "text"]})
+        ```
+    """
+    try:
+        return _apply(func, data, args, kwargs, test_type, error_on_other_type)
+    except _ForeignLeafError as found:
+        name = getattr(func, "__name__", type(func).__name__)
+        raise TypeError(
+            _refusal(
+                name, data, found.leaf, getattr(test_type, "__name__", "test_type")
+            )
+        ) from None
+
+
+def map_tensors(operation: str, func: Callable[..., Any], data: Any, *args: Any) -> Any:
+    """`recursively_apply` for an operation on tensors only; `operation` is what an error calls it.
+
+    Raises:
+        TypeError: when a leaf is not a tensor.
+    """
+    if isinstance(data, torch.Tensor):
+        return func(data, *args)
+    try:
+        return _apply(func, data, args, {}, is_torch_tensor, True)
+    except _ForeignLeafError as found:
+        raise TypeError(
+            _refusal(operation, data, found.leaf, "is_torch_tensor")
+        ) from None
+
+
+def _apply(
+    func: Callable[..., Any],
+    data: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    test_type: Callable[[Any], bool],
+    strict: bool,
+) -> Any:
+    if isinstance(data, (list, tuple)):
+        return honor_type(
+            data, [_apply(func, item, args, kwargs, test_type, strict) for item in data]
+        )
+    if isinstance(data, Mapping):
+        items = {
+            key: _apply(func, value, args, kwargs, test_type, strict)
+            for key, value in data.items()
+        }
+        return _like_mapping(data, items)
+    if test_type(data):
+        return func(data, *args, **kwargs)
+    if strict:
+        raise _ForeignLeafError(data)
+    return data
+
+
+def _refusal(operation: str, data: Any, leaf: Any, test: str) -> str:
+    wanted = "a tensor" if test == "is_torch_tensor" else f"what `{test}` accepts"
+    where = _path_to(leaf, data)
+    return (
+        f"{operation} was given a {type(leaf).__name__} ({_shortened(leaf)}){f' at {where}' if where else ''}; it takes "
+        f"{wanted}, or lists, tuples and mappings of these. For other objects there are gather_object and "
+        "broadcast_object_list."
+    )
+
+
+def _shortened(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _path_to(leaf: Any, data: Any) -> str | None:
+    """Where in `data` the object `leaf` is, written as one would index it (``["a"][0]``)."""
+    if data is leaf:
+        return ""
+    if isinstance(data, Mapping):
+        children: Iterable[tuple[Any, Any]] = data.items()
+    elif isinstance(data, (list, tuple)):
+        children = enumerate(data)
+    else:
+        return None
+    for key, child in children:
+        rest = _path_to(leaf, child)
+        if rest is not None:
+            return f"[{key!r}]{rest}"
+    return None
+
+
+def leaves(data: Any) -> list[torch.Tensor]:
+    """The tensors of a tree, in order."""
+    found: list[torch.Tensor] = []
+    _collect(data, found)
+    return found
+
+
+def _collect(data: Any, found: list[torch.Tensor]) -> None:
+    if isinstance(data, torch.Tensor):
+        found.append(data)
+    elif isinstance(data, (list, tuple)):
+        for item in data:
+            _collect(item, found)
+    elif isinstance(data, Mapping):
+        for item in data.values():
+            _collect(item, found)
+
+
+# Moving -------------------------------------------------------------------------------------------------------------
+
+
+def send_to_device(
+    tensor: Any,
+    device: torch.device | str | int,
+    non_blocking: bool = False,
+    skip_keys: str | Sequence[str] | None = None,
+) -> Any:
+    """Moves every tensor of a tree, and every object with a ``to`` method of its own, to a device.
+
+    Args:
+        tensor: A tensor, an object with ``to`` (a module, a transformers ``BatchEncoding``, a ``PackedSequence`` …), or
+            lists, tuples and mappings of these. Other objects stay as they are.
+        device: Where to.
+        non_blocking: Let the copy run beside the CPU where the memory allows it (pinned memory to an accelerator).
+            Passed on to those ``to`` methods that take it.
+        skip_keys: Key or keys of mappings, at any depth, whose values stay where they are.
+
+    Returns:
+        The same containers holding the moved tensors. A tensor that is on the device already is the same object.
+
+    Example:
+        ```python
+        batch = send_to_device({"ids": ids, "labels": labels, "id": "a7"}, "cuda", non_blocking=True)
+        ```
+    """
+    if isinstance(device, str):
+        device = torch.device(device)
+    if skip_keys is not None:
+        skip_keys = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys)
+    return _send(tensor, device, non_blocking, skip_keys)
+
+
+def _send(
+    data: Any,
+    device: torch.device | int,
+    non_blocking: bool,
+    skip: tuple[str, ...] | None,
+) -> Any:
+    # Exact classes first: they are nearly all there is, and a check by identity costs least.
+    kind = type(data)
+    if kind is torch.Tensor:
+        return (
+            data
+            if data.device == device
+            else data.to(device, non_blocking=non_blocking)
+        )
+    if kind is dict:
+        if skip is None:
+            return {
+                key: _send(value, device, non_blocking, None)
+                for key, value in data.items()
+            }
+        return {
+            k: v if k in skip else _send(v, device, non_blocking, skip)
+            for k, v in data.items()
+        }
+    if kind is list or kind is tuple:
+        return kind([_send(item, device, non_blocking, skip) for item in data])
+    is_mapping = isinstance(data, Mapping)
+    # With a key to skip in it, a mapping is walked even if it could move itself: `to` would move all of it.
+    skips_here = is_mapping and skip is not None and any(key in data for key in skip)
+    if not skips_here and not isinstance(data, type) and hasattr(data, "to"):
+        takes_it = _to_takes_non_blocking(kind)
+        return (
+            data.to(device, non_blocking=non_blocking) if takes_it else data.to(device)
+        )
+    if is_mapping:
+        items = {
+            k: v if skip and k in skip else _send(v, device, non_blocking, skip)
+            for k, v in data.items()
+        }
+        return _like_mapping(data, items)
+    if isinstance(data, (list, tuple)):
+        return honor_type(
+            data, [_send(item, device, non_blocking, skip) for item in data]
+        )
+    return data
+
+
+# Per class, since asking for a signature costs more than a small copy.
+_TAKES_NON_BLOCKING: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _to_takes_non_blocking(kind: type) -> bool:
+    known = _TAKES_NON_BLOCKING.get(kind)
+    if known is None:
+        known = _TAKES_NON_BLOCKING[kind] = _declares_non_blocking(kind)
+    return known
+
+
+def _declares_non_blocking(kind: type) -> bool:
+    method = getattr(kind, "to", None)
+    if (
+        method is None
+    ):  # given to the instance, or answered by __getattr__: the plain call is the safe one
+        return False
+    if issubclass(kind, (torch.Tensor, torch.nn.Module)):
+        return True
+    try:
+        parameters = inspect.signature(method).parameters
+    except ValueError:  # a method written in C that does not say what it takes
+        return False
+    return "non_blocking" in parameters or any(
+        p.kind is p.VAR_KEYWORD for p in parameters.values()
+    )
+
+
+def find_device(data: Any) -> torch.device | None:
+    """The device of the first tensor in a tree, or None when there is none."""
+    found = _first(data, is_torch_tensor)
+    return None if found is None else found.device
+
+
+def _first(data: Any, test: Callable[[Any], bool]) -> torch.Tensor | None:
+    if isinstance(data, Mapping):
+        children: Iterable[Any] = data.values()
+    elif isinstance(data, (list, tuple)):
+        children = data
+    else:
+        return data if test(data) else None
+    for child in children:
+        found = _first(child, test)
+        if found is not None:
+            return found
+    return None
+
+
+# Sizes, slices ------------------------------------------------------------------------------------------------------
+
+
+def find_batch_size(data: Any) -> int:
+    """The size of dimension 0 of the first tensor in a tree that has a dimension.
+
+    Raises:
+        ValueError: when `data` is an empty container.
+        TypeError: when there is no such tensor in it.
+    """
+    found = _first(data, _has_dimension)
+    if found is not None:
+        return int(found.shape[0])
+    if isinstance(data, (list, tuple, Mapping)) and not data:
+        raise ValueError(f"an empty {type(data).__name__} has no batch size.")
+    raise TypeError(
+        f"no batch size in a {type(data).__name__} ({_shortened(data)}): expected a tensor with at least one dimension, "
+        "or lists, tuples and mappings that hold one."
+    )
+
+
+def ignorant_find_batch_size(data: Any) -> int | None:
+    """`find_batch_size`, or None where that finds none."""
+    found = _first(data, _has_dimension)
+    return None if found is None else int(found.shape[0])
+
+
+def _has_dimension(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+
+
+def slice_tensors(
+    data: Any,
+    tensor_slice: Any,
+    process_index: int | None = None,
+    num_processes: int | None = None,
+) -> Any:
+    """Takes ``tensor[tensor_slice]`` of every tensor in a tree.
+
+    Args:
+        data: A tensor, or lists, tuples and mappings of tensors. Other leaves stay whole.
+        tensor_slice: Anything that indexes a tensor, usually a `slice` of dimension 0.
+        process_index: Not used; taken because callers written for the documented interface pass it.
+        num_processes: Not used, likewise.
+    """
+    return _apply(_index, data, (tensor_slice,), {}, is_torch_tensor, False)
+
+
+def _index(tensor: torch.Tensor, tensor_slice: Any) -> torch.Tensor:
+    return tensor[tensor_slice]
+
+
+def concatenate(data: Sequence[Any], dim: int = 0) -> Any:
+    """Joins several trees of one structure: every tensor with its counterparts along `dim`.
+
+    Args:
+        data: At least one tree; all have the same containers, lengths and keys.
+        dim: The dimension that grows.
+
+    Returns:
+        One tree of that structure.
+
+    Raises:
+        ValueError: when `data` is empty, or lengths or keys differ.
+        TypeError: when a leaf is not a tensor.
+
+    Example:
+        ```python
+        concatenate([{"a": torch.ones(1, 2)}, {"a": torch.zeros(2, 2)}])["a"].shape  # (3, 2)
+        ```
+    """
+    if len(data) == 0:
+        raise ValueError(
+            "concatenate needs at least one tree of tensors, and was given none."
+        )
+    first = data[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(data), dim=dim)
+    if isinstance(first, (list, tuple)):
+        lengths = [len(tree) for tree in data]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"concatenate joins trees of one structure, but these have lengths {lengths}."
+            )
+        return honor_type(
+            first,
+            [concatenate([tree[i] for tree in data], dim) for i in range(len(first))],
+        )
+    if isinstance(first, Mapping):
+        for tree in data:
+            if tree.keys() != first.keys():
+                raise ValueError(
+                    f"concatenate joins trees of one structure, but keys are {list(first)} and {list(tree)}."
+                )
+        return _like_mapping(
+            first,
+            {key: concatenate([tree[key] for tree in data], dim) for key in first},
+        )
+    raise TypeError(
+        f"concatenate was given a {type(first).__name__} ({_shortened(first)}); it takes tensors, or lists, tuples and "
+        "mappings of tensors."
+    )
+
+
+# Descriptions -------------------------------------------------------------------------------------------------------
+
+
+def get_data_structure(data: Any) -> Any:
+    """The tree with a `TensorInformation` in the place of every tensor."""
+    return _apply(_describe, data, (), {}, is_torch_tensor, False)
+
+
+def _describe(tensor: torch.Tensor) -> TensorInformation:
+    return TensorInformation(shape=tensor.shape, dtype=tensor.dtype)
+
+
+def initialize_tensors(data_structure: Any) -> Any:
+    """The tree with an empty CPU tensor, of that shape and dtype, in the place of every `TensorInformation`."""
+    return _apply(_allocate, data_structure, (), {}, is_tensor_information, False)
+
+
+def _allocate(information: TensorInformation) -> torch.Tensor:
+    return torch.empty(information.shape, dtype=information.dtype)
+
+
+def get_shape(data: Any) -> Any:
+    """The tree with its shape, as a list, in the place of every tensor."""
+    return _apply(_shape, data, (), {}, is_torch_tensor, False)
+
+
+def _shape(tensor: torch.Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def listify(data: Any) -> Any:
+    """The tree with nested lists of Python numbers in the place of its tensors; a scalar tensor becomes a number."""
+    return _apply(torch.Tensor.tolist, data, (), {}, is_torch_tensor, False)
+
+
+# Precision ----------------------------------------------------------------------------------------------------------
+
+
+def convert_to_fp32(tensor: Any) -> Any:
+    """Converts every float16 and bfloat16 tensor of a tree to float32; everything else stays as it is."""
+    if type(tensor) is torch.Tensor:
+        return tensor.float() if tensor.dtype in _HALVES else tensor
+    return _apply(torch.Tensor.float, tensor, (), {}, _is_half, False)
+
+
+def _is_half(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dtype in _HALVES
+
+
+class ConvertOutputsToFp32:
+    """A function whose results are converted by `convert_to_fp32`. Can be pickled if the function can.
+
+    Args:
+        model_forward: The function; kept as ``model_forward`` and ``__wrapped__``.
+    """
+
+    def __init__(self, model_forward: Callable[..., Any]) -> None:
+        self.model_forward = model_forward
+        functools.update_wrapper(self, model_forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return convert_to_fp32(self.model_forward(*args, **kwargs))
+
+
+def convert_outputs_to_fp32(model_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function like `model_forward` whose half-precision results come out as float32.
+
+    Args:
+        model_forward: Any function; the result has it as ``__wrapped__``.
+
+    Example:
+        ```python
+        @convert_outputs_to_fp32
+        def scores(x):
+            return x.bfloat16()  # arrives as float32
+        ```
+    """
+    converted = ConvertOutputsToFp32(model_forward)
+
+    @functools.wraps(model_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return converted(*args, **kwargs)
+
+    return forward

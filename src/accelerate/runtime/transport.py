@@ -1,0 +1,164 @@
+"""What carries tensors and objects between ranks: nobody, torch.distributed, or XLA.
+
+`World` holds one `Collectives`; everything above calls its methods and never asks which kind it is. The base class is
+the single process: each method gives back what came in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_T = TypeVar("_T")
+
+# What communication libraries carry as it is; tensors of other dtypes (bool, int16, float8 …) travel as bytes.
+_ON_THE_WIRE = frozenset(
+    {
+        torch.uint8,
+        torch.int8,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    }
+)
+
+
+class Collectives:
+    """One process on its own.
+
+    Attributes:
+        rank: This process's rank in the group.
+        size: Number of ranks in the group.
+        device: Where tensors must lie to be communicated.
+        group: The torch process group, or None for the default one (or for no group at all).
+    """
+
+    group: ProcessGroup | None = None
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1) -> None:
+        self.device = device
+        self.rank = rank
+        self.size = size
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors, of equal shape, concatenated along dimension 0; scalars become a vector of `size`."""
+        return tensor.reshape(1) if tensor.ndim == 0 else tensor
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """`tensor`, in place: the ``sum``, ``max`` or ``min`` over the ranks."""
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """`tensor`, in place: what rank `src` holds. Shape and dtype must agree."""
+        return tensor
+
+    def all_gather_object(self, obj: _T) -> list[_T]:
+        """Every rank's object, in rank order. Objects are pickled: between the ranks of one run only."""
+        return [obj]
+
+    def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
+        """`objects`, in place: what rank `src` holds."""
+        return objects
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+
+
+class TorchCollectives(Collectives):
+    """Ranks of a torch.distributed process group."""
+
+    _OPS: ClassVar = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+    def __init__(self, device: torch.device, group: ProcessGroup | None = None) -> None:
+        super().__init__(device, dist.get_rank(group), dist.get_world_size(group))
+        self.group = group
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()
+        if tensor.ndim == 0:
+            tensor = tensor.reshape(1)
+        elif not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        if tensor.dtype not in _ON_THE_WIRE:
+            return self.all_gather(tensor.view(torch.uint8)).view(tensor.dtype)
+        out = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        dist.all_gather_into_tensor(out, tensor, group=self.group)
+        return out
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        dist.all_reduce(tensor, self._OPS[op], group=self.group)
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        wire = tensor
+        if tensor.dtype not in _ON_THE_WIRE and tensor.is_contiguous():
+            wire = tensor.reshape(-1).view(torch.uint8)  # shares the memory; a scalar has no dimension to widen
+        dist.broadcast(wire, self._global_rank(src), group=self.group)
+        return tensor
+
+    def all_gather_object(self, obj: _T) -> list[_T]:
+        objects: list[Any] = [None] * self.size
+        dist.all_gather_object(objects, obj, group=self.group)
+        return objects
+
+    def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
+        dist.broadcast_object_list(objects, self._global_rank(src), group=self.group, device=self.device)
+        return objects
+
+    def barrier(self) -> None:
+        device_ids = [self.device.index] if self.device.type == "cuda" and self.device.index is not None else None
+        dist.barrier(group=self.group, device_ids=device_ids)
+
+    def _global_rank(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+class XlaCollectives(Collectives):
+    """Ranks of a torch_xla run; written against torch_xla 2.9, where one process drives one device or SPMD all."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch_xla.runtime as xr
+
+        super().__init__(device, xr.global_ordinal(), xr.world_size())
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch_xla.core.xla_model as xm
+
+        return xm.all_gather(super().all_gather(tensor).contiguous())
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        import torch_xla.core.xla_model as xm
+
+        xm.all_reduce(op, [tensor])
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        import torch_xla.core.xla_model as xm
+
+        xm.collective_broadcast([tensor], root_ordinal=src)
+        return tensor
+
+    def all_gather_object(self, obj: _T) -> list[_T]:
+        import torch_xla.core.xla_model as xm
+
+        result: list[_T] = xm.mesh_reduce("accelerate.all_gather_object", obj, list)
+        return result
+
+    def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
+        objects[:] = self.all_gather_object(list(objects))[src]
+        return objects
+
+    def barrier(self) -> None:
+        import torch_xla.core.xla_model as xm
+
+        xm.rendezvous("accelerate.barrier")

@@ -1,0 +1,259 @@
+"""This process and its peers: who they are, how they are reached, how one joins and leaves.
+
+`join` takes up a process group that is already initialised, else the one that torchrun's, MPI's or SLURM's variables
+describe, else this process is alone. There is one World a process; `current()` gives it, joining on first use.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ..settings import env
+from ..settings.enums import DistributedType
+from . import devices, rendezvous
+from .rendezvous import Placement
+from .transport import Collectives, TorchCollectives, XlaCollectives
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class DataRanks:
+    """Who reads which part of the data.
+
+    Attributes:
+        index: The part this process reads.
+        count: How many parts there are. Ranks that hold parts of one model share an index.
+        group: The torch process group over the parts, or None for all ranks.
+    """
+
+    index: int
+    count: int
+    group: ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """What this process knows of its run.
+
+    Attributes:
+        rank: 0 to ``size - 1``, over all machines.
+        size: Number of processes, over all machines.
+        local_rank: 0 to ``local_size - 1``, on this machine.
+        local_size: Number of processes on this machine.
+        device: The device this process computes on.
+        backend: torch.distributed's name of the communication library, or None for a process on its own.
+        collectives: What carries tensors between the ranks.
+        kind: How the run is distributed, before a strategy refines it.
+        debug: Check shapes on all ranks before each collective.
+        fork_launched: Whether `notebook_launcher` forked this process.
+        owns_group: Whether this module initialised the process group, and so destroys it.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    backend: str | None
+    collectives: Collectives
+    kind: DistributedType
+    debug: bool = False
+    fork_launched: bool = False
+    owns_group: bool = False
+
+
+_current: World | None = None
+
+
+def current() -> World:
+    """This process's World; joins with default settings when nobody has."""
+    return _current if _current is not None else join()
+
+
+def is_joined() -> bool:
+    """Whether `join` has been called (and not forgotten) in this process."""
+    return _current is not None
+
+
+def set_current(world: World) -> World:
+    """Replaces the record, for a strategy that refines it."""
+    global _current
+    _current = world
+    return world
+
+
+def set_device(device: torch.device) -> World:
+    """Records another device for this process and makes it torch's current one."""
+    world = current()
+    devices.kind_of(device).set_device(device)
+    world.collectives.device = device
+    return set_current(replace(world, device=device))
+
+
+def forget() -> None:
+    """Drops the record and keeps the process group: the next `join` takes it up again."""
+    global _current
+    _current = None
+
+
+def join(
+    *,
+    cpu: bool = False,
+    backend: str | None = None,
+    init_method: str | None = None,
+    timeout: datetime.timedelta | None = None,
+) -> World:
+    """Joins the run that the environment describes and records it.
+
+    Args:
+        cpu: Compute on the CPU even where an accelerator is at hand.
+        backend: Communication library; None takes the device table's. A backend for another kind of device than the
+            one in use (``nccl`` on a CPU) is replaced by the table's.
+        init_method: Address of the rendezvous (``tcp://…``, ``file://…``); None reads the variables.
+        timeout: How long peers may keep this process waiting: on joining, and in each collective.
+
+    Raises:
+        ValueError: when the variables contradict each other.
+        RuntimeError: when peers or the main process do not answer within the timeout.
+    """
+    cpu = cpu or env.flag("ACCELERATE_USE_CPU")
+    kind = devices.DEVICES["cpu"] if cpu else devices.default_kind()
+    common: dict[str, Any] = {
+        "debug": env.flag("ACCELERATE_DEBUG_MODE"),
+        "fork_launched": env.flag("FORK_LAUNCHED"),
+    }
+    if kind.name == "xla":
+        return set_current(_xla_world(common))
+    if dist.is_available() and dist.is_initialized():
+        place = rendezvous.of_group(dist.get_rank(), dist.get_world_size())
+    else:
+        place = rendezvous.from_environment()
+    if place is None:
+        device = _lone_device(kind)
+        kind.set_device(device)
+        return set_current(World(0, 1, 0, 1, device, None, Collectives(device), DistributedType.NO, **common))
+    if not kind.backends:  # several processes cannot share one such device (mps)
+        kind = devices.DEVICES["cpu"]
+    device = kind.device(place.local_rank)
+    kind.set_device(device)
+    owns_group = not dist.is_initialized()
+    if owns_group:
+        _initialise(place, _backend_for(kind, backend), init_method, timeout, device)
+    rendezvous.record_errors()
+    return set_current(
+        World(
+            place.rank,
+            place.size,
+            place.local_rank,
+            place.local_size,
+            device,
+            dist.get_backend(),
+            TorchCollectives(device),
+            kind.distributed_type,
+            owns_group=owns_group,
+            **common,
+        )
+    )
+
+
+def leave(group: ProcessGroup | None = None) -> None:
+    """Leaves the process group this process is in (or the one given); does nothing when there is none.
+
+    Leaving the default group forgets the World as well.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group(group)
+    if group is None:
+        forget()
+
+
+def _lone_device(kind: devices.DeviceKind) -> torch.device:
+    wanted = env.get("ACCELERATE_TORCH_DEVICE")
+    if wanted is not None and kind.name != "cpu":
+        return torch.device(wanted)
+    # A lone process does not insist on device 0: "cuda" means the one torch has selected.
+    return torch.device(kind.name)
+
+
+def _xla_world(common: dict[str, Any]) -> World:
+    import torch_xla
+    import torch_xla.runtime as xr
+
+    device = torch_xla.device()
+    collectives = XlaCollectives(device)
+    return World(
+        collectives.rank,
+        collectives.size,
+        xr.local_ordinal(),
+        xr.local_process_count(),
+        device,
+        "xla",
+        collectives,
+        DistributedType.XLA,
+        **common,
+    )
+
+
+def _backend_for(kind: devices.DeviceKind, wanted: str | None) -> str:
+    if wanted is None or (wanted not in kind.backends and wanted in _backends_of_others(kind)):
+        return next((name for name in kind.backends if dist.is_backend_available(name)), kind.backends[0])
+    return wanted
+
+
+def _backends_of_others(kind: devices.DeviceKind) -> set[str]:
+    return {name for other in devices.DEVICES.values() if other is not kind for name in other.backends}
+
+
+def _initialise(
+    place: Placement,
+    backend: str,
+    init_method: str | None,
+    timeout: datetime.timedelta | None,
+    device: torch.device,
+) -> None:
+    limit = timeout if timeout is not None else dist.distributed_c10d._get_default_timeout(dist.Backend(backend))
+    store = rendezvous.meet(place, init_method, limit)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=place.rank,
+        world_size=place.size,
+        timeout=limit,
+        # Naming the device lets nccl set up its communicator at once, so that a bad set-up shows here.
+        device_id=device if device.type == "cuda" else None,
+    )
+    _leave_at_exit()
+
+
+_at_exit: list[Callable[[], None]] = []
+
+
+def at_exit(release: Callable[[], None]) -> None:
+    """Has `release` called when the process ends, before the group is left: to drop what holds on to the group."""
+    _at_exit.append(release)
+
+
+def _leave_at_exit() -> None:
+    if _leave not in _at_exit:
+        _at_exit.insert(0, _leave)
+        atexit.register(_run_at_exit)
+
+
+def _leave() -> None:
+    leave()
+
+
+def _run_at_exit() -> None:
+    # A gloo group that something still refers to when the interpreter is taken down ends its threads too late, and the
+    # process aborts now and then after all work is done. Whoever holds one lets go first.
+    while _at_exit:
+        _at_exit.pop()()

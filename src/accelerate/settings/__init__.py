@@ -1,0 +1,1 @@
+"""Typed settings, read once: environment, options, enumerations, plugins. Nothing here imports torch at module level."""

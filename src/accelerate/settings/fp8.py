@@ -1,0 +1,169 @@
+"""Recipes of 8-bit floating point training: what each backend (TransformerEngine, MS-AMP, torchao) can be told.
+
+A field left None is read from the launcher's ``ACCELERATE_FP8_*`` variables, then from the default beside it here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass
+from typing import Any, Literal
+
+from . import env
+from .handlers import KwargsHandler
+from .launched import default, resolve
+
+OptLevel = Literal["O1", "O2"]
+FP8Format = Literal["HYBRID", "E4M3", "E5M2"]
+AmaxComputeAlgorithm = Literal["max", "most_recent"]
+Backend = Literal["MSAMP", "TE"]
+
+# field -> the launcher's option
+_TE_OPTIONS = {
+    "use_autocast_during_eval": "fp8_use_autocast_during_eval",
+    "margin": "fp8_margin",
+    "interval": "fp8_interval",
+    "fp8_format": "fp8_format",
+    "amax_history_len": "fp8_amax_history_len",
+    "amax_compute_algo": "fp8_amax_compute_algo",
+    "override_linear_precision": "fp8_override_linear_precision",
+    "use_mxfp8_block_scaling": "fp8_use_mxfp8_block_scaling",
+}
+
+
+@dataclass
+class TERecipeKwargs(KwargsHandler):
+    """The recipe for NVIDIA's TransformerEngine.
+
+    Example:
+        ```python
+        accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[TERecipeKwargs(fp8_format="HYBRID")])
+        ```
+    """
+
+    use_autocast_during_eval: bool | None = None
+    """Compute in fp8 in evaluation too; False (the default) usually measures better."""
+    margin: int | None = None
+    """Margin of the scaling factor; 0."""
+    interval: int | None = None
+    """Steps between two computations of the scaling factor; 1."""
+    fp8_format: FP8Format | None = None
+    """``HYBRID`` (the default: E4M3 forward, E5M2 backward), ``E4M3`` or ``E5M2``."""
+    amax_history_len: int | None = None
+    """How many steps of maxima the scaling factor looks back on; 1024."""
+    amax_compute_algo: AmaxComputeAlgorithm | None = None
+    """``most_recent`` (the default) or ``max`` of that history."""
+    override_linear_precision: tuple[bool, bool, bool] | None = None
+    """Compute forward, data-gradient and weight-gradient products in higher precision; one bool stands for all three."""
+    use_mxfp8_block_scaling: bool | None = None
+    """Scale by blocks (MXFP8), on devices that can."""
+
+    def __post_init__(self) -> None:
+        if self.override_linear_precision is None:
+            parts = [env.flag(f"ACCELERATE_FP8_OVERRIDE_{name}") for name in ("FPROP", "DGRAD", "WGRAD")]
+            self.override_linear_precision = (parts[0], parts[1], parts[2])
+        for name, option in _TE_OPTIONS.items():
+            setattr(self, name, resolve(getattr(self, name), name, option))
+
+    def _defaults(self) -> dict[str, Any]:
+        # What the fields are where no variable is set: a variable's value differs from the default too.
+        return {name: default(option) for name, option in _TE_OPTIONS.items()}
+
+
+@dataclass
+class MSAMPRecipeKwargs(KwargsHandler):
+    """The recipe for MS-AMP."""
+
+    opt_level: OptLevel | None = None
+    """``O1``: weight gradients and their reduction in fp8; ``O2`` (the default): optimizer states as well."""
+
+    def __post_init__(self) -> None:
+        self.opt_level = resolve(self.opt_level, "opt_level", "fp8_opt_level")
+
+    def _defaults(self) -> dict[str, Any]:
+        return {"opt_level": default("fp8_opt_level")}
+
+
+@dataclass
+class FP8RecipeKwargs(TERecipeKwargs, MSAMPRecipeKwargs):
+    """Either recipe, named by `backend`; `TERecipeKwargs` and `MSAMPRecipeKwargs` say the same with fewer fields.
+
+    Example:
+        ```python
+        recipe = FP8RecipeKwargs(backend="msamp", optimization_level="O2")
+        accelerator = Accelerator(mixed_precision="fp8", kwargs_handlers=[recipe])
+        ```
+    """
+
+    backend: Backend | None = None
+    """``MSAMP`` or ``TE``, in any case. None: the launcher's, else MS-AMP where it is installed, else TransformerEngine."""
+    optimization_level: InitVar[OptLevel | None] = None
+    """Another name of `opt_level`."""
+
+    def __post_init__(self, optimization_level: OptLevel | None) -> None:
+        if optimization_level is not None:
+            if self.opt_level not in (None, optimization_level):
+                raise ValueError(
+                    f"opt_level={self.opt_level!r} and optimization_level={optimization_level!r} are two names of one "
+                    "setting: give one of them."
+                )
+            self.opt_level = optimization_level
+        self.backend = self._backend()
+        TERecipeKwargs.__post_init__(self)
+        MSAMPRecipeKwargs.__post_init__(self)
+
+    def _backend(self) -> Backend:
+        named = resolve(self.backend, "backend", "fp8_backend")
+        if named is None:
+            return "MSAMP" if importlib.util.find_spec("msamp") is not None else "TE"
+        if named == "ao":
+            raise ValueError("FP8RecipeKwargs knows the backends 'te' and 'msamp'; for torchao pass AORecipeKwargs().")
+        return "TE" if named == "te" else "MSAMP"
+
+    def _defaults(self) -> dict[str, Any]:
+        return {**TERecipeKwargs._defaults(self), **MSAMPRecipeKwargs._defaults(self)}
+
+
+@dataclass
+class AORecipeKwargs(KwargsHandler):
+    """The recipe for torchao's float8 training.
+
+    Raises:
+        ImportError: when torchao is not installed.
+        ValueError: when `config` comes together with a field that is part of it.
+    """
+
+    config: Any = None
+    """torchao's own `Float8LinearConfig`; None builds one from the fields below."""
+    module_filter_func: Callable[..., bool] | None = None
+    """Called with a module and its name: whether to convert it. None: every linear layer but the first and the last."""
+    pad_inner_dim: bool | None = None
+    """Pad matrices to multiples of 16, which fp8 products need; True."""
+    enable_fsdp_float8_all_gather: bool | None = None
+    """Let FSDP2 gather weights in fp8; True."""
+
+    def __post_init__(self) -> None:
+        try:
+            float8 = importlib.import_module("torchao.float8")
+        except ImportError as error:
+            raise ImportError("AORecipeKwargs needs torchao 0.6.1 or later: `pip install torchao`.") from error
+        if self.config is not None:
+            parts = {
+                "pad_inner_dim": self.pad_inner_dim,
+                "enable_fsdp_float8_all_gather": self.enable_fsdp_float8_all_gather,
+            }
+            both = [name for name, value in parts.items() if value is not None]
+            if both:
+                raise ValueError(
+                    f"config comes with {' and '.join(both)}: set that on the config, or leave config out."
+                )
+            self.pad_inner_dim = self.config.pad_inner_dim
+            self.enable_fsdp_float8_all_gather = self.config.enable_fsdp_float8_all_gather
+            return
+        for name in ("pad_inner_dim", "enable_fsdp_float8_all_gather"):
+            setattr(self, name, resolve(getattr(self, name), name, f"fp8_{name}"))
+        self.config = float8.Float8LinearConfig(
+            pad_inner_dim=self.pad_inner_dim, enable_fsdp_float8_all_gather=self.enable_fsdp_float8_all_gather
+        )

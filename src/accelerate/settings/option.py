@@ -1,0 +1,358 @@
+"""One declaration of an option gives its flag, its key in the configuration file, its variable, its question, its default.
+
+A `Settings` class is a frozen value whose fields are made by `option`; a field that is itself such a class, made by
+`section`, is a group of options with a common prefix. `entries` lists them all; nothing else knows their spellings.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+from . import env
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, dataclass_transform
+else:
+
+    def dataclass_transform(**_: object) -> object:
+        """Tells type checkers only."""
+        return lambda cls: cls
+
+
+_T = TypeVar("_T")
+_S = TypeVar("_S", bound="Settings")
+
+
+class SettingsError(ValueError):
+    """Something a person wrote on the command line or in a file cannot be used; the text says what and what to write."""
+
+
+class Section(NamedTuple):
+    """What the options of one group have in common.
+
+    Attributes:
+        title: Heading in the help.
+        key: The mapping in the configuration file that holds them, or None for the file's top level.
+        prefix: What flags and keys begin with (``fsdp_``); the fields of the class leave it out.
+        variables: What the variables begin with, or None when only options that name one have one.
+        enabled_by: The flag that makes the group matter; without it, help only mentions the group.
+        truth: How the variables spell true and false.
+    """
+
+    title: str
+    key: str | None = None
+    prefix: str = ""
+    variables: str | None = None
+    enabled_by: str | None = None
+    truth: tuple[str, str] = ("true", "false")
+
+
+class Option(NamedTuple):
+    """One option as declared; see `option` for the attributes."""
+
+    help: str
+    default: Any
+    group: str | None
+    flags: tuple[str, ...]
+    switch: bool
+    off: str | None
+    choices: tuple[Any, ...]
+    minimum: float | None
+    key: str | None
+    keys: tuple[str, ...]
+    env: str | None
+    ask: str | None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    flags: tuple[str, ...] = (),
+    switch: bool = False,
+    off: str | None = None,
+    choices: tuple[Any, ...] = (),
+    minimum: float | None = None,
+    key: str | None = None,
+    keys: tuple[str, ...] = (),
+    env: str | None = None,
+    ask: str | None = None,
+) -> Any:
+    """Declares a field of a settings class; the annotation says its type (``int``, ``float``, ``str``, ``bool``, tuples).
+
+    Args:
+        default: The value when neither flag nor file gives one.
+        help: One line for ``-h``.
+        group: Heading in the help, for a class without a `Section`.
+        flags: More spellings; one that replaces the derived flag comes first and starts with ``--``.
+        switch: The flag takes no value and means True.
+        off: A flag that means False.
+        choices: The values allowed; words are compared without regard to case and kept as spelt here.
+        minimum: The smallest number allowed.
+        key: The key in the file, where it is not the flag's name.
+        keys: Older or shorter spellings of the key.
+        env: The child's variable, where it is not the section's prefix and the name; ``""`` for none.
+        ask: The question of ``accelerate config``.
+    """
+    return Option(help, default, group, flags, switch, off, choices, minimum, key, keys, env, ask)
+
+
+class _Group(NamedTuple):
+    kind: Any
+
+
+def section(kind: type[_T]) -> _T:
+    """Declares a field that holds a group of options: a `Settings` class with a `Section` named ``section``."""
+    made: Any = _Group(kind)
+    return made  # type: ignore[no-any-return]  # the field's type; `Settings` puts a value in its place
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, section))
+class Settings:
+    """A frozen value with named, typed, defaulted fields.
+
+    A dataclass in all but name: importing `dataclasses` costs the launcher more than the rest of its work together.
+
+    Raises:
+        TypeError: when a field is unknown.
+        AttributeError: when a field is assigned.
+    """
+
+    _declared: ClassVar[dict[str, Any]] = {}
+    _types: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        names = [name for name, kind in cls.__annotations__.items() if not str(kind).startswith("ClassVar")]
+        cls._types = {name: str(cls.__annotations__[name]) for name in names}
+        cls._declared = {name: vars(cls)[name] for name in names}
+        for name, declared in cls._declared.items():
+            setattr(cls, name, declared.default if isinstance(declared, Option) else declared)
+
+    def __init__(self, **values: Any) -> None:
+        for name, declared in self._declared.items():
+            if isinstance(declared, _Group) and name not in values:
+                values[name] = declared.kind()
+        if unknown := values.keys() - self._declared.keys():
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}.")
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: make another with replace({name}=...).")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and all(getattr(self, name) == getattr(other, name) for name in self._declared)
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, name) for name in self._declared))
+
+    def __repr__(self) -> str:
+        changed = (f"{name}={getattr(self, name)!r}" for name in self._declared if name in self.__dict__)
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with some fields changed."""
+        return type(self)(**{**self.__dict__, **changes})
+
+
+class Entry(NamedTuple):
+    """An option in its place: all its spellings.
+
+    Attributes:
+        path: Names of the fields that lead to it from the outermost class.
+        dest: Its name where all options lie side by side (argparse's ``dest``): ``fsdp_version``.
+        flags: Spellings on the command line, with underscores; dashes are accepted as well.
+        group: Heading in the help.
+        section: Its group, or None.
+        key: The key inside the section's mapping in the file.
+        keys: All spellings of the key that are read.
+        variable: The child's variable, or None.
+    """
+
+    option: Option
+    path: tuple[str, ...]
+    dest: str
+    flags: tuple[str, ...]
+    group: str
+    section: Section | None
+    key: str
+    keys: tuple[str, ...]
+    variable: str | None
+    type: str
+
+    def get(self, settings: Any) -> Any:
+        """The option's value in `settings`."""
+        return functools.reduce(getattr, self.path, settings)
+
+    def render(self, value: Any) -> str:
+        """The text of the child's variable."""
+        if isinstance(value, bool):
+            true, false = self.section.truth if self.section is not None else ("true", "false")
+            return true if value else false
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    def convert(self, value: Any, where: str) -> Any:
+        """Turns text from the command line, or a value from a file, into the option's type.
+
+        Args:
+            value: What was written.
+            where: Flag or file and key, for the message.
+
+        Raises:
+            SettingsError: when it cannot be that type, or is out of range.
+        """
+        if self.option.choices:
+            return self._choice(value, where)
+        converted = _CONVERTERS[self.type](value)
+        if converted is None:
+            raise SettingsError(f"{where}: expected {_EXPECTED[self.type]}, found {value!r}.")
+        if self.option.minimum is not None and converted < self.option.minimum:
+            raise SettingsError(f"{where}: expected at least {self.option.minimum:g}, found {value!r}.")
+        return converted
+
+    def _choice(self, value: Any, where: str) -> Any:
+        # YAML 1.1 reads a bare `no` or NO as false, and that word is a choice of several options.
+        text = "no" if value is False and "no" in self.option.choices else str(value)
+        for choice in self.option.choices:
+            if str(choice).lower() == text.lower():
+                return choice
+        raise SettingsError(f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {value!r}.")
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        return None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, list):  # class names and device numbers may be written as a list in a file
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, (int, float, str)) else None
+
+
+def _truth(value: Any) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (int, str)):
+        try:
+            return bool(env.str_to_bool(str(value)))
+        except ValueError:
+            return None
+    return None
+
+
+def _texts(value: Any) -> tuple[str, ...] | None:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(str, value))
+    return (value,) if isinstance(value, str) else None
+
+
+def _truths(value: Any) -> tuple[bool, bool, bool] | None:
+    """Three words for true or false, as ``(True, False, True)``, ``true,false,true`` or a list; one word stands for all."""
+    if isinstance(value, str):
+        value = [word.strip() for word in value.strip("()[] ").split(",")]
+    words = [_truth(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
+    if len(words) == 1:
+        words = words * 3
+    if len(words) != 3 or None in words:
+        return None
+    first, second, third = map(bool, words)
+    return first, second, third
+
+
+_CONVERTERS: dict[str, Any] = {
+    "int": _integer,
+    "float": _number,
+    "str": _text,
+    "bool": _truth,
+    "tuple[str, ...]": _texts,
+    "tuple[bool, bool, bool]": _truths,
+}
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a word",
+    "bool": "true or false",
+    "tuple[str, ...]": "a list of words",
+    "tuple[bool, bool, bool]": "three times true or false, as in true,false,true",
+}
+
+
+_entries: dict[type[Settings], tuple[Entry, ...]] = {}
+
+
+def entries(settings: type[Settings]) -> tuple[Entry, ...]:
+    """Every option of a settings class and of the sections in it, in order of declaration."""
+    if settings not in _entries:
+        _entries[settings] = tuple(_find(settings))
+    return _entries[settings]
+
+
+def _find(settings: type[Settings]) -> list[Entry]:
+    found: list[Entry] = []
+    for name, declared in settings._declared.items():
+        if isinstance(declared, Option):
+            found.append(_entry(settings, declared, (name,), None))
+        elif isinstance(declared, _Group):
+            found += [
+                _entry(declared.kind, inner, (name, inner_name), declared.kind.section)
+                for inner_name, inner in declared.kind._declared.items()
+            ]
+    return found
+
+
+def _entry(settings: type[Settings], declared: Option, path: tuple[str, ...], section: Section | None) -> Entry:
+    name = path[-1]
+    dest = (section.prefix if section is not None else "") + name
+    flags = declared.flags if any(flag.startswith("--") for flag in declared.flags[:1]) else ()
+    key = declared.key or dest
+    variable = declared.env
+    if variable is None and section is not None and section.variables is not None:
+        variable = section.variables + name.upper()
+    return Entry(
+        option=declared,
+        path=path,
+        dest=dest,
+        flags=flags or (f"--{dest}", *declared.flags),
+        group=declared.group or (section.title if section is not None else "General"),
+        section=section,
+        key=key,
+        keys=tuple(dict.fromkeys((key, dest, name, *declared.keys))),
+        variable=variable or None,
+        type=settings._types[name].removesuffix(" | None"),
+    )
+
+
+def build(settings: type[_S], values: Mapping[str, Any], **rest: Any) -> _S:
+    """Makes a settings object from values by `Entry.dest`; options without a value keep their defaults.
+
+    Args:
+        settings: The class.
+        values: Converted values by ``dest``.
+        **rest: Fields of the class that are no options.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for entry in entries(settings):
+        if entry.dest in values:
+            target = rest if len(entry.path) == 1 else sections.setdefault(entry.path[0], {})
+            target[entry.path[-1]] = values[entry.dest]
+    for name, inner in sections.items():
+        rest[name] = settings._declared[name].kind(**inner)
+    return settings(**rest)

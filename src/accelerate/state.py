@@ -1,0 +1,550 @@
+"""The public views of a run: `PartialState` (who am I), `AcceleratorState` (and with which settings), `GradientState`.
+
+Every instance of a class shares one dictionary, so that code anywhere can write ``PartialState()`` and see the same
+run. They hold no logic of their own: joining is `runtime.world`, dividing is `runtime.partition`.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from .runtime import devices, partition, world
+from .settings import env
+from .settings.enums import DistributedType, PrecisionType
+
+if TYPE_CHECKING:
+    from .settings.handlers import GradientAccumulationPlugin
+
+
+def is_initialized() -> bool:
+    """Whether an `AcceleratorState` exists in this process."""
+    return bool(AcceleratorState._shared_state)
+
+
+class _Shared:
+    """Instances share one dictionary per class."""
+
+    _shared_state: ClassVar[dict[str, Any]]
+
+    def __init__(self) -> None:
+        self.__dict__ = self._shared_state
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the shared state has been filled."""
+        return bool(self._shared_state)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached where nothing of that name exists.
+        if name.startswith("__") or name in self._shared_state:
+            raise AttributeError(name)
+        emptied = "" if self._shared_state else ", because its state was reset: create a new one"
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{emptied}.")
+
+
+def _only_if(condition: Callable[[], bool], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if condition() else None
+
+    return wrapped
+
+
+class PartialState(_Shared):
+    """Who this process is, among how many, on which device. Needs no `Accelerator`.
+
+    Attributes:
+        process_index: Rank over all machines.
+        num_processes: Number of processes over all machines.
+        local_process_index: Rank on this machine.
+        device: The device of this process.
+        distributed_type: How the run is distributed.
+        backend: Communication library, or None for a process on its own.
+        debug: Whether shapes are compared over the ranks before each collective.
+        fork_launched: Whether `notebook_launcher` started this process.
+
+    Args:
+        cpu: Use the CPU even where an accelerator is at hand.
+        **kwargs: For joining the process group: ``backend``, ``timeout``, ``init_method``.
+
+    Raises:
+        ValueError: when the launcher's variables contradict each other.
+        RuntimeError: when peers do not answer within the timeout.
+    """
+
+    _shared_state: ClassVar[dict[str, Any]] = {}
+    _known_attributes: ClassVar[list[str]] = [
+        "_cpu",
+        "backend",
+        "debug",
+        "device",
+        "distributed_type",
+        "fork_launched",
+        "local_process_index",
+        "num_processes",
+        "process_index",
+    ]
+
+    process_index: int
+    num_processes: int
+    local_process_index: int
+    device: torch.device
+    distributed_type: DistributedType
+    backend: str | None
+    debug: bool
+    fork_launched: bool
+    _cpu: bool
+
+    def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        if self.initialized:
+            return
+        kwargs.pop("_from_accelerator", None)
+        here = world.current() if world.is_joined() and not kwargs and not cpu else world.join(cpu=cpu, **kwargs)
+        self._cpu = cpu or env.flag("ACCELERATE_USE_CPU")
+        self.process_index = here.rank
+        self.num_processes = here.size
+        self.local_process_index = here.local_rank
+        self.device = here.device
+        self.distributed_type = here.kind
+        self.backend = here.backend
+        self.debug = here.debug
+        self.fork_launched = here.fork_launched
+
+    def __repr__(self) -> str:
+        backend = f"  Backend: {self.backend}" if self.backend else ""
+        return (
+            f"Distributed environment: {self.distributed_type}{backend}\n"
+            f"Num processes: {self.num_processes}\n"
+            f"Process index: {self.process_index}\n"
+            f"Local process index: {self.local_process_index}\n"
+            f"Device: {self.device}\n"
+        )
+
+    @staticmethod
+    def _reset_state() -> None:
+        """Forgets who this process is; a process group stays up and is taken up again by the next instance."""
+        PartialState._shared_state.clear()
+        world.forget()
+
+    # Who am I ------------------------------------------------------------------------------------------------------
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there are peers to talk to."""
+        return self.distributed_type != DistributedType.NO and self.num_processes > 1
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0 of the run."""
+        return self.process_index == 0
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is the first process on its machine."""
+        return self.local_process_index == 0
+
+    @property
+    def is_last_process(self) -> bool:
+        """Whether this is the last rank of the run."""
+        return self.process_index == self.num_processes - 1
+
+    @property
+    def default_device(self) -> torch.device:
+        """The device a process of this kind uses when nobody chose one."""
+        return torch.device("cpu") if self._cpu else torch.device(devices.default_kind().name)
+
+    def set_device(self) -> None:
+        """Takes this process's device anew from its rank on the machine and makes it torch's current one."""
+        kind = devices.DEVICES["cpu"] if self._cpu else devices.default_kind()
+        device = kind.device(self.local_process_index) if self.use_distributed else torch.device(kind.name)
+        self.device = world.set_device(device).device
+
+    # Together ------------------------------------------------------------------------------------------------------
+
+    def wait_for_everyone(self) -> None:
+        """Returns once every process has called it."""
+        world.current().collectives.barrier()
+
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """The main process runs the block before all others: to download or cache what they then read."""
+        with self._goes_first(self.is_main_process):
+            yield
+
+    @contextmanager
+    def local_main_process_first(self) -> Iterator[None]:
+        """The first process of each machine runs the block before the others there."""
+        with self._goes_first(self.is_local_main_process):
+            yield
+
+    @contextmanager
+    def _goes_first(self, first: bool) -> Iterator[None]:
+        if not first:
+            self.wait_for_everyone()
+        try:
+            yield
+        finally:  # an exception in the block must not leave the others waiting
+            if first:
+                self.wait_for_everyone()
+
+    @contextmanager
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
+        """Gives this process its part of `inputs`.
+
+        Args:
+            inputs: A list, tuple, tensor, array, ``datasets.Dataset``, or a dict of these with one length. A string
+                goes whole to every process.
+            apply_padding: Repeat the last item so that all parts have one length (for a `gather` afterwards).
+
+        Raises:
+            TypeError: for something that cannot be sliced.
+            ValueError: for a dict whose values differ in length.
+
+        Example:
+            ```python
+            with state.split_between_processes(["a", "b", "c"]) as prompts:
+                print(prompts)  # of two processes, the first has ["a", "b"], the second ["c"]
+            ```
+        """
+        yield partition.split(inputs, self.process_index, self.num_processes, apply_padding=apply_padding)
+
+    # Only there ----------------------------------------------------------------------------------------------------
+
+    def on_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """Decorator: the function runs on the main process only and gives None elsewhere."""
+        if not self.initialized:
+            raise ValueError("the process is in no run yet: create PartialState() or Accelerator() before decorating.")
+        if function is None:
+            return self.on_main_process
+        return _only_if(lambda: self.is_main_process, function)
+
+    def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        """Decorator: the function runs on the first process of each machine only."""
+        if function is None:
+            return self.on_local_main_process
+        return _only_if(lambda: self.is_local_main_process, function)
+
+    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: the function runs on the last process only."""
+        return _only_if(lambda: self.is_last_process, function)
+
+    def on_process(
+        self, function: Callable[..., Any] | None = None, process_index: int | None = None
+    ) -> Callable[..., Any]:
+        """Decorator: the function runs on the process with that rank only."""
+        if function is None:
+            return functools.partial(self.on_process, process_index=process_index)
+        return _only_if(lambda: self.process_index == process_index, function)
+
+    def on_local_process(
+        self,
+        function: Callable[..., Any] | None = None,
+        local_process_index: int | None = None,
+        local_process_idx: int | None = None,
+    ) -> Callable[..., Any]:
+        """Decorator: the function runs on the process with that rank on each machine only.
+
+        `local_process_idx` is the older spelling of `local_process_index`.
+        """
+        wanted = local_process_index if local_process_index is not None else local_process_idx
+        if function is None:
+            return functools.partial(self.on_local_process, local_process_index=wanted)
+        return _only_if(lambda: self.local_process_index == wanted, function)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """``print``, on the first process of each machine only."""
+        if self.is_local_main_process:
+            print(*args, **kwargs)
+
+    def destroy_process_group(self, group: Any = None) -> None:
+        """Leaves the process group (the default one, or `group`); a process that `notebook_launcher` forked does too."""
+        world.leave(group)
+
+
+class AcceleratorState(_Shared):
+    """`PartialState` and the settings that go with a run: precision, plugins, parallelism.
+
+    What it does not have itself it answers from `PartialState`.
+
+    Args:
+        mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``; None reads ``ACCELERATE_MIXED_PRECISION``.
+        cpu: Use the CPU even where an accelerator is at hand.
+
+    Raises:
+        ValueError: for an unknown precision, or for settings other than those the run already has.
+    """
+
+    _shared_state: ClassVar[dict[str, Any]] = {}
+    _known_attributes: ClassVar[list[str]] = [
+        *PartialState._known_attributes,
+        "_mixed_precision",
+        "deepspeed_plugins",
+        "device_mesh",
+        "dynamo_plugin",
+        "parallelism_config",
+        "torch_tp_plugin",
+    ]
+
+    def __init__(
+        self,
+        mixed_precision: str | None = None,
+        cpu: bool = False,
+        dynamo_plugin: Any = None,
+        deepspeed_plugin: Any = None,
+        fsdp_plugin: Any = None,
+        torch_tp_plugin: Any = None,
+        megatron_lm_plugin: Any = None,
+        parallelism_config: Any = None,
+        _from_accelerator: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        wanted = None if mixed_precision is None else str(mixed_precision).lower()
+        if wanted is not None and wanted not in PrecisionType:
+            raise ValueError(f"mixed_precision={mixed_precision!r} is unknown: choose from {PrecisionType.list()}.")
+        if self.initialized:
+            self._check_unchanged(cpu, wanted)
+            return
+        partial = PartialState(cpu, **kwargs)
+        if cpu and not partial._cpu:
+            raise ValueError(_ALREADY.format(setting="cpu=True"))
+        if wanted is None:
+            wanted = env.choice("ACCELERATE_MIXED_PRECISION", PrecisionType.list(), "no")
+        self.__dict__.update(partial.__dict__)
+        self._mixed_precision = wanted
+        self.dynamo_plugin = dynamo_plugin
+        self.deepspeed_plugins = deepspeed_plugin
+        self.torch_tp_plugin = torch_tp_plugin
+        self.parallelism_config = parallelism_config
+        self.device_mesh = None
+
+    def _check_unchanged(self, cpu: bool, mixed_precision: str | None) -> None:
+        if cpu and not self._cpu:
+            raise ValueError(_ALREADY.format(setting="cpu=True"))
+        if mixed_precision is not None and mixed_precision != self._mixed_precision:
+            raise ValueError(_ALREADY.format(setting=f"mixed_precision={mixed_precision!r}"))
+
+    def __repr__(self) -> str:
+        return repr(PartialState()) + f"\nMixed precision type: {self.mixed_precision}\n"
+
+    def __getattr__(self, name: str) -> Any:
+        # distributed_type, device …: PartialState's, unless a strategy has refined them here; likewise its methods.
+        if not name.startswith("__") and self._shared_state and hasattr(PartialState, name):
+            return getattr(PartialState(), name)
+        return super().__getattr__(name)
+
+    @staticmethod
+    def _reset_state(reset_partial_state: bool = False) -> None:
+        """Forgets the settings, and with `reset_partial_state` who this process is."""
+        AcceleratorState._shared_state.clear()
+        if reset_partial_state:
+            PartialState._reset_state()
+
+    @property
+    def mixed_precision(self) -> str:
+        """The number format: ``no``, ``fp16``, ``bf16`` or ``fp8``."""
+        precision: str = self._mixed_precision
+        return precision
+
+    @property
+    def is_fsdp2(self) -> bool:
+        """Whether the run uses FSDP in its second version."""
+        plugin = self.__dict__.get("fsdp_plugin")
+        return plugin is not None and plugin.fsdp_version == 2
+
+    @property
+    def deepspeed_plugin(self) -> Any:
+        """The DeepSpeed plugin in use, or None."""
+        return self.__dict__.get("deepspeed_plugins")
+
+    def select_deepspeed_plugin(self, name: str | None = None) -> None:
+        """Makes the named DeepSpeed plugin the one in use."""
+        raise ValueError(f"cannot select the DeepSpeed plugin {name!r}: this run has none.")
+
+    def get_deepspeed_plugin(self, name: str) -> Any:
+        """The named DeepSpeed plugin."""
+        raise ValueError(f"there is no DeepSpeed plugin {name!r}: this run has none.")
+
+    def destroy_process_group(self, group: Any = None) -> None:
+        """See `PartialState.destroy_process_group`."""
+        PartialState().destroy_process_group(group)
+
+    @property
+    def fork_launched(self) -> bool:
+        """Whether `notebook_launcher` forked this process."""
+        return PartialState().fork_launched
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there are peers to talk to."""
+        return PartialState().use_distributed
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0 of the run."""
+        return PartialState().is_main_process
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is the first process on its machine."""
+        return PartialState().is_local_main_process
+
+    @property
+    def is_last_process(self) -> bool:
+        """Whether this is the last rank of the run."""
+        return PartialState().is_last_process
+
+    def wait_for_everyone(self) -> None:
+        """See `PartialState.wait_for_everyone`."""
+        PartialState().wait_for_everyone()
+
+    def main_process_first(self) -> Any:
+        """See `PartialState.main_process_first`."""
+        return PartialState().main_process_first()
+
+    def local_main_process_first(self) -> Any:
+        """See `PartialState.local_main_process_first`."""
+        return PartialState().local_main_process_first()
+
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Any:
+        """See `PartialState.split_between_processes`."""
+        return PartialState().split_between_processes(inputs, apply_padding=apply_padding)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """See `PartialState.print`."""
+        PartialState().print(*args, **kwargs)
+
+
+_ALREADY = (
+    "the run already has other settings than {setting}, and they cannot change while it lives. Pass them to the first "
+    "Accelerator (or PartialState) that is created; in a notebook, restart the kernel."
+)
+
+
+class GradientState(_Shared):
+    """Where a training loop stands: whether this step synchronises gradients, and in which data loader it is.
+
+    Attributes:
+        sync_gradients: Whether gradients are synchronised, and so the optimizer steps, at this micro-step.
+        plugin_kwargs: The settings of the `GradientAccumulationPlugin` that differ from its defaults.
+
+    Args:
+        gradient_accumulation_plugin: New settings; None keeps those there are.
+    """
+
+    _shared_state: ClassVar[dict[str, Any]] = {}
+
+    sync_gradients: bool
+    plugin_kwargs: dict[str, Any]
+
+    def __init__(self, gradient_accumulation_plugin: GradientAccumulationPlugin | None = None) -> None:
+        super().__init__()
+        if not self.initialized:
+            self.sync_gradients = True
+            self._references: list[weakref.ref[Any] | None] = [None]
+            self.plugin_kwargs = {}
+            self._is_xla_gradients_synced = False
+        if gradient_accumulation_plugin is not None:
+            self.plugin_kwargs = gradient_accumulation_plugin.to_kwargs()
+
+    def __repr__(self) -> str:
+        return (
+            f"Sync Gradients: {self.sync_gradients}\n"
+            f"At end of current dataloader: {self.end_of_dataloader}\n"
+            f"Extra samples added: {self.remainder}\n"
+            f"Gradient accumulation plugin: {self.plugin_kwargs}\n"
+        )
+
+    @staticmethod
+    def _reset_state() -> None:
+        """Forgets the loop; the next instance starts afresh."""
+        GradientState._shared_state.clear()
+
+    # Settings --------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        """Micro-steps a gradient is accumulated over."""
+        return self.plugin_kwargs.get("num_steps") or 1
+
+    @property
+    def adjust_scheduler(self) -> bool:
+        """Whether schedulers count only the steps of their optimizer."""
+        return bool(self.plugin_kwargs.get("adjust_scheduler", True))
+
+    @property
+    def sync_with_dataloader(self) -> bool:
+        """Whether the last batch of a loader always synchronises."""
+        return bool(self.plugin_kwargs.get("sync_with_dataloader", True))
+
+    @property
+    def sync_each_batch(self) -> bool:
+        """Whether gradients are communicated at every micro-step, to save memory."""
+        return bool(self.plugin_kwargs.get("sync_each_batch", False))
+
+    def _set_sync_gradients(self, sync_gradients: bool) -> None:
+        self.sync_gradients = sync_gradients
+        self._is_xla_gradients_synced = False
+
+    @property
+    def is_xla_gradients_synced(self) -> bool:
+        """Whether gradients of an XLA run have been reduced since the last step."""
+        return self._is_xla_gradients_synced
+
+    @is_xla_gradients_synced.setter
+    def is_xla_gradients_synced(self, synced: bool) -> None:
+        self._is_xla_gradients_synced = synced
+
+    # Data loaders ----------------------------------------------------------------------------------------------------
+
+    @property
+    def dataloader_references(self) -> list[Any]:
+        """The loaders being iterated over, outermost first; the list begins with None: no loader."""
+        return [None if reference is None else reference() for reference in self._references]
+
+    @dataloader_references.setter
+    def dataloader_references(self, loaders: list[Any]) -> None:
+        self._references = [None if loader is None else weakref.ref(loader) for loader in loaders]
+
+    @property
+    def active_dataloader(self) -> Any:
+        """The innermost loader being iterated over, or None."""
+        reference = self._references[-1]
+        return None if reference is None else reference()
+
+    @property
+    def in_dataloader(self) -> bool:
+        """Whether a prepared loader is being iterated over."""
+        return self.active_dataloader is not None
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """Whether the active loader's last batch is the current one."""
+        loader = self.active_dataloader
+        return False if loader is None else loader.end_of_dataloader
+
+    @property
+    def remainder(self) -> int:
+        """How many samples of the last batch (over all ranks) are real and not padding; -1 where that is unknown."""
+        loader = self.active_dataloader
+        return -1 if loader is None else loader.remainder
+
+    def _add_dataloader(self, dataloader: Any) -> None:
+        self._references.append(weakref.ref(dataloader))
+
+    def _remove_dataloader(self, dataloader: Any) -> None:
+        # From the inside out: a loader that is iterated over twice at once leaves its inner iteration first. Dead
+        # references go too.
+        for position in range(len(self._references) - 1, 0, -1):
+            reference = self._references[position]
+            if reference is not None and reference() is dataloader:
+                del self._references[position]
+                break
+        self._references = [ref for ref in self._references if ref is None or ref() is not None]

@@ -1,0 +1,139 @@
+"""Gradient accumulation: contexts around one micro-step, and the exact mean over a ragged global batch.
+
+With micro-batches of different sizes, the mean of means is not the mean: a short micro-batch weighs as much as a long one.
+`GlobalMean` lets every micro-batch add the *sum* of its losses and, at the step that synchronises, divides the gradients by
+the number of items of all micro-batches of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..state import GradientState
+
+if TYPE_CHECKING:
+    from .base import Strategy
+
+
+class MicroStep(AbstractContextManager[None]):
+    """One micro-step of an accumulation: decides whether it synchronises, and holds models back where it does not.
+
+    A class rather than a generator: it runs around every forward, and a generator with an exit stack costs four times as much.
+
+    Args:
+        counter: Counts micro-steps; see `StepCounter`.
+        models: The models whose gradients are accumulated.
+    """
+
+    __slots__ = ("_contexts", "_counter", "_models")
+
+    def __init__(self, counter: StepCounter, models: Sequence[nn.Module]) -> None:
+        self._counter = counter
+        self._models = models
+        self._contexts: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        counter = self._counter
+        state = counter.gradient_state
+        counter.advance()
+        counter.window = self._models
+        if state.sync_gradients or state.sync_each_batch:
+            return
+        for model in self._models:
+            context = counter.strategy.no_sync(model)
+            context.__enter__()
+            self._contexts.append(context)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._contexts:
+            self._contexts.pop().__exit__(kind, error, trace)
+        self._counter.window = ()
+
+
+class StepCounter:
+    """Counts the micro-steps of a run.
+
+    Attributes:
+        step: Micro-steps since the last one at the end of a loader.
+        window: The models of the micro-step in progress.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.gradient_state = GradientState()
+        self.step = 0
+        self.window: Sequence[nn.Module] = ()
+
+    def advance(self) -> None:
+        """Goes one micro-step on and sets whether it synchronises gradients."""
+        state = self.gradient_state
+        if state.end_of_dataloader and state.sync_with_dataloader:
+            self.step = 0
+            state._set_sync_gradients(True)
+        else:
+            self.step += 1
+            state._set_sync_gradients(self.step % state.num_steps == 0)
+
+
+class GlobalMean:
+    """Makes accumulated gradients those of the mean over all items of a global batch.
+
+    Args:
+        strategy: Tells the ranks that share the batch.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self._items: torch.Tensor | None = None
+
+    def add(self, num_items: int | float | torch.Tensor) -> None:
+        """Counts the items (tokens, samples, or their weights) of one micro-batch of this rank.
+
+        Raises:
+            ValueError: for a negative or non-scalar count.
+        """
+        device = self._strategy.world.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        if isinstance(num_items, torch.Tensor):
+            if num_items.numel() != 1:
+                raise ValueError(
+                    f"num_items must be one number, found a tensor of shape {tuple(num_items.shape)}: pass the count of "
+                    "items whose losses were summed, such as `(labels != -100).sum()`."
+                )
+            count = num_items.detach().to(device, dtype).reshape(())
+        else:
+            if num_items < 0:
+                raise ValueError(f"num_items must not be negative, found {num_items}.")
+            count = torch.tensor(float(num_items), dtype=dtype, device=device)
+        self._items = count if self._items is None else self._items + count
+
+    def divide(self, models: Sequence[nn.Module]) -> None:
+        """Divides the synchronised gradients of `models` by the items counted on all ranks, and starts a new count."""
+        assert self._items is not None, "add() comes first"
+        items, self._items = self._items, None
+        ranks = self._strategy.data_ranks().count
+        if ranks > 1:
+            self._strategy.world.collectives.all_reduce(items)
+        # Gradients are an average over the ranks by now: `ranks` times it is their sum. No items at all: nothing to learn.
+        factor = torch.where(items > 0, ranks / items, torch.zeros_like(items))
+        seen: set[int] = set()
+        dense = []
+        for model in models:
+            for param in model.parameters():
+                if param.grad is None or id(param) in seen:
+                    continue
+                seen.add(id(param))
+                if param.grad.is_sparse:
+                    param.grad.mul_(factor)
+                else:
+                    dense.append(param.grad)
+        if dense:
+            torch._foreach_mul_(dense, factor)

@@ -1,0 +1,270 @@
+"""What a way of distributing decides: `Strategy`. The base class is the single process; a subclass says what differs.
+
+`Bundle` carries the objects of one ``prepare`` call through ``check`` and ``prepare`` and gives them back in the order
+they came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..optimizer import AcceleratedOptimizer
+from ..runtime.forward import extract_model_from_parallel
+from ..runtime.world import DataRanks, World
+from ..scheduler import AcceleratedScheduler
+from ..settings import env
+from ..settings.enums import DistributedType, DynamoBackend
+
+if TYPE_CHECKING:
+    from ..precision import Precision
+    from ..settings.handlers import DistributedDataParallelKwargs, TorchDynamoPlugin
+
+
+@dataclass
+class Bundle:
+    """The objects of one ``prepare`` call, by kind and by the place they came in.
+
+    Attributes:
+        models, optimizers, schedulers, loaders, others: Position in the call -> object. `others` are given back untouched.
+        on_device: Positions of the objects that are to be moved to the run's device.
+        evaluation: Models are used without gradients: nothing is set up to synchronise them.
+    """
+
+    models: dict[int, nn.Module] = field(default_factory=dict)
+    optimizers: dict[int, Any] = field(default_factory=dict)
+    schedulers: dict[int, Any] = field(default_factory=dict)
+    loaders: dict[int, Any] = field(default_factory=dict)
+    others: dict[int, Any] = field(default_factory=dict)
+    on_device: frozenset[int] = frozenset()
+    evaluation: bool = False
+
+    def in_order(self) -> list[Any]:
+        """Every object, in the order of the call."""
+        everything = {**self.models, **self.optimizers, **self.schedulers, **self.loaders, **self.others}
+        return [everything[place] for place in sorted(everything)]
+
+
+@dataclass
+class RunSettings:
+    """What a strategy needs to know of the run besides the `World`.
+
+    Attributes:
+        precision: The number format models compute in.
+        device_placement: Move models, optimizers and batches to the run's device unless told otherwise.
+        step_scheduler_with_optimizer: Schedulers step when their optimizers did.
+        schedule_per_update: Schedulers step once an update, whatever the number of processes.
+        split_batches: A loader's batch is split over the processes.
+        ddp: Arguments for DistributedDataParallel.
+        dynamo: How models are compiled.
+        prepare_loader: Turns a loader, and whether to move its batches, into this rank's prepared loader.
+    """
+
+    precision: Precision
+    prepare_loader: Callable[[Any, bool, Any], Any]
+    device_placement: bool = True
+    step_scheduler_with_optimizer: bool = True
+    schedule_per_update: bool = False
+    split_batches: bool = False
+    ddp: DistributedDataParallelKwargs | None = None
+    dynamo: TorchDynamoPlugin | None = None
+
+
+class Strategy:
+    """One process on its own, and the default of every step for the others.
+
+    Args:
+        world: This process and its peers.
+        settings: What the user chose.
+    """
+
+    kinds: ClassVar[tuple[DistributedType, ...]] = (DistributedType.NO,)
+    optimizer_class: ClassVar[type[AcceleratedOptimizer]] = AcceleratedOptimizer
+    scheduler_class: ClassVar[type[AcceleratedScheduler]] = AcceleratedScheduler
+    supports_local_sgd: ClassVar[bool] = True
+
+    def __init__(self, world: World, settings: RunSettings) -> None:
+        self.world = world
+        self.settings = settings
+
+    # Prepare ---------------------------------------------------------------------------------------------------------
+
+    def check(self, bundle: Bundle) -> None:
+        """Every "you can't" of `prepare`, before anything changes.
+
+        Raises:
+            ValueError: saying what cannot be prepared and what to do.
+        """
+        for model in bundle.models.values():
+            _check_parameters(model, moves=bool(bundle.on_device))
+        for optimizer in bundle.optimizers.values():
+            _check_optimizer(optimizer)
+
+    def prepare(self, bundle: Bundle) -> Bundle:
+        """The bundle with every object made ready for this way of distributing."""
+        for place, model in bundle.models.items():
+            bundle.models[place] = self.prepare_model(model, place in bundle.on_device, bundle.evaluation)
+        for place, optimizer in bundle.optimizers.items():
+            bundle.optimizers[place] = self.prepare_optimizer(optimizer, place in bundle.on_device)
+        for place, loader in bundle.loaders.items():
+            bundle.loaders[place] = self.settings.prepare_loader(loader, place in bundle.on_device, None)
+        return bundle
+
+    def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
+        """Converts, moves and wraps one model."""
+        model = self.settings.precision.convert(model)
+        self.settings.precision.wrap_forward(model)
+        if on_device and not _is_dispatched(model):
+            model = model.to(self.world.device)
+        if not evaluation:
+            model = self.synchronise(model)
+        return self._compiled(model)
+
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        plugin = self.settings.dynamo
+        if plugin is None or plugin.backend is DynamoBackend.NO:
+            return model
+        from .compile import compile_model  # brings torch's compiler along
+
+        return compile_model(model, plugin)
+
+    def synchronise(self, model: nn.Module) -> nn.Module:
+        """The model in the container that keeps its gradients in step with the peers'."""
+        return model
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
+        """Wraps one optimizer; one that is wrapped already stays."""
+        if isinstance(optimizer, AcceleratedOptimizer):
+            return optimizer
+        return self.optimizer_class(optimizer, device_placement=on_device, scaler=self.settings.precision.scaler)
+
+    def prepare_scheduler(self, scheduler: Any, optimizers: Sequence[AcceleratedOptimizer]) -> AcceleratedScheduler:
+        """Wraps one scheduler, tied to its own optimizer where that is among `optimizers`, else to all of them."""
+        own = getattr(scheduler, "optimizer", None)
+        matching = [optimizer for optimizer in optimizers if own is optimizer or own is optimizer.optimizer]
+        return self.scheduler_class(
+            scheduler,
+            matching or list(optimizers),
+            step_with_optimizer=self.settings.step_scheduler_with_optimizer,
+            split_batches=self.settings.split_batches,
+            per_update=self.settings.schedule_per_update,
+        )
+
+    def data_ranks(self) -> DataRanks:
+        """Who reads which part of the data."""
+        return DataRanks(self.world.rank, self.world.size)
+
+    # Step ------------------------------------------------------------------------------------------------------------
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context whose backward leaves gradients local."""
+        # A model that the user put into a container himself has its own way.
+        own: Callable[[], AbstractContextManager[Any]] | None = getattr(model, "no_sync", None)
+        return own() if own is not None else nullcontext()
+
+    @staticmethod
+    @contextmanager
+    def sync_in_backward(model: nn.Module) -> Iterator[None]:
+        """A context whose backward synchronises gradients of forwards that ran under `no_sync`."""
+        yield
+
+    def backward(self, loss: torch.Tensor, *, steps: int, **kwargs: Any) -> None:
+        """Adds the gradients of ``loss / steps``.
+
+        Args:
+            loss: A scalar.
+            steps: Micro-steps that one update accumulates; 1 leaves the loss as it is.
+            **kwargs: For ``Tensor.backward``.
+        """
+        if steps > 1:
+            loss = loss / steps
+        scaler = self.settings.precision.scaler
+        if scaler is not None:
+            loss = scaler.scale(loss)
+        loss.backward(**kwargs)
+
+    def unscale_gradients(self, optimizer: AcceleratedOptimizer) -> None:
+        """Divides the optimizer's gradients by the scaler's factor, once a step."""
+        scaler = self.settings.precision.scaler
+        if scaler is None:
+            return
+        while isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+        scaler.unscale_(optimizer)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
+        """See ``torch.nn.utils.clip_grad_norm_``."""
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """See ``torch.nn.utils.clip_grad_value_``."""
+        torch.nn.utils.clip_grad_value_(parameters, clip_value)
+
+    @contextmanager
+    def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
+        """A context in which ranks may bring different numbers of batches."""
+        yield
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def unwrap(self, model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
+        """The model inside the containers that `prepare` put around it."""
+        return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
+
+    def model_state(self, model: nn.Module) -> dict[str, Any]:
+        """The model's full state, as one would save it."""
+        return self.unwrap(model).state_dict()  # type: ignore[no-any-return]
+
+
+def _is_dispatched(model: nn.Module) -> bool:
+    """Whether the model's parts were placed on devices one by one, which a move would undo."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+def is_dispatched(models: Iterable[nn.Module]) -> bool:
+    """Whether any module of these models was spread over several devices by a device map."""
+    return any(_is_dispatched(module) for model in models for module in model.modules())
+
+
+def _check_parameters(model: nn.Module, moves: bool) -> None:
+    name = type(model).__name__
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(
+                f"parameter {key!r} of {name} has no shape yet (a lazy module): run one batch through the model before "
+                "`prepare`, and create its optimizer after that."
+            )
+        if moves and tensor.is_meta and not _is_dispatched(model):
+            raise ValueError(
+                f"parameter {key!r} of {name} is on the meta device and holds no values: give the model memory with "
+                "`model.to_empty(device=accelerator.device)` and load its weights before `prepare`, or prepare it with "
+                "`device_placement=False`."
+            )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if isinstance(param, nn.parameter.UninitializedTensorMixin):
+                raise ValueError(
+                    "the optimizer holds parameters that have no shape yet (a lazy module): run one batch through the "
+                    "model, then create the optimizer, then call `prepare`."
+                )
+
+
+def check_device_map(models: Iterable[nn.Module]) -> None:
+    """Refuses models whose parts lie on several devices: each rank needs the whole model on its own.
+
+    Raises:
+        ValueError: naming the way out. ``ACCELERATE_BYPASS_DEVICE_MAP=true`` skips the check.
+    """
+    if is_dispatched(models) and not env.flag("ACCELERATE_BYPASS_DEVICE_MAP"):
+        raise ValueError(
+            "a model spread over several devices by a device map cannot be trained on several processes: load it "
+            "without `device_map`, or start one process."
+        )

@@ -1,0 +1,74 @@
+"""Sorts what a user passes to ``prepare`` into a `Bundle`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..scheduler import AcceleratedScheduler
+from .base import Bundle
+
+
+def classify(objects: Sequence[Any], *, on_device: frozenset[int], prepared: Iterable[Any] = ()) -> Bundle:
+    """The objects by kind; those in `prepared`, None, and objects of unknown kinds are left alone.
+
+    Raises:
+        TypeError: for what cannot be meant, saying what to pass instead.
+    """
+    bundle = Bundle(on_device=on_device)
+    known = list(prepared)
+    for place, item in enumerate(objects):
+        _kind_of(item, bundle, known)[place] = item
+    return bundle
+
+
+def _kind_of(item: Any, bundle: Bundle, known: list[Any]) -> dict[int, Any]:
+    if item is None or any(item is other for other in known):
+        return bundle.others
+    if isinstance(item, nn.Module):
+        return bundle.models
+    if isinstance(item, torch.optim.Optimizer):
+        return bundle.optimizers
+    if isinstance(item, (torch.optim.lr_scheduler.LRScheduler, AcceleratedScheduler)) or _steps_like_a_scheduler(item):
+        return bundle.schedulers
+    if isinstance(item, DataLoader):
+        return bundle.loaders
+    advice = _advice(item)
+    if advice is not None:
+        raise TypeError(
+            f"cannot prepare {type(item).__name__} {_short(item)}: pass models, optimizers, data loaders and "
+            f"schedulers. {advice}"
+        )
+    return bundle.others
+
+
+def _steps_like_a_scheduler(item: Any) -> bool:
+    return not inspect.isclass(item) and hasattr(item, "step") and hasattr(item, "get_last_lr")
+
+
+def _advice(item: Any) -> str | None:
+    """What the user most likely meant, for objects that are certainly a mistake."""
+    if isinstance(item, (list, tuple, set, dict)):
+        return "Unpack it: prepare(*objects)."
+    if inspect.isclass(item):
+        return "This is a class: pass an instance."
+    if isinstance(item, Dataset):
+        return "Put the dataset into a DataLoader first."
+    if isinstance(item, torch.Tensor):
+        return "Tensors are moved with `tensor.to(accelerator.device)`."
+    if isinstance(item, (str, bytes, int, float, complex)):
+        return "This is a plain value."
+    if inspect.isgenerator(item):
+        return "A generator of parameters belongs into an optimizer; a generator of batches into an IterableDataset."
+    return None
+
+
+def _short(item: Any) -> str:
+    text = repr(item)
+    return text if len(text) <= 60 else text[:57] + "..."
+

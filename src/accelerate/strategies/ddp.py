@@ -1,0 +1,95 @@
+"""Data parallelism with DistributedDataParallel: each rank holds the whole model and reads its own part of the data."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+
+from ..runtime import world
+from ..settings.enums import DistributedType
+from .base import Bundle, Strategy, check_device_map
+
+logger = logging.getLogger(__name__)
+
+
+class DataParallel(Strategy):
+    """Every rank holds the whole model; gradients are averaged as backward produces them."""
+
+    kinds = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
+
+    def check(self, bundle: Bundle) -> None:
+        super().check(bundle)
+        check_device_map(bundle.models.values())
+
+    def synchronise(self, model: nn.Module) -> nn.Module:
+        if isinstance(model, DistributedDataParallel) or not any(p.requires_grad for p in model.parameters()):
+            return model  # nothing to keep in step: a frozen or quantised model stays as it is
+        handler = self.settings.ddp
+        device = self.world.device
+        # Naming the device makes DDP move inputs; a CPU, or a model over several devices, must not be named.
+        one_device = device.index is not None and {p.device for p in model.parameters()} == {device}
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if one_device else None,
+            output_device=device.index if one_device else None,
+            **(handler.to_kwargs() if handler is not None else {}),
+        )
+        if handler is not None:
+            handler.register_comm_hook(wrapped)
+        _remember(wrapped)
+        return wrapped
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
+        # A model that prepare left unwrapped has nothing to hold back.
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    @staticmethod
+    @contextmanager
+    def sync_in_backward(model: nn.Module) -> Iterator[None]:
+        if not isinstance(model, DistributedDataParallel):
+            yield
+            return
+        before = model.require_backward_grad_sync, model.require_forward_param_sync
+        model.require_backward_grad_sync = model.require_forward_param_sync = True
+        # The forward ran under no_sync and did not arm the reducer: this arms it for every parameter.
+        model.reducer.prepare_for_backward([])
+        try:
+            yield
+        finally:
+            model.require_backward_grad_sync, model.require_forward_param_sync = before
+
+    @contextmanager
+    def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
+        joinable = [model for model in models if isinstance(model, DistributedDataParallel)]
+        if len(joinable) < len(models):
+            logger.warning("join_uneven_inputs: only prepared, trainable models can be joined; the others are ignored.")
+        with Join(joinable) if joinable else nullcontext():
+            yield
+
+    def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
+        if isinstance(model, DistributedDataParallel):  # the user's own container: its forward is the wrapped module's
+            self.settings.precision.wrap_forward(model.module)
+            return model
+        return super().prepare_model(model, on_device, evaluation)
+
+
+_wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+
+
+def _remember(model: DistributedDataParallel) -> None:
+    if not _wrapped:
+        world.at_exit(_let_go)
+    _wrapped.add(model)
+
+
+def _let_go() -> None:
+    """Drops what containers hold of their process group, at the end of the process."""
+    for model in _wrapped:
+        model.reducer = model.logger = model.process_group = None

@@ -1,0 +1,25 @@
+"""Helpers without a theme of their own."""
+
+from __future__ import annotations
+
+from ..runtime.forward import extract_model_from_parallel, is_compiled_module
+from ..runtime.helpers import convert_bytes, get_pretty_name, merge_dicts, recursive_getattr, wait_for_everyone
+from ..runtime.machine import check_os_kernel, get_free_port, is_port_in_use
+from ..runtime.modules import get_module_children_bottom_up
+from ..strategies.compile import compile_regions, has_compiled_regions
+
+__all__ = [
+    "check_os_kernel",
+    "compile_regions",
+    "convert_bytes",
+    "extract_model_from_parallel",
+    "get_free_port",
+    "get_module_children_bottom_up",
+    "get_pretty_name",
+    "has_compiled_regions",
+    "is_compiled_module",
+    "is_port_in_use",
+    "merge_dicts",
+    "recursive_getattr",
+    "wait_for_everyone",
+]

@@ -1,0 +1,7 @@
+"""Seeds and random states that agree over the ranks."""
+
+from __future__ import annotations
+
+from ..runtime.rng import set_seed, synchronize_rng_state, synchronize_rng_states
+
+__all__ = ["set_seed", "synchronize_rng_state", "synchronize_rng_states"]

@@ -1,0 +1,7 @@
+"""Comparing versions."""
+
+from __future__ import annotations
+
+from ..runtime.probe import compare_versions, is_torch_version
+
+__all__ = ["compare_versions", "is_torch_version"]

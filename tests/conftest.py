@@ -1,0 +1,48 @@
+"""Fixtures for every test: real gloo ranks on demand, and a process that is left as it was found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.helpers.ranks import RankPool
+from tests.helpers.reset import reset_singletons
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """The pool behind `run_ranks`; costs nothing until it is used."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def run_ranks(rank_pool: RankPool) -> Callable[..., list[Any]]:
+    """`run_ranks(n, fn, *args, **kwargs)`: what a module-level function returned on each of n real gloo ranks.
+
+    Options beside the function's own arguments: `timeout`, `group_timeout`, `join`, `raises`, `env`; see `RankPool.run`.
+
+    Example:
+        def ranks_seen():
+            return accelerate.PartialState(cpu=True).process_index
+
+        def test_every_rank_is_there(run_ranks):
+            assert run_ranks(3, ranks_seen) == [0, 1, 2]
+    """
+    return rank_pool.run
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """Restores the environment, the working directory and accelerate's singletons after every test."""
+    environment, directory = dict(os.environ), os.getcwd()
+    yield
+    reset_singletons()
+    os.chdir(directory)
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)

@@ -1,0 +1,1 @@
+"""What several tests share: the pool of real ranks, and the resetting of process-wide state."""

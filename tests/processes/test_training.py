@@ -1,0 +1,307 @@
+"""Training on real gloo ranks: the same weights whatever the number of processes, exact accumulation, hooks, triggers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from accelerate import Accelerator
+from accelerate.settings.enums import DDPCommunicationHookType, DistributedType
+from accelerate.settings.handlers import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+)
+
+GLOBAL_BATCH = 24
+
+
+def build(seed: int = 0) -> tuple[nn.Module, TensorDataset]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(GLOBAL_BATCH * 20, 6, generator=generator, dtype=torch.float64)
+    targets = inputs.sin().sum(1, keepdim=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    return model, TensorDataset(inputs, targets)
+
+
+def trained_weights(accumulation: int, optimizer_name: str, split_batches: bool, updates: int = 50) -> torch.Tensor:
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=accumulation,
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=split_batches, use_seedable_sampler=True, data_seed=3
+        ),
+        schedule_per_update=True,
+    )
+    model, data = build()
+    batch_size = GLOBAL_BATCH if split_batches else GLOBAL_BATCH // accelerator.num_processes
+    loader = DataLoader(data, batch_size=batch_size, shuffle=True)
+    choices = {"sgd": (torch.optim.SGD, {"lr": 0.05}), "adamw": (torch.optim.AdamW, {"lr": 0.01})}
+    kind, options = choices[optimizer_name]
+    optimizer = kind(model.parameters(), **options)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=updates)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    done = 0
+    while done < updates:
+        for inputs, targets in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(nn.functional.mse_loss(model(inputs), targets))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            done += accelerator.sync_gradients
+            if done == updates:
+                break
+    assert scheduler.last_epoch == updates
+    return torch.cat([p.detach().flatten() for p in accelerator.unwrap_model(model).parameters()])
+
+
+def all_trained_weights() -> dict[tuple[int, str, bool], torch.Tensor]:
+    cases = itertools.product((1, 4), ("sgd", "adamw"), (False, True))
+    return {case: trained_weights(*case) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def weights_by_ranks(rank_pool):
+    return {ranks: rank_pool.run(ranks, all_trained_weights, timeout=180) for ranks in (1, 2, 3)}
+
+
+def test_weights_do_not_depend_on_the_number_of_ranks(weights_by_ranks):
+    (alone,) = weights_by_ranks[1]
+    start, _ = build()
+    initial = torch.cat([p.detach().flatten() for p in start.parameters()])
+    worst = 0.0
+    for ranks in (2, 3):
+        for rank, case in itertools.product(range(ranks), alone):
+            worst = max(worst, (weights_by_ranks[ranks][rank][case] - alone[case]).abs().max().item())
+    assert worst < 1e-10
+    assert all((weights - initial).abs().max() > 1e-2 for weights in alone.values()), "training moved the weights"
+    print(f"largest difference over {len(alone)} cases: {worst:.1e}")
+
+
+# Exact accumulation ------------------------------------------------------------------------------------------------------
+
+
+def ragged_gradient(sync_each_batch: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    plugin = GradientAccumulationPlugin(num_steps=3, sync_each_batch=sync_each_batch)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    model, data = build()
+    inputs, targets = data.tensors
+    whole = copy.deepcopy(model)
+    rank, size = accelerator.process_index, accelerator.num_processes
+    # Ragged on every rank, and different on each: sizes 1, 5, 2 | 4, 0, 7 | 3, 3, 1
+    sizes = [[1, 5, 2], [4, 0, 7], [3, 3, 1]][:size]
+    total = sum(map(sum, sizes))
+    nn.functional.mse_loss(whole(inputs[:total]), targets[:total]).backward()
+    start = sum(map(sum, sizes[:rank]))
+    model = accelerator.prepare(model)
+    for count in sizes[rank]:
+        with accelerator.accumulate(model):
+            part = slice(start, start + count)
+            loss = nn.functional.mse_loss(model(inputs[part]), targets[part], reduction="sum")
+            accelerator.backward(loss, num_items=torch.tensor(count))
+        start += count
+
+    def flat(module: nn.Module) -> torch.Tensor:
+        return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+    return flat(model), flat(whole)
+
+
+@pytest.mark.parametrize("sync_each_batch", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ragged_micro_batches_give_the_gradient_of_the_one_big_batch(run_ranks, ranks, sync_each_batch):
+    for ours, whole in run_ranks(ranks, ragged_gradient, sync_each_batch):
+        torch.testing.assert_close(ours, whole, rtol=0, atol=1e-13)
+
+
+# What the interface documents for several ranks ---------------------------------------------------------------------------
+
+
+def observed_steps(split_batches: bool, accumulation: int, **plugin: object) -> list[list[object]]:
+    """[sync_gradients, weight, last_epoch] at each micro-step; x = 1..8, loss = mean(w x), SGD with lr 1."""
+    with_optimizer = plugin.pop("step_scheduler_with_optimizer", True)
+    accelerator = Accelerator(
+        cpu=True,
+        step_scheduler_with_optimizer=with_optimizer,
+        dataloader_config=DataLoaderConfiguration(split_batches=split_batches),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, **plugin),
+    )
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    size = accelerator.num_processes if split_batches else 1
+    loader = DataLoader(TensorDataset(torch.arange(1.0, 9.0).view(8, 1)), batch_size=size)
+    model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    seen = []
+    for (x,) in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(x).mean())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        weight = accelerator.unwrap_model(model).weight.item()
+        seen.append([accelerator.sync_gradients, round(weight, 4), scheduler.last_epoch])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "expected"),
+    [
+        (2, {"split_batches": False, "accumulation": 1}, [[True, -1.5, 2], [True, -5, 4], [True, -10.5, 6], [True, -18, 8]]),
+        (
+            2,
+            {"split_batches": False, "accumulation": 2},
+            [[False, 0, 0], [True, -2.5, 2], [False, -2.5, 2], [True, -9, 4]],
+        ),
+        (
+            2,
+            {"split_batches": False, "accumulation": 2, "adjust_scheduler": False},
+            [[False, 0, 0], [True, -2.5, 2], [False, -2.5, 2], [True, -9, 4]],
+        ),
+        (2, {"split_batches": True, "accumulation": 1}, [[True, -1.5, 1], [True, -5, 2], [True, -10.5, 3], [True, -18, 4]]),
+        (
+            2,
+            {"split_batches": False, "accumulation": 1, "step_scheduler_with_optimizer": False},
+            [[True, -1.5, 1], [True, -5, 2], [True, -10.5, 3], [True, -18, 4]],
+        ),
+        (
+            2,
+            {"split_batches": False, "accumulation": 3},
+            [[False, 0, 0], [False, 0, 0], [True, -3.5, 2], [True, -6, 4]],
+        ),
+        (
+            2,
+            {"split_batches": False, "accumulation": 2, "sync_each_batch": True},
+            [[False, 0, 0], [True, -2.5, 2], [False, -2.5, 2], [True, -9, 4]],
+        ),
+        (3, {"split_batches": False, "accumulation": 1}, [[True, -2, 3], [True, -7, 6], [True, -12.3333, 9]]),
+        (3, {"split_batches": False, "accumulation": 2}, [[False, 0, 0], [True, -3.5, 3], [True, -6.1667, 6]]),
+    ],
+)
+def test_scheduler_and_accumulation(run_ranks, ranks, options, expected):
+    assert run_ranks(ranks, observed_steps, **options) == [expected] * ranks
+
+
+def joined_and_triggered() -> dict[str, object]:
+    accelerator = Accelerator(cpu=True)
+    seen: dict[str, object] = {"type": accelerator.distributed_type, "repr": repr(accelerator.state)}
+    if accelerator.process_index == 1:
+        accelerator.set_trigger()
+    seen["trigger"] = (accelerator.check_trigger(), accelerator.check_trigger())
+    model = nn.Linear(1, 1)
+    wrapped = accelerator.prepare(model)
+    seen["wrapped"] = type(wrapped).__name__
+    seen["inner"] = accelerator.unwrap_model(wrapped) is model
+    seen["keys"] = sorted(accelerator.get_state_dict(wrapped))
+    seen["own keys"] = sorted(accelerator.get_state_dict(wrapped, unwrap=False))
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    seen["frozen"] = accelerator.prepare(frozen) is frozen
+    evaluated = nn.Linear(1, 1)
+    seen["evaluated"] = accelerator.prepare_model(evaluated, evaluation_mode=True) is evaluated
+    # Ranks bring different numbers of batches: without the join, the longer one would hang in its second backward.
+    with accelerator.join_uneven_inputs([wrapped], even_batches=False):
+        for _ in range(1 + accelerator.process_index):
+            accelerator.backward(wrapped(torch.ones(1, 1)).sum())
+    # Forwards under no_sync, synchronised by the last backward.
+    wrapped.zero_grad()
+    with accelerator.no_sync(wrapped):
+        loss = wrapped(torch.full((1, 1), float(accelerator.process_index))).sum()
+    with accelerator.trigger_sync_in_backward(wrapped):
+        accelerator.backward(loss)
+    seen["synced"] = model.weight.grad.item()
+    wrapped.zero_grad()
+    with accelerator.no_sync(wrapped):
+        accelerator.backward(wrapped(torch.full((1, 1), float(accelerator.process_index))).sum())
+    seen["local"] = model.weight.grad.item()
+    seen["skipped"] = accelerator.optimizer_step_was_skipped
+    return seen
+
+
+def test_models_on_two_ranks(run_ranks):
+    for rank, seen in enumerate(run_ranks(2, joined_and_triggered)):
+        assert seen["type"] is DistributedType.MULTI_CPU
+        assert "Backend: gloo" in seen["repr"]
+        assert seen["trigger"] == (True, False)
+        assert (seen["wrapped"], seen["inner"]) == ("DistributedDataParallel", True)
+        assert (seen["keys"], seen["own keys"]) == (["bias", "weight"], ["module.bias", "module.weight"])
+        assert seen["frozen"] and seen["evaluated"]
+        assert (seen["synced"], seen["local"]) == (0.5, float(rank))
+
+
+def two_models() -> tuple[float, float]:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    first, second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    second.bias = nn.Parameter(torch.zeros(1), requires_grad=False)
+    for model in (first, second):
+        nn.init.zeros_(model.weight)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in (first, second)]
+    a, b, *optimizers = accelerator.prepare(first, second, *optimizers)
+    for _ in range(2):
+        with accelerator.accumulate(a, b):
+            accelerator.backward((a(torch.full((1, 1), accelerator.process_index + 1.0)) + b(torch.ones(1, 1))).sum())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    return first.weight.item(), second.weight.item()
+
+
+def test_two_models_accumulate_together(run_ranks):
+    assert run_ranks(2, two_models) == [(-1.5, -1.0)] * 2
+
+
+def with_hook(**options: object) -> torch.Tensor:
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(**options)])
+    torch.manual_seed(0)
+    model = nn.Linear(32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(12):
+        generator = torch.Generator().manual_seed(100 * step + accelerator.process_index)
+        accelerator.backward(wrapped(torch.randn(4, 32, generator=generator)).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.weight.detach()
+
+
+HOOK = DDPCommunicationHookType
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"comm_hook": HOOK.FP16},
+        {"comm_hook": HOOK.BF16},
+        {"comm_hook": HOOK.POWER_SGD, "comm_state_option": {"matrix_approximation_rank": 32, "start_powerSGD_iter": 2}},
+        {"comm_hook": HOOK.BATCHED_POWER_SGD, "comm_state_option": {"start_powerSGD_iter": 2}},
+        {"comm_hook": HOOK.POWER_SGD, "comm_wrapper": HOOK.FP16, "comm_state_option": {"start_powerSGD_iter": 2}},
+        {"comm_hook": HOOK.POWER_SGD, "comm_wrapper": HOOK.BF16, "comm_state_option": {"start_powerSGD_iter": 2}},
+    ],
+    ids=str,
+)
+def test_communication_hooks_train(run_ranks, options):
+    plain = run_ranks(2, with_hook)[0]
+    first, second = run_ranks(2, with_hook, **options)
+    assert torch.equal(first, second), "ranks stay in step"
+    assert (first - plain).abs().max() < (0.02 if "sgd" in options["comm_hook"].value else 2e-3)
+
+
+def wrong_on_every_rank() -> None:
+    accelerator = Accelerator(cpu=True)
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model.hf_device_map = {"0": "cpu", "1": "disk"}
+    assert accelerator.verify_device_map(model)
+    accelerator.prepare(model)
+
+
+def test_a_dispatched_model_is_refused_on_several_ranks(run_ranks):
+    with pytest.raises(Exception, match="spread over several devices"):
+        run_ranks(2, wrong_on_every_rank)

@@ -1,0 +1,453 @@
+"""The Accelerator on one process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.settings import env
+from accelerate.settings.enums import DistributedType
+from accelerate.settings.handlers import (
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    GradScalerKwargs,
+    ProfileKwargs,
+    TorchDynamoPlugin,
+)
+from accelerate.tracking import GeneralTracker
+
+
+def small_loader(n: int = 8, batch_size: int = 2) -> DataLoader:
+    return DataLoader(TensorDataset(torch.arange(n, dtype=torch.float32).view(n, 1)), batch_size=batch_size)
+
+
+def test_defaults():
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.distributed_type is DistributedType.NO
+    assert accelerator.device == torch.device("cpu")
+    assert (accelerator.num_processes, accelerator.process_index, accelerator.local_process_index) == (1, 0, 0)
+    assert accelerator.mixed_precision == "no" and accelerator.scaler is None and not accelerator.native_amp
+    assert accelerator.gradient_accumulation_steps == 1 and accelerator.sync_gradients
+    assert accelerator.rng_types == ["generator"]
+    assert accelerator.dataloader_config == DataLoaderConfiguration()
+    assert accelerator.project_dir is None and accelerator.logging_dir is None and accelerator.save_iteration == 0
+    assert accelerator.trackers == [] and accelerator.log_with == []
+    assert not accelerator.multi_device and accelerator.should_save_model
+    assert not accelerator.optimizer_step_was_skipped and accelerator.step == 0
+    assert accelerator.parallelism_config is None and accelerator.torch_device_mesh is None
+
+
+def test_prepare_gives_back_in_order_and_leaves_prepared_objects_alone():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    loader = small_loader()
+    s, m, nothing, o, d = accelerator.prepare(scheduler, model, None, optimizer, loader)
+    assert isinstance(s, AcceleratedScheduler) and isinstance(o, AcceleratedOptimizer)
+    assert m is model and nothing is None and isinstance(d, DataLoader) and d is not loader
+    assert s.optimizers == [o]
+    again = accelerator.prepare(m, o, s, d)
+    assert all(a is b for a, b in zip(again, (m, o, s, d)))
+    assert [len(known) for known in (accelerator._models, accelerator._optimizers, accelerator._dataloaders)] == [1] * 3
+    assert accelerator.prepare(model) is model
+
+
+@pytest.mark.parametrize(
+    ("wrong", "advice"),
+    [
+        ([nn.Linear(1, 1)], "Unpack it"),
+        (nn.Linear, "pass an instance"),
+        (TensorDataset(torch.zeros(1)), "DataLoader first"),
+        (torch.zeros(1), r"tensor\.to"),
+        ("model", "plain value"),
+        (3, "plain value"),
+        ((p for p in ()), "generator"),
+    ],
+)
+def test_prepare_refuses_what_cannot_be_meant(wrong, advice):
+    with pytest.raises(TypeError, match=advice):
+        Accelerator(cpu=True).prepare(wrong)
+
+
+def test_prepare_checks_before_it_changes():
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ValueError, match=r"'weight' of Linear is on the meta device.*to_empty"):
+        accelerator.prepare(nn.Linear(1, 1, device="meta"))
+    with pytest.raises(ValueError, match="run one batch through the model"):
+        accelerator.prepare(nn.LazyLinear(2))
+    lazy = nn.LazyLinear(2)
+    with pytest.raises(ValueError, match="then create the optimizer"):
+        accelerator.prepare(nn.Linear(1, 1), torch.optim.SGD(lazy.parameters(), lr=1))
+    with pytest.raises(ValueError, match="one entry for each of the 1 objects"):
+        accelerator.prepare(nn.Linear(1, 1), device_placement=[True, False])
+    assert accelerator._models == []
+    meta = accelerator.prepare(nn.Linear(1, 1, device="meta"), device_placement=[False])
+    assert meta.weight.is_meta
+
+
+def test_models_of_every_kind():
+    accelerator = Accelerator(cpu=True)
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    integers = nn.Module()
+    integers.register_buffer("table", torch.arange(3))
+    integers.weight = nn.Parameter(torch.arange(3), requires_grad=False)
+    assert accelerator.prepare(frozen, integers) == (frozen, integers)
+    assert accelerator.prepare_model(nn.Linear(1, 1), evaluation_mode=True).weight.device.type == "cpu"
+
+
+# Accumulation --------------------------------------------------------------------------------------------------------
+
+
+def accumulated(batches: int, **plugin: object) -> list[list[object]]:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(**plugin))
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    loader = DataLoader(TensorDataset(torch.ones(batches, 1)), batch_size=1)
+    model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    seen = []
+    for (x,) in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(x).sum())
+            gradient = model.weight.grad.item()
+            optimizer.step()
+            scheduler.step()
+            seen.append([accelerator.sync_gradients, gradient, model.weight.item(), scheduler.last_epoch])
+            seen[-1].append(accelerator.step)
+            optimizer.zero_grad()
+    return seen
+
+
+# From the observed behaviours of the interface: [sync_gradients, gradient, weight after, last_epoch, accelerator.step].
+@pytest.mark.parametrize(
+    ("batches", "plugin", "expected"),
+    [
+        (
+            5,
+            {"num_steps": 1},
+            [[True, 1, -1, 1, 1], [True, 1, -2, 2, 2], [True, 1, -3, 3, 3], [True, 1, -4, 4, 4], [True, 1, -5, 5, 0]],
+        ),
+        (
+            5,
+            {"num_steps": 2},
+            [
+                [False, 0.5, 0, 0, 1],
+                [True, 1, -1, 1, 2],
+                [False, 0.5, -1, 1, 3],
+                [True, 1, -2, 2, 4],
+                [True, 0.5, -2.5, 3, 0],
+            ],
+        ),
+        (
+            5,
+            {"num_steps": 2, "sync_with_dataloader": False},
+            [
+                [False, 0.5, 0, 0, 1],
+                [True, 1, -1, 1, 2],
+                [False, 0.5, -1, 1, 3],
+                [True, 1, -2, 2, 4],
+                [False, 0.5, -2, 2, 5],
+            ],
+        ),
+        (
+            4,
+            {"num_steps": 2, "adjust_scheduler": False},
+            [[False, 0.5, 0, 0, 1], [True, 1, -1, 1, 2], [False, 0.5, -1, 1, 3], [True, 1, -2, 2, 0]],
+        ),
+        (
+            4,
+            {"num_steps": 2, "sync_each_batch": True},
+            [[False, 0.5, 0, 0, 1], [True, 1, -1, 1, 2], [False, 0.5, -1, 1, 3], [True, 1, -2, 2, 0]],
+        ),
+    ],
+)
+def test_accumulate(batches, plugin, expected):
+    assert accumulated(batches, **plugin) == expected
+
+
+def test_accumulation_steps_come_from_argument_plugin_or_environment():
+    env.publish({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": 4})
+    assert Accelerator(cpu=True).gradient_accumulation_steps == 4
+    assert Accelerator(cpu=True, gradient_accumulation_steps=2).gradient_accumulation_steps == 2
+    accelerator = Accelerator(cpu=True)
+    accelerator.gradient_accumulation_steps = 8
+    assert accelerator.gradient_accumulation_steps == 8
+    with pytest.raises(ValueError, match="num_steps=-1"):
+        Accelerator(cpu=True, gradient_accumulation_steps=-1)
+    with pytest.raises(ValueError, match="both given"):
+        plugin = GradientAccumulationPlugin(num_steps=2)
+        Accelerator(cpu=True, gradient_accumulation_steps=2, gradient_accumulation_plugin=plugin)
+
+
+def test_backward_with_num_items_is_the_mean_over_all_items():
+    torch.manual_seed(0)
+    data = torch.randn(11, 3, dtype=torch.float64)
+    model = nn.Linear(3, 1).double()
+    whole = copy.deepcopy(model)
+    whole(data).pow(2).mean().backward()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model = accelerator.prepare(model)
+    for part in data.split([2, 8, 1]):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(part).pow(2).sum(), num_items=len(part))
+    torch.testing.assert_close(model.weight.grad, whole.weight.grad, rtol=0, atol=1e-14)
+    torch.testing.assert_close(model.bias.grad, whole.bias.grad, rtol=0, atol=1e-14)
+
+
+def test_backward_says_what_it_needs():
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(TypeError, match="loss as a tensor, found float"):
+        accelerator.backward(0.5)
+    with pytest.raises(ValueError, match="num_items must not be negative"):
+        accelerator.backward(torch.zeros((), requires_grad=True), num_items=-1)
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        accelerator.backward(torch.zeros((), requires_grad=True), num_items=torch.ones(2))
+    with pytest.raises(ValueError, match="LOMO"):
+        accelerator.lomo_backward(torch.zeros(()), 0.1)
+
+
+def test_no_items_at_all_change_nothing():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Linear(1, 1))
+    accelerator.backward(model(torch.ones(1, 1)).sum() * 0, num_items=torch.tensor(0))
+    assert model.weight.grad.item() == 0
+
+
+# Precision -------------------------------------------------------------------------------------------------------------
+
+
+def test_bf16_computes_in_half_and_returns_float():
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x):
+            y = self.layer(x)
+            seen.append(y.dtype)
+            return {"y": y, "list": [y]}
+
+    model = accelerator.prepare(Model())
+    out = model(torch.ones(1, 2))
+    assert seen == [torch.bfloat16] and out["y"].dtype == out["list"][0].dtype == torch.float32
+    assert model.layer.weight.dtype == torch.float32 and hasattr(model, "_original_forward")
+    with accelerator.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with accelerator.autocast(AutocastKwargs(enabled=False)):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert plain(torch.ones(1, 2))["y"].dtype == torch.float32 and seen[-1] == torch.float32
+    assert not hasattr(plain, "_original_forward")
+
+
+def test_a_forward_within_a_forward_under_autocast():
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x, depth=2):
+            y = self.layer(x)
+            assert y.dtype == torch.bfloat16
+            return self(y, depth - 1) if depth else y
+
+    model = accelerator.prepare(Recursive())
+    assert model(torch.ones(1, 2)).dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_fp16_scales_the_loss_and_reports_skipped_steps():
+    handlers = [GradScalerKwargs(init_scale=2.0**10, growth_interval=1)]
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=handlers)
+    model = nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    scheduler = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch))
+    before = model.weight.detach().clone()
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+    assert model.weight.grad.abs().max() > 100, "scaled"
+    assert accelerator.clip_grad_norm_(model.parameters(), 1.0) < 10, "unscaled before it is clipped"
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    assert not accelerator.optimizer_step_was_skipped and not torch.equal(before, model.weight)
+    assert scheduler.last_epoch == 1
+    accelerator.backward(model(torch.full((1, 2), 1e30)).sum() * 1e30)
+    before = model.weight.detach().clone()
+    optimizer.step()
+    scheduler.step()
+    assert accelerator.optimizer_step_was_skipped and optimizer.step_was_skipped
+    assert torch.equal(before, model.weight) and scheduler.last_epoch == 1
+
+
+def test_precisions_that_are_not_there():
+    with pytest.raises(ValueError, match="'zz' is unknown"):
+        Accelerator(cpu=True, mixed_precision="zz")
+    with pytest.raises(ValueError, match="fp8.*not part of this version"):
+        Accelerator(cpu=True, mixed_precision="fp8")
+
+
+# Settings that contradict each other -------------------------------------------------------------------------------------
+
+
+def test_bad_settings_say_what_is_wrong():
+    with pytest.raises(TypeError, match="kwargs_handlers takes instances of"):
+        Accelerator(cpu=True, kwargs_handlers=[object()])
+    with pytest.raises(ValueError, match="two AutocastKwargs"):
+        Accelerator(cpu=True, kwargs_handlers=[AutocastKwargs(), AutocastKwargs()])
+    with pytest.raises(ValueError, match="both given"):
+        Accelerator(cpu=True, dynamo_backend="eager", dynamo_plugin=TorchDynamoPlugin())
+    with pytest.raises(TypeError, match="dispatch_batches"):
+        Accelerator(cpu=True, dispatch_batches=True)
+    with pytest.raises(ValueError, match=r"rng_types=\['zz'\]"):
+        Accelerator(cpu=True, rng_types=["zz"])
+    with pytest.raises(ValueError, match="fsdp_plugin: sharded"):
+        Accelerator(cpu=True, fsdp_plugin=object())
+    env.publish({"ACCELERATE_USE_DEEPSPEED": "true"})
+    with pytest.raises(ValueError, match="ACCELERATE_USE_DEEPSPEED"):
+        Accelerator(cpu=True)
+
+
+def test_older_spellings_are_taken():
+    accelerator = Accelerator(cpu=True, split_batches=True, kwarg_handlers=[DistributedDataParallelKwargs()])
+    assert accelerator.split_batches and accelerator.ddp_handler is not None
+    accelerator.set_breakpoint()
+    assert accelerator.check_breakpoint() and not accelerator.check_breakpoint()
+
+
+# The rest ------------------------------------------------------------------------------------------------------------------
+
+
+def test_clipping_and_state():
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Linear(1, 1))
+    assert accelerator.clip_grad_norm_(model.parameters(), 1.0).item() == 0.0
+    accelerator.backward(model(torch.full((1, 1), 9.0)).sum())
+    accelerator.clip_grad_value_(model.parameters(), 0.5)
+    assert model.weight.grad.item() == 0.5
+    assert sorted(accelerator.get_state_dict(model)) == ["bias", "weight"]
+    assert accelerator.unwrap_model(model) is model
+    with accelerator.no_sync(model), accelerator.trigger_sync_in_backward(model), accelerator.join_uneven_inputs([model]):
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+    with pytest.raises(ValueError, match="lack them: object"):
+        accelerator.register_for_checkpointing(object())
+    assert accelerator.free_memory(model, 2) == [None, None] and accelerator._models == []
+    assert copy.deepcopy(accelerator) is accelerator
+
+
+def test_collectives_of_a_lone_process():
+    accelerator = Accelerator(cpu=True)
+    x = torch.arange(3)
+    assert accelerator.gather(x).tolist() == [0, 1, 2]
+    assert accelerator.reduce(x, "sum", scale=2.0).tolist() == [0, 2, 4]
+    assert accelerator.pad_across_processes(x) is x
+    assert accelerator.gather_for_metrics((x, {"a": x}))[1]["a"].tolist() == [0, 1, 2]
+    assert accelerator.gather_for_metrics(["a", "b"]) == ["a", "b"]
+
+
+def test_profile_leaves_a_trace(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    with accelerator.profile(ProfileKwargs(activities=["cpu"], output_trace_dir=str(tmp_path / "traces"))) as profiler:
+        torch.ones(2) + 1
+    assert any("add" in event.key for event in profiler.key_averages())
+    assert json.loads((tmp_path / "traces" / "profile_0.json").read_text())["traceEvents"]
+
+
+class ListTracker(GeneralTracker):
+    name = "list"
+    requires_logging_directory = False
+
+    def __init__(self):
+        super().__init__()
+        self.logs = []
+
+    @property
+    def tracker(self):
+        return self.logs
+
+    def store_init_configuration(self, values):
+        self.logs.append(("config", values))
+
+    def log(self, values, step=None, **kwargs):
+        self.logs.append((values, step, kwargs))
+
+    def finish(self):
+        self.logs.append("finish")
+
+
+def test_a_tracker_of_ones_own():
+    tracker = ListTracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("project", config={"lr": 1})
+    accelerator.log({"x": 1}, step=3)
+    accelerator.log({"x": 2}, log_kwargs={"list": {"z": 1}})
+    assert accelerator.get_tracker("list") is tracker and accelerator.get_tracker("list", unwrap=True) is tracker.logs
+    assert type(accelerator.get_tracker("tensorboard")) is GeneralTracker
+    accelerator.end_training()
+    assert tracker.logs == [("config", {"lr": 1}), ({"x": 1}, 3, {}), ({"x": 2}, None, {"z": 1}), "finish"]
+
+
+def test_a_schedule_belongs_to_its_optimizer():
+    accelerator = Accelerator(cpu=True)
+    models = [nn.Linear(1, 1) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
+    first = torch.optim.lr_scheduler.StepLR(optimizers[0], 1, gamma=0.1)
+    a, b, schedule = accelerator.prepare(*optimizers, first)
+    assert schedule.optimizers == [a]
+    a.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [pytest.approx(0.1)] and b.param_groups[0]["lr"] == 1.0
+    later = accelerator.prepare(torch.optim.lr_scheduler.StepLR(b, 1))
+    assert later.optimizers == [b]
+    state = schedule.state_dict()
+    schedule.step()
+    schedule.load_state_dict(state)
+    assert schedule.get_last_lr() == [pytest.approx(0.1)]
+
+
+def test_prepared_optimizers_answer_like_the_one_inside():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(1, 1)
+    inner = torch.optim.AdamW(model.parameters(), lr=0.5)
+    optimizer = accelerator.prepare(inner)
+    assert optimizer.param_groups is inner.param_groups and optimizer.defaults is inner.defaults
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    assert [group["lr"] for group in inner.param_groups] == [0.25, 0.5]
+    optimizer.train()
+    optimizer.eval()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 1)).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() is not None
+    twin = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(twin)
+    assert optimizer.state[model.weight]["step"].item() == 1
+
+
+def test_copying_logs_why(caplog):
+    accelerator = Accelerator(cpu=True)
+    with caplog.at_level(logging.INFO, logger="accelerate.accelerator"):
+        copy.deepcopy(accelerator)
+    assert "stands for this process's run" in caplog.text
