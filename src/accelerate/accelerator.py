@@ -701,6 +701,27 @@ class Accelerator:
             yield
 
     @contextmanager
+    def maybe_context_parallel(
+        self,
+        buffers: list[torch.Tensor] | None = None,
+        buffer_seq_dims: list[int] | None = None,
+        no_restore_buffers: set[torch.Tensor] | None = None,
+    ) -> Iterator[None]:
+        """A context that shares sequences out over the ranks of a run with context parallelism, and does nothing in others.
+
+        Args:
+            buffers: Tensors that are cut along their sequence.
+            buffer_seq_dims: Which dimension of each is the sequence.
+            no_restore_buffers: Those that need not be whole again afterwards.
+        """
+        with self.strategy.context_parallel(buffers, buffer_seq_dims, no_restore_buffers):
+            yield
+
+    def deepspeed_ulysses_dl_adapter(self, dl: Any, model: nn.Module) -> Any:
+        """The loader whose sequences are shared out as DeepSpeed's sequence parallelism wants; `dl` itself in other runs."""
+        return self.strategy.sequence_parallel_loader(dl, model)
+
+    @contextmanager
     def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
         """A context that records what the process spends its time and memory on.
 

@@ -26,8 +26,8 @@ _BUFFER_BYTES = 256 * 2**20
 class LocalSGD:
     """Context of a training loop whose processes average parameters now and then instead of gradients every step.
 
-    Gradient accumulation goes on as usual: a step counts when it has used its gradients. Buffers (the running statistics
-    of batch norm) are not averaged, nor is the optimizer's state. All processes must take the same number of steps.
+    Gradient accumulation goes on as usual: a step counts when it has used its gradients. Buffers (batch norm's running
+    statistics) are not averaged, nor is the optimizer's state. All processes must take the same number of steps.
 
     Attributes:
         num_steps: Optimizer steps taken so far.
@@ -62,8 +62,8 @@ class LocalSGD:
             raise ValueError(f"local_sgd_steps is a positive number of steps; it was given as {local_sgd_steps!r}.")
         if enabled and not accelerator.strategy.supports_local_sgd:
             raise NotImplementedError(
-                f"LocalSGD needs a whole copy of the model on every process, and {accelerator.distributed_type} does not "
-                "keep one that can be averaged: use plain data parallel training, or LocalSGD(..., enabled=False)."
+                f"LocalSGD needs a whole copy of the model on every process, and {accelerator.distributed_type} keeps "
+                "none that can be averaged: use plain data parallel training, or LocalSGD(..., enabled=False)."
             )
         self.accelerator = accelerator
         self.model = model

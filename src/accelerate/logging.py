@@ -8,10 +8,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .settings import env
 from .state import PartialState
+
+if TYPE_CHECKING:  # only type checkers know it as generic before Python 3.11
+    _LoggerAdapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _LoggerAdapter = logging.LoggerAdapter
 
 # Our own frames between the caller and the standard logger. Up to Python 3.10 the standard library counts its own too.
 _FRAMES = 2 if sys.version_info >= (3, 11) else 4
@@ -22,14 +27,14 @@ _LEVELS = "CRITICAL, ERROR, WARNING, INFO, DEBUG"
 _SAID: set[tuple[str, str, str]] = set()
 
 
-class MultiProcessAdapter(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic from Python 3.11 on
+class MultiProcessAdapter(_LoggerAdapter):
     """A logger that knows the processes of the run. Made by `get_logger`.
 
     Each call (``info``, ``warning`` …) takes two more keyword arguments:
 
     - ``main_process_only`` (default True): only the main process logs.
-    - ``in_order`` (default False), with ``main_process_only=False``: the processes log one after the other, in the order
-      of their ranks. Every process must make the call, since they wait for each other.
+    - ``in_order`` (default False), with ``main_process_only=False``: the processes log one after the other, by rank.
+      Every process must make the call, since they wait for each other.
 
     With several processes, ``[RANK i]`` stands before each message.
     """

@@ -7,6 +7,7 @@ run. They hold no logic of their own: joining is `runtime.world`, dividing is `r
 from __future__ import annotations
 
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from .settings.enums import DistributedType, PrecisionType
 
 if TYPE_CHECKING:
     from .settings.handlers import GradientAccumulationPlugin
+
+
+logger = logging.getLogger(__name__)
 
 
 def is_initialized() -> bool:
@@ -103,9 +107,11 @@ class PartialState(_Shared):
 
     def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
         super().__init__()
-        if self.initialized:
-            return
         kwargs.pop("_from_accelerator", None)
+        if self.initialized:
+            if kwargs:
+                logger.warning("this process has joined its run already: %s came too late and is ignored.", kwargs)
+            return
         here = world.current() if world.is_joined() and not kwargs and not cpu else world.join(cpu=cpu, **kwargs)
         self._cpu = cpu or env.flag("ACCELERATE_USE_CPU")
         self.process_index = here.rank

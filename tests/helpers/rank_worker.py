@@ -57,11 +57,10 @@ def dump_exception(error: BaseException) -> bytes | None:
         return None
 
 
-def reset(environment: dict[str, str], directory: str, filters: list[object]) -> None:
+def reset(environment: dict[str, str], directory: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
-    warnings.filters[:] = filters  # type: ignore[index]
     reset_singletons()
     reset_torch(threads=1)
 
@@ -76,7 +75,8 @@ def main(descriptor: int) -> None:
     connection = Connection(descriptor)
     gc.collect()
     gc.freeze()  # torch's own objects never die; left in, they make the collection after each call take 100 ms
-    environment, directory, filters = dict(os.environ), os.getcwd(), list(warnings.filters)
+    warnings.filterwarnings("error", module=r"accelerate(\.|$)")  # as in the tests' own process
+    environment, directory = dict(os.environ), os.getcwd()
     while True:
         try:
             job = pickle.loads(connection.recv_bytes())
@@ -87,8 +87,9 @@ def main(descriptor: int) -> None:
         sys.path[:] = job.path
         os.environ.update(job.environment)
         reset_torch(threads=1)
-        reply = run(job)
-        reset(environment, directory, filters)
+        with warnings.catch_warnings():
+            reply = run(job)
+        reset(environment, directory)
         connection.send_bytes(pickle.dumps(reply))
 
 

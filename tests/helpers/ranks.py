@@ -1,8 +1,9 @@
 """A pool of worker processes that run a test's function on real gloo ranks, over loopback.
 
-`RankPool.run(n, fn, ...)` sends `fn` (by its name, so it must be a module-level function) to n workers. They are started
-when first needed and reused by later calls; every call gets a process group of its own, joined through the variables that
-torchrun would set. A worker that dies or hangs is killed and replaced, and the test fails with what it last said.
+`RankPool.run(n, fn, ...)` sends `fn` (by its name, so it must be a module-level function) to n workers. They are
+started when first needed and reused by later calls; every call gets a process group of its own, joined through the
+variables that torchrun would set. A worker that dies or hangs is killed and replaced, and the test fails with what it
+last said.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Worker:
         return os.pread(self.log.fileno(), limit, start).decode(errors="replace")
 
     def stacks(self, since: int) -> str:
-        """Asks a hanging worker where it is (faulthandler answers even from inside a C call) and returns what it wrote."""
+        """Asks a hanging worker where it is (faulthandler answers from inside a C call too), returns what it wrote."""
         if self.alive():
             self.process.send_signal(signal.SIGUSR1)
             time.sleep(0.3)
@@ -180,7 +181,9 @@ class RankPool:
             unanswered = [worker for rank, worker in enumerate(workers) if rank not in replies]
             failed = bool(failures) and not raises
             self._discard(workers if failed else unanswered)
-        results = [failures[rank] if rank in failures else pickle.loads(replies[rank].value or b"") for rank in range(n)]
+        results = [
+            failures[rank] if rank in failures else pickle.loads(replies[rank].value or b"") for rank in range(n)
+        ]
         if failures and not raises:
             title = f"{len(failures)} of {n} ranks failed in {fn.__module__}.{fn.__qualname__}"
             cause = next((failure.exception for failure in failures.values() if failure.exception is not None), None)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accelerate import Accelerator
+from accelerate.accelerator import Accelerator
 from accelerate.settings.enums import DDPCommunicationHookType, DistributedType
 from accelerate.settings.handlers import (
     DataLoaderConfiguration,
@@ -35,9 +35,7 @@ def trained_weights(accumulation: int, optimizer_name: str, split_batches: bool,
     accelerator = Accelerator(
         cpu=True,
         gradient_accumulation_steps=accumulation,
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=split_batches, use_seedable_sampler=True, data_seed=3
-        ),
+        dataloader_config=DataLoaderConfiguration(split_batches=split_batches, use_seedable_sampler=True, data_seed=3),
         schedule_per_update=True,
     )
     model, data = build()
@@ -156,7 +154,11 @@ def observed_steps(split_batches: bool, accumulation: int, **plugin: object) -> 
 @pytest.mark.parametrize(
     ("ranks", "options", "expected"),
     [
-        (2, {"split_batches": False, "accumulation": 1}, [[True, -1.5, 2], [True, -5, 4], [True, -10.5, 6], [True, -18, 8]]),
+        (
+            2,
+            {"split_batches": False, "accumulation": 1},
+            [[True, -1.5, 2], [True, -5, 4], [True, -10.5, 6], [True, -18, 8]],
+        ),
         (
             2,
             {"split_batches": False, "accumulation": 2},
@@ -167,7 +169,11 @@ def observed_steps(split_batches: bool, accumulation: int, **plugin: object) -> 
             {"split_batches": False, "accumulation": 2, "adjust_scheduler": False},
             [[False, 0, 0], [True, -2.5, 2], [False, -2.5, 2], [True, -9, 4]],
         ),
-        (2, {"split_batches": True, "accumulation": 1}, [[True, -1.5, 1], [True, -5, 2], [True, -10.5, 3], [True, -18, 4]]),
+        (
+            2,
+            {"split_batches": True, "accumulation": 1},
+            [[True, -1.5, 1], [True, -5, 2], [True, -10.5, 3], [True, -18, 4]],
+        ),
         (
             2,
             {"split_batches": False, "accumulation": 1, "step_scheduler_with_optimizer": False},

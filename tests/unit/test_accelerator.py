@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accelerate import Accelerator
+from accelerate.accelerator import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.settings import env
@@ -92,6 +92,9 @@ def test_prepare_checks_before_it_changes():
         accelerator.prepare(nn.Linear(1, 1), torch.optim.SGD(lazy.parameters(), lr=1))
     with pytest.raises(ValueError, match="one entry for each of the 1 objects"):
         accelerator.prepare(nn.Linear(1, 1), device_placement=[True, False])
+    with pytest.raises(ValueError, match=r"create the optimizer after `model\.to_empty"):
+        meta = nn.Linear(1, 1, device="meta")
+        accelerator.prepare(torch.optim.SGD(meta.parameters(), lr=1))
     assert accelerator._models == []
     meta = accelerator.prepare(nn.Linear(1, 1, device="meta"), device_placement=[False])
     assert meta.weight.is_meta

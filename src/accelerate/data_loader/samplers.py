@@ -266,3 +266,12 @@ def get_sampler(dataloader: DataLoader[Any]) -> Any:
     """
     chain = chain_from(drawn_from(dataloader))
     return chain[-1] if chain else None
+
+
+def samples_drawn(loader: DataLoader[Any]) -> int | None:
+    """How many samples a loader's sampler draws in an epoch; None where that is not known."""
+    chain: list[Any] = chain_from(drawn_from(loader))
+    if len(chain) < 2 or isinstance(chain[-2], SamplerShard):
+        return None
+    sampler: Any = getattr(chain[-2], "sampler", None)
+    return len(sampler) if sampler is chain[-1] and hasattr(sampler, "__len__") else None

@@ -1,1 +1,1 @@
-"""From words to running processes: parse, look at the machine, plan, run. Imports torch only to start several processes."""
+"""From words to running processes: parse, look at the machine, plan, run. Only starting several imports torch."""

@@ -1,4 +1,4 @@
-"""Ends what the launcher would leave behind: a tiny process that outlives it by a moment, and a record of who died when.
+"""Ends what the launcher would leave behind: a small process that outlives it by a moment; and notes who died when.
 
 `Guard` is forked before torch is imported and holds one end of a pipe. However the launcher ends, the pipe closes, and
 the process groups it was told of are killed: the ranks and what they started. `Deaths` is how the launcher knows which
@@ -12,7 +12,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 
 class Guard:
@@ -71,14 +71,15 @@ class Deaths(threading.Thread):
     """Notes when each process of a set ends, without reaping it.
 
     Args:
-        processes: Process id -> whatever names it.
+        processes: Process ids.
         ended: Called with the process id and its exit status (negative: a signal) in this thread.
 
     Attributes:
-        times: Process id -> nanoseconds since the epoch. Stays empty where the system has no process descriptors.
+        times: Process id -> nanoseconds since the epoch.
+        able: False where the system has no process descriptors: `times` stays empty.
     """
 
-    def __init__(self, processes: Mapping[int, object], ended: Callable[[int, int], None]) -> None:
+    def __init__(self, processes: Iterable[int], ended: Callable[[int, int], None]) -> None:
         super().__init__(name="accelerate-deaths", daemon=True)
         self.times: dict[int, int] = {}
         self._ended = ended
@@ -88,6 +89,7 @@ class Deaths(threading.Thread):
                 self._open[os.pidfd_open(pid)] = pid
             except (AttributeError, OSError):  # not Linux, or an old one
                 continue
+        self.able = bool(self._open)
         self.start()
 
     def run(self) -> None:
@@ -96,10 +98,11 @@ class Deaths(threading.Thread):
             waiting.register(descriptor, select.POLLIN)
         while self._open:
             for descriptor, _ in waiting.poll():
+                now = time.time_ns()
                 pid = self._open.pop(descriptor)
-                self.times[pid] = time.time_ns()
                 waiting.unregister(descriptor)
-                self._report(pid, descriptor)
+                self._report(pid, descriptor)  # the status first: who sees the time may rely on it
+                self.times[pid] = now
                 os.close(descriptor)
 
     def _report(self, pid: int, descriptor: int) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..settings import env
 from ..settings.launcher import LaunchSettings
 
-# Kinds of device that come with a package of their own, in the order in which the library prefers them, and its package.
+# Kinds of device that come with a package of their own, in the order in which the library prefers them.
 _PACKAGES = {
     "mlu": "torch_mlu",
     "sdaa": "torch_sdaa",
@@ -84,7 +84,7 @@ def resolve(settings: LaunchSettings, machine: Machine) -> LaunchSettings:
     return resolved.replace(threads=max(1, machine.cores // max(1, resolved.processes_here)))
 
 
-# Devices ---------------------------------------------------------------------------------------------------------------
+# Devices -------------------------------------------------------------------------------------------------------------
 
 
 def _default_device() -> str:
@@ -111,7 +111,7 @@ def _has_cuda_driver() -> bool:
 
 
 def _torch_version() -> str:
-    """torch's version as written in its version.py: importing torch takes a second or more, metadata leaves out ``+xpu``."""
+    """torch's version, from the file it stands in: importing torch takes a second or more."""
     found = find_spec("torch")
     if found is None or found.origin is None:
         return ""
@@ -141,7 +141,7 @@ def _count(device: str, gpu_ids: str | None) -> int:
     return DEVICES[device].count() if device in DEVICES else 1
 
 
-# Processor, network, interpreter ---------------------------------------------------------------------------------------
+# Processor, network, interpreter -------------------------------------------------------------------------------------
 
 
 def cores() -> int:
@@ -173,7 +173,7 @@ def _loopback() -> str | None:
 
 
 def interpreter_options(orig_argv: list[str]) -> list[str]:
-    """The options between ``python`` and what it runs: ``python -u -X dev -m accelerate.commands.launch`` -> -u -X dev."""
+    """The options between ``python`` and what it runs: -u and -X dev of ``python -u -X dev -m accelerate…``."""
     options: list[str] = []
     words = iter(orig_argv[1:])
     for word in words:

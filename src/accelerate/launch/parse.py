@@ -39,9 +39,7 @@ def parse(argv: Sequence[str]) -> LaunchSettings:
     Raises:
         SettingsError: when they cannot be used.
     """
-    words = split(argv)
-    file = config_file.find(words.flags.get("config_file"))
-    return assemble(words.flags, file, words.script, words.script_args)
+    return of_words(split(argv))[0]
 
 
 def split(argv: Sequence[str]) -> Words:
@@ -84,6 +82,27 @@ def split(argv: Sequence[str]) -> Words:
         flags[entry.dest] = flags.get(entry.dest, ()) + converted if entry.type == "tuple[str, ...]" else converted
     rest = words[position:]
     return Words(flags, rest[0] if rest else "", tuple(rest[1:]), wants_help)
+
+
+def of_namespace(args: Any) -> Words:
+    """What `args`, from the launcher's argparse parser, say; options that hold their defaults were not given."""
+    given = getattr(args, "_given", ())
+    flags = {
+        entry.dest: value
+        for entry in entries(LaunchSettings)
+        if (value := getattr(args, entry.dest, entry.option.default)) != entry.option.default or entry.dest in given
+    }
+    return Words(flags, args.training_script or "", tuple(args.training_script_args or ()), help=False)
+
+
+def of_words(words: Words) -> tuple[LaunchSettings, ConfigFile | None]:
+    """Settings from a command line and the configuration file that it leads to, which is given as well.
+
+    Raises:
+        SettingsError: when they cannot be used.
+    """
+    file = config_file.find(words.flags.get("config_file"))
+    return assemble(words.flags, file, words.script, words.script_args), file
 
 
 def _flags() -> dict[str, tuple[Entry, bool | None]]:

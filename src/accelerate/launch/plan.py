@@ -64,7 +64,7 @@ def plan(argv: Sequence[str]) -> LaunchPlan:
         SettingsError: when they cannot be used.
 
     Example:
-        >>> plan(["--num_processes", "1", "--mixed_precision", "bf16", "train.py"]).environment["ACCELERATE_MIXED_PRECISION"]
+        >>> plan(["--mixed_precision", "bf16", "train.py"]).environment["ACCELERATE_MIXED_PRECISION"]
         'bf16'
     """
     return build(parse(argv))
@@ -136,7 +136,7 @@ def choose(settings: LaunchSettings) -> str:
     return "torch" if grouped or settings.processes > 1 or settings.machines > 1 else "python"
 
 
-# Environment -----------------------------------------------------------------------------------------------------------
+# Environment ---------------------------------------------------------------------------------------------------------
 
 
 def _environment(settings: LaunchSettings, starter: str) -> tuple[dict[str, str], frozenset[str]]:
@@ -216,7 +216,7 @@ def _mesh(settings: LaunchSettings) -> dict[str, str]:
     return added
 
 
-# Commands --------------------------------------------------------------------------------------------------------------
+# Commands ------------------------------------------------------------------------------------------------------------
 
 
 def _worker(settings: LaunchSettings, unbuffered: bool) -> tuple[str, ...]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..settings import env
 from ..settings.launcher import LaunchSettings
 from .guard import Deaths, Guard, kill
+from .loopback import Loopback
 from .plan import LaunchPlan
 from .run import child_environment, say
 
@@ -25,11 +26,20 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-    from torch.distributed.elastic.rendezvous import RendezvousInfo
     from torch.distributed.launcher.api import LaunchConfig
 
 # How long ranks may take to end once another has failed: time to close files, not to wait for the one that is gone.
 GRACE_SECONDS = 5
+# How long the launcher waits, when a rank has failed because it lost a peer, for that peer to end as well.
+SETTLE_SECONDS = 2.0
+_LOST_A_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
 
 
 def run(plan: LaunchPlan, settings: LaunchSettings) -> int:
@@ -57,6 +67,8 @@ class _Ranks:
         self.plan, self.settings, self.guard, self.scratch = plan, settings, guard, scratch
         self.running: set[int] = set()  # process groups that are not known to have ended well
         self.deaths: Deaths | None = None
+        self.statuses: dict[int, int] = {}
+        self.ending_since = 0
 
     def run(self) -> int:
         if not self.settings.debug and env.get("LOGLEVEL") is None:
@@ -69,6 +81,9 @@ class _Ranks:
         agent = _agent(self._spec(config), config, self)
         try:
             result = agent.run()
+            if not result.is_failed():
+                self.guard.forget(self.running)
+                self.running.clear()
         except SignalException as stopped:
             say("interrupted" if stopped.sigval == signal.SIGINT else f"stopped by {stopped.sigval.name}", self.quiet)
             return 128 + int(stopped.sigval)
@@ -85,12 +100,31 @@ class _Ranks:
         """The agent has started all ranks (again)."""
         self.guard.watch(pids)
         self.running |= set(pids)
-        self.deaths = Deaths(dict.fromkeys(pids), self._ended)
+        self.statuses.clear()
+        self.deaths = Deaths(pids, self._ended)
 
     def _ended(self, pid: int, status: int) -> None:
+        self.statuses[pid] = status
         if status == 0:  # what it left running on purpose is its own affair
             self.running.discard(pid)
             self.guard.forget([pid])
+
+    def before_ending(self, error_files: Mapping[int, str]) -> None:
+        """A rank has ended badly, and the agent is about to end the others.
+
+        A rank that leaves takes its connections down before it is gone, and its peers can fail faster than it ends:
+        they are not the cause, and the cause must not be ended before it has said its exit code.
+
+        Args:
+            error_files: Process id -> where the rank notes its error.
+        """
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while self.deaths is not None and self.deaths.able and time.monotonic() < deadline:
+            dead = [pid for pid in list(self.deaths.times) if self.statuses.get(pid) != 0]
+            if len(self.deaths.times) == len(error_files) or not all(_lost_a_peer(error_files[pid]) for pid in dead):
+                break
+            time.sleep(0.02)
+        self.ending_since = time.time_ns()
 
     # What the agent is told -------------------------------------------------------------------------------------------
 
@@ -98,7 +132,7 @@ class _Ranks:
         from torch.distributed.run import config_from_args, parse_args
 
         command = self.plan.command
-        arguments = parse_args(command[command.index("torch.distributed.run") + 1 :])
+        arguments: Any = parse_args(command[command.index("torch.distributed.run") + 1 :])  # type: ignore[no-untyped-call]
         arguments.log_dir = arguments.log_dir or self.scratch
         config: LaunchConfig = config_from_args(arguments)[0]
         return config
@@ -119,8 +153,10 @@ class _Ranks:
         common |= {"entrypoint": entrypoint, "args": tuple(arguments)}
         if self.plan.machines == 1:
             wanted = int(config.rdzv_endpoint.rpartition(":")[2])
-            handler = Loopback(wanted, self.quiet)
-            return WorkerSpec(**common, rdzv_handler=handler, master_addr=handler.address, master_port=handler.port)  # type: ignore[arg-type]  # a handler by its methods: the base class would import torch here
+            handler: Any = Loopback(wanted)
+            if handler.port != wanted:
+                say(f"{f'port {wanted} is taken, ' if wanted else ''}using port {handler.port}", self.quiet)
+            return WorkerSpec(**common, rdzv_handler=handler)
         parameters = RendezvousParameters(
             config.rdzv_backend,
             config.rdzv_endpoint,
@@ -147,11 +183,19 @@ class _Ranks:
     # What is said in the end ------------------------------------------------------------------------------------------
 
     def _failed(self, result: RunResult) -> int:
-        failure_of = dict(sorted(result.failures.items()))
-        rank = min(failure_of, key=lambda rank: self._moment(failure_of[rank]))
-        failure = failure_of[rank]
-        say(f"rank {rank} (pid {failure.pid}) {_how(failure.exitcode)}{_why(failure.error_file)}", self.quiet)
+        rank, failure = min(result.failures.items(), key=lambda item: self._guilt(item[1]))
+        why = _why(failure.error_file)
+        line = f"rank {rank} (pid {failure.pid}) {_how(failure.exitcode)}{f': {why}' if why else ''}"
+        if _lost_a_peer(failure.error_file) and 0 in self.statuses.values():
+            line += " (another rank had ended before, with code 0)"
+        say(line, self.quiet)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+
+    def _guilt(self, failure: ProcessFailure) -> tuple[bool, bool, float]:
+        """Sorts the rank that failed first, and of itself, before the others."""
+        moment = self._moment(failure)
+        ended_by_us = moment > self.ending_since > 0 and -failure.exitcode in (signal.SIGTERM, signal.SIGKILL)
+        return ended_by_us, _lost_a_peer(failure.error_file), moment
 
     def _moment(self, failure: ProcessFailure) -> float:
         """When a rank failed, in nanoseconds: it notes its error before its peers can see it go."""
@@ -183,7 +227,11 @@ def _why(error_file: str) -> str:
         return ""
     text = str(noted["message"] if isinstance(noted, dict) and "message" in noted else noted).strip()
     first = text.splitlines()[0] if text else ""
-    return f": {first[:400]}" if first else ""
+    return first[:400]
+
+
+def _lost_a_peer(error_file: str) -> bool:
+    return any(words in _why(error_file) for words in _LOST_A_PEER)
 
 
 def _ignore_signals() -> None:
@@ -193,80 +241,8 @@ def _ignore_signals() -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class Loopback:
-    """A rendezvous of one machine: the agent's store on 127.0.0.1, out of reach of other machines.
-
-    The port is bound here and handed to the store, so that nobody can take it in between. A `RendezvousHandler` by its
-    methods.
-
-    Args:
-        port: The port wanted; 0, or one that is taken, means any free one, which is then said.
-    """
-
-    address = "127.0.0.1"
-    use_agent_store = True
-
-    def __init__(self, port: int, quiet: bool = False) -> None:
-        self._socket = _listen(self.address, port) or _listen(self.address, 0)
-        assert self._socket is not None
-        self.port: int = self._socket.getsockname()[1]
-        if self.port != port:
-            say(f"{f'port {port} is taken, ' if port else ''}using port {self.port}", quiet)
-        self._store: Any = None
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """The place of this machine's agent: the only one."""
-        from torch.distributed import PrefixStore, TCPStore
-        from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
-
-        if self._store is None:
-            assert self._socket is not None
-            self._store = TCPStore(
-                self.address,
-                self.port,
-                is_master=True,
-                wait_for_workers=False,
-                multi_tenant=True,
-                master_listen_fd=self._socket.detach(),  # the store closes it
-            )
-        store = PrefixStore(self.get_run_id(), self._store)
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self.address, self.port))
-
-    def get_backend(self) -> str:
-        return "loopback"
-
-    def get_run_id(self) -> str:
-        return "accelerate"
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        """Nobody else waits for it."""
-
-    def shutdown(self) -> bool:
-        self._store = None
-        return True
-
-
-def _listen(address: str, port: int) -> socket.socket | None:
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    # A port whose last user has just ended is free; on Linux this does not let two listen.
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((address, port))
-        listening.listen(2048)
-    except OSError:
-        listening.close()
-        return None
-    return listening
-
-
 def _agent(spec: WorkerSpec, config: LaunchConfig, ranks: _Ranks) -> LocalElasticAgent:
-    """torch's agent for this machine, with three things of ours: who was started, how long ending takes, a word on restarts."""
+    """torch's agent for this machine, and ours: who was started, how long ending takes, a word on restarts."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     class Agent(LocalElasticAgent):
@@ -278,8 +254,13 @@ def _agent(spec: WorkerSpec, config: LaunchConfig, ranks: _Ranks) -> LocalElasti
             context: Any = self._pcontext
             close: Callable[..., None] = context._close
 
+            files = {pid: context.error_files[local_rank] for local_rank, pid in ids.items()}
+
             def close_soon(death_sig: signal.Signals, timeout: int = 30) -> None:
-                close(death_sig=death_sig, timeout=timeout if self._patient else min(timeout, GRACE_SECONDS))
+                if not self._patient:
+                    ranks.before_ending(files)
+                    timeout = min(timeout, GRACE_SECONDS)
+                close(death_sig=death_sig, timeout=timeout)
 
             context._close = close_soon
             return ids

@@ -1,6 +1,6 @@
 """Carries a plan out: becomes the script, or starts ranks and looks after them. Ways to start are rows of a table.
 
-One process replaces this one. Several go through torch's elastic agent (`launch.ranks`), the only part that imports torch.
+One process replaces this one. Several go through torch's elastic agent: `launch.ranks`, all that imports torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ _NOT_YET = {
 }
 
 
-def launch(settings: LaunchSettings) -> int:
+def launch(settings: LaunchSettings, configured: bool = False) -> int:
     """Plans for this machine and starts.
+
+    Args:
+        settings: What was asked for.
+        configured: Whether a configuration file took part.
 
     Returns:
         The exit code of a run of several processes; a single process takes this one's place instead.
@@ -36,17 +40,22 @@ def launch(settings: LaunchSettings) -> int:
     machine = look(settings)
     resolved = resolve(settings, machine)
     plan = build(resolved)
+    _starter(plan)
     check_script(resolved)
-    for line in (*plan.notes, *_choices(settings, resolved)):
+    for line in (*plan.notes, *(() if configured else _choices(settings, resolved))):
         say(line, resolved.quiet)
     return start(plan, resolved)
 
 
 def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
     """Starts `plan`; see `launch`."""
+    return _starter(plan)(plan, settings)
+
+
+def _starter(plan: LaunchPlan) -> Callable[[LaunchPlan, LaunchSettings], int]:
     if plan.starter not in _STARTERS:
         raise SettingsError(f"this version of accelerate cannot start a run on {_NOT_YET[plan.starter]} yet.")
-    return _STARTERS[plan.starter](plan, settings)
+    return _STARTERS[plan.starter]
 
 
 def say(line: str, quiet: bool = False) -> None:
@@ -89,13 +98,13 @@ def _program(name: str) -> str:
 
 def _choices(asked: LaunchSettings, resolved: LaunchSettings) -> list[str]:
     """What was chosen where nobody chose: one line, not one warning a value."""
-    if asked.num_processes is not None or asked.config_file is not None or asked.compute_environment != "LOCAL_MACHINE":
+    if asked.num_processes is not None:
         return []
     count, kind = resolved.processes, "cpu" if resolved.on_cpu else resolved.device
-    return [
-        f"{count} process{'' if count == 1 else 'es'} on {'the CPU' if kind == 'cpu' else kind}, mixed precision "
-        f"{resolved.mixed_precision or 'no'} (--num_processes, --mixed_precision or `accelerate config` choose otherwise)"
-    ]
+    processes = f"{count} process{'' if count == 1 else 'es'}"
+    where = "the CPU" if kind == "cpu" else kind
+    precision = resolved.mixed_precision or "no"
+    return [f"{processes} on {where}, mixed precision {precision} (other choices: flags, or `accelerate config`)"]
 
 
 def _in_place(plan: LaunchPlan, settings: LaunchSettings) -> int:

@@ -1,6 +1,6 @@
 """What a rank is before it is the script: asks Linux to kill it with its launcher, then becomes the script.
 
-Run as ``python -I -S shim.py LAUNCHER_PID COMMAND…``; knows the standard library only, so that it costs next to nothing.
+Run as ``python -I -S shim.py LAUNCHER_PID COMMAND…``; knows the standard library only, so that it costs little.
 """
 
 import ctypes

@@ -1,8 +1,8 @@
 """Operations in which every process takes part: gather, broadcast, reduce, pad, and the same for objects.
 
-They walk a tree (`pytree`) and hand each tensor to the World's `Collectives`; none asks how the run is distributed. On a
-single process they give back what came in. In debug mode the processes first compare their inputs, so that a mismatch is
-an error on all of them instead of a hang.
+They walk a tree (`pytree`) and hand each tensor to the World's `Collectives`; none asks how the run is distributed. On
+a single process they give back what came in. In debug mode the processes first compare their inputs, so that a mismatch
+is an error on all of them instead of a hang.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def gather(tensor: Any) -> Any:
     """Brings the tensors of all processes together, on all of them.
 
     Args:
-        tensor: A tensor, or lists, tuples and mappings of tensors. Shapes, dtypes and structure must be the same on every
-            process; `pad_across_processes` gets them there.
+        tensor: A tensor, or lists, tuples and mappings of tensors. Shapes, dtypes and structure must be the same on
+            every process; `pad_across_processes` gets them there.
 
     Returns:
         The same structure, each tensor concatenated along dimension 0 in the order of the ranks: ``(n, ...)`` becomes
@@ -221,34 +221,38 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_fi
         return tensor
     if here.debug:
         compare(comm, "pad_across_processes", summary_of(tensor), dimensions_only)
-    targets = iter(_largest_sizes(tensor, dim, comm))
+    tensors: list[torch.Tensor] = []
+    map_tensors("pad_across_processes", tensors.append, tensor)
+    if any(leaf.is_nested for leaf in tensors):
+        warnings.warn(
+            "nested tensors are not padded: convert them first (`torch.nested.to_padded_tensor`).",
+            CannotPadNestedTensorWarning,
+            stacklevel=2,
+        )
+    sizes = _largest_sizes(tensors, dim, comm)
+    if sizes is None:
+        refuse(comm.all_gather_object(("pad_across_processes", summary_of(tensor))))
+    targets = iter(sizes)
     return map_tensors("pad_across_processes", _pad_one, tensor, targets, dim, pad_index, pad_first)
 
 
-def _largest_sizes(tensor: Any, dim: int, comm: Collectives) -> list[int]:
-    """For each tensor of the tree, its largest size over the processes: one collective for all of them."""
-    tensors: list[torch.Tensor] = []
-    map_tensors("pad_across_processes", tensors.append, tensor)
-    sizes = [_size(leaf, dim) for leaf in tensors]
+def _largest_sizes(tensors: list[torch.Tensor], dim: int, comm: Collectives) -> list[int] | None:
+    """Each tensor's largest size over the processes, or None if numbers of dimensions differ: one collective for all.
+
+    A size of -1 stands for a tensor that is not to be padded.
+    """
+    sizes = [-1 if leaf.is_nested or not _has(leaf, dim) else leaf.shape[dim] for leaf in tensors]
     dimensions = [leaf.dim() for leaf in tensors]
     # The negated dimensions make the same maximum tell the least number too: a mismatch costs nothing to see.
     numbers = torch.tensor(sizes + dimensions + [-n for n in dimensions], dtype=torch.int64, device=comm.device)
-    found = comm.all_reduce(numbers, "max").tolist()
+    found: list[int] = comm.all_reduce(numbers, "max").tolist()
     count = len(tensors)
-    if any(most != -least for most, least in zip(found[count : 2 * count], found[2 * count :], strict=True)):
-        refuse(comm.all_gather_object(("pad_across_processes", summary_of(tensor))))
-    return found[:count]
+    most, least = found[count : 2 * count], found[2 * count :]
+    return found[:count] if most == [-n for n in least] else None
 
 
-def _size(tensor: torch.Tensor, dim: int) -> int:
-    if tensor.is_nested:
-        warnings.warn(
-            "nested tensors are not padded: convert them with `to_padded_tensor` first.",
-            CannotPadNestedTensorWarning,
-            stacklevel=6,  # the caller of pad_across_processes
-        )
-        return -1
-    return tensor.shape[dim] if -tensor.dim() <= dim < tensor.dim() else -1
+def _has(tensor: torch.Tensor, dim: int) -> bool:
+    return -tensor.dim() <= dim < tensor.dim()
 
 
 def _pad_one(tensor: torch.Tensor, targets: Iterator[int], dim: int, pad_index: float, pad_first: bool) -> torch.Tensor:
@@ -289,7 +293,7 @@ def pad_input_tensors(tensor: Any, batch_size: int, num_processes: int, dim: int
 
 
 def _pad_input(tensor: torch.Tensor, batch_size: int, size: int, dim: int) -> torch.Tensor:
-    if size == batch_size or not -tensor.dim() <= dim < tensor.dim() or tensor.shape[dim] != batch_size:
+    if size == batch_size or not _has(tensor, dim) or tensor.shape[dim] != batch_size:
         return tensor
     return _extended(tensor, dim, size, 0)
 
@@ -375,7 +379,8 @@ def gather_object(object: Any) -> list[Any]:
     """
     comm = current().collectives
     if comm.size == 1:
-        return object  # type: ignore[no-any-return]  # the caller's list
+        unchanged: list[Any] = object
+        return unchanged
     if not isinstance(object, Iterable):
         raise TypeError(
             f"gather_object joins the lists of all processes; it was given a {type(object).__name__} ({object!r}). "

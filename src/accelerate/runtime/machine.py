@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _SYSFS = Path("/sys")
 
 
-# This process among those of its launcher ------------------------------------------------------------------------------
+# This process among those of its launcher -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -71,7 +71,7 @@ def get_current_device_type() -> tuple[str, str]:
     return kind.name, kind.distributed_type.value
 
 
-# Kernel and ports ------------------------------------------------------------------------------------------------------
+# Kernel and ports -----------------------------------------------------------------------------------------------------
 
 
 def check_os_kernel() -> None:
@@ -102,7 +102,7 @@ def get_free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-# GPUs ------------------------------------------------------------------------------------------------------------------
+# GPUs -----------------------------------------------------------------------------------------------------------------
 
 
 def get_gpu_info() -> tuple[list[str], int]:
@@ -150,7 +150,7 @@ def check_cuda_fp8_capability() -> bool:
     return torch.cuda.get_device_capability() >= (8, 9)
 
 
-# NUMA ------------------------------------------------------------------------------------------------------------------
+# NUMA -----------------------------------------------------------------------------------------------------------------
 
 
 def override_numa_affinity(local_process_index: int, verbose: bool | None = None) -> None:

@@ -79,9 +79,7 @@ def should_reduce_batch_size(exception: Exception) -> bool:
     """
     if isinstance(exception, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(exception, RuntimeError) and any(
-        sign in str(exception) for sign in _OUT_OF_MEMORY
-    )
+    return isinstance(exception, RuntimeError) and any(sign in str(exception) for sign in _OUT_OF_MEMORY)
 
 
 def find_executable_batch_size(
@@ -91,17 +89,17 @@ def find_executable_batch_size(
 ) -> Callable[..., Any]:
     """Decorator: calls a function with smaller and smaller batch sizes until it does not run out of memory.
 
-    The function takes the batch size as its first parameter, and the caller leaves it out. Whatever takes memory (model,
-    optimizer, loaders) is made inside it: what the caller holds stays in memory through every attempt. Each call of the
-    decorated function starts at `starting_batch_size` again.
+    The function takes the batch size as its first parameter, and the caller leaves it out. Whatever takes memory
+    (model, optimizer, loaders) is made inside it: what the caller holds stays in memory through every attempt. Each
+    call of the decorated function starts at `starting_batch_size` again.
 
-    With several processes, all of them call the decorated function. After every attempt they wait for each other, and if
-    any of them ran out of memory, all try again with the same smaller size; results of those that had room are dropped.
-    The agreement uses a process group of its own, so it cannot be mistaken for an operation of the function.
+    With several processes, all of them call the decorated function. After every attempt they wait for each other, and
+    if any of them ran out of memory, all try again with the same smaller size; results of those that had room are
+    dropped. The agreement uses a process group of its own, so it cannot be mistaken for an operation of the function.
 
     One case cannot be retried: a process runs out of memory *before* an operation that its peers are already waiting in
-    (the gradients of DistributedDataParallel, a gather). Nothing can call the peers back from there. They stay until the
-    timeout of their process group and then raise its error; the process that ran out of memory then raises a
+    (the gradients of DistributedDataParallel, a gather). Nothing can call the peers back from there. They stay until
+    the timeout of their process group and then raise its error; the process that ran out of memory then raises a
     `RuntimeError` which says so. No process goes on with another batch size than its peers. A shorter ``timeout`` in
     `InitProcessGroupKwargs` shortens the wait. Any exception that is not about memory is raised at once.
 
@@ -145,9 +143,7 @@ def find_executable_batch_size(
         batch_size = starting_batch_size
         clear_device_cache(garbage_collection=True)
         while batch_size > 0:
-            fitted, result = _attempt(
-                functools.partial(wanted, batch_size, *args, **kwargs)
-            )
+            fitted, result = _attempt(functools.partial(wanted, batch_size, *args, **kwargs))
             if agreement.everyone(fitted, batch_size):
                 return result
             # Only now is the exception gone, and with it the frames that held the tensors.
@@ -156,8 +152,8 @@ def find_executable_batch_size(
             batch_size = agreement.least(_checked(smaller(batch_size), batch_size))
             logger.info("out of memory: trying again with batch size %d", batch_size)
         raise RuntimeError(
-            f"No executable batch size found: `{_name(wanted)}` ran out of memory at every size from {starting_batch_size} "
-            "down, and the next one is zero."
+            f"No executable batch size found: `{_name(wanted)}` ran out of memory at every size from "
+            f"{starting_batch_size} down, and the next one is zero."
         )
 
     return search
@@ -184,8 +180,7 @@ def _reducer(function: Callable[..., int] | None) -> Callable[[int], int]:
         parameter
         for parameter in inspect.signature(given).parameters.values()
         if parameter.default is parameter.empty
-        and parameter.kind
-        in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     return given if needed else lambda batch_size: given()
 
@@ -202,24 +197,18 @@ def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _check_arguments(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         signature = inspect.signature(function)
-    except (
-        ValueError
-    ):  # a builtin that does not say what it takes will say so when called
+    except ValueError:  # a builtin that does not say what it takes will say so when called
         return
     try:
         signature.bind(0, *args, **kwargs)
     except TypeError as error:
-        passed = ", ".join(
-            [*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())]
-        )
+        passed = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
         raise TypeError(
-            f"`{_name(function)}` does not take ({passed}) after the batch size: {error}. The decorator passes the batch "
-            f"size as the first argument, so leave it out: `{_name(function)}(...)` with the other arguments only."
+            f"`{_name(function)}` does not take ({passed}) after the batch size: {error}. The decorator passes the "
+            f"batch size as the first argument, so leave it out and call `{_name(function)}` with the others only."
         ) from None
 
 
@@ -235,8 +224,8 @@ class _Agreement:
             return fitted
         if not fitted:
             logger.warning(
-                "process %d ran out of memory at batch size %d and waits for the others. If they are inside an operation "
-                "that waits for this process, they cannot come: the run then ends with their timeout.",
+                "process %d ran out of memory at batch size %d and waits for the others. If they are inside an "
+                "operation that waits for this process, they cannot come: the run then ends with their timeout.",
                 self._comm.rank,
                 batch_size,
             )
@@ -257,9 +246,7 @@ class _Agreement:
 
 
 # One group for each group of the World; when that is left, torch destroys both.
-_CHANNELS: weakref.WeakKeyDictionary[Collectives, Collectives] = (
-    weakref.WeakKeyDictionary()
-)
+_CHANNELS: weakref.WeakKeyDictionary[Collectives, Collectives] = weakref.WeakKeyDictionary()
 
 
 def _own_channel(comm: Collectives) -> Collectives:

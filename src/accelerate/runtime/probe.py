@@ -1,7 +1,7 @@
 """Is a package, a version or a capability here? Every documented ``is_*_available`` and the version comparisons.
 
 Packages are looked up, not imported, and the answer is kept. torch is imported only by the functions that ask about a
-device; importlib.metadata and packaging take longer to import than most callers run, so they wait for their first use too.
+device; importlib.metadata and packaging, which take longer to import than most callers run, on first use too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STR_OPERATION_TO_FUNC: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-# Versions --------------------------------------------------------------------------------------------------------------
+# Versions -------------------------------------------------------------------------------------------------------------
 
 
 def compare_versions(library_or_version: str | Version, operation: str, requirement_version: str) -> bool:
@@ -85,7 +85,7 @@ def _installed_version(distribution: str) -> Version:
     return Version(importlib.metadata.version(distribution))
 
 
-# Packages --------------------------------------------------------------------------------------------------------------
+# Packages -------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache
@@ -324,11 +324,11 @@ def is_numpy_available(min_version: str = "1.25.0") -> bool:
     return _is_at_least("numpy", min_version)
 
 
-# Devices ---------------------------------------------------------------------------------------------------------------
+# Devices --------------------------------------------------------------------------------------------------------------
 
 
 def is_cuda_available() -> bool:
-    """Whether an NVIDIA or AMD GPU can be used; asks the driver without setting a device up, so forking stays possible."""
+    """Whether an NVIDIA or AMD GPU can be used; sets no device up, so that forking stays possible."""
     with env.patch_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"):
         return devices.DEVICES["cuda"].is_available()
 
@@ -442,7 +442,7 @@ def is_ipex_available() -> bool:
     return (extension.major, extension.minor) == (torch.major, torch.minor)
 
 
-# Capabilities ----------------------------------------------------------------------------------------------------------
+# Capabilities ---------------------------------------------------------------------------------------------------------
 
 
 def is_torch_distributed_available() -> bool:
@@ -491,7 +491,7 @@ def is_transformer_engine_mxfp8_available() -> bool:
     return bool(supported)
 
 
-# Requirements ----------------------------------------------------------------------------------------------------------
+# Requirements ---------------------------------------------------------------------------------------------------------
 
 
 def deepspeed_required(func: Callable[_P, _R]) -> Callable[_P, _R]:

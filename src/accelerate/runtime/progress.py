@@ -27,7 +27,8 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
     """
     if args and isinstance(args[0], bool):
         raise ValueError(
-            f"tqdm({args[0]}, ...): the first argument is what to iterate over. Pass main_process_only={args[0]} by name."
+            f"tqdm({args[0]}, ...): the first argument is what to iterate over. "
+            f"Pass main_process_only={args[0]} by name."
         )
     from tqdm.auto import tqdm as bar
 

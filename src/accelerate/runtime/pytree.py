@@ -52,11 +52,7 @@ def is_tensor_information(tensor_info: Any) -> bool:
 
 def is_namedtuple(data: Any) -> bool:
     """Whether `data` is an instance of a named tuple: a tuple whose class has ``_fields`` and ``_asdict``."""
-    return (
-        isinstance(data, tuple)
-        and hasattr(data, "_asdict")
-        and hasattr(data, "_fields")
-    )
+    return isinstance(data, tuple) and hasattr(data, "_asdict") and hasattr(data, "_fields")
 
 
 # Building containers ------------------------------------------------------------------------------------------------
@@ -134,11 +130,7 @@ def recursively_apply(
         return _apply(func, data, args, kwargs, test_type, error_on_other_type)
     except _ForeignLeafError as found:
         name = getattr(func, "__name__", type(func).__name__)
-        raise TypeError(
-            _refusal(
-                name, data, found.leaf, getattr(test_type, "__name__", "test_type")
-            )
-        ) from None
+        raise TypeError(_refusal(name, data, found.leaf, getattr(test_type, "__name__", "test_type"))) from None
 
 
 def map_tensors(operation: str, func: Callable[..., Any], data: Any, *args: Any) -> Any:
@@ -152,9 +144,7 @@ def map_tensors(operation: str, func: Callable[..., Any], data: Any, *args: Any)
     try:
         return _apply(func, data, args, {}, is_torch_tensor, True)
     except _ForeignLeafError as found:
-        raise TypeError(
-            _refusal(operation, data, found.leaf, "is_torch_tensor")
-        ) from None
+        raise TypeError(_refusal(operation, data, found.leaf, "is_torch_tensor")) from None
 
 
 def _apply(
@@ -166,14 +156,9 @@ def _apply(
     strict: bool,
 ) -> Any:
     if isinstance(data, (list, tuple)):
-        return honor_type(
-            data, [_apply(func, item, args, kwargs, test_type, strict) for item in data]
-        )
+        return honor_type(data, [_apply(func, item, args, kwargs, test_type, strict) for item in data])
     if isinstance(data, Mapping):
-        items = {
-            key: _apply(func, value, args, kwargs, test_type, strict)
-            for key, value in data.items()
-        }
+        items = {key: _apply(func, value, args, kwargs, test_type, strict) for key, value in data.items()}
         return _like_mapping(data, items)
     if test_type(data):
         return func(data, *args, **kwargs)
@@ -186,8 +171,8 @@ def _refusal(operation: str, data: Any, leaf: Any, test: str) -> str:
     wanted = "a tensor" if test == "is_torch_tensor" else f"what `{test}` accepts"
     where = _path_to(leaf, data)
     return (
-        f"{operation} was given a {type(leaf).__name__} ({_shortened(leaf)}){f' at {where}' if where else ''}; it takes "
-        f"{wanted}, or lists, tuples and mappings of these. For other objects there are gather_object and "
+        f"{operation} was given a {type(leaf).__name__} ({_shortened(leaf)}){f' at {where}' if where else ''}; it "
+        f"takes {wanted}, or lists, tuples and mappings of these. For other objects there are gather_object and "
         "broadcast_object_list."
     )
 
@@ -275,21 +260,11 @@ def _send(
     # Exact classes first: they are nearly all there is, and a check by identity costs least.
     kind = type(data)
     if kind is torch.Tensor:
-        return (
-            data
-            if data.device == device
-            else data.to(device, non_blocking=non_blocking)
-        )
+        return data if data.device == device else data.to(device, non_blocking=non_blocking)
     if kind is dict:
         if skip is None:
-            return {
-                key: _send(value, device, non_blocking, None)
-                for key, value in data.items()
-            }
-        return {
-            k: v if k in skip else _send(v, device, non_blocking, skip)
-            for k, v in data.items()
-        }
+            return {key: _send(value, device, non_blocking, None) for key, value in data.items()}
+        return {k: v if k in skip else _send(v, device, non_blocking, skip) for k, v in data.items()}
     if kind is list or kind is tuple:
         return kind([_send(item, device, non_blocking, skip) for item in data])
     is_mapping = isinstance(data, Mapping)
@@ -297,19 +272,12 @@ def _send(
     skips_here = is_mapping and skip is not None and any(key in data for key in skip)
     if not skips_here and not isinstance(data, type) and hasattr(data, "to"):
         takes_it = _to_takes_non_blocking(kind)
-        return (
-            data.to(device, non_blocking=non_blocking) if takes_it else data.to(device)
-        )
+        return data.to(device, non_blocking=non_blocking) if takes_it else data.to(device)
     if is_mapping:
-        items = {
-            k: v if skip and k in skip else _send(v, device, non_blocking, skip)
-            for k, v in data.items()
-        }
+        items = {k: v if skip and k in skip else _send(v, device, non_blocking, skip) for k, v in data.items()}
         return _like_mapping(data, items)
     if isinstance(data, (list, tuple)):
-        return honor_type(
-            data, [_send(item, device, non_blocking, skip) for item in data]
-        )
+        return honor_type(data, [_send(item, device, non_blocking, skip) for item in data])
     return data
 
 
@@ -326,9 +294,7 @@ def _to_takes_non_blocking(kind: type) -> bool:
 
 def _declares_non_blocking(kind: type) -> bool:
     method = getattr(kind, "to", None)
-    if (
-        method is None
-    ):  # given to the instance, or answered by __getattr__: the plain call is the safe one
+    if method is None:  # given to the instance, or answered by __getattr__: the plain call is the safe one
         return False
     if issubclass(kind, (torch.Tensor, torch.nn.Module)):
         return True
@@ -336,9 +302,7 @@ def _declares_non_blocking(kind: type) -> bool:
         parameters = inspect.signature(method).parameters
     except ValueError:  # a method written in C that does not say what it takes
         return False
-    return "non_blocking" in parameters or any(
-        p.kind is p.VAR_KEYWORD for p in parameters.values()
-    )
+    return "non_blocking" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def find_device(data: Any) -> torch.device | None:
@@ -377,8 +341,8 @@ def find_batch_size(data: Any) -> int:
     if isinstance(data, (list, tuple, Mapping)) and not data:
         raise ValueError(f"an empty {type(data).__name__} has no batch size.")
     raise TypeError(
-        f"no batch size in a {type(data).__name__} ({_shortened(data)}): expected a tensor with at least one dimension, "
-        "or lists, tuples and mappings that hold one."
+        f"no batch size in a {type(data).__name__} ({_shortened(data)}): expected a tensor with at least one "
+        "dimension, or lists, tuples and mappings that hold one."
     )
 
 
@@ -433,18 +397,14 @@ def concatenate(data: Sequence[Any], dim: int = 0) -> Any:
         ```
     """
     if len(data) == 0:
-        raise ValueError(
-            "concatenate needs at least one tree of tensors, and was given none."
-        )
+        raise ValueError("concatenate needs at least one tree of tensors, and was given none.")
     first = data[0]
     if isinstance(first, torch.Tensor):
         return torch.cat(list(data), dim=dim)
     if isinstance(first, (list, tuple)):
         lengths = [len(tree) for tree in data]
         if len(set(lengths)) > 1:
-            raise ValueError(
-                f"concatenate joins trees of one structure, but these have lengths {lengths}."
-            )
+            raise ValueError(f"concatenate joins trees of one structure, but these have lengths {lengths}.")
         return honor_type(
             first,
             [concatenate([tree[i] for tree in data], dim) for i in range(len(first))],

@@ -1,7 +1,7 @@
 """Random states: seed all of a process's generators at once, or give every process the state of rank 0's.
 
-Devices are those of the table in `devices`; a kind this machine does not have costs nothing and is an error only when it
-is asked for by name.
+Devices are those of the table in `devices`; a kind this machine does not have costs nothing and is an error only when
+it is asked for by name.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class DistributedOperationException(Exception):
 def verify_operation(function: _F) -> _F:
     """Decorator: in debug mode, compares the first argument over all processes before `function` runs.
 
-    Structure, shapes and dtypes must be equal. The comparison is a collective of its own, which always has the same form,
-    so it neither hangs nor misreads when they are not.
+    Structure, shapes and dtypes must be equal. The comparison is a collective of its own, which always has the same
+    form, so it neither hangs nor misreads when they are not.
 
     Raises:
         DistributedOperationException: on every process, with what each of them passed.
@@ -47,7 +47,7 @@ def verify_operation(function: _F) -> _F:
 
 
 def chained_operation(function: _F) -> _F:
-    """Decorator: a `DistributedOperationException` from inside `function` is raised again with `function`'s name on it."""
+    """Decorator: puts `function`'s name on a `DistributedOperationException` from inside it."""
 
     @functools.wraps(function)
     def chained(*args: Any, **kwargs: Any) -> Any:

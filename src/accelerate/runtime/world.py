@@ -141,6 +141,7 @@ def join(
         device = _lone_device(kind)
         kind.set_device(device)
         return set_current(World(0, 1, 0, 1, device, None, Collectives(device), DistributedType.NO, **common))
+    rendezvous.record_errors()  # before joining: that may fail as well
     if not kind.backends:  # several processes cannot share one such device (mps)
         kind = devices.DEVICES["cpu"]
     device = kind.device(place.local_rank)
@@ -148,7 +149,6 @@ def join(
     owns_group = not dist.is_initialized()
     if owns_group:
         _initialise(place, _backend_for(kind, backend), init_method, timeout, device)
-    rendezvous.record_errors()
     return set_current(
         World(
             place.rank,

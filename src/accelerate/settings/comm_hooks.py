@@ -1,7 +1,7 @@
 """Builds the communication hook that `DistributedDataParallelKwargs` describes, for any backend, gloo included.
 
-torch refuses its own bf16 hooks where there is no NCCL, although gloo adds bf16 well enough. So one wrapper of ours casts
-gradients on the wire, and both the fp16 and the bf16 hook are that wrapper around torch's plain average.
+torch refuses its own bf16 hooks where there is no NCCL, although gloo adds bf16 well enough. So one wrapper of ours
+casts gradients on the wire, and both the fp16 and the bf16 hook are that wrapper around torch's plain average.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .enums import DDPCommunicationHookType
+from .power_sgd import batched_power_sgd_hook
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
     Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
 
 _WIRE_DTYPES = {DDPCommunicationHookType.FP16: "float16", DDPCommunicationHookType.BF16: "bfloat16"}
-_POWER_SGD = {
-    DDPCommunicationHookType.POWER_SGD: "powerSGD_hook",
-    DDPCommunicationHookType.BATCHED_POWER_SGD: "batched_powerSGD_hook",
-}
+_POWER_SGD = (DDPCommunicationHookType.POWER_SGD, DDPCommunicationHookType.BATCHED_POWER_SGD)
 
 
 def communication_hook(
@@ -68,7 +66,10 @@ def _power_sgd(
 
     _refuse_unknown(kind, options, set(inspect.signature(power_sgd.PowerSGDState).parameters))
     state = power_sgd.PowerSGDState(**{"process_group": group, **options})
-    return state, getattr(power_sgd, _POWER_SGD[kind])
+    return (
+        state,
+        batched_power_sgd_hook if kind is DDPCommunicationHookType.BATCHED_POWER_SGD else power_sgd.powerSGD_hook,
+    )
 
 
 def _refuse_unknown(kind: DDPCommunicationHookType, options: Mapping[str, Any], known: set[str]) -> None:

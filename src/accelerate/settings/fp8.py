@@ -1,6 +1,7 @@
 """Recipes of 8-bit floating point training: what each backend (TransformerEngine, MS-AMP, torchao) can be told.
 
-A field left None is read from the launcher's ``ACCELERATE_FP8_*`` variables, then from the default beside it here.
+A field left None is read from the launcher's ``ACCELERATE_FP8_*`` variables, else it is what the launcher's option
+defaults to.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class TERecipeKwargs(KwargsHandler):
     amax_compute_algo: AmaxComputeAlgorithm | None = None
     """``most_recent`` (the default) or ``max`` of that history."""
     override_linear_precision: tuple[bool, bool, bool] | None = None
-    """Compute forward, data-gradient and weight-gradient products in higher precision; one bool stands for all three."""
+    """Compute forward, data-gradient and weight-gradient products in higher precision; one bool is for all three."""
     use_mxfp8_block_scaling: bool | None = None
     """Scale by blocks (MXFP8), on devices that can."""
 
@@ -98,7 +99,7 @@ class FP8RecipeKwargs(TERecipeKwargs, MSAMPRecipeKwargs):
     """
 
     backend: Backend | None = None
-    """``MSAMP`` or ``TE``, in any case. None: the launcher's, else MS-AMP where it is installed, else TransformerEngine."""
+    """``MSAMP`` or ``TE``, in any case. None: the launcher's, else MS-AMP if it is installed, else TE."""
     optimization_level: InitVar[OptLevel | None] = None
     """Another name of `opt_level`."""
 

@@ -138,7 +138,8 @@ class DistributedDataParallelKwargs(KwargsHandler):
         Raises:
             ValueError: when `comm_state_option` does not fit the hook.
         """
-        chosen = communication_hook(self.comm_hook, self.comm_wrapper, self.comm_state_option, model.process_group)
+        group = getattr(model, "process_group", None)
+        chosen = communication_hook(self.comm_hook, self.comm_wrapper, self.comm_state_option, group)
         if chosen is not None:
             state, hook = chosen
             model.register_comm_hook(state, hook)
@@ -281,7 +282,7 @@ class DataLoaderConfiguration:
     """
 
     split_batches: bool = False
-    """The loader's batch is the batch of all ranks together, each taking its part; else every rank takes whole batches."""
+    """The loader's batch is shared out over the ranks; else every rank takes whole batches."""
     dispatch_batches: bool | None = None
     """Rank 0 reads and sends each rank its part. None: for iterable datasets only."""
     even_batches: bool = True

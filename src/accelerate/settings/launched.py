@@ -1,6 +1,6 @@
-"""Reads what the launcher published, by the declarations it was written with: a plugin's default is its option's default.
+"""Reads what the launcher published, by the declarations it was written with.
 
-Precedence: the constructor's argument, then the environment, then the default of the option.
+Precedence in a plugin: the constructor's argument, then the environment, then the default of the launcher's option.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What `accelerate launch` can be told, declared once: flags, keys of the configuration file and the child's variables.
 
-`LaunchSettings` is what a plan is built from. Nothing here looks at the machine: facts about it are filled into the last
-fields before a plan is built (`launch.machine`).
+`LaunchSettings` is what a plan is built from. Nothing here looks at the machine: facts about it are filled into the
+last fields before a plan is built (`launch.machine`).
 """
 
 from __future__ import annotations

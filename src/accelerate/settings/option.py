@@ -1,4 +1,4 @@
-"""One declaration of an option gives its flag, its key in the configuration file, its variable, its question, its default.
+"""One declaration of an option gives its flag, its key in the configuration file, its variable, question and default.
 
 A `Settings` class is a frozen value whose fields are made by `option`; a field that is itself such a class, made by
 `section`, is a group of options with a common prefix. `entries` lists them all; nothing else knows their spellings.
@@ -26,7 +26,7 @@ _S = TypeVar("_S", bound="Settings")
 
 
 class SettingsError(ValueError):
-    """Something a person wrote on the command line or in a file cannot be used; the text says what and what to write."""
+    """What a person wrote on the command line or in a file cannot be used; the text says why and what to write."""
 
 
 class Section(NamedTuple):
@@ -81,7 +81,7 @@ def option(
     env: str | None = None,
     ask: str | None = None,
 ) -> Any:
-    """Declares a field of a settings class; the annotation says its type (``int``, ``float``, ``str``, ``bool``, tuples).
+    """Declares a field of a settings class; the annotation says its type: int, float, str, bool or a tuple.
 
     Args:
         default: The value when neither flag nor file gives one.
@@ -110,7 +110,7 @@ def section(kind: type[_T]) -> _T:
     return made  # type: ignore[no-any-return]  # the field's type; `Settings` puts a value in its place
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, section))
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 class Settings:
     """A frozen value with named, typed, defaulted fields.
 
@@ -265,7 +265,7 @@ def _texts(value: Any) -> tuple[str, ...] | None:
 
 
 def _truths(value: Any) -> tuple[bool, bool, bool] | None:
-    """Three words for true or false, as ``(True, False, True)``, ``true,false,true`` or a list; one word stands for all."""
+    """Three words for true or false: ``(True, False, True)``, ``true,false,true``, a list; one word stands for all."""
     if isinstance(value, str):
         value = [word.strip() for word in value.strip("()[] ").split(",")]
     words = [_truth(word) for word in (value if isinstance(value, (list, tuple)) else [value])]

@@ -100,10 +100,10 @@ class Strategy:
         Raises:
             ValueError: saying what cannot be prepared and what to do.
         """
-        for model in bundle.models.values():
-            _check_parameters(model, moves=bool(bundle.on_device))
-        for optimizer in bundle.optimizers.values():
-            _check_optimizer(optimizer)
+        for place, model in bundle.models.items():
+            _check_parameters(model, moves=place in bundle.on_device)
+        for place, optimizer in bundle.optimizers.items():
+            _check_optimizer(optimizer, moves=place in bundle.on_device)
 
     def prepare(self, bundle: Bundle) -> Bundle:
         """The bundle with every object made ready for this way of distributing."""
@@ -205,6 +205,14 @@ class Strategy:
         """See ``torch.nn.utils.clip_grad_value_``."""
         torch.nn.utils.clip_grad_value_(parameters, clip_value)
 
+    def context_parallel(self, *_: Any) -> AbstractContextManager[Any]:
+        """A context that cuts sequences over ranks; every rank of this strategy has whole ones."""
+        return nullcontext()
+
+    def sequence_parallel_loader(self, loader: Any, model: nn.Module) -> Any:
+        """The loader with sequences cut over ranks; every rank of this strategy has whole ones."""
+        return loader
+
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
         """A context in which ranks may bring different numbers of batches."""
@@ -247,13 +255,18 @@ def _check_parameters(model: nn.Module, moves: bool) -> None:
             )
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def _check_optimizer(optimizer: Any, moves: bool) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             if isinstance(param, nn.parameter.UninitializedTensorMixin):
                 raise ValueError(
                     "the optimizer holds parameters that have no shape yet (a lazy module): run one batch through the "
                     "model, then create the optimizer, then call `prepare`."
+                )
+            if moves and param.is_meta:
+                raise ValueError(
+                    "the optimizer holds parameters on the meta device, which are replaced when the model is given "
+                    "memory: create the optimizer after `model.to_empty(...)`, then call `prepare`."
                 )
 
 

@@ -78,6 +78,10 @@ class GeneralTracker:
         ```
     """
 
+    name: str
+    """By which `Accelerator.get_tracker` finds it."""
+    requires_logging_directory: bool
+    """Whether it writes into a folder that it must be given."""
     main_process_only: bool = True
     """Whether methods decorated with `on_main_process` run on the main process only, or on all."""
 

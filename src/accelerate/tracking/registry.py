@@ -113,8 +113,8 @@ def _needs_folder(name: str) -> bool:
 def _unknown(name: str) -> str:
     if name in LoggerType:
         return (
-            f"this version of accelerate has no built-in tracker {name!r} yet. Pass an instance of your own subclass of "
-            "accelerate.tracking.GeneralTracker to log_with instead."
+            f"this version of accelerate has no built-in tracker {name!r} yet. Pass an instance of your own subclass "
+            "of accelerate.tracking.GeneralTracker to log_with instead."
         )
     known = ", ".join(get_available_trackers()) or "none yet"
     return f"no tracker is called {name!r}; known by name: {known}. An instance of a GeneralTracker subclass works too."

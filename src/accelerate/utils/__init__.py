@@ -12,6 +12,7 @@ import importlib
 from .tqdm import tqdm as tqdm
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "commands.config.default": ("write_basic_config",),
     "precision.helpers": (
         "get_grad_scaler",
         "get_mixed_precision_context_manager",

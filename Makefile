@@ -1,0 +1,47 @@
+# What one does with this tree; `make` alone lists it. Needs Python 3.10 or newer and nothing else: everything is
+# installed into .venv. Commands are run as modules (`python -m …`), since the scripts that pip writes
+# break where the path to the folder holds a space.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+TESTS ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench docs clean
+
+# A .venv that was moved or copied still points to the place where it was made: install again.
+MOVED := $(shell [ ! -e $(VENV)/.place ] || [ "$$(cat $(VENV)/.place)" = "$$(pwd -P)" ] || rm -f $(VENV)/.ready-*)
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.ready-examples  ## train a small network on handwritten digits, on 2 CPU processes
+	@"$(PY)" -m accelerate.commands.accelerate_cli launch --cpu --num_processes 2 examples/digits.py
+
+test: $(VENV)/.ready-test  ## run the tests (TESTS=tests/unit for a part), and say what was skipped and why
+	@"$(PY)" -m pytest -rs $(TESTS)
+
+lint: $(VENV)/.ready-quality  ## check style, format and types
+	@"$(PY)" -m ruff check .
+	@"$(PY)" -m ruff format --check .
+	@"$(PY)" -m mypy
+
+format: $(VENV)/.ready-quality  ## put imports and format in order
+	@"$(PY)" -m ruff check --fix-only .
+	@"$(PY)" -m ruff format .
+
+bench: $(VENV)/.ready-test  ## measure what the wrappers cost beside raw PyTorch
+	@"$(PY)" benchmarks/overhead.py
+
+docs: $(VENV)/.ready-docs  ## build the documentation into site/
+	@"$(PY)" -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+clean:  ## remove .venv and everything that was built
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+
+# One stamp for each extra: the second run finds it newer than what it depends on, and installs nothing.
+$(VENV)/.ready-%: pyproject.toml setup.cfg constraints.txt tools/install.sh
+	@sh tools/install.sh "$(PYTHON)" "$(VENV)" "$*"
+	@touch "$@"

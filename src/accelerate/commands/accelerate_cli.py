@@ -1,0 +1,71 @@
+"""The ``accelerate`` command: a table of subcommands, of which only the one asked for is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> module with main(argv) -> exit code, and one line of help
+COMMANDS = {
+    "config": ("config", "write the configuration file that launch reads"),
+    "env": ("env", "show versions, devices and configuration, for a report"),
+    "estimate-memory": ("estimate", "estimate the memory that a model needs"),
+    "launch": ("launch", "start a script, on one process or many"),
+    "merge-weights": ("merge", "merge a sharded checkpoint into one"),
+    "test": ("test", "check that this machine is set up well"),
+    "to-fsdp2": ("to_fsdp2", "turn a configuration file for FSDP 1 into one for FSDP 2"),
+    "tpu-config": ("tpu", "run commands on a pod of TPUs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Args:
+        argv: The words after ``accelerate``; None takes this process's.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if words[0] == "--version":
+        from .. import __version__
+
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        return _unknown(words[0])
+    module = importlib.import_module(f".{COMMANDS[words[0]][0]}", __package__)
+    code: int = module.main(words[1:])
+    return code
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: accelerate COMMAND [arguments]",
+            "",
+            *lines,
+            "",
+            "`accelerate COMMAND --help` says more about each.",
+        ]
+    )
+
+
+def _unknown(word: str) -> int:
+    import difflib
+
+    near = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(COMMANDS)}."
+    print(f"accelerate: unknown command {word}.{hint}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The configuration file as objects, for programs that read or write it.
+
+Launching reads it through `launch.config_file`: what a file may hold, and what is said about a mistake, is the same.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...launch import config_file as files
+from ...settings.enums import (
+    SAGEMAKER_PYTHON_VERSION,
+    SAGEMAKER_PYTORCH_VERSION,
+    SAGEMAKER_TRANSFORMERS_VERSION,
+    ComputeEnvironment,
+    DistributedType,
+    SageMakerDistributedType,
+)
+from ...settings.launcher import LaunchSettings
+from ...settings.option import SettingsError, entries
+
+hf_cache_home = files.cache_home()
+cache_dir = os.path.join(hf_cache_home, "accelerate")
+default_yaml_config_file = files.default_path()
+default_json_config_file = default_yaml_config_file  # one default, whatever its format
+default_config_file = default_yaml_config_file
+
+_C = TypeVar("_C", bound="BaseConfig")
+
+
+def load_config_from_file(config_file: str | os.PathLike[str] | None) -> ClusterConfig | SageMakerConfig:
+    """Reads a configuration file.
+
+    Args:
+        config_file: The file, yaml or json; None reads the default one.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when its content cannot be used, naming the key.
+    """
+    path = os.fspath(config_file) if config_file is not None else default_config_file
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"configuration file {path} does not exist. `accelerate config default` writes one; --config_file names "
+            "another."
+        )
+    content = files.load(path)
+    kind = SageMakerConfig if content.get("compute_environment") == "AMAZON_SAGEMAKER" else ClusterConfig
+    return kind._from_content(content, path)
+
+
+@dataclass
+class BaseConfig:
+    """What every configuration says: where to run, how to share the work, in which precision."""
+
+    compute_environment: ComputeEnvironment
+    distributed_type: DistributedType | SageMakerDistributedType
+    mixed_precision: str
+    use_cpu: bool
+    debug: bool
+
+    def __post_init__(self) -> None:
+        self.compute_environment = ComputeEnvironment(self.compute_environment)
+        kinds = DistributedType if self.compute_environment == ComputeEnvironment.LOCAL_MACHINE else None
+        self.distributed_type = (kinds or SageMakerDistributedType)(self.distributed_type)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys and values of the file; keys without a value are left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: value.value if isinstance(value, enum.Enum) else value for name, value in values.items()}
+        return {name: value for name, value in plain.items() if value is not None}
+
+    @staticmethod
+    def process_config(config_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A file's content with defaults for what every configuration says."""
+        defaults = {
+            "compute_environment": "LOCAL_MACHINE",
+            "distributed_type": "NO",
+            "mixed_precision": "no",
+            "use_cpu": False,
+            "debug": False,
+        }
+        return {**defaults, **{key: value for key, value in config_dict.items() if value is not None}}
+
+    @classmethod
+    def from_yaml_file(cls: type[_C], yaml_file: str | os.PathLike[str] | None = None) -> _C:
+        """Reads a yaml file; None reads the default one.
+
+        Raises:
+            ValueError: when its content cannot be used.
+        """
+        path = os.fspath(yaml_file) if yaml_file is not None else default_yaml_config_file
+        return cls._from_content(files.load(path), path)
+
+    @classmethod
+    def from_json_file(cls: type[_C], json_file: str | os.PathLike[str] | None = None) -> _C:
+        """Reads a json file; None reads the default one.
+
+        Raises:
+            ValueError: when its content cannot be used.
+        """
+        path = os.fspath(json_file) if json_file is not None else default_json_config_file
+        return cls._from_content(files.load(path), path)
+
+    @classmethod
+    def _from_content(cls: type[_C], content: Mapping[str, Any], path: str) -> _C:
+        understood = files.understand(content, path)
+        values = cls.process_config(content)
+        values["distributed_type"] = understood.distributed_type
+        for entry in entries(LaunchSettings):
+            top = entry.section is None or entry.section.key is None
+            if top and entry.key in content and entry.dest in understood.values:
+                value = understood.values[entry.dest]
+                values[entry.key] = list(value) if isinstance(value, tuple) else value
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def to_yaml_file(self, yaml_file: str | os.PathLike[str]) -> None:
+        """Writes a yaml file, keys in alphabetical order; the file is whole or not there."""
+        import yaml
+
+        _write(yaml_file, yaml.safe_dump(self.to_dict()))
+
+    def to_json_file(self, json_file: str | os.PathLike[str]) -> None:
+        """Writes a json file, keys in alphabetical order; the file is whole or not there."""
+        import json
+
+        _write(json_file, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+
+
+def _write(path: str | os.PathLike[str], text: str) -> None:
+    """Writes beside the target and renames: an interruption leaves no half of a file."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@dataclass
+class ClusterConfig(BaseConfig):
+    """A configuration for one's own machines. Keys of a section lie in a mapping of their own."""
+
+    num_processes: int = -1
+    machine_rank: int = 0
+    num_machines: int = 1
+    gpu_ids: str | None = None
+    main_process_ip: str | None = None
+    main_process_port: int | None = None
+    rdzv_backend: str | None = "static"
+    same_network: bool | None = False
+    main_training_function: str = "main"
+    enable_cpu_affinity: bool = False
+    fp8_config: dict[str, Any] | None = None
+    deepspeed_config: dict[str, Any] | None = None
+    fsdp_config: dict[str, Any] | None = None
+    parallelism_config: dict[str, Any] | None = None
+    megatron_lm_config: dict[str, Any] | None = None
+    mpirun_config: dict[str, Any] | None = None
+    downcast_bf16: bool = False
+    tpu_name: str | None = None
+    tpu_zone: str | None = None
+    tpu_use_cluster: bool = False
+    tpu_use_sudo: bool = False
+    command_file: str | None = None
+    commands: list[str] | None = None
+    tpu_vm: list[str] | None = None
+    tpu_env: list[str] | None = None
+    dynamo_config: dict[str, Any] | None = None
+
+
+@dataclass
+class SageMakerConfig(BaseConfig):
+    """A configuration for Amazon SageMaker.
+
+    Raises:
+        ValueError: when the instance type or the role is missing.
+    """
+
+    ec2_instance_type: str = ""
+    iam_role_name: str = ""
+    image_uri: str | None = None
+    profile: str | None = None
+    region: str = "us-east-1"
+    num_machines: int = 1
+    gpu_ids: str = "all"
+    base_job_name: str = "accelerate-sagemaker-1"
+    pytorch_version: str = SAGEMAKER_PYTORCH_VERSION
+    transformers_version: str = SAGEMAKER_TRANSFORMERS_VERSION
+    py_version: str = SAGEMAKER_PYTHON_VERSION
+    sagemaker_inputs_file: str | None = None
+    sagemaker_metrics_file: str | None = None
+    additional_args: dict[str, Any] | None = None
+    dynamo_config: dict[str, Any] | None = None
+    enable_cpu_affinity: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        missing = [name for name in ("ec2_instance_type", "iam_role_name") if not getattr(self, name)]
+        if missing:
+            raise SettingsError(f"a configuration for Amazon SageMaker needs {' and '.join(missing)}.")

@@ -1,0 +1,49 @@
+"""What the small subcommands share: a parser that takes dashes for underscores, and the answer to what is not there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose flags are also accepted with dashes, and whose errors are one line and exit code 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def add_argument(self, *spellings: str, **options: Any) -> argparse.Action:
+        return super().add_argument(*with_dashes(spellings), **options)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def with_dashes(spellings: tuple[str, ...]) -> list[str]:
+    """Adds ``--a-b`` to ``--a_b``."""
+    long = [spelling for spelling in spellings if spelling.startswith("--") and "_" in spelling]
+    return [*spellings, *(spelling.replace("_", "-") for spelling in long)]
+
+
+def make_parser(name: str, description: str, subparsers: Any = None) -> argparse.ArgumentParser:
+    """A parser of its own, or one among `subparsers` (what ``add_subparsers`` gives)."""
+    if subparsers is not None:
+        parser: argparse.ArgumentParser = subparsers.add_parser(name, description=description)
+        return parser
+    return CommandParser(prog=f"accelerate {name}", description=description)
+
+
+def add(parser: argparse.ArgumentParser, *spellings: str, **options: Any) -> None:
+    """Adds a flag with dashes as well, whatever kind of parser `parser` is."""
+    if isinstance(parser, CommandParser):
+        parser.add_argument(*spellings, **options)
+    else:
+        parser.add_argument(*with_dashes(spellings), **options)
+
+
+def not_yet(name: str) -> int:
+    """Says that this version does not have the command; the exit code."""
+    print(f"accelerate {name}: this version of accelerate does not have this command yet.", file=sys.stderr)
+    return 2

@@ -1,0 +1,58 @@
+"""Data loaders that give each rank its part of the data, on its device, and know their last batch.
+
+`plan_data` decides (a value), `DataPlan.build` makes the loader; `prepare_data_loader` does both. What the loop over a
+prepared loader tells whoever gathers results is set down in `DataLoaderStateMixin`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import DataLoaderAdapter, DataLoaderStateMixin
+from .deal import Round
+from .dispatch import DataLoaderDispatcher
+from .gathering import gather_for_metrics, gather_items, gather_rows
+from .iterable import IterableDatasetShard
+from .mesh import data_ranks_of_mesh
+from .plan import DataPlan, Reading, Shuffle, Source, logger, override_even_batches, plan_data, prepare_data_loader
+from .samplers import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler, get_sampler
+from .shard import DataLoaderShard, SkipDataLoader
+from .skip import skip_first_batches
+from .wire import CannotDispatchError, ReadingRankError
+
+__all__ = [
+    "BatchSamplerShard",
+    "CannotDispatchError",
+    "DataLoaderAdapter",
+    "DataLoaderDispatcher",
+    "DataLoaderShard",
+    "DataLoaderStateMixin",
+    "DataPlan",
+    "IterableDatasetShard",
+    "Reading",
+    "ReadingRankError",
+    "Round",
+    "SeedableRandomSampler",
+    "Shuffle",
+    "SkipBatchSampler",
+    "SkipDataLoader",
+    "Source",
+    "data_ranks_of_mesh",
+    "gather_for_metrics",
+    "gather_items",
+    "gather_rows",
+    "get_sampler",
+    "logger",
+    "override_even_batches",
+    "plan_data",
+    "prepare_data_loader",
+    "skip_first_batches",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MpDeviceLoaderWrapper":  # needs torch_xla
+        from .xla import MpDeviceLoaderWrapper
+
+        return MpDeviceLoaderWrapper
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,399 @@
+"""What every prepared loader does: it is torch's `DataLoader`, knows its last batch when it hands it out, and tells
+`GradientState` while it is being iterated over.
+
+The contract with whoever gathers results is in `DataLoaderStateMixin`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..runtime import devices
+from ..runtime.pytree import send_to_device
+from ..state import GradientState
+from .deal import Round
+from .iterable import Counted, IterableDatasetShard, Unmark, is_marked
+from .order import EpochOrder, IndexStream
+from .samplers import (
+    BatchSamplerShard,
+    SeedableRandomSampler,
+    SkipBatchSampler,
+    chain_from,
+    drawn_from,
+    epoch_takers,
+    get_sampler,
+    samples_drawn,
+)
+
+if TYPE_CHECKING:
+    from .plan import DataPlan
+
+_END = object()
+
+
+class DataLoaderStateMixin:
+    """Where a loader's loop stands. This is the contract between loaders and ``gather_for_metrics``.
+
+    The values below hold from the moment a batch is handed out until the next one is asked for; `GradientState` shows
+    those of the innermost loader that is being iterated over.
+
+    Attributes:
+        end_of_dataloader: Whether this rank's current batch is its last one. False while no batch has been handed out;
+            stays True after the loop. With uneven batches the ranks reach their end at different steps.
+        remainder: Documented, for one's own use: the number of samples that the last round of all ranks holds beyond full
+            ones. Map-style datasets: the number of samples the sampler draws modulo `total_batch_size`, at every batch
+            (so 0 means that nothing is padded); -1 with ``drop_last`` and where the number is unknown. Iterable datasets:
+            -1 until the last batch, then the samples in it over all ranks (-1 if the last batch is full and the
+            loader is sharded; the dispatcher knows it then too). **Not** enough to trim by: see `round`.
+        round: What the current step of all ranks holds, if that is not "as many rows on each rank, all of them data";
+            else None. The one thing to gather by: ranks ``0 … round.holders - 1`` have a batch at this step, the others
+            have left their loops and must not be waited for; concatenated in rank order, the first ``round.rows`` rows
+            are data. `gather_rows` and `gather_items` in `accelerate.data_loader.gathering` do just that.
+
+    By mode (P ranks):
+
+    | mode | steps | `round` |
+    |---|---|---|
+    | one rank | the loader's batches as they are | None |
+    | sharded, `even_batches` | as many on all ranks | set at the last step if samples were repeated to fill it |
+    | sharded, not even | a rank may stop one step early | set at the last step of those that have it: sizes differ, 0 for the ranks that stopped |
+    | sharded, a batch sampler of varying sizes | dealt whole | set at each step whose sizes differ; the last is completed with whole batches |
+    | sharded, ``batch_size=None`` | each item is a batch | set at an incomplete last step, counting batches (`whole`) |
+    | sharded iterable | as by size above | as above, and once more a worker if there are several workers |
+    | dispatched | as many on all ranks | set at the last step if rows were repeated, or wherever sizes differ |
+    | ``drop_last`` | full rounds only | None |
+    """
+
+    end_of_dataloader: bool = False
+    remainder: int = -1
+    round: Round | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.end_of_dataloader = False
+        cls.remainder = -1
+
+    @property
+    def gradient_state(self) -> GradientState:
+        """The state that loaders tell where they stand."""
+        return GradientState()
+
+    def reset(self) -> None:
+        """Forgets where the last loop stood."""
+        self.end_of_dataloader = False
+        self.remainder = -1
+        self.round = None
+
+    def begin(self) -> None:
+        """A loop over this loader begins: it becomes the active one."""
+        self.reset()
+        self.remainder = self._expected_remainder()
+        self.gradient_state._add_dataloader(self)
+
+    def end(self) -> None:
+        """A loop over this loader ends: the one around it becomes active again."""
+        self.gradient_state._remove_dataloader(self)
+
+    def _expected_remainder(self) -> int:
+        return -1
+
+
+class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
+    """torch's `DataLoader` (or torchdata's `StatefulDataLoader`) with the state of its loop.
+
+    Args:
+        dataset: The dataset.
+        use_stateful_dataloader: Be a `torchdata.stateful_dataloader.StatefulDataLoader` too.
+        batch_sampler: As for `torch.utils.data.DataLoader`.
+        **kwargs: As for `torch.utils.data.DataLoader`.
+
+    Raises:
+        ImportError: with `use_stateful_dataloader` where torchdata is not installed.
+    """
+
+    _plan: DataPlan | None = None
+    """How the loader was planned; None for one made by its constructor."""
+    _origin: DataLoader[Any] | None = None
+    """The loader this one is a later start of."""
+    _stateful: bool = False
+
+    def __new__(cls, *args: Any, use_stateful_dataloader: bool = False, **kwargs: Any) -> DataLoaderAdapter:
+        return super().__new__(stateful_class(cls) if use_stateful_dataloader else cls)
+
+    def __init__(
+        self,
+        dataset: Any,
+        use_stateful_dataloader: bool = False,
+        batch_sampler: Any = None,
+        skip_batches: int = 0,
+        iteration: int = 0,
+        _drop_last: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.use_stateful_dataloader = use_stateful_dataloader
+        self.skip_batches = skip_batches
+        self.iteration = iteration
+        self._drop_last = _drop_last
+        self._index_stream: IndexStream | None = None
+        self._epochs_told: dict[int, int] = {}
+        super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
+
+    # What it is made of ------------------------------------------------------------------------------------------------
+
+    @property
+    def base_dataloader(self) -> DataLoader[Any]:
+        """The torch loader, which this object is itself."""
+        return self
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the dataset is an iterable one."""
+        return isinstance(self.dataset, IterableDataset)
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Samples in a batch of all ranks together; None where batches have no fixed size."""
+        if self._plan is not None:
+            return self._plan.total_batch_size
+        if isinstance(self.dataset, IterableDatasetShard):
+            return self.dataset.stretch
+        if self.is_stream:
+            return self.batch_size
+        for link in chain_from(drawn_from(self)):
+            size: int | None = getattr(link, "batch_size", None)
+            if isinstance(link, BatchSamplerShard) and size is not None:
+                return size if link.split_batches else size * link.num_processes
+            if size is not None and not isinstance(link, SkipBatchSampler):
+                return size
+        return None
+
+    @property
+    def total_dataset_length(self) -> int:
+        """Samples in the dataset, over all ranks."""
+        dataset: Any = self.dataset
+        if isinstance(dataset, IterableDatasetShard):
+            dataset = dataset.dataset
+        return dataset.total_length if hasattr(dataset, "total_length") else len(dataset)
+
+    def __len__(self) -> int:
+        if isinstance(self.dataset, IterableDatasetShard):
+            return max(0, self.dataset.batches() - self.skip_batches)
+        length = super().__len__()
+        return max(0, length - self._raw_skips()) if self.is_stream else length
+
+    def get_sampler(self) -> Any:
+        """The sampler that chooses the order; None for an iterable dataset."""
+        return get_sampler(self)
+
+    def set_sampler(self, sampler: Any) -> None:
+        """Replaces the sampler that chooses the order, below all batch samplers; it takes effect at the next iteration.
+
+        Raises:
+            ValueError: where the order does not come from a sampler that can be replaced: an iterable dataset, or a
+                custom batch sampler.
+        """
+        *outer, innermost = chain_from(drawn_from(self)) or [None]
+        if outer:
+            outer[-1].sampler = sampler
+        elif innermost is not None and innermost is self.sampler:
+            self.__dict__["sampler"] = sampler  # torch refuses the plain assignment
+        else:
+            kind = type(self.dataset if innermost is None else innermost).__name__
+            raise ValueError(f"this loader has no sampler that can be replaced: its order comes from a {kind}.")
+        if self.__dict__.get("sampler") is innermost:
+            self.__dict__["sampler"] = sampler
+        self._index_stream = None
+        if isinstance(sampler, SeedableRandomSampler):
+            self.iteration = sampler.epoch
+
+    # Epochs ------------------------------------------------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the epoch to the samplers, batch samplers and datasets that have a ``set_epoch``, and counts on from it.
+
+        Args:
+            epoch: The number of the epoch whose order the next iteration takes, from 0.
+        """
+        self.iteration = epoch
+        for taker in self._epoch_takers():
+            self._tell(taker, epoch)
+
+    def _epoch_takers(self) -> list[Any]:
+        takers = epoch_takers(drawn_from(self))
+        return [*takers, self.dataset] if hasattr(self.dataset, "set_epoch") else takers
+
+    def _tell(self, taker: Any, epoch: int) -> None:
+        taker.set_epoch(epoch)
+        self._epochs_told[id(taker)] = epoch
+
+    def _tell_iteration(self) -> None:
+        # One that shows another epoch than it was told has been set by the user, whose word counts.
+        for taker in self._epoch_takers():
+            told = self._epochs_told.get(id(taker), 0)
+            if isinstance(taker, SeedableRandomSampler) or getattr(taker, "epoch", told) == told:
+                if self.iteration != told or isinstance(taker, SeedableRandomSampler):
+                    self._tell(taker, self.iteration)
+
+    def _finish_epoch(self) -> None:
+        self.iteration += 1
+        if isinstance(self._origin, DataLoaderAdapter):
+            self._origin.iteration = self.iteration  # the full loader goes on with the epoch that comes next
+
+    def _expected_remainder(self) -> int:
+        if self._drop_last or self.is_stream or not self.total_batch_size:
+            return -1
+        samples = samples_drawn(self)
+        return -1 if samples is None else samples % self.total_batch_size
+
+    # Iteration ---------------------------------------------------------------------------------------------------------
+
+    def _epoch_order(self) -> EpochOrder | None:
+        return None
+
+    def _read_ahead(self) -> int:
+        """How many batches of indices are drawn ahead."""
+        return 1
+
+    @property
+    def _index_sampler(self) -> Any:
+        # torch's loader asks this for what it draws from.
+        sampler = super()._index_sampler
+        if self.is_stream:
+            return sampler
+        if self._index_stream is None:
+            if self._raw_skips():
+                sampler = SkipBatchSampler(sampler, self._raw_skips())
+            self._index_stream = IndexStream(sampler, self._epoch_order(), self._read_ahead(), self._stateful)
+        return self._index_stream
+
+    def _raw_skips(self) -> int:
+        """How many batches of the underlying torch loader are left out."""
+        return self.skip_batches
+
+    def _get_iterator(self) -> Any:
+        if not is_marked(self.dataset):
+            return super()._get_iterator()
+        collate_fn = self.collate_fn
+        self.collate_fn = Unmark(collate_fn)  # only the iterator is to see it
+        try:
+            return super()._get_iterator()
+        finally:
+            self.collate_fn = collate_fn
+
+    def torch_iterator(self) -> Any:
+        """A pass over the underlying loader, nothing added."""
+        return super().__iter__()
+
+    def _batches(self) -> Iterator[Any]:
+        """torch's batches, the state being set before each is handed out."""
+        return self._streamed() if self.is_stream else self._counted()
+
+    def _counted(self) -> Iterator[Any]:
+        batches = self.torch_iterator()
+        assert self._index_stream is not None
+        track = self._index_stream.track
+        position = batches._num_yielded  # above 0 for a loader that resumes
+        rounds = track.rounds
+        for batch in batches:
+            position += 1
+            if rounds or self.round is not None:
+                self._take_round(rounds.pop(position, None))
+            if position == track.total:
+                self.end_of_dataloader = True
+            yield batch
+
+    def _take_round(self, round: Round | None) -> None:
+        self.round = round
+        if round is not None and round.padded and not round.whole:
+            self.remainder = round.rows
+
+    def _streamed(self) -> Iterator[Any]:
+        for batch, last in self._one_ahead(self.torch_iterator()):
+            if type(batch) is Counted:
+                self._take_round(batch.round)
+                batch = batch.batch
+            elif self.round is not None:
+                self._take_round(None)
+            self.end_of_dataloader = last
+            yield batch
+
+    def _one_ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        """Each batch of a stream (the skipped ones left out) with whether it is the last."""
+        for _ in range(self._raw_skips()):
+            next(batches, None)
+        current = next(batches, _END)
+        while current is not _END:
+            self._note_position()
+            failure: Exception | None = None
+            upcoming: Any = _END
+            try:
+                upcoming = next(batches, _END)
+            except Exception as error:  # belongs to the next step: the batch at hand is whole
+                failure = error
+            yield current, upcoming is _END and failure is None
+            if failure is not None:
+                raise failure
+            current = upcoming
+        self._note_position()
+
+    def _note_position(self) -> None:
+        """Called before a stream is read ahead: the position to save is the one without that."""
+
+    # Copies ------------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Iterators, with their worker processes, stay here. A track belongs to an iterator.
+        return {**self.__dict__, "_iterator": None, "_index_stream": None, "_epochs_told": {}}
+
+    def adjust_state_dict_for_prefetch(self) -> None:
+        """Kept for callers of the documented interface: the position is noted before anything is read ahead."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position to resume from; only with ``use_stateful_dataloader=True``."""
+        raise TypeError(_NOT_STATEFUL)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes from a position at the next iteration; only with ``use_stateful_dataloader=True``."""
+        raise TypeError(_NOT_STATEFUL)
+
+
+_NOT_STATEFUL = (
+    "this loader keeps no position: prepare it with DataLoaderConfiguration(use_stateful_dataloader=True), which needs "
+    "torchdata (`pip install torchdata`)."
+)
+
+
+def stateful_class(cls: type) -> type:
+    """The version of a loader class that is a torchdata `StatefulDataLoader` too.
+
+    Raises:
+        ImportError: where torchdata is not installed.
+    """
+    try:
+        importlib.import_module("torchdata.stateful_dataloader")
+    except ImportError as error:
+        raise ImportError(
+            "use_stateful_dataloader=True needs torchdata 0.8 or later, which is not installed: `pip install torchdata`, or "
+            "leave it False."
+        ) from error
+    table = importlib.import_module("accelerate.data_loader.stateful").CLASSES
+    return cls if cls in table.values() else table[cls]
+
+
+@functools.cache
+def _only_cpu() -> bool:
+    return not any(kind.name != "cpu" and kind.is_available() for kind in devices.DEVICES.values())
+
+
+def mover(device: torch.device | None, non_blocking: bool) -> Callable[[Any], Any] | None:
+    """What brings a batch to a device; None where it need not (no device, or nothing but the CPU on this machine)."""
+    if device is None or (device.type == "cpu" and _only_cpu()):
+        return None
+    return functools.partial(send_to_device, device=device, non_blocking=non_blocking)
+

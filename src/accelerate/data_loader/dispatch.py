@@ -1,0 +1,236 @@
+"""`DataLoaderDispatcher`: rank 0 reads the data and gives every rank its part, one message a step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..runtime import world
+from ..runtime.transport import Collectives
+from ..runtime.world import DataRanks
+from ..state import PartialState
+from .base import DataLoaderAdapter, mover
+from .cut import Cutter
+from .mesh import data_ranks_of_mesh
+from .wire import Channel, Step
+
+
+class DataLoaderDispatcher(DataLoaderAdapter):
+    """A torch `DataLoader` that only rank 0 reads from; the other ranks are sent their parts.
+
+    Each step takes one batch a rank (with `split_batches`: one batch, cut into a part a rank). What is left at the end is
+    joined and cut into equal parts, with rows from the start in place of missing ones. All ranks must take as many steps.
+    A failure while reading is raised on every rank.
+
+    Batches may hold tensors, numpy arrays, strings, numbers, bytes and None, in lists, tuples, named tuples and mappings;
+    shapes may differ from step to step. Items of a list of plain values count as rows where there are as many.
+
+    Args:
+        dataset: The dataset over the whole data; other ranks than 0 do not touch its samples.
+        split_batches: The loader's batch is that of all ranks together.
+        skip_batches: Leave out that many steps at the start.
+        use_stateful_dataloader: Be a torchdata `StatefulDataLoader` too, whose position can be saved.
+        _drop_last: Leave out a last step that is not full.
+        _non_blocking: Move to the device without waiting.
+        slice_fn: Cuts a batch: called as ``slice_fn(batch, slice, process_index=…, num_processes=…)`` for every rank, on
+            rank 0. None cuts rows.
+        torch_device_mesh: The device mesh, where there is one: ranks that hold parts of one model get the same data.
+        iteration: Number of the epoch that the first iteration is.
+        **kwargs: As for `torch.utils.data.DataLoader`.
+
+    Attributes:
+        end_of_dataloader, remainder, round: Where the loop stands; see `DataLoaderStateMixin`.
+        iteration: How many epochs have been gone through to the end.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        split_batches: bool = False,
+        skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
+        _drop_last: bool = False,
+        _non_blocking: bool = False,
+        slice_fn: Callable[..., Any] | None = None,
+        torch_device_mesh: Any = None,
+        iteration: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.split_batches = split_batches
+        self.slice_fn = slice_fn
+        self.torch_device_mesh = torch_device_mesh
+        self._non_blocking = _non_blocking
+        self._device: torch.device | None = None
+        self._channel: Channel | None = None
+        super().__init__(
+            dataset,
+            use_stateful_dataloader=use_stateful_dataloader,
+            skip_batches=skip_batches,
+            iteration=iteration,
+            _drop_last=_drop_last,
+            **kwargs,
+        )
+
+    @property
+    def state(self) -> PartialState:
+        """Who this process is."""
+        return PartialState()
+
+    @property
+    def ranks(self) -> DataRanks:
+        """Who gets which part."""
+        if self._plan is not None:
+            return self._plan.ranks
+        if self.torch_device_mesh is not None:
+            return data_ranks_of_mesh(self.torch_device_mesh)
+        return DataRanks(self.state.process_index, self.state.num_processes)
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Samples in a batch of all ranks together; None where batches have no fixed size."""
+        size = super().total_batch_size
+        return size if self.split_batches or size is None or self._plan is not None else size * self.ranks.count
+
+    def __len__(self) -> int:
+        batches, step = super().__len__(), self._batches_a_step()
+        return batches // step if self._drop_last else -(-batches // step)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.begin()
+        try:
+            self._tell_iteration()
+            move = mover(self.state.device if self._device is None else self._device, self._non_blocking)
+            for step in self._steps(world.current().collectives):
+                self.round = step.round
+                self.end_of_dataloader = step.last
+                if step.last and step.rows is not None:
+                    self.remainder = step.rows
+                yield step.batch if move is None else move(step.batch)
+            self._finish_epoch()
+        finally:
+            self.end()
+
+    def _expected_remainder(self) -> int:
+        return -1
+
+    def _batches_a_step(self) -> int:
+        return 1 if self.split_batches else self.ranks.count
+
+    def _raw_skips(self) -> int:
+        return self.skip_batches * self._batches_a_step()
+
+    def _read_ahead(self) -> int:
+        # With drop_last a step is the last one if the batches left do not make another.
+        return self._batches_a_step() if self._drop_last else 1
+
+    # Every rank --------------------------------------------------------------------------------------------------------
+
+    def _steps(self, collectives: Collectives) -> Iterator[Step]:
+        if collectives.size == 1:
+            yield from self._deal(None)
+            return
+        if self._channel is None or self._channel.collectives is not collectives:
+            self._channel = Channel(collectives)
+        if collectives.rank == 0:
+            yield from self._deal(self._channel)
+        else:
+            yield from self._receive(self._channel)
+
+    def _receive(self, channel: Channel) -> Iterator[Step]:
+        index = self.ranks.index
+        while (step := channel.receive(index)) is not None:
+            yield step
+            if step.last:
+                return
+
+    # Rank 0 ------------------------------------------------------------------------------------------------------------
+
+    def _deal(self, channel: Channel | None) -> Iterator[Step]:
+        ranks, cutter = self.ranks, Cutter(self.slice_fn)
+        groups = self._groups()
+        start: list[Any] | None = None
+        while True:
+            try:
+                group, last = next(groups, ([], True))
+                if not group:
+                    break
+                _check_batches(group)
+                parts, rows, round = cutter.deal(group, ranks.count, start or [], self.split_batches)
+                if start is None:
+                    start = cutter.copy_rows(group, ranks.count)
+                message = None if channel is None else channel.pack(parts, rows, round, last)
+            except Exception as error:
+                if channel is not None:
+                    channel.send_error(error)
+                raise
+            if channel is not None and message is not None:
+                channel.post(message)
+            yield Step(parts[ranks.index], rows, round, last)
+            if last:
+                next(groups, None)
+                return
+        if channel is not None:
+            channel.send_end()
+
+    def _groups(self) -> Iterator[tuple[list[Any], bool]]:
+        """The batches of each step, with whether it is the last."""
+        return self._streamed_groups() if self.is_stream else self._counted_groups()
+
+    def _counted_groups(self) -> Iterator[tuple[list[Any], bool]]:
+        batches = self.torch_iterator()
+        assert self._index_stream is not None
+        track = self._index_stream.track
+        position = batches._num_yielded
+        step = self._batches_a_step()
+        while group := list(islice(batches, step)):
+            position += len(group)
+            if self._drop_last and len(group) < step:
+                return
+            left = None if track.total is None else track.total - position  # None: more than are drawn ahead
+            last = left is not None and left < (step if self._drop_last else 1)
+            yield group, last
+            if last and left:
+                return
+
+    def _streamed_groups(self) -> Iterator[tuple[list[Any], bool]]:
+        batches = self.torch_iterator()
+        step, ahead = self._batches_a_step(), self._read_ahead()
+        waiting: deque[Any] = deque()
+        ended, failure = False, None
+
+        def read(count: int) -> None:
+            nonlocal ended, failure
+            while len(waiting) < count and not ended and failure is None:
+                try:
+                    waiting.append(next(batches))
+                except StopIteration:
+                    ended = True
+                except Exception as error:  # belongs to the step that needs this batch
+                    failure = error
+
+        for _ in range(self._raw_skips()):
+            next(batches, None)
+        read(step)
+        while waiting or failure is not None:
+            if failure is not None and len(waiting) < step:
+                raise failure
+            if self._drop_last and len(waiting) < step:
+                return
+            self._note_position()  # what has been read is what this step takes
+            read(step + ahead)
+            group = [waiting.popleft() for _ in range(min(step, len(waiting)))]
+            yield group, ended and len(waiting) < (step if self._drop_last else 1)
+            read(step)
+        self._note_position()
+
+
+def _check_batches(batches: list[Any]) -> None:
+    if any(batch is None for batch in batches):
+        raise TypeError(
+            "the loader gave None as a batch, which cannot be divided between the ranks: its dataset or collate_fn returned "
+            "None. Return a batch, or let every rank read its own part: DataLoaderConfiguration(dispatch_batches=False)."
+        )

@@ -1,0 +1,130 @@
+"""`DataLoaderShard`: every rank reads its own part. `SkipDataLoader`: an iterable dataset from a later batch on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ..runtime import rng
+from ..settings.enums import RNGType
+from .base import DataLoaderAdapter, mover
+from .order import EpochOrder, GeneratorOrder, SeededOrder
+from .samplers import SeedableRandomSampler
+
+
+class DataLoaderShard(DataLoaderAdapter):
+    """A torch `DataLoader` that gives this rank's part of the data, on its device.
+
+    At the start of each iteration it makes random orders agree between the ranks; while it is iterated over, `GradientState`
+    knows it as the active loader. `prepare_data_loader` makes one from a plain loader.
+
+    Args:
+        dataset: The dataset; for an iterable one, this rank's part of it (`IterableDatasetShard`).
+        device: Where batches are moved to; None leaves them.
+        rng_types: Which random states the ranks take over from rank 0 at the start of each iteration: ``"generator"``
+            (`synchronized_generator`), ``"torch"``, ``"cuda"`` …
+        synchronized_generator: The generator that the sampler, batch sampler or dataset draws from.
+        skip_batches: Leave out that many batches at the start; a map-style dataset's are not fetched.
+        use_stateful_dataloader: Be a torchdata `StatefulDataLoader` too, whose position can be saved.
+        _drop_last: The original loader dropped an incomplete last batch.
+        _non_blocking: Move to the device without waiting.
+        torch_device_mesh: The device mesh, where there is one.
+        iteration: Number of the epoch that the first iteration is.
+        **kwargs: As for `torch.utils.data.DataLoader`.
+
+    Attributes:
+        end_of_dataloader, remainder, round: Where the loop stands; see `DataLoaderStateMixin`.
+        iteration: How many epochs have been gone through to the end.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        device: torch.device | str | int | None = None,
+        rng_types: Iterable[str | RNGType] | None = None,
+        synchronized_generator: torch.Generator | None = None,
+        skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
+        _drop_last: bool = False,
+        _non_blocking: bool = False,
+        torch_device_mesh: Any = None,
+        iteration: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.device = None if device is None else torch.device(device)
+        self.rng_types = None if rng_types is None else list(rng_types)
+        self.synchronized_generator = synchronized_generator
+        self._non_blocking = _non_blocking
+        self.torch_device_mesh = torch_device_mesh
+        self._reseeds = False
+        super().__init__(
+            dataset,
+            use_stateful_dataloader=use_stateful_dataloader,
+            skip_batches=skip_batches,
+            iteration=iteration,
+            _drop_last=_drop_last,
+            **kwargs,
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.begin()
+        try:
+            self._tell_iteration()
+            self._synchronise()
+            move = mover(self.device, self._non_blocking)
+            if move is None:
+                yield from self._batches()
+            else:
+                for batch in self._batches():
+                    yield move(batch)
+            self._finish_epoch()
+        finally:
+            self.end()
+
+    def _synchronises_generator(self) -> bool:
+        return RNGType.GENERATOR in map(RNGType, self.rng_types or ())
+
+    def _synchronise(self) -> None:
+        # The generator of a map-style dataset's sampler follows when the first index is drawn; see `GeneratorOrder`.
+        types: list[RNGType] = [kind for kind in map(RNGType, self.rng_types or ()) if kind is not RNGType.GENERATOR]
+        if self.is_stream and self.synchronized_generator is not None and self._synchronises_generator():
+            types.append(RNGType.GENERATOR)
+        if types:
+            rng.synchronize_rng_states(types, self.synchronized_generator)
+
+    def _epoch_order(self) -> EpochOrder | None:
+        sampler = self.get_sampler()
+        if isinstance(sampler, SeedableRandomSampler):
+            return SeededOrder(sampler, self._synchronises_generator())
+        generator = self.synchronized_generator
+        if generator is None or not (self._reseeds or self._stateful or self._synchronises_generator()):
+            return None
+        return GeneratorOrder(generator, self._reseeds, self._synchronises_generator())
+
+
+class SkipDataLoader(DataLoaderAdapter):
+    """A plain loader without its first batches, for a dataset whose batches cannot be chosen.
+
+    Args:
+        dataset: The dataset.
+        skip_batches: How many batches to leave out.
+        use_stateful_dataloader: Be a torchdata `StatefulDataLoader` too.
+        **kwargs: As for `torch.utils.data.DataLoader`.
+    """
+
+    def __init__(
+        self, dataset: Any, skip_batches: int = 0, use_stateful_dataloader: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(
+            dataset, use_stateful_dataloader=use_stateful_dataloader, skip_batches=skip_batches, **kwargs
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.begin()
+        try:
+            yield from self._batches()
+            self._finish_epoch()
+        finally:
+            self.end()

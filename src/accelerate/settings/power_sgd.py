@@ -1,0 +1,86 @@
+"""Batched PowerSGD: one low-rank approximation for all gradients of a bucket at once.
+
+torch's own ``batched_powerSGD_hook`` hands a matrix to a helper that takes only stacks of matrices (seen in 2.13) and
+raises as soon as it starts to compress. This is the same algorithm over the same ``PowerSGDState``, so that its options
+mean what torch's documentation says. torch is imported on use.
+
+Source: Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization"
+(NeurIPS 2019), algorithm 1, on the bucket laid out as one square matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+# torch inspects a hook's annotations and knows no postponed ones, hence none here.
+def batched_power_sgd_hook(state, bucket):  # type: ignore[no-untyped-def]
+    """Averages a bucket's gradients over the ranks of ``state.process_group`` through a rank-r approximation.
+
+    Args:
+        state: A ``PowerSGDState``. Up to its ``start_powerSGD_iter`` gradients are averaged as they are.
+        bucket: The gradients, flattened, of any floating dtype; n values travel as ``2 * r * ceil(sqrt(n))``.
+
+    Returns:
+        A future of the averaged gradients, in the bucket's own buffer.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    group = state.process_group if state.process_group is not None else dist.group.WORLD
+    if state.iter < state.start_powerSGD_iter:
+        state.maybe_increase_iter(bucket)
+        return allreduce_hook(group, bucket)
+
+    gradients, index = bucket.buffer(), bucket.index()
+    side = math.ceil(math.sqrt(gradients.numel()))
+    square = gradients.new_zeros(side * side)
+    square[: gradients.numel()] = gradients
+    if state.use_error_feedback and index in state.error_dict:
+        square += state.error_dict[index]
+    matrix = square.view(side, side)
+    right = _orthogonal(_start(state, index, side, gradients))
+    ranks = group.size()
+
+    def reduced(tensor: torch.Tensor) -> torch.futures.Future[Any]:
+        return dist.all_reduce(tensor, group=group, async_op=True).get_future()
+
+    def project_back(done: torch.futures.Future[Any]) -> torch.Tensor:
+        left = _orthogonal(done.value()[0])
+        state.p_memory_dict[index] = left
+        product: torch.Tensor = reduced(matrix.t() @ left).wait()[0]
+        return product.div_(ranks)
+
+    def decompress(done: torch.futures.Future[Any]) -> torch.Tensor:
+        state.q_memory_dict[index] = done.value()
+        approximation = (state.p_memory_dict[index] @ done.value().t()).flatten()
+        if state.use_error_feedback:
+            state.error_dict[index] = square - approximation
+        state.maybe_increase_iter(bucket)
+        return gradients.copy_(approximation[: gradients.numel()])
+
+    return reduced(matrix @ right).then(project_back).then(decompress)
+
+
+def _start(state: Any, index: int, side: int, like: torch.Tensor) -> torch.Tensor:
+    """The right factor to begin with: the last one found, or a random one that is the same on all ranks."""
+    import torch
+
+    known = state.q_memory_dict.get(index) if state.warm_start else None
+    if known is not None and known.shape[0] == side:
+        return known  # type: ignore[no-any-return]
+    generator = torch.Generator().manual_seed(int(state.rng.randint(1_000_000_000)))
+    factor = torch.randn(side, min(state.matrix_approximation_rank, side), generator=generator)
+    return factor.to(device=like.device, dtype=like.dtype)
+
+
+def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of the columns; half precision goes through float32, which QR needs."""
+    import torch
+
+    return torch.linalg.qr(matrix.float() if matrix.itemsize < 4 else matrix)[0].to(matrix.dtype)

@@ -1,0 +1,25 @@
+"""Where a rule does not hold, and why. An entry that no longer applies makes the tests fail, as a missing one does."""
+
+from __future__ import annotations
+
+ENVIRONMENT = {"settings/env.py": "the one reader and writer of the process environment"}
+
+FORWARD = {"runtime/forward.py": "the one place that wraps and unwraps a forward"}
+
+DISTRIBUTED_TYPE = {
+    "state.py": "shows the user which kind is at work",
+}
+
+UNSAFE_LOADING: dict[str, str] = {}
+
+SHELL: dict[str, str] = {}
+
+LONG_FILE = 520
+"""About 500 lines."""
+
+LONG_FILES: dict[str, tuple[int, str]] = {
+    "accelerator.py": (920, "the façade: one method each, mostly docstrings"),
+    "state.py": (600, "three documented classes whose members are mostly docstrings"),
+}
+
+LONG_FUNCTIONS: dict[str, str] = {}

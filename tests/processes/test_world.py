@@ -1,0 +1,139 @@
+"""Joining and leaving a run on real processes."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from accelerate.runtime import world
+from accelerate.settings import env
+from accelerate.settings.enums import DistributedType
+from accelerate.state import PartialState
+
+
+def taken_up() -> tuple[object, ...]:
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    state = PartialState(cpu=True)
+    here = world.current()
+    found = (state.process_index, state.num_processes, state.backend, state.distributed_type, here.owns_group)
+    PartialState._reset_state()
+    again = PartialState(cpu=True)
+    return (*found, again.process_index == state.process_index, dist.is_initialized())
+
+
+def test_a_group_that_is_there_is_taken_up(run_ranks):
+    for rank, found in enumerate(run_ranks(2, taken_up, join=False)):
+        assert found == (rank, 2, "gloo", DistributedType.MULTI_CPU, False, True, True)
+
+
+def left_and_joined_again() -> list[int]:
+    sums = []
+    for _ in range(2):
+        state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=20))
+        sums.append(int(world.current().collectives.all_reduce(torch.tensor(state.process_index + 1))))
+        state.destroy_process_group()
+        assert not dist.is_initialized() and not world.is_joined()
+        PartialState._reset_state()
+    return sums
+
+
+def test_a_run_can_be_left_and_joined_again(run_ranks):
+    assert run_ranks(3, left_and_joined_again, join=False) == [[6, 6]] * 3
+
+
+def joined_through_mpi() -> tuple[int, int, int]:
+    names = {"RANK": "RANK", "WORLD_SIZE": "SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_WORLD_SIZE": "LOCAL_SIZE"}
+    env.publish({f"OMPI_COMM_WORLD_{short}": env.get(name) for name, short in names.items()})
+    env.publish(dict.fromkeys(names))
+    state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=20))
+    env.publish({f"OMPI_COMM_WORLD_{short}": None for short in names.values()})
+    return state.process_index, state.num_processes, int(env.get("RANK") or -1)
+
+
+def test_mpi_variables_are_enough(run_ranks):
+    assert run_ranks(2, joined_through_mpi, join=False) == [(0, 2, 0), (1, 2, 1)]
+
+
+def one_who_stays_away() -> str:
+    rank = env.integer("RANK", -1)
+    if rank == 1:
+        return "away"
+    with pytest.raises(RuntimeError, match="waited 2 s for rank 1 to join") as caught:
+        PartialState(cpu=True, timeout=datetime.timedelta(seconds=2))
+    return str(caught.value)
+
+
+def test_a_rank_that_stays_away_is_named_by_the_others(run_ranks):
+    first, away, third = run_ranks(3, one_who_stays_away, join=False)
+    assert away == "away"
+    assert first.startswith("rank 0 of 3") and third.startswith("rank 2 of 3")
+
+
+FIRST_FAILS_IN_BLOCK = """
+import accelerate.state as s
+state = s.PartialState(cpu=True)
+try:
+    with state.main_process_first():
+        if state.is_main_process:
+            raise KeyError("download")
+except KeyError:
+    pass
+state.wait_for_everyone()
+print("done", state.process_index)
+"""
+
+
+def test_an_exception_of_the_first_does_not_leave_the_others_waiting(tmp_path):
+    outputs = run_script(FIRST_FAILS_IN_BLOCK, tmp_path)
+    assert [out.strip() for out, _ in outputs] == ["done 0", "done 1"]
+    assert [code for _, code in outputs] == [0, 0]
+
+
+ENDS_WITHOUT_GOODBYE = """
+import torch
+from accelerate.accelerator import Accelerator
+accelerator = Accelerator(cpu=True)
+model = torch.nn.Linear(4, 4)
+model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+for _ in range(5):
+    accelerator.backward(model(torch.ones(2, 4)).sum())
+    optimizer.step()
+    optimizer.zero_grad()
+import atexit
+atexit.register(print, "bye")
+"""
+
+
+def test_a_script_that_just_ends_leaves_cleanly(tmp_path):
+    outputs = run_script(ENDS_WITHOUT_GOODBYE, tmp_path)
+    assert outputs == [("bye\n", 0), ("bye\n", 0)]
+
+
+def run_script(text: str, folder) -> list[tuple[str, int]]:
+    """Runs a script on two processes as torchrun would start them, without its agent."""
+    script = folder / "script.py"
+    script.write_text(text)
+    port = free_port()
+    children = []
+    for rank in range(2):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        environment |= {name: str(value) for name, value in place.items()}
+        children.append(
+            subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+        )
+    return [(child.communicate(timeout=60)[0], child.returncode) for child in children]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

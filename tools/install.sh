@@ -1,0 +1,31 @@
+#!/bin/sh
+# install.sh PYTHON VENV EXTRA: makes VENV if it is not there, and installs this tree with EXTRA into it, in the versions
+# of constraints.txt. Called by the Makefile from the tree's root.
+set -eu
+python=$1 venv=$2 extra=$3
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "This needs Python 3.10 or newer, and '$python' is not. Name one: make PYTHON=python3.11 …" >&2
+    exit 1
+fi
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    echo "making $venv"
+    "$python" -m venv --clear "$venv"
+fi
+pwd -P >"$venv/.place"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --quiet "$@"; }
+
+# torch goes first and by its exact version: asked for as somebody's dependency it may bring gigabytes of another build.
+# Where that version cannot be had, the newest that fits will do, and the other packages' versions are let go with it.
+constraints=constraints.txt
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    echo "installing torch"
+    pip install torch==2.13.0 || pip install 'torch>=2.4'
+fi
+if ! "$venv/bin/python" -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "2.13.0")'; then
+    echo "torch 2.13.0, the tested version, is not to be had here: going on with another" >&2
+    constraints="$venv/constraints.txt"
+    grep -v '^torch==' constraints.txt >"$constraints"
+fi
+echo "installing accelerate[$extra]"
+pip install --constraint "$constraints" --editable ".[$extra]"
