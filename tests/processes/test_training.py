@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accelerate.accelerator import Accelerator
+from accelerate import Accelerator
 from accelerate.settings.enums import DDPCommunicationHookType, DistributedType
 from accelerate.settings.handlers import (
     DataLoaderConfiguration,
@@ -123,7 +123,7 @@ def test_ragged_micro_batches_give_the_gradient_of_the_one_big_batch(run_ranks, 
 # What the interface documents for several ranks ---------------------------------------------------------------------------
 
 
-def observed_steps(split_batches: bool, accumulation: int, **plugin: object) -> list[list[object]]:
+def observed_steps(split_batches: bool, accumulation: int, batch_size: int = 0, **plugin: object) -> list[list[object]]:
     """[sync_gradients, weight, last_epoch] at each micro-step; x = 1..8, loss = mean(w x), SGD with lr 1."""
     with_optimizer = plugin.pop("step_scheduler_with_optimizer", True)
     accelerator = Accelerator(
@@ -136,7 +136,7 @@ def observed_steps(split_batches: bool, accumulation: int, **plugin: object) -> 
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    size = accelerator.num_processes if split_batches else 1
+    size = batch_size or (accelerator.num_processes if split_batches else 1)
     loader = DataLoader(TensorDataset(torch.arange(1.0, 9.0).view(8, 1)), batch_size=size)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     seen = []
@@ -149,52 +149,6 @@ def observed_steps(split_batches: bool, accumulation: int, **plugin: object) -> 
         weight = accelerator.unwrap_model(model).weight.item()
         seen.append([accelerator.sync_gradients, round(weight, 4), scheduler.last_epoch])
     return seen
-
-
-@pytest.mark.parametrize(
-    ("ranks", "options", "expected"),
-    [
-        (
-            2,
-            {"split_batches": False, "accumulation": 1},
-            [[True, -1.5, 2], [True, -5, 4], [True, -10.5, 6], [True, -18, 8]],
-        ),
-        (
-            2,
-            {"split_batches": False, "accumulation": 2},
-            [[False, 0, 0], [True, -2.5, 2], [False, -2.5, 2], [True, -9, 4]],
-        ),
-        (
-            2,
-            {"split_batches": False, "accumulation": 2, "adjust_scheduler": False},
-            [[False, 0, 0], [True, -2.5, 2], [False, -2.5, 2], [True, -9, 4]],
-        ),
-        (
-            2,
-            {"split_batches": True, "accumulation": 1},
-            [[True, -1.5, 1], [True, -5, 2], [True, -10.5, 3], [True, -18, 4]],
-        ),
-        (
-            2,
-            {"split_batches": False, "accumulation": 1, "step_scheduler_with_optimizer": False},
-            [[True, -1.5, 1], [True, -5, 2], [True, -10.5, 3], [True, -18, 4]],
-        ),
-        (
-            2,
-            {"split_batches": False, "accumulation": 3},
-            [[False, 0, 0], [False, 0, 0], [True, -3.5, 2], [True, -6, 4]],
-        ),
-        (
-            2,
-            {"split_batches": False, "accumulation": 2, "sync_each_batch": True},
-            [[False, 0, 0], [True, -2.5, 2], [False, -2.5, 2], [True, -9, 4]],
-        ),
-        (3, {"split_batches": False, "accumulation": 1}, [[True, -2, 3], [True, -7, 6], [True, -12.3333, 9]]),
-        (3, {"split_batches": False, "accumulation": 2}, [[False, 0, 0], [True, -3.5, 3], [True, -6.1667, 6]]),
-    ],
-)
-def test_scheduler_and_accumulation(run_ranks, ranks, options, expected):
-    assert run_ranks(ranks, observed_steps, **options) == [expected] * ranks
 
 
 def joined_and_triggered() -> dict[str, object]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accelerate.accelerator import Accelerator
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.settings import env
@@ -132,53 +132,6 @@ def accumulated(batches: int, **plugin: object) -> list[list[object]]:
             seen[-1].append(accelerator.step)
             optimizer.zero_grad()
     return seen
-
-
-# From the observed behaviours of the interface: [sync_gradients, gradient, weight after, last_epoch, accelerator.step].
-@pytest.mark.parametrize(
-    ("batches", "plugin", "expected"),
-    [
-        (
-            5,
-            {"num_steps": 1},
-            [[True, 1, -1, 1, 1], [True, 1, -2, 2, 2], [True, 1, -3, 3, 3], [True, 1, -4, 4, 4], [True, 1, -5, 5, 0]],
-        ),
-        (
-            5,
-            {"num_steps": 2},
-            [
-                [False, 0.5, 0, 0, 1],
-                [True, 1, -1, 1, 2],
-                [False, 0.5, -1, 1, 3],
-                [True, 1, -2, 2, 4],
-                [True, 0.5, -2.5, 3, 0],
-            ],
-        ),
-        (
-            5,
-            {"num_steps": 2, "sync_with_dataloader": False},
-            [
-                [False, 0.5, 0, 0, 1],
-                [True, 1, -1, 1, 2],
-                [False, 0.5, -1, 1, 3],
-                [True, 1, -2, 2, 4],
-                [False, 0.5, -2, 2, 5],
-            ],
-        ),
-        (
-            4,
-            {"num_steps": 2, "adjust_scheduler": False},
-            [[False, 0.5, 0, 0, 1], [True, 1, -1, 1, 2], [False, 0.5, -1, 1, 3], [True, 1, -2, 2, 0]],
-        ),
-        (
-            4,
-            {"num_steps": 2, "sync_each_batch": True},
-            [[False, 0.5, 0, 0, 1], [True, 1, -1, 1, 2], [False, 0.5, -1, 1, 3], [True, 1, -2, 2, 0]],
-        ),
-    ],
-)
-def test_accumulate(batches, plugin, expected):
-    assert accumulated(batches, **plugin) == expected
 
 
 def test_accumulation_steps_come_from_argument_plugin_or_environment():

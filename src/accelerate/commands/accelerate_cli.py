@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         return _unknown(words[0])
     module = importlib.import_module(f".{COMMANDS[words[0]][0]}", __package__)
-    code: int = module.main(words[1:])
+    try:
+        code: int = module.main(words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has seen enough: `accelerate launch -h | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code
 
 

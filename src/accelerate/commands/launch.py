@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..launch import parse
-from ..settings.launcher import DISTRIBUTED, HARDWARE, PARADIGM, RESOURCES, LaunchSettings
-from ..settings.option import Entry, SettingsError, entries
+from ..settings.option import SettingsError
 
 if TYPE_CHECKING:
     import argparse
-
-_ALWAYS_SHOWN = ("General", HARDWARE, RESOURCES, PARADIGM, DISTRIBUTED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = parse.split(sys.argv[1:] if argv is None else argv)
         if words.help:
+            from .launch_help import format_help
+
             print(format_help(words.flags))
             return 0
         return _start(words)
@@ -69,64 +67,7 @@ def launch_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """
     from .launch_parser import make
 
-    return make(subparsers)
-
-
-# Help ----------------------------------------------------------------------------------------------------------------
-
-
-def format_help(given: Collection[str] = ()) -> str:
-    """The help text: the groups that matter for everybody, and those that `given` flags (by ``dest``) turn on."""
-    width = _terminal_width()
-    lines = ["usage: accelerate launch [flags] script.py [arguments of the script]", ""]
-    hidden: dict[str, str] = {}
-    group = ""
-    for entry in sorted(entries(LaunchSettings), key=lambda entry: _order(entry.group)):
-        enabled_by = entry.section.enabled_by if entry.section is not None else None
-        if entry.group not in _ALWAYS_SHOWN and enabled_by not in given and not _any_of(entry.section, given):
-            hidden[entry.group] = f"--{enabled_by}" + (" FILE" if enabled_by == "mpirun_hostfile" else "")
-            continue
-        if entry.group != group:
-            group = entry.group
-            lines += ["", f"{group}:"] if len(lines) > 2 else [f"{group}:"]
-        lines += _line(entry, width)
-    if hidden:
-        lines += ["", "More, shown by -h after the flag that turns it on:"]
-        lines += [f"  {flag:<26}{title}" for title, flag in hidden.items()]
-    return "\n".join([*lines, "", "Flags may be written with dashes. A flag wins over the configuration file."])
-
-
-def _any_of(section: Any, given: Collection[str]) -> bool:
-    return any(entry.section is section and entry.dest in given for entry in entries(LaunchSettings))
-
-
-def _order(group: str) -> int:
-    return _ALWAYS_SHOWN.index(group) if group in _ALWAYS_SHOWN else len(_ALWAYS_SHOWN)
-
-
-def _line(entry: Entry, width: int) -> list[str]:
-    import textwrap
-
-    shown = [flag for flag in (*reversed(entry.flags), entry.option.off) if flag]
-    choices = "|".join(map(str, entry.option.choices))
-    value = {"int": " N", "float": " X", "bool": " true|false"}.get(entry.type, " WORD")
-    spelling = "  " + ", ".join(shown)
-    text = entry.option.help
-    if not entry.option.switch:
-        spelling += f" {choices}" if choices and len(choices) < 40 else value
-        text += f" ({choices.replace('|', ', ')})" if len(choices) >= 40 else ""
-        text += f" (default {entry.render(entry.option.default)})" if entry.option.default not in (None, "", ()) else ""
-    wrapped = textwrap.wrap(text, max(20, width - 30))
-    if len(spelling) < 29:
-        return [f"{spelling:<30}{wrapped[0]}", *(" " * 30 + line for line in wrapped[1:])]
-    return [spelling, *(" " * 30 + line for line in wrapped)]
-
-
-def _terminal_width() -> int:
-    try:
-        return min(120, max(60, os.get_terminal_size().columns))
-    except OSError:  # not a terminal
-        return 80
+    return make(launch_command, subparsers)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ..launch import parse
 from ..settings.launcher import LaunchSettings
 from ..settings.option import Entry, SettingsError, entries
-from .launch import format_help, launch_command
+from .launch_help import format_help
 from .parsers import with_dashes
 
 
@@ -51,7 +51,7 @@ class LaunchParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def make(subparsers: Any = None) -> argparse.ArgumentParser:
+def make(command: Callable[[argparse.Namespace], None], subparsers: Any = None) -> argparse.ArgumentParser:
     """See `commands.launch.launch_command_parser`."""
     description = "Starts a script, on one process or many."
     if subparsers is not None:
@@ -65,7 +65,7 @@ def make(subparsers: Any = None) -> argparse.ArgumentParser:
         _add(groups[entry.group], entry)
     parser.add_argument("training_script", help="the script, module or program to start")
     parser.add_argument("training_script_args", nargs=argparse.REMAINDER, help="its arguments")
-    parser.set_defaults(func=launch_command)
+    parser.set_defaults(func=command)
     return parser
 
 

@@ -128,7 +128,25 @@ class IndexStream:
         self.track = Track()
         if self.resumable:
             return ResumableIndices(self, self.track)
+        if self.ahead == 1 and not hasattr(self.sampler, "rounds"):
+            return self._draw_plain(self.track)
         return self.draw(self.track)
+
+    def _draw_plain(self, track: Track) -> Iterator[Any]:
+        """`draw` for one rank's plain loader, where each instruction counts: it runs once a batch."""
+        if self.order is not None:
+            self.order.start()
+        source = iter(self.sampler)
+        count = 0
+        for held in source:
+            count = 1
+            for upcoming in source:
+                yield held
+                held = upcoming
+                count += 1
+            track.total = count
+            yield held
+        track.total = count
 
     def draw(self, track: Track, *, begun: bool = False, skip: int = 0) -> Iterator[Any]:
         """The indices, `track` telling what is known of them.

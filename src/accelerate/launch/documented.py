@@ -28,7 +28,7 @@ def prepare_simple_launcher_cmd_env(args: argparse.Namespace) -> tuple[list[str]
         ValueError: when the settings cannot be used.
     """
     plan = build(_settings(args))
-    return plan.command, env.snapshot() | plan.environment
+    return plan.command, plan.environment_over(env.snapshot())
 
 
 def prepare_multi_gpu_env(args: argparse.Namespace) -> dict[str, str]:
@@ -37,7 +37,7 @@ def prepare_multi_gpu_env(args: argparse.Namespace) -> dict[str, str]:
     Raises:
         ValueError: when the settings cannot be used.
     """
-    return env.snapshot() | build(_settings(args)).environment
+    return build(_settings(args)).environment_over(env.snapshot())
 
 
 def prepare_deepspeed_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
@@ -47,7 +47,7 @@ def prepare_deepspeed_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict
         ValueError: when the settings cannot be used.
     """
     plan = build(_settings(args).replace(use_deepspeed=True))
-    return plan.command, env.snapshot() | plan.environment
+    return plan.command, plan.environment_over(env.snapshot())
 
 
 def prepare_tpu(
@@ -55,7 +55,7 @@ def prepare_tpu(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """`args` and `current_env` with what TPUs need; for a pod, `args.env` becomes that environment."""
     settings = _settings(args)
-    current_env = current_env | build(settings.replace(tpu=True)).environment
+    current_env = build(settings.replace(tpu=True)).environment_over(current_env)
     if pod:
         args.env = [f"{name}={value}" for name, value in current_env.items()]
     return args, current_env

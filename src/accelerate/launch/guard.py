@@ -15,6 +15,23 @@ import time
 from collections.abc import Callable, Iterable
 
 
+# How long to wait, when a rank has failed because it lost a peer, for that peer to end as well.
+SETTLE_SECONDS = 2.0
+_LOST_A_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "remote process exited",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
+
+
+def lost_a_peer(error: str) -> bool:
+    """Whether a rank's error says that another rank is gone: such a rank is not the one to blame."""
+    return any(words in error for words in _LOST_A_PEER)
+
+
 class Guard:
     """Watches over process groups until `release`."""
 

@@ -6,7 +6,7 @@ through the settings (`launch.machine`), so a plan can be printed, compared and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..settings.launcher import LaunchSettings
@@ -52,6 +52,11 @@ class LaunchPlan(NamedTuple):
     processes: int = 1
     machines: int = 1
     notes: tuple[str, ...] = ()
+
+    def environment_over(self, here: Mapping[str, str]) -> dict[str, str]:
+        """The child's whole environment, where the launcher's is `here`."""
+        kept = self.yields & here.keys()
+        return {**here, **{name: value for name, value in self.environment.items() if name not in kept}}
 
 
 def plan(argv: Sequence[str]) -> LaunchPlan:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..settings import env
 from ..settings.launcher import LaunchSettings
-from .guard import Deaths, Guard, kill
+from .console import say
+from .guard import SETTLE_SECONDS, Deaths, Guard, kill, lost_a_peer
 from .loopback import Loopback
 from .plan import LaunchPlan
-from .run import child_environment, say
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
@@ -30,16 +30,6 @@ if TYPE_CHECKING:
 
 # How long ranks may take to end once another has failed: time to close files, not to wait for the one that is gone.
 GRACE_SECONDS = 5
-# How long the launcher waits, when a rank has failed because it lost a peer, for that peer to end as well.
-SETTLE_SECONDS = 2.0
-_LOST_A_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "remote process exited",
-    "ncclRemoteError",
-    "NCCL communicator was aborted",
-)
 
 
 def run(plan: LaunchPlan, settings: LaunchSettings) -> int:
@@ -50,7 +40,7 @@ def run(plan: LaunchPlan, settings: LaunchSettings) -> int:
     """
     guard = Guard()  # forked while this process is small and has one thread
     try:
-        env.publish(child_environment(plan))
+        env.publish(plan.environment_over(env.snapshot()))
         with tempfile.TemporaryDirectory(prefix="accelerate_") as scratch:
             return _Ranks(plan, settings, guard, scratch).run()
     except KeyboardInterrupt:
@@ -121,7 +111,9 @@ class _Ranks:
         deadline = time.monotonic() + SETTLE_SECONDS
         while self.deaths is not None and self.deaths.able and time.monotonic() < deadline:
             dead = [pid for pid in list(self.deaths.times) if self.statuses.get(pid) != 0]
-            if len(self.deaths.times) == len(error_files) or not all(_lost_a_peer(error_files[pid]) for pid in dead):
+            if len(self.deaths.times) == len(error_files) or not all(
+                lost_a_peer(_why(error_files[pid])) for pid in dead
+            ):
                 break
             time.sleep(0.02)
         self.ending_since = time.time_ns()
@@ -186,7 +178,7 @@ class _Ranks:
         rank, failure = min(result.failures.items(), key=lambda item: self._guilt(item[1]))
         why = _why(failure.error_file)
         line = f"rank {rank} (pid {failure.pid}) {_how(failure.exitcode)}{f': {why}' if why else ''}"
-        if _lost_a_peer(failure.error_file) and 0 in self.statuses.values():
+        if lost_a_peer(_why(failure.error_file)) and 0 in self.statuses.values():
             line += " (another rank had ended before, with code 0)"
         say(line, self.quiet)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
@@ -195,7 +187,7 @@ class _Ranks:
         """Sorts the rank that failed first, and of itself, before the others."""
         moment = self._moment(failure)
         ended_by_us = moment > self.ending_since > 0 and -failure.exitcode in (signal.SIGTERM, signal.SIGKILL)
-        return ended_by_us, _lost_a_peer(failure.error_file), moment
+        return ended_by_us, lost_a_peer(_why(failure.error_file)), moment
 
     def _moment(self, failure: ProcessFailure) -> float:
         """When a rank failed, in nanoseconds: it notes its error before its peers can see it go."""
@@ -228,10 +220,6 @@ def _why(error_file: str) -> str:
     text = str(noted["message"] if isinstance(noted, dict) and "message" in noted else noted).strip()
     first = text.splitlines()[0] if text else ""
     return first[:400]
-
-
-def _lost_a_peer(error_file: str) -> bool:
-    return any(words in _why(error_file) for words in _LOST_A_PEER)
 
 
 def _ignore_signals() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ..settings import env
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
+from .console import say
 from .machine import look, resolve
 from .plan import LaunchPlan, build
 
@@ -58,20 +59,6 @@ def _starter(plan: LaunchPlan) -> Callable[[LaunchPlan, LaunchSettings], int]:
     return _STARTERS[plan.starter]
 
 
-def say(line: str, quiet: bool = False) -> None:
-    """A line of the launcher's own, on stderr: stdout belongs to the script."""
-    if not quiet:
-        print(f"accelerate launch: {line}", file=sys.stderr, flush=True)
-
-
-def child_environment(plan: LaunchPlan) -> dict[str, str]:
-    """This process's environment with the plan's variables; those that yield do not replace what is there."""
-    here = env.snapshot()
-    return here | {
-        name: value for name, value in plan.environment.items() if name not in plan.yields or name not in here
-    }
-
-
 def check_script(settings: LaunchSettings) -> None:
     """Looks whether there is something to run, before anything is started.
 
@@ -109,7 +96,7 @@ def _choices(asked: LaunchSettings, resolved: LaunchSettings) -> list[str]:
 
 def _in_place(plan: LaunchPlan, settings: LaunchSettings) -> int:
     """Becomes the script: its signals, its exit code and its last words are its own."""
-    environment = child_environment(plan)
+    environment = plan.environment_over(env.snapshot())
     program = _program(plan.command[0]) if settings.no_python else plan.command[0]
     sys.stdout.flush()
     sys.stderr.flush()

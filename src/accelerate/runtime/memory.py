@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from . import devices
 from .transport import Collectives, TorchCollectives
-from .world import current
+from .world import current, is_joined
 
 _R = TypeVar("_R")
 
@@ -139,7 +139,7 @@ def find_executable_batch_size(
     @functools.wraps(wanted)
     def search(*args: Any, **kwargs: Any) -> Any:
         _check_arguments(wanted, args, kwargs)
-        agreement = _Agreement(current().collectives)
+        agreement = _Agreement()
         batch_size = starting_batch_size
         clear_device_cache(garbage_collection=True)
         while batch_size > 0:
@@ -215,28 +215,28 @@ def _check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs
 class _Agreement:
     """What the processes tell each other between two attempts."""
 
-    def __init__(self, comm: Collectives) -> None:
-        self._comm = _own_channel(comm)
+    def __init__(self) -> None:
+        # Set up before the first attempt: after it, a peer may be somewhere else. A process that is in no run yet may
+        # join one during the attempt, and is asked again.
+        self._channel = _own_channel()
 
     def everyone(self, fitted: bool, batch_size: int) -> bool:
         """Whether the attempt fitted on every process."""
-        if self._comm.size == 1:
-            return fitted
-        if not fitted:
+        if self._channel.size == 1:
+            self._channel = _own_channel()
+        if not fitted and self._channel.size > 1:
             logger.warning(
                 "process %d ran out of memory at batch size %d and waits for the others. If they are inside an "
                 "operation that waits for this process, they cannot come: the run then ends with their timeout.",
-                self._comm.rank,
+                self._channel.rank,
                 batch_size,
             )
         return self.least(int(fitted)) == 1
 
     def least(self, number: int) -> int:
         """The smallest of the processes' numbers."""
-        if self._comm.size == 1:
-            return number
         try:
-            return min(self._comm.all_gather_object(number))
+            return min(self._channel.all_gather_object(number))
         except RuntimeError as error:
             raise RuntimeError(
                 "the processes could not agree on a batch size, because one of them ended or never arrived. If one of "
@@ -245,16 +245,18 @@ class _Agreement:
             ) from error
 
 
-# One group for each group of the World; when that is left, torch destroys both.
-_CHANNELS: weakref.WeakKeyDictionary[Collectives, Collectives] = weakref.WeakKeyDictionary()
+# One for each group of the run; when that is left, torch destroys both.
+_CHANNELS: weakref.WeakKeyDictionary[dist.ProcessGroup, Collectives] = weakref.WeakKeyDictionary()
 
 
-def _own_channel(comm: Collectives) -> Collectives:
+def _own_channel() -> Collectives:
     """Collectives that share no group with the training code, and that wait for as long as an attempt may take."""
-    if not isinstance(comm, TorchCollectives) or not dist.is_gloo_available():
-        return comm
-    channel = _CHANNELS.get(comm)
+    if not (dist.is_available() and dist.is_initialized() and dist.is_gloo_available()):
+        return current().collectives if is_joined() else Collectives(torch.device("cpu"))
+    run = dist.group.WORLD
+    assert run is not None
+    channel = _CHANNELS.get(run)
     if channel is None:
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
-        channel = _CHANNELS[comm] = TorchCollectives(torch.device("cpu"), group)
+        channel = _CHANNELS[run] = TorchCollectives(torch.device("cpu"), group)
     return channel

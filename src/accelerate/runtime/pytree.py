@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 _HALVES = (torch.float16, torch.bfloat16)
+_Tensor = torch.Tensor
 
 
 @dataclass
@@ -257,16 +258,24 @@ def _send(
     non_blocking: bool,
     skip: tuple[str, ...] | None,
 ) -> Any:
-    # Exact classes first: they are nearly all there is, and a check by identity costs least.
+    # Exact classes first: they are nearly all there is, and a check by identity costs least. Tensors that are there
+    # already are recognised without a call of this function: it would cost more than the rest of a small batch.
     kind = type(data)
-    if kind is torch.Tensor:
+    if kind is _Tensor:
         return data if data.device == device else data.to(device, non_blocking=non_blocking)
-    if kind is dict:
-        if skip is None:
-            return {key: _send(value, device, non_blocking, None) for key, value in data.items()}
-        return {k: v if k in skip else _send(v, device, non_blocking, skip) for k, v in data.items()}
+    if kind is dict and skip is None:
+        return {
+            key: value
+            if type(value) is _Tensor and value.device == device
+            else _send(value, device, non_blocking, None)
+            for key, value in data.items()
+        }
     if kind is list or kind is tuple:
-        return kind([_send(item, device, non_blocking, skip) for item in data])
+        moved = [
+            item if type(item) is _Tensor and item.device == device else _send(item, device, non_blocking, skip)
+            for item in data
+        ]
+        return moved if kind is list else tuple(moved)
     is_mapping = isinstance(data, Mapping)
     # With a key to skip in it, a mapping is walked even if it could move itself: `to` would move all of it.
     skips_here = is_mapping and skip is not None and any(key in data for key in skip)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+# The same function under its name since torch 2.13 and its name before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # What communication libraries carry as it is; tensors of other dtypes (bool, int16, float8 …) travel as bytes.
 _ON_THE_WIRE = frozenset(
     {
@@ -92,7 +95,7 @@ class TorchCollectives(Collectives):
         if tensor.dtype not in _ON_THE_WIRE:
             return self.all_gather(tensor.view(torch.uint8)).view(tensor.dtype)
         out = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_into_tensor(out, tensor, group=self.group)
+        _all_gather_single(out, tensor, group=self.group)
         return out
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:

@@ -111,7 +111,7 @@ class PrecisionType(str, BaseEnum):
     BF16 = "bf16"
 
 
-class FP8BackendType(str, BaseEnum):
+class FP8BackendType(str, enum.Enum):
     """Libraries that compute in 8-bit floating point."""
 
     NO = "NO"

@@ -1,0 +1,11 @@
+"""The launcher's own lines, on stderr: stdout belongs to the script."""
+
+from __future__ import annotations
+
+import sys
+
+
+def say(line: str, quiet: bool = False) -> None:
+    """Prints a line, unless `quiet`."""
+    if not quiet:
+        print(f"accelerate launch: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,370 @@
+"""Starts ranks from inside a running Python: a notebook, a test. The function need not be importable: ranks are forked.
+
+Ranks meet at a store on 127.0.0.1; an error in one ends the others and is raised here with the rank's own traceback.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .launch.documented import PrepareForLaunch
+from .launch.guard import SETTLE_SECONDS, lost_a_peer
+from .launch.loopback import ADDRESS, Loopback
+from .launch.shim import die_with
+from .runtime import devices, world
+from .settings import env
+from .settings.enums import PrecisionType
+from .state import AcceleratorState, GradientState, PartialState
+
+# How long ranks may take to end once another has failed.
+_GRACE_SECONDS = 5
+
+
+def notebook_launcher(
+    function: Callable[..., Any],
+    args: Sequence[Any] = (),
+    num_processes: int | None = None,
+    mixed_precision: str = "no",
+    use_port: str | int = "29500",
+    master_addr: str = "127.0.0.1",
+    node_rank: int = 0,
+    num_nodes: int = 1,
+    rdzv_backend: str = "static",
+    rdzv_endpoint: str = "",
+    rdzv_conf: Mapping[str, Any] | None = None,
+    rdzv_id: str = "none",
+    max_restarts: int = 0,
+    monitor_interval: float = 0.1,
+    log_line_prefix_template: str | None = None,
+) -> None:
+    """Runs a training function on several processes of this machine, or of several.
+
+    Processes are forked from this one, so that `function` may be defined in a notebook's cell. Nothing in this process
+    may have used an accelerator before: create `Accelerator`, and import what uses the device, inside `function`. A
+    forked process computes with one thread unless OMP_NUM_THREADS says otherwise: the pool of threads of this process
+    does not survive a fork.
+
+    Args:
+        function: What each process runs.
+        args: Its arguments.
+        num_processes: How many processes this machine starts; None takes one for each accelerator.
+        mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``: what `Accelerator` uses unless told otherwise.
+        use_port: Port at which processes meet; one that is taken, or 0, means any free one on a single machine.
+        master_addr: Address of the first machine.
+        node_rank: Number of this machine, from 0.
+        num_nodes: How many machines take part, each with a notebook that calls this.
+        rdzv_backend: How machines find each other: ``static`` or ``c10d``.
+        rdzv_endpoint: Where they find each other; empty takes `master_addr` and `use_port`.
+        rdzv_conf: More for the rendezvous.
+        rdzv_id: Name of the run, the same on all machines.
+        max_restarts: How often processes are started again after one has failed.
+        monitor_interval: Seconds between looks at the processes, where several machines take part.
+        log_line_prefix_template: Prefix of lines that torch's agent copies, where several machines take part.
+
+    Raises:
+        ValueError: when a precision or a number of processes makes no sense, or this process has an `Accelerator`.
+        RuntimeError: when this process has used its accelerator already.
+        torch.multiprocessing.ProcessRaisedException: when `function` raised, with the traceback of the first to fail.
+        torch.multiprocessing.ProcessExitedException: when a process was killed or left with another exit code.
+
+    Example:
+        ```python
+        notebook_launcher(training_loop, args=("fp16", 42, 64), num_processes=2)
+        ```
+    """
+    if mixed_precision not in PrecisionType.list():
+        raise ValueError(
+            f"mixed_precision={mixed_precision!r}: expected one of {', '.join(map(str, PrecisionType.list()))}."
+        )
+    kind, count = _count(num_processes)
+    precision = {"ACCELERATE_MIXED_PRECISION": mixed_precision}
+    if count == 1 and num_nodes == 1:
+        where = {"cpu": "CPU", "mps": "MPS"}.get(kind.name, "one " + ("GPU" if kind.name == "cuda" else kind.name))
+        print(f"Launching training on {where}.")
+        with env.patch_environment(**(precision if mixed_precision != "no" else {})):
+            function(*args)
+        return
+    _refuse_if_started("notebook_launcher")
+    _refuse_if_device_used(kind)
+    name = {"cuda": "GPU"}.get(kind.name, kind.name.upper())
+    print(f"Launching training on {count * num_nodes} {name}s.")
+    if num_nodes == 1 and rdzv_backend == "static":
+        for attempt in range(max_restarts + 1):
+            try:
+                return _fork(function, args, count, precision, _port(use_port), attempt, max_restarts)
+            except _rank_errors():
+                if attempt == max_restarts:
+                    raise
+                print(f"A process failed; starting all again ({max_restarts - attempt} more times).")
+    endpoint = rdzv_endpoint or f"{master_addr}:{_port(use_port)}"
+    config = {
+        "min_nodes": num_nodes,
+        "max_nodes": num_nodes,
+        "nproc_per_node": count,
+        "run_id": rdzv_id,
+        "rdzv_endpoint": endpoint,
+        "rdzv_backend": rdzv_backend,
+        "rdzv_configs": {**({"rank": node_rank} if rdzv_backend == "static" else {}), **(rdzv_conf or {})},
+        "max_restarts": max_restarts,
+        "monitor_interval": monitor_interval,
+        "log_line_prefix_template": log_line_prefix_template,
+    }
+    _launch_with_agent(function, args, config, precision)
+
+
+def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_processes: int = 2) -> None:
+    """Runs a function on several CPU processes of this machine, for a test of what happens between ranks.
+
+    Args:
+        function: What each process runs; forked, it need not be importable.
+        args: Its arguments.
+        num_processes: How many processes.
+
+    Raises:
+        ValueError: for fewer than one process, or when this process is part of a process group itself.
+        torch.multiprocessing.ProcessRaisedException: when `function` raised, with the traceback of the first to fail.
+        torch.multiprocessing.ProcessExitedException: when a process was killed or left with another exit code.
+    """
+    if num_processes < 1:
+        raise ValueError(f"num_processes={num_processes}: expected at least 1.")
+    _refuse_if_grouped("debug_launcher")
+    variables = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "yes"}
+    _fork(function, args, num_processes, variables, port=0)
+
+
+# Before ----------------------------------------------------------------------------------------------------------------
+
+
+def _count(wanted: int | None) -> tuple[devices.DeviceKind, int]:
+    """The kind of device and how many processes to start."""
+    # torch counts GPUs through NVML then: a driver that is initialised here cannot be used in a forked process.
+    with env.patch_environment(pytorch_nvml_based_cuda_check=1):
+        kind = devices.DEVICES["cpu"] if env.flag("ACCELERATE_USE_CPU") else devices.default_kind()
+        if kind.name == "xla":
+            raise NotImplementedError("this version of accelerate cannot launch on TPUs yet.")
+        if wanted is None:
+            if kind.name == "cpu":
+                raise ValueError(
+                    "there is no accelerator here that would say how many processes to start: give num_processes."
+                )
+            return kind, kind.count()
+    if wanted < 1:
+        raise ValueError(f"num_processes={wanted}: expected at least 1.")
+    return kind, wanted
+
+
+def _port(port: str | int) -> int:
+    try:
+        return int(port)
+    except ValueError:
+        raise ValueError(f"use_port={port!r}: expected the number of a port.") from None
+
+
+def _refuse_if_started(launcher: str) -> None:
+    if AcceleratorState._shared_state or PartialState._shared_state or world.is_joined():
+        raise ValueError(
+            f"{launcher} forks this process, and this process has an Accelerator or a PartialState already: the forked "
+            "ones would take themselves for it. Create them only inside the function that you launch, and restart the "
+            "notebook."
+        )
+    _refuse_if_grouped(launcher)
+
+
+def _refuse_if_grouped(launcher: str) -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        raise ValueError(
+            f"{launcher} forks this process, and this process is part of a process group: leave it first "
+            "(torch.distributed.destroy_process_group())."
+        )
+
+
+def _refuse_if_device_used(kind: devices.DeviceKind) -> None:
+    module = None if kind.name in ("cpu", "mps") else kind.torch_module()
+    if module is None:
+        return
+    if module.is_initialized():
+        raise RuntimeError(
+            f"{kind.name} has been initialised in this process, and a forked process cannot use it then. Restart the "
+            "notebook, and keep everything that touches the device inside the function that you launch. "
+            "ACCELERATE_DEBUG_MODE=yes looks for the cause."
+        )
+    if env.flag("ACCELERATE_DEBUG_MODE"):
+        probe = multiprocessing.get_context("fork").Process(target=module.init)
+        probe.start()
+        probe.join()
+        if probe.exitcode != 0:
+            raise RuntimeError(
+                f"a forked process cannot use {kind.name} (its traceback is above): something imported in this process "
+                f"has initialised the driver. Import it inside the function that you launch."
+            )
+
+
+# Forked ranks ----------------------------------------------------------------------------------------------------------
+
+
+def _fork(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    count: int,
+    variables: Mapping[str, str],
+    port: int,
+    attempt: int = 0,
+    max_restarts: int = 0,
+) -> None:
+    """Runs `function` on `count` forked ranks and waits for them; see `notebook_launcher` for what is raised."""
+    if not hasattr(os, "fork"):
+        raise RuntimeError("this system cannot fork: put the function into a script and use `accelerate launch`.")
+    meeting = Loopback(port)
+    if port not in (0, meeting.port):
+        print(f"Port {port} is taken, using port {meeting.port}.")
+    common = {
+        **variables,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "NODE_RANK": 0,
+        "NPROC": count,
+        "MASTER_ADDR": ADDRESS,
+        "MASTER_PORT": meeting.port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": attempt,
+        "TORCHELASTIC_MAX_RESTARTS": max_restarts,
+    }
+    sys.stdout.flush()
+    sys.stderr.flush()
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="accelerate_") as folder:
+        notes = [Path(folder) / str(index) for index in range(count)]
+        # The store's threads start after the fork; ranks that are faster wait at the bound port.
+        ranks = [
+            context.Process(
+                target=_rank, args=(os.getpid(), index, function, args, common, notes[index]), name=f"rank {index}"
+            )
+            for index in range(count)
+        ]
+        try:
+            for rank in ranks:
+                rank.start()
+            meeting.serve()
+            _wait(ranks, notes)
+        finally:
+            _end(ranks)
+            meeting.shutdown()
+
+
+def _rank(
+    parent: int, index: int, function: Callable[..., Any], args: Iterable[Any], common: Mapping[str, Any], note: Path
+) -> None:
+    """The life of a forked rank."""
+    if sys.platform == "linux":
+        die_with(parent)
+    for state in (AcceleratorState, PartialState, GradientState):  # what the parent was
+        state._shared_state.clear()
+    world.forget()
+    env.publish(common)
+    import torch
+
+    torch.set_num_threads(env.integer("OMP_NUM_THREADS", 1))
+    try:
+        PrepareForLaunch(function)(index, *args)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+    except Exception:  # noqa: BLE001 - the parent raises it
+        note.write_text(traceback.format_exc())
+        sys.exit(1)
+
+
+def _wait(ranks: Sequence[BaseProcess], notes: Sequence[Path]) -> None:
+    """Waits until all ranks have ended well, or one has not."""
+    running = {rank.sentinel: rank for rank in ranks}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            running.pop(sentinel).join()  # type: ignore[call-overload]  # sentinels are numbers here
+        if any(rank.exitcode for rank in ranks):
+            _settle(list(running.values()), ranks, notes)
+            _raise_first(ranks, notes)
+
+
+def _settle(running: Sequence[BaseProcess], ranks: Sequence[BaseProcess], notes: Sequence[Path]) -> None:
+    """Waits a moment for the rank to blame to end, while those that ended badly only lost a peer."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while any(rank.is_alive() for rank in running) and time.monotonic() < deadline:
+        if not all(lost_a_peer(_noted(notes[index])) for index, rank in enumerate(ranks) if rank.exitcode):
+            return
+        time.sleep(0.02)
+
+
+def _noted(note: Path) -> str:
+    return note.read_text() if note.exists() else ""
+
+
+def _raise_first(ranks: Sequence[BaseProcess], notes: Sequence[Path]) -> NoReturn:
+    """Raises the error of the rank that failed first, and of itself: others often fail because it is gone."""
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+    def guilt(index: int) -> tuple[bool, int]:
+        note = notes[index]
+        return lost_a_peer(_noted(note)), note.stat().st_mtime_ns if note.exists() else 0
+
+    index = min((index for index, rank in enumerate(ranks) if rank.exitcode), key=guilt)
+    code, pid = ranks[index].exitcode or 0, ranks[index].pid or 0
+    if error := _noted(notes[index]):
+        raise ProcessRaisedException(
+            f"\n\n-- Process {index} terminated with the following error:\n{error}", index, pid
+        )
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise ProcessExitedException(f"process {index} terminated with signal {name}", index, pid, code, name)
+    raise ProcessExitedException(f"process {index} terminated with exit code {code}", index, pid, code)
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
+    """Ends what is still running: asked first, then killed."""
+    alive = [rank for rank in ranks if rank.pid is not None and rank.is_alive()]
+    for rank in alive:
+        rank.terminate()
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for rank in alive:
+        rank.join(max(0.0, deadline - time.monotonic()))
+        if rank.is_alive():
+            rank.kill()
+            rank.join()
+
+
+def _rank_errors() -> tuple[type[Exception], ...]:
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+    return ProcessRaisedException, ProcessExitedException
+
+
+# Several machines ------------------------------------------------------------------------------------------------------
+
+
+def _launch_with_agent(
+    function: Callable[..., Any], args: Sequence[Any], config: Mapping[str, Any], variables: Mapping[str, str]
+) -> None:
+    """Runs `function` through torch's elastic agent, whose handlers of signals do not outlive the call."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def forked(*inner: Any) -> None:
+        env.publish({**variables, "FORK_LAUNCHED": 1})
+        function(*inner)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        elastic_launch(LaunchConfig(**config, start_method="fork"), forked)(*args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
