@@ -6,7 +6,6 @@ lines of delegation. How a run is distributed is the strategy's business, never 
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from .precision import choose as choose_precision
 from .runtime import collectives, world
 from .runtime.memory import release_memory
 from .scheduler import AcceleratedScheduler
-from .settings import env
+from .settings import arguments
 from .settings.enums import PROFILE_PATTERN_NAME, DistributedType, DynamoBackend, FP8BackendType, RNGType
 from .settings.handlers import (
     AutocastKwargs,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_UNSET: Any = object()
+_HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs)
 
 
 class Accelerator:
@@ -92,7 +91,7 @@ class Accelerator:
     def __init__(
         self,
         device_placement: bool = True,
-        split_batches: bool = _UNSET,
+        split_batches: bool = arguments.UNSET,
         mixed_precision: str | None = None,
         gradient_accumulation_steps: int = 1,
         cpu: bool = False,
@@ -116,7 +115,7 @@ class Accelerator:
         schedule_per_update: bool = False,
         kwarg_handlers: list[KwargsHandler] | None = None,
     ) -> None:
-        _refuse_later_features(
+        arguments.refuse_later_features(
             deepspeed_plugin=deepspeed_plugin or deepspeed_plugins,
             fsdp_plugin=fsdp_plugin,
             torch_tp_plugin=torch_tp_plugin,
@@ -126,9 +125,14 @@ class Accelerator:
         self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
         if project_dir is not None and self.project_dir is None:
             self.project_configuration.set_directories(project_dir)
-        self._read_handlers(kwargs_handlers or kwarg_handlers or [])
-        plugin = _accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
-        dynamo = _dynamo(dynamo_backend, dynamo_plugin)
+        handlers = arguments.sort_handlers(kwargs_handlers or kwarg_handlers or [], _HANDLERS)
+        self.autocast_handler: AutocastKwargs | None = handlers[AutocastKwargs]
+        self.ddp_handler: DistributedDataParallelKwargs | None = handlers[DistributedDataParallelKwargs]
+        self.scaler_handler: GradScalerKwargs | None = handlers[GradScalerKwargs]
+        self.init_handler: InitProcessGroupKwargs | None = handlers[InitProcessGroupKwargs]
+        self.profile_handler: ProfileKwargs | None = handlers[ProfileKwargs]
+        plugin = arguments.accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
+        dynamo = arguments.dynamo(dynamo_backend, dynamo_plugin)
 
         self.state = AcceleratorState(
             mixed_precision=mixed_precision,
@@ -140,8 +144,8 @@ class Accelerator:
         self.gradient_state = GradientState(plugin)
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self.dataloader_config = _loading(dataloader_config, split_batches)
-        self.rng_types = _rng_types(rng_types)
+        self.dataloader_config = arguments.loading(dataloader_config, split_batches)
+        self.rng_types = arguments.rng_types(rng_types)
 
         precision = choose_precision(self.mixed_precision, self.device, self.autocast_handler, self.scaler_handler)
         settings = RunSettings(
@@ -171,31 +175,6 @@ class Accelerator:
 
         self.log_with = filter_trackers(log_with, self.logging_dir)
         self.trackers: list[GeneralTracker] = []
-
-    def _read_handlers(self, handlers: Sequence[KwargsHandler]) -> None:
-        """Sorts the handlers into their places, one of each kind."""
-        places: dict[type, str] = {
-            AutocastKwargs: "autocast_handler",
-            DistributedDataParallelKwargs: "ddp_handler",
-            GradScalerKwargs: "scaler_handler",
-            InitProcessGroupKwargs: "init_handler",
-            ProfileKwargs: "profile_handler",
-        }
-        self.autocast_handler: AutocastKwargs | None = None
-        self.ddp_handler: DistributedDataParallelKwargs | None = None
-        self.scaler_handler: GradScalerKwargs | None = None
-        self.init_handler: InitProcessGroupKwargs | None = None
-        self.profile_handler: ProfileKwargs | None = None
-        for handler in handlers:
-            place = next((name for kind, name in places.items() if isinstance(handler, kind)), None)
-            if place is None:
-                raise TypeError(
-                    f"kwargs_handlers takes instances of {', '.join(kind.__name__ for kind in places)}; found "
-                    f"{handler!r}."
-                )
-            if getattr(self, place) is not None:
-                raise ValueError(f"kwargs_handlers has two {type(handler).__name__}: pass one.")
-            setattr(self, place, handler)
 
     # Who am I --------------------------------------------------------------------------------------------------------
 
@@ -593,7 +572,9 @@ class Accelerator:
 
     # Step ------------------------------------------------------------------------------------------------------------
 
-    def backward(self, loss: torch.Tensor, *, num_items: int | float | torch.Tensor | None = None, **kwargs: Any) -> None:
+    def backward(
+        self, loss: torch.Tensor, *, num_items: int | float | torch.Tensor | None = None, **kwargs: Any
+    ) -> None:
         """Adds the gradients of a loss, scaled for accumulation and for fp16.
 
         Args:
@@ -868,57 +849,3 @@ class Accelerator:
 def _append_new(known: list[Any], item: Any) -> None:
     if not any(item is other for other in known):
         known.append(item)
-
-
-def _refuse_later_features(**plugins: Any) -> None:
-    """This version trains on one process and on data-parallel ranks; asking for more must not pass silently."""
-    asked = [name for name, plugin in plugins.items() if plugin is not None]
-    variables = {
-        "fsdp_plugin": "ACCELERATE_USE_FSDP",
-        "deepspeed_plugin": "ACCELERATE_USE_DEEPSPEED",
-        "megatron_lm_plugin": "ACCELERATE_USE_MEGATRON_LM",
-        "parallelism_config": "ACCELERATE_USE_PARALLELISM_CONFIG",
-    }
-    asked += [f"{name} ({variable})" for name, variable in variables.items() if env.flag(variable)]
-    if asked:
-        raise ValueError(
-            f"{', '.join(asked)}: sharded and model-parallel training are not part of this version, which trains on one "
-            "process and on data-parallel ranks (DDP)."
-        )
-
-
-def _accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> GradientAccumulationPlugin:
-    if plugin is not None:
-        if steps != 1:
-            raise ValueError(
-                f"gradient_accumulation_steps={steps} and gradient_accumulation_plugin are both given: set "
-                "`num_steps` in the plugin."
-            )
-        return plugin
-    if steps == 1:
-        steps = env.integer("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
-    return GradientAccumulationPlugin(num_steps=steps)
-
-
-def _dynamo(backend: DynamoBackend | str | None, plugin: TorchDynamoPlugin | None) -> TorchDynamoPlugin:
-    if backend is not None and plugin is not None:
-        raise ValueError("dynamo_backend and dynamo_plugin are both given: set `backend` in the plugin.")
-    if plugin is not None:
-        return plugin
-    return TorchDynamoPlugin(backend=backend) if backend is not None else TorchDynamoPlugin()  # type: ignore[arg-type]
-
-
-def _loading(config: DataLoaderConfiguration | None, split_batches: bool) -> DataLoaderConfiguration:
-    config = config if config is not None else DataLoaderConfiguration()
-    if split_batches is not _UNSET:
-        config.split_batches = split_batches
-    return config
-
-
-def _rng_types(rng_types: list[str | RNGType] | None) -> list[str]:
-    if rng_types is None:
-        return [RNGType.GENERATOR.value]
-    unknown = [kind for kind in rng_types if kind not in RNGType]
-    if unknown:
-        raise ValueError(f"rng_types={rng_types!r}: {unknown} are unknown; choose from {RNGType.list()}.")
-    return [RNGType(kind).value for kind in rng_types]

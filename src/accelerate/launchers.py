@@ -291,7 +291,7 @@ def _wait(ranks: Sequence[BaseProcess], notes: Sequence[Path]) -> None:
     running = {rank.sentinel: rank for rank in ranks}
     while running:
         for sentinel in multiprocessing.connection.wait(list(running)):
-            running.pop(sentinel).join()  # type: ignore[call-overload]  # sentinels are numbers here
+            running.pop(sentinel).join()  # type: ignore[arg-type]  # sentinels are numbers here
         if any(rank.exitcode for rank in ranks):
             _settle(list(running.values()), ranks, notes)
             _raise_first(ranks, notes)

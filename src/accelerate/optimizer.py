@@ -54,7 +54,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self._stepped = True
 
     @property
-    def state(self) -> Any:  # type: ignore[override]  # an attribute of the base, a view of the wrapped one here
+    def state(self) -> Any:
         return self.optimizer.state
 
     @state.setter
@@ -62,7 +62,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.state = state
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -70,7 +70,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.optimizer.param_groups = param_groups
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         return self.optimizer.defaults
 
     @defaults.setter
@@ -102,7 +102,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         else:
             self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Steps, if this step synchronises gradients. Returns what the wrapped optimizer's step does."""
         if not self.gradient_state.sync_gradients:
             return None

@@ -31,11 +31,6 @@ def outputs(name: str, file: str = "runtime_behaviours.json", **given: Any) -> l
     return found
 
 
-def names(file: str = "runtime_behaviours.json") -> set[str]:
-    """The names of all cases."""
-    return {case["name"] for case in _cases(file)}
-
-
 def per_rank(observed: Any, size: int) -> list[Any]:
     """What each rank is to give: the list of a ``per_rank`` case, or one value for all."""
     if isinstance(observed, dict) and "all_ranks" in observed:

@@ -54,6 +54,25 @@ def test_all_ranks_try_the_same_sizes(run_ranks: RunRanks, limits: list[int], fo
         assert ranks[0] == (found, expected * 2)
 
 
+def joins_inside() -> tuple[int, list[int]]:
+    tried: list[int] = []
+    assert not world.is_joined()
+
+    @find_executable_batch_size(starting_batch_size=8)
+    def attempt(batch_size: int) -> int:
+        tried.append(batch_size)
+        here = world.current() if world.is_joined() else world.join(cpu=True)
+        if batch_size > 3 and here.rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return batch_size
+
+    return attempt(), tried
+
+
+def test_a_run_that_is_joined_inside_the_first_attempt(run_ranks: RunRanks) -> None:
+    assert run_ranks(2, joins_inside, join=False) == [(2, [8, 4, 2])] * 2
+
+
 def uneven_steps() -> tuple[list[int], str]:
     here = world.join(cpu=True)
     tried: list[int] = []

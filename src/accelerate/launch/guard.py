@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-
 # How long to wait, when a rank has failed because it lost a peer, for that peer to end as well.
 SETTLE_SECONDS = 2.0
 _LOST_A_PEER = (

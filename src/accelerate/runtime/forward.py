@@ -33,7 +33,7 @@ def wrap_forward(module: nn.Module, wrapper: ForwardWrapper) -> None:
     functools.update_wrapper(wrapper, forward)  # sets __wrapped__ too
     if "_original_forward" not in module.__dict__:
         module._original_forward = forward  # type: ignore[assignment]  # a method, not a submodule
-    module.forward = wrapper  # type: ignore[assignment]
+    module.forward = wrapper
 
 
 def unwrap_forward(module: nn.Module) -> None:

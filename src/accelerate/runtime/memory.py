@@ -77,7 +77,8 @@ def should_reduce_batch_size(exception: Exception) -> bool:
     True for `torch.OutOfMemoryError`, for Python's `MemoryError`, and for a `RuntimeError` with the message of an
     allocator that raises no class of its own (the CPU's, a vendor's, cuDNN's).
     """
-    if isinstance(exception, (torch.OutOfMemoryError, MemoryError)):
+    # By its older name, which torch 2.4 knows too; it covers every kind of device.
+    if isinstance(exception, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(exception, RuntimeError) and any(sign in str(exception) for sign in _OUT_OF_MEMORY)
 

@@ -38,14 +38,9 @@ def split(inputs: Any, index: int, count: int, *, apply_padding: bool = False) -
             raise ValueError(
                 f"to be divided over processes, all values of a dict need one length; these have {lengths}."
             )
-        parts = {
-            key: split(value, index, count, apply_padding=apply_padding)
-            for key, value in inputs.items()
-        }
+        parts = {key: split(value, index, count, apply_padding=apply_padding) for key, value in inputs.items()}
         return parts if type(inputs) is dict else _like(inputs, parts)
-    if not hasattr(inputs, "__len__") or not (
-        _is_dataset(inputs) or isinstance(inputs, _SLICEABLE)
-    ):
+    if not hasattr(inputs, "__len__") or not (_is_dataset(inputs) or isinstance(inputs, _SLICEABLE)):
         raise TypeError(
             f"cannot divide a {type(inputs).__name__} over processes: pass a list, a tuple, a tensor, an array, a "
             "datasets.Dataset, or a dict of these."
@@ -69,9 +64,7 @@ def _is_dataset(inputs: object) -> bool:
 def _like(original: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
     try:
         return type(original)(parts)  # type: ignore[call-arg]
-    except (
-        TypeError
-    ):  # a mapping with a constructor of its own: its content is what was asked for
+    except TypeError:  # a mapping with a constructor of its own: its content is what was asked for
         return parts
 
 

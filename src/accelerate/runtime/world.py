@@ -133,6 +133,7 @@ def join(
     }
     if kind.name == "xla":
         return set_current(_xla_world(common))
+    place: Placement | None
     if dist.is_available() and dist.is_initialized():
         place = rendezvous.of_group(dist.get_rank(), dist.get_world_size())
     else:

@@ -32,7 +32,7 @@ def batched_power_sgd_hook(state, bucket):  # type: ignore[no-untyped-def]
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    group = state.process_group if state.process_group is not None else dist.group.WORLD
+    group: dist.ProcessGroup = state.process_group or dist.distributed_c10d._get_default_group()
     if state.iter < state.start_powerSGD_iter:
         state.maybe_increase_iter(bucket)
         return allreduce_hook(group, bucket)
@@ -48,7 +48,8 @@ def batched_power_sgd_hook(state, bucket):  # type: ignore[no-untyped-def]
     ranks = group.size()
 
     def reduced(tensor: torch.Tensor) -> torch.futures.Future[Any]:
-        return dist.all_reduce(tensor, group=group, async_op=True).get_future()
+        future: torch.futures.Future[Any] = dist.all_reduce(tensor, group=group, async_op=True).get_future()
+        return future
 
     def project_back(done: torch.futures.Future[Any]) -> torch.Tensor:
         left = _orthogonal(done.value()[0])
@@ -62,7 +63,9 @@ def batched_power_sgd_hook(state, bucket):  # type: ignore[no-untyped-def]
         if state.use_error_feedback:
             state.error_dict[index] = square - approximation
         state.maybe_increase_iter(bucket)
-        return gradients.copy_(approximation[: gradients.numel()])
+        gradients.copy_(approximation[: gradients.numel()])
+        result: torch.Tensor = gradients
+        return result
 
     return reduced(matrix @ right).then(project_back).then(decompress)
 
@@ -71,9 +74,9 @@ def _start(state: Any, index: int, side: int, like: torch.Tensor) -> torch.Tenso
     """The right factor to begin with: the last one found, or a random one that is the same on all ranks."""
     import torch
 
-    known = state.q_memory_dict.get(index) if state.warm_start else None
+    known: torch.Tensor | None = state.q_memory_dict.get(index) if state.warm_start else None
     if known is not None and known.shape[0] == side:
-        return known  # type: ignore[no-any-return]
+        return known
     generator = torch.Generator().manual_seed(int(state.rng.randint(1_000_000_000)))
     factor = torch.randn(side, min(state.matrix_approximation_rank, side), generator=generator)
     return factor.to(device=like.device, dtype=like.dtype)
@@ -83,4 +86,5 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the columns; half precision goes through float32, which QR needs."""
     import torch
 
-    return torch.linalg.qr(matrix.float() if matrix.itemsize < 4 else matrix)[0].to(matrix.dtype)
+    basis: torch.Tensor = torch.linalg.qr(matrix.float() if matrix.itemsize < 4 else matrix)[0]
+    return basis.to(matrix.dtype)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.forward import extract_model_from_parallel
@@ -24,6 +25,8 @@ from ..settings.enums import DistributedType, DynamoBackend
 if TYPE_CHECKING:
     from ..precision import Precision
     from ..settings.handlers import DistributedDataParallelKwargs, TorchDynamoPlugin
+
+_UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
 
 
 @dataclass
@@ -193,9 +196,10 @@ class Strategy:
         scaler = self.settings.precision.scaler
         if scaler is None:
             return
-        while isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
-        scaler.unscale_(optimizer)
+        inner: torch.optim.Optimizer = optimizer
+        while isinstance(inner, AcceleratedOptimizer):
+            inner = inner.optimizer
+        scaler.unscale_(inner)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
         """See ``torch.nn.utils.clip_grad_norm_``."""
@@ -226,7 +230,8 @@ class Strategy:
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         """The model's full state, as one would save it."""
-        return self.unwrap(model).state_dict()  # type: ignore[no-any-return]
+        state: dict[str, Any] = self.unwrap(model).state_dict()
+        return state
 
 
 def _is_dispatched(model: nn.Module) -> bool:
@@ -242,7 +247,7 @@ def is_dispatched(models: Iterable[nn.Module]) -> bool:
 def _check_parameters(model: nn.Module, moves: bool) -> None:
     name = type(model).__name__
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, _UNINITIALIZED):
             raise ValueError(
                 f"parameter {key!r} of {name} has no shape yet (a lazy module): run one batch through the model before "
                 "`prepare`, and create its optimizer after that."
@@ -258,7 +263,7 @@ def _check_parameters(model: nn.Module, moves: bool) -> None:
 def _check_optimizer(optimizer: Any, moves: bool) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
-            if isinstance(param, nn.parameter.UninitializedTensorMixin):
+            if isinstance(param, _UNINITIALIZED):
                 raise ValueError(
                     "the optimizer holds parameters that have no shape yet (a lazy module): run one batch through the "
                     "model, then create the optimizer, then call `prepare`."

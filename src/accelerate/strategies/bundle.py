@@ -71,4 +71,3 @@ def _advice(item: Any) -> str | None:
 def _short(item: Any) -> str:
     text = repr(item)
     return text if len(text) <= 60 else text[:57] + "..."
-

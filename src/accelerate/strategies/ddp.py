@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
-from torch.distributed.algorithms.join import Join
+from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
 
 from ..runtime import world
@@ -67,7 +67,7 @@ class DataParallel(Strategy):
 
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
-        joinable = [model for model in models if isinstance(model, DistributedDataParallel)]
+        joinable: list[Joinable] = [model for model in models if isinstance(model, DistributedDataParallel)]
         if len(joinable) < len(models):
             logger.warning("join_uneven_inputs: only prepared, trainable models can be joined; the others are ignored.")
         with Join(joinable) if joinable else nullcontext():
@@ -92,4 +92,5 @@ def _remember(model: DistributedDataParallel) -> None:
 def _let_go() -> None:
     """Drops what containers hold of their process group, at the end of the process."""
     for model in _wrapped:
-        model.reducer = model.logger = model.process_group = None
+        for held in ("reducer", "logger", "process_group"):
+            setattr(model, held, None)

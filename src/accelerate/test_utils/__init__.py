@@ -1,0 +1,1 @@
+"""Helpers and scripts that ship with the package: ``accelerate test`` launches one of them."""

@@ -1,0 +1,56 @@
+"""The examples are started as their docstrings say, and reach what they promise."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(script: str, *arguments: str, processes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs an example with python, or under the launcher on CPU processes."""
+    command = [sys.executable]
+    if processes is not None:
+        command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", str(processes)]
+    done = subprocess.run(
+        [*command, str(ROOT / "examples" / script), *arguments], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def accuracy(output: str) -> float:
+    last = output.splitlines()[-1]
+    found = re.fullmatch(r"accuracy: (\d+\.\d) %", last)
+    assert found, f"the last line is {last!r}"
+    return float(found[1])
+
+
+def test_digits_on_two_processes() -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'accelerate[examples]'")
+    done = start("digits.py", processes=2)
+    assert accuracy(done.stdout) >= 97
+    assert done.stdout.count("accuracy") == 1
+    # One bar an epoch: a second process would show its own.
+    assert len(re.findall(r"epoch 1/10: 100%", done.stderr)) <= 2
+    assert "22/22" in done.stderr and "43/43" not in done.stderr
+
+
+def test_digits_accumulates_in_bf16_on_one_process() -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'accelerate[examples]'")
+    done = start("digits.py", "--epochs=2", "--gradient_accumulation_steps=2", "--mixed_precision=bf16")
+    assert accuracy(done.stdout) > 80
+
+
+def test_language_model_learns_and_writes() -> None:
+    arguments = ["--characters=20000", "--epochs=2", "--sample=20", "--batch_size=8"]
+    lines = start("language_model.py", *arguments, processes=2).stdout.splitlines()
+    perplexities = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("epoch ")]
+    assert len(perplexities) == 2
+    assert perplexities[1] < perplexities[0] < 128  # 128 would be guessing
+    assert any(line.startswith("def ") for line in lines)
