@@ -14,6 +14,11 @@ UNSAFE_LOADING: dict[str, str] = {}
 
 SHELL: dict[str, str] = {}
 
+SHOP_WINDOW = {
+    "utils": "its modules may name each other",
+    "test_utils": "stands above it: its scripts are run as a user's would be",
+}
+
 LONG_FILE = 520
 """About 500 lines."""
 

@@ -103,7 +103,9 @@ def strings() -> set[str]:
 
 
 def missing_variables(variables: list[str]) -> Iterator[str]:
-    known = strings()
+    settings = importlib.import_module("accelerate.settings.launcher").LaunchSettings
+    options = importlib.import_module("accelerate.settings.option").entries(settings)
+    known = strings() | {entry.variable for entry in options}
     yield from (f"${name}" for name in variables if name not in known)
 
 

@@ -80,7 +80,7 @@ RULES: list[tuple[rules.Rule, dict[str, str], list[str], list[str]]] = [
     ),
     (
         rules.imports_shop_window,
-        {"utils": "its modules may name each other"},
+        exceptions.SHOP_WINDOW,
         [
             "import accelerate.utils",
             "from accelerate.utils import gather",

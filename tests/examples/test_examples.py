@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,11 @@ def start(script: str, *arguments: str, processes: int | None = None) -> subproc
     if processes is not None:
         command += ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", str(processes)]
     done = subprocess.run(
-        [*command, str(ROOT / "examples" / script), *arguments], capture_output=True, text=True, timeout=280
+        [*command, str(ROOT / "examples" / script), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # on a busy machine, more threads wait for each other
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
@@ -41,15 +46,15 @@ def test_digits_on_two_processes() -> None:
     assert "22/22" in done.stderr and "43/43" not in done.stderr
 
 
-def test_digits_accumulates_in_bf16_on_one_process() -> None:
+def test_digits_accumulates_in_bf16() -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'accelerate[examples]'")
-    done = start("digits.py", "--epochs=2", "--gradient_accumulation_steps=2", "--mixed_precision=bf16")
-    assert accuracy(done.stdout) > 80
+    arguments = ["--epochs=2", "--gradient_accumulation_steps=2", "--mixed_precision=bf16"]
+    assert accuracy(start("digits.py", *arguments, processes=2).stdout) > 50
 
 
 def test_language_model_learns_and_writes() -> None:
     arguments = ["--characters=20000", "--epochs=2", "--sample=20", "--batch_size=8"]
-    lines = start("language_model.py", *arguments, processes=2).stdout.splitlines()
+    lines = start("language_model.py", *arguments).stdout.splitlines()
     perplexities = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("epoch ")]
     assert len(perplexities) == 2
     assert perplexities[1] < perplexities[0] < 128  # 128 would be guessing

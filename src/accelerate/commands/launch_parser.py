@@ -84,5 +84,7 @@ def _add(group: Any, entry: Entry) -> None:
         except SettingsError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    repeated = {"action": "extend"} if entry.type == "tuple[str, ...]" else {}
-    group.add_argument(*spellings, type=convert, choices=entry.option.choices or None, **repeated, **common)
+    if entry.type == "tuple[str, ...]":
+        group.add_argument(*spellings, type=convert, action="extend", **{**common, "default": None})
+    else:
+        group.add_argument(*spellings, type=convert, choices=entry.option.choices or None, **common)

@@ -19,7 +19,7 @@ from ..runtime.pytree import send_to_device
 from ..state import GradientState
 from .deal import Round
 from .iterable import Counted, IterableDatasetShard, Unmark, is_marked
-from .order import EpochOrder, IndexStream
+from .order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder
 from .samplers import (
     BatchSamplerShard,
     SeedableRandomSampler,
@@ -122,6 +122,9 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     _origin: DataLoader[Any] | None = None
     """The loader this one is a later start of."""
     _stateful: bool = False
+    _reseeds: bool = False
+    """Whether `synchronized_generator` is the loader's own, to be seeded at the start of each epoch."""
+    synchronized_generator: torch.Generator | None = None
 
     def __new__(cls, *args: Any, use_stateful_dataloader: bool = False, **kwargs: Any) -> DataLoaderAdapter:
         return super().__new__(stateful_class(cls) if use_stateful_dataloader else cls)
@@ -254,7 +257,17 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     # Iteration ---------------------------------------------------------------------------------------------------------
 
     def _epoch_order(self) -> EpochOrder | None:
-        return None
+        sampler = self.get_sampler()
+        if isinstance(sampler, SeedableRandomSampler):
+            return SeededOrder(sampler, self._synchronises_generator())
+        generator = self.synchronized_generator
+        if generator is None or not (self._reseeds or self._stateful or self._synchronises_generator()):
+            return None
+        return GeneratorOrder(generator, self._reseeds, self._synchronises_generator())
+
+    def _synchronises_generator(self) -> bool:
+        """Whether the ranks take over the state of rank 0's generator."""
+        return False
 
     def _read_ahead(self) -> int:
         """How many batches of indices are drawn ahead."""

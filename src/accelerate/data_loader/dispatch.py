@@ -114,6 +114,9 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         finally:
             self.end()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_channel": None}
+
     def _expected_remainder(self) -> int:
         return -1
 

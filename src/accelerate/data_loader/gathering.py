@@ -172,7 +172,9 @@ def _collectives_of(loader: Any) -> Collectives:
     """Those of the ranks that share out a loader's data."""
     everyone = world.current().collectives
     plan = loader._plan if isinstance(loader, DataLoaderAdapter) else None
-    if plan is None or plan.ranks.group is None or plan.ranks.count == everyone.size:
+    if plan is not None and plan.ranks.count == 1:
+        return Collectives(everyone.device)
+    if plan is None or plan.ranks.group is None:
         return everyone
     return _of_group(plan.ranks.group, everyone)
 

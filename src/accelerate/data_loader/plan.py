@@ -166,12 +166,13 @@ class DataPlan:
         if self.reading is Reading.DISPATCH:
             prepared = DataLoaderDispatcher(split_batches=self.split_batches, slice_fn=self.slice_fn, **common)
             prepared._device = target
+            prepared.synchronized_generator = generator
         else:
             moves_to = target if self.put_on_device and not on_xla else None
             prepared = DataLoaderShard(
                 device=moves_to, rng_types=self.rng_types, synchronized_generator=generator, **common
             )
-            prepared._reseeds = self.shuffle is Shuffle.GENERATOR
+        prepared._reseeds = self.shuffle is Shuffle.GENERATOR
         prepared._plan = self
         if self.source is not Source.STREAM:
             self._answer_like_original(prepared)

@@ -10,8 +10,6 @@ import torch
 from ..runtime import rng
 from ..settings.enums import RNGType
 from .base import DataLoaderAdapter, mover
-from .order import EpochOrder, GeneratorOrder, SeededOrder
-from .samplers import SeedableRandomSampler
 
 
 class DataLoaderShard(DataLoaderAdapter):
@@ -58,7 +56,6 @@ class DataLoaderShard(DataLoaderAdapter):
         self.synchronized_generator = synchronized_generator
         self._non_blocking = _non_blocking
         self.torch_device_mesh = torch_device_mesh
-        self._reseeds = False
         super().__init__(
             dataset,
             use_stateful_dataloader=use_stateful_dataloader,
@@ -93,15 +90,6 @@ class DataLoaderShard(DataLoaderAdapter):
             types.append(RNGType.GENERATOR)
         if types:
             rng.synchronize_rng_states(types, self.synchronized_generator)
-
-    def _epoch_order(self) -> EpochOrder | None:
-        sampler = self.get_sampler()
-        if isinstance(sampler, SeedableRandomSampler):
-            return SeededOrder(sampler, self._synchronises_generator())
-        generator = self.synchronized_generator
-        if generator is None or not (self._reseeds or self._stateful or self._synchronises_generator()):
-            return None
-        return GeneratorOrder(generator, self._reseeds, self._synchronises_generator())
 
 
 class SkipDataLoader(DataLoaderAdapter):

@@ -87,11 +87,13 @@ def split(argv: Sequence[str]) -> Words:
 def of_namespace(args: Any) -> Words:
     """What `args`, from the launcher's argparse parser, say; options that hold their defaults were not given."""
     given = getattr(args, "_given", ())
-    flags = {
-        entry.dest: value
-        for entry in entries(LaunchSettings)
-        if (value := getattr(args, entry.dest, entry.option.default)) != entry.option.default or entry.dest in given
-    }
+    flags: dict[str, Any] = {}
+    for entry in entries(LaunchSettings):
+        value = getattr(args, entry.dest, entry.option.default)
+        if entry.type == "tuple[str, ...]":  # argparse collects lists
+            value = tuple(value or ())
+        if value != entry.option.default or entry.dest in given:
+            flags[entry.dest] = value
     return Words(flags, args.training_script or "", tuple(args.training_script_args or ()), help=False)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from ..settings import env
 from ..settings.launcher import LaunchSettings
@@ -23,6 +24,7 @@ _NOT_YET = {
     "deepspeed": "several machines through DeepSpeed's own launcher",
     "mpirun": "mpirun",
 }
+_FP8_PACKAGES = {"te": "transformer_engine", "ao": "torchao", "msamp": "msamp"}
 
 
 def launch(settings: LaunchSettings, configured: bool = False) -> int:
@@ -43,6 +45,7 @@ def launch(settings: LaunchSettings, configured: bool = False) -> int:
     plan = build(resolved)
     _starter(plan)
     check_script(resolved)
+    check_packages(resolved)
     for line in (*plan.notes, *(() if configured else _choices(settings, resolved))):
         say(line, resolved.quiet)
     return start(plan, resolved)
@@ -72,6 +75,23 @@ def check_script(settings: LaunchSettings) -> None:
     elif not os.path.exists(settings.script):
         hint = "; to run a module, put -m before its name" if "." in settings.script[:-3] else ""
         raise SettingsError(f"script {settings.script} does not exist (looked in {os.getcwd()}{hint}).")
+
+
+def check_packages(settings: LaunchSettings) -> None:
+    """Looks whether the libraries that the settings ask for are installed, without importing them.
+
+    Raises:
+        SettingsError: when one is not.
+    """
+    if settings.use_deepspeed and find_spec("deepspeed") is None:
+        raise SettingsError("DeepSpeed is not installed: pip install deepspeed, or leave --use_deepspeed out.")
+    if settings.use_megatron_lm and find_spec("megatron") is None:
+        raise SettingsError("Megatron-LM is not installed: pip install megatron-core, or leave --use_megatron_lm out.")
+    if settings.mixed_precision == "fp8":
+        backend = settings.fp8.backend
+        wanted = [_FP8_PACKAGES[backend]] if backend is not None else list(_FP8_PACKAGES.values())
+        if not any(find_spec(package) is not None for package in wanted):
+            raise SettingsError(f"mixed precision fp8 needs {' or '.join(wanted)}, which is not installed.")
 
 
 def _program(name: str) -> str:

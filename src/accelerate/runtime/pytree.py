@@ -200,24 +200,6 @@ def _path_to(leaf: Any, data: Any) -> str | None:
     return None
 
 
-def leaves(data: Any) -> list[torch.Tensor]:
-    """The tensors of a tree, in order."""
-    found: list[torch.Tensor] = []
-    _collect(data, found)
-    return found
-
-
-def _collect(data: Any, found: list[torch.Tensor]) -> None:
-    if isinstance(data, torch.Tensor):
-        found.append(data)
-    elif isinstance(data, (list, tuple)):
-        for item in data:
-            _collect(item, found)
-    elif isinstance(data, Mapping):
-        for item in data.values():
-            _collect(item, found)
-
-
 # Moving -------------------------------------------------------------------------------------------------------------
 
 

@@ -203,11 +203,11 @@ def _tcp_store(place: Placement, timeout: datetime.timedelta) -> dist.Store:
     options: dict[str, Any] = {"timeout": timeout, "wait_for_workers": False, "multi_tenant": True}
     if serves and place.address in ("127.0.0.1", "localhost"):
         # Bound here, the store listens on the loopback interface only; torch would listen on all of them.
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", place.port))
-        listener.listen(128)
-        options["master_listen_fd"] = listener.detach()  # the store closes it
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", place.port))
+            listener.listen(128)
+            options["master_listen_fd"] = listener.detach()  # the store closes it
     store = dist.TCPStore(place.address, place.port, place.size, serves, **options)
     if agent:
         return dist.PrefixStore(f"/worker/attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -55,7 +55,6 @@ class World:
         kind: How the run is distributed, before a strategy refines it.
         debug: Check shapes on all ranks before each collective.
         fork_launched: Whether `notebook_launcher` forked this process.
-        owns_group: Whether this module initialised the process group, and so destroys it.
     """
 
     rank: int
@@ -68,7 +67,6 @@ class World:
     kind: DistributedType
     debug: bool = False
     fork_launched: bool = False
-    owns_group: bool = False
 
 
 _current: World | None = None
@@ -147,8 +145,7 @@ def join(
         kind = devices.DEVICES["cpu"]
     device = kind.device(place.local_rank)
     kind.set_device(device)
-    owns_group = not dist.is_initialized()
-    if owns_group:
+    if not dist.is_initialized():
         _initialise(place, _backend_for(kind, backend), init_method, timeout, device)
     return set_current(
         World(
@@ -160,7 +157,6 @@ def join(
             dist.get_backend(),
             TorchCollectives(device),
             kind.distributed_type,
-            owns_group=owns_group,
             **common,
         )
     )
@@ -232,7 +228,6 @@ def _initialise(
         # Naming the device lets nccl set up its communicator at once, so that a bad set-up shows here.
         device_id=device if device.type == "cuda" else None,
     )
-    _leave_at_exit()
 
 
 _at_exit: list[Callable[[], None]] = []

@@ -135,6 +135,12 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def leaves(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    recursively_apply(found.append, tree)
+    return found
+
+
 @given(trees(st.one_of(tensors(), st.none(), st.integers(), st.text(max_size=2))))
 def test_identity_rebuilds_the_same_tree(tree: Any) -> None:
     assert same(recursively_apply(lambda t: t, tree), tree)
@@ -154,15 +160,15 @@ def test_slices_join_to_the_whole(tree: Any, cut: int) -> None:
 @given(trees(st.one_of(tensors(), st.text(max_size=2))))
 def test_a_description_is_enough_to_allocate(tree: Any) -> None:
     described = get_data_structure(tree)
-    assert not pytree.leaves(described)
+    assert not leaves(described)
     allocated = initialize_tensors(described)
     assert get_shape(allocated) == get_shape(tree)
-    assert [t.dtype for t in pytree.leaves(allocated)] == [t.dtype for t in pytree.leaves(tree)]
+    assert [t.dtype for t in leaves(allocated)] == [t.dtype for t in leaves(tree)]
 
 
 @given(trees(st.one_of(tensors(), st.text(max_size=2))))
 def test_fp32_touches_halves_only(tree: Any) -> None:
-    before, after = pytree.leaves(tree), pytree.leaves(convert_to_fp32(tree))
+    before, after = leaves(tree), leaves(convert_to_fp32(tree))
     for old, new in zip(before, after, strict=True):
         if old.dtype in (torch.float16, torch.bfloat16):
             assert new.dtype is torch.float32
@@ -173,7 +179,7 @@ def test_fp32_touches_halves_only(tree: Any) -> None:
 
 @given(trees(st.one_of(tensors(rows=3), st.text(max_size=2))))
 def test_batch_size_is_that_of_the_first_tensor(tree: Any) -> None:
-    expected = 3 if pytree.leaves(tree) else None
+    expected = 3 if leaves(tree) else None
     assert ignorant_find_batch_size(tree) == expected
     assert (find_device(tree) is None) == (expected is None)
 

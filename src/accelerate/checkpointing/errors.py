@@ -1,0 +1,57 @@
+"""What can go wrong with a checkpoint, and the list of findings that one error shows.
+
+    CheckpointError(RuntimeError)
+    ├── SaveError            nothing was committed: what was there before is untouched
+    └── LoadError            nothing was changed: `problems` lists everything that was found
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved or loaded."""
+
+
+class SaveError(CheckpointError):
+    """Saving failed on some rank. Raised on every rank; the checkpoint that was there before is untouched."""
+
+
+class LoadError(CheckpointError, ValueError):
+    """A checkpoint does not fit, or is damaged. Raised on every rank before anything was changed.
+
+    Attributes:
+        problems: Everything that was found.
+    """
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding.
+
+    Attributes:
+        file: The file it is about, by its path in the checkpoint.
+        kind: ``missing``, ``extra``, ``shape``, ``corrupt``, ``version`` or ``state`` (it does not fit in another way).
+        text: What was found, and what was expected.
+    """
+
+    file: str
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.kind}: {self.text}"
+
+
+def listed(problems: Sequence[object], most: int = 40) -> str:
+    """Findings as lines of a message; of very many, the first ones and their number."""
+    lines = [f"  - {problem}" for problem in problems[:most]]
+    if len(problems) > most:
+        lines.append(f"  - … and {len(problems) - most} more")
+    return "\n".join(lines)

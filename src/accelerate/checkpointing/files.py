@@ -1,0 +1,278 @@
+"""One file: written once, synced, with checksums of its stretches; read without running code, and without copying.
+
+Tensors are written from where they lie and read through a memory map. `torch.save`'s own CRC is left out: the manifest
+has one for every stretch of `STRETCH` bytes, so that one big file is checked by several threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STRETCH = 64 * 2**20
+"""Bytes that one checksum covers."""
+_PIECE = 2**20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and checksums of one file.
+
+    Attributes:
+        path: Path in the checkpoint, with slashes.
+        size: Bytes.
+        sums: CRC-32 of each `STRETCH` bytes, as 8 hexadecimal digits.
+    """
+
+    path: str
+    size: int
+    sums: tuple[str, ...]
+
+
+class FileWriter:
+    """A new file, as `torch.save` and others write to it; counts bytes and keeps checksums.
+
+    Args:
+        path: Where; it must not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._sum = 0
+        self._sums: list[str] = []
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        """Writes all of a bytes-like object."""
+        view = memoryview(data)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+        start = 0
+        while start < len(view):
+            # A piece is summed while it is in the processor's cache, then written.
+            end = min(len(view), start + _PIECE, start + STRETCH - self.size % STRETCH)
+            piece = view[start:end]
+            self._sum = zlib.crc32(piece, self._sum)
+            while piece:
+                piece = piece[os.write(self._descriptor, piece) :]
+            self.size += end - start
+            start = end
+            if self.size % STRETCH == 0:
+                self._close_stretch()
+        return len(view)
+
+    def _close_stretch(self) -> None:
+        self._sums.append(f"{self._sum:08x}")
+        self._sum = 0
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def finish(self, path: str) -> FileRecord:
+        """Syncs the file to disk; returns its record under the name it has in the checkpoint."""
+        os.fsync(self._descriptor)
+        if self.size % STRETCH or not self.size:
+            self._close_stretch()
+        return FileRecord(path, self.size, tuple(self._sums))
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._descriptor)
+
+
+def write_file(path: Path, name: str, write: Callable[[FileWriter], None]) -> FileRecord:
+    """Makes a new file with what `write` writes, on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = FileWriter(path)
+    try:
+        write(writer)
+        return writer.finish(name)
+    finally:
+        writer.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's list of names to disk. (Systems that cannot open a folder have nothing like it.)"""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def record_of(path: Path, name: str) -> FileRecord:
+    """The record of a file that somebody else wrote; it is synced to disk as well."""
+    sums = []
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+        for start in range(0, max(size, 1), STRETCH):
+            sums.append(sum_of_stretch(file.fileno(), start))
+    return FileRecord(name, size, tuple(sums))
+
+
+def sum_of_stretch(descriptor: int, start: int) -> str:
+    """The checksum of one stretch of an open file."""
+    total = 0
+    for offset in range(start, start + STRETCH, _PIECE):
+        piece = os.pread(descriptor, _PIECE, offset)
+        if not piece:
+            break
+        total = zlib.crc32(piece, total)
+    return f"{total:08x}"
+
+
+# Formats ------------------------------------------------------------------------------------------------------------
+
+
+def write_torch(state: Any, writer: FileWriter) -> None:
+    """Writes any state as `torch.save` does."""
+    with _without_crc():
+        torch.save(state, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
+
+
+_crc_lock = threading.Lock()
+_crc_users = 0
+_crc_before = True
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    global _crc_users, _crc_before
+    if not hasattr(torch.serialization, "set_crc32_options"):  # torch before 2.6
+        yield
+        return
+    with _crc_lock:
+        if not _crc_users:
+            _crc_before = torch.serialization.get_crc32_options()
+            torch.serialization.set_crc32_options(False)
+        _crc_users += 1
+    try:
+        yield
+    finally:
+        with _crc_lock:
+            _crc_users -= 1
+            if not _crc_users:
+                torch.serialization.set_crc32_options(_crc_before)
+
+
+def read_torch(path: Path, **kwargs: Any) -> Any:
+    """What `torch.save` wrote: tensors on the CPU, over a memory map. Never runs code from the file.
+
+    Raises:
+        pickle.UnpicklingError: where the file holds a type that is not allowed.
+        RuntimeError, EOFError …: where it is no such file.
+    """
+    kwargs = {"map_location": "cpu", **kwargs}
+    kwargs.pop("weights_only", None)
+    with torch.serialization.safe_globals(_numpy_types()):
+        try:
+            return torch.load(path, weights_only=True, mmap=True, **kwargs)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):  # the format from before torch 1.6
+                raise
+            return torch.load(path, weights_only=True, **kwargs)
+
+
+def _numpy_types() -> list[Any]:
+    """What numpy arrays of numbers are made of: plain data, under the names of numpy 1 and 2."""
+    import _codecs
+
+    import numpy as np
+
+    rebuild = np.ndarray.__reduce__(np.empty(0))[0]
+    types: list[Any] = [np.ndarray, np.dtype, _codecs.encode]
+    types += [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    types += [type(np.dtype(code)) for code in ("u4", "u8", "i4", "i8", "f4", "f8", "u1", "i1", "?")]
+    scalar = np.float64(0).__reduce__()[0]
+    types += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return types
+
+
+_SAFE_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def write_safetensors(state: Mapping[str, torch.Tensor], writer: FileWriter) -> None:
+    """Writes tensors in the safetensors format, straight from their memory.
+
+    Raises:
+        ValueError: for a value that the format cannot hold.
+    """
+    wide_first = sorted(state, key=lambda name: (-_checked(name, state[name]).element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in wide_first:
+        tensor = state[name]
+        size = tensor.numel() * tensor.element_size()
+        dtype = _SAFE_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    writer.write(struct.pack("<Q", len(text)) + text)
+    for name in wide_first:
+        if state[name].numel():
+            writer.write(_bytes_of(state[name]))
+
+
+def _checked(name: str, value: Any) -> torch.Tensor:
+    known = isinstance(value, torch.Tensor) and str(value.dtype).removeprefix("torch.") in _SAFE_DTYPES
+    if not known or value.layout is not torch.strided:
+        what = f"a {value.dtype} tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else repr(type(value))
+        raise ValueError(
+            f"{name!r} is {what}, which the safetensors format cannot hold: save with safe_serialization=False."
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU, over a memory map."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def write_json(state: Any, writer: FileWriter) -> None:
+    """Writes plain data as text."""
+    writer.write(json.dumps(state, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Plain data from text."""
+    return json.loads(path.read_bytes())

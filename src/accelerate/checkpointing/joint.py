@@ -1,0 +1,120 @@
+"""Steps that all ranks take together: whatever fails on one is raised on every one."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TypeVar
+
+from ..runtime.transport import Collectives
+from .errors import CheckpointError, LoadError
+
+_T = TypeVar("_T")
+
+
+def together(collectives: Collectives, doing: str, action: Callable[[], _T], failure: type[CheckpointError]) -> list[_T]:
+    """Runs `action` on every rank and waits for all.
+
+    Args:
+        collectives: The ranks.
+        doing: What the step does, for the message.
+        action: This rank's part. What it returns is sent to all ranks, so it is small and plain.
+        failure: The error to raise.
+
+    Returns:
+        What the ranks' actions returned, in rank order.
+
+    Raises:
+        CheckpointError: on every rank, when the action failed on any, or when a rank is gone.
+    """
+    cause: Exception | None = None
+    result: Any = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001 - the other ranks wait: they have to be told before it is raised
+        cause = error
+    told = None if cause is None else _describe(cause)
+    try:
+        outcomes = collectives.all_gather_object((told, result))
+    except Exception as error:
+        own = f" On this rank: {told}." if told else ""
+        raise failure(
+            f"{doing} failed on rank {collectives.rank}: the other processes do not answer ({error}).{own} One of them has "
+            "probably ended."
+        ) from cause or error
+    failed = [(rank, text) for rank, (text, _) in enumerate(outcomes) if text is not None]
+    if not failed:
+        return [outcome for _, outcome in outcomes]
+    where = "; ".join(text if collectives.size == 1 else f"on rank {rank}: {text}" for rank, text in failed)
+    raise failure(f"{doing} failed: {where}") from cause
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, CheckpointError) and not isinstance(error, LoadError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+# Calls that only one rank makes -------------------------------------------------------------------------------------
+
+_ALONE = {"is_main_process", "is_local_main_process", "is_last_process"}
+_RANKS = {"process_index", "local_process_index"}
+
+
+def check_called_by_all(collectives: Collectives, call: str) -> None:
+    """Refuses a call that stands in a branch which only some ranks take: the others would be waited for in vain.
+
+    Raises:
+        RuntimeError: naming the line.
+    """
+    if collectives.size == 1:
+        return
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        path, line = frame.f_code.co_filename, frame.f_lineno
+        for first, last, test in _lonely_branches(path):
+            if first <= line <= last:
+                raise RuntimeError(
+                    f"{call} is called under `if {test}` ({path}, line {line}), so that only some processes call it. All "
+                    "of them have to: each has a part of the state. Take the call out of the `if`; files that are the same "
+                    "everywhere are written by one process only."
+                )
+        frame = frame.f_back
+
+
+@functools.lru_cache(maxsize=1024)
+def _lonely_branches(path: str) -> tuple[tuple[int, int, str], ...]:
+    source = "".join(linecache.getlines(path))
+    if not any(name in source for name in (*_ALONE, *_RANKS)):
+        return ()
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # no plain Python: a template, a cell with magic
+        return ()
+    return tuple(_branches(tree))
+
+
+def _branches(tree: ast.AST) -> Iterator[tuple[int, int, str]]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.If):
+            continue
+        tests = node.test.values if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And) else [node.test]
+        if any(_picks_ranks(test) for test in tests):
+            yield node.body[0].lineno, _end(node.body[-1]), ast.unparse(node.test)
+        negated = node.test.operand if isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not) else None
+        if node.orelse and negated is not None and _picks_ranks(negated):
+            yield node.orelse[0].lineno, _end(node.orelse[-1]), f"{ast.unparse(node.test)}: … else"
+
+
+def _picks_ranks(test: ast.AST) -> bool:
+    if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) and isinstance(test.comparators[0], ast.Constant):
+        return isinstance(test.left, ast.Attribute) and test.left.attr in _RANKS
+    return isinstance(test, ast.Attribute) and test.attr in _ALONE
+
+
+def _end(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno

@@ -1,0 +1,189 @@
+"""`load`: every rank checks the whole of its part, all findings come together, and only then is anything changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..logging import get_logger
+from ..runtime.world import World
+from . import manifest as manifests
+from .commit import settle
+from .entries import Entry
+from .errors import LoadError, Problem, listed
+from .finding import newest_valid, problems_without_manifest
+from .joint import together
+from .names import is_ours, is_shared
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class LoadReport:
+    """What a load did.
+
+    Attributes:
+        folder: The checkpoint.
+        problems: What did not fit and was left out (``strict=False``).
+        passed_over: Newer folders that were not taken, each with the reasons.
+        world_size: Number of processes that saved it; None where that is not recorded.
+        number: Its number, as the manifest has it.
+    """
+
+    folder: Path
+    problems: list[Problem] = field(default_factory=list)
+    passed_over: list[tuple[Path, list[Problem]]] = field(default_factory=list)
+    world_size: int | None = None
+    number: int | None = None
+
+
+def find(world: World, project: Path) -> tuple[Path | None, list[tuple[Path, list[Problem]]]]:
+    """The newest valid checkpoint of a project, as rank 0 finds it."""
+
+    def look() -> Any:
+        return newest_valid(project) if world.rank == 0 else None
+
+    found = together(world.collectives, f"looking for checkpoints in {project}", look, LoadError)[0]
+    for folder, problems in found.passed_over:
+        logger.warning(f"the checkpoint {folder} is passed over, it is not valid:\n{listed(problems, 5)}")
+    return found.folder, found.passed_over
+
+
+def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
+    """The manifest of a checkpoint, once an interrupted replacement has been finished and all files verified.
+
+    Returns:
+        None for a checkpoint of another release, which has none.
+
+    Raises:
+        LoadError: on every rank, with all that is missing or damaged.
+    """
+
+    def finish() -> None:
+        if world.rank == 0:
+            settle(folder)
+
+    together(world.collectives, f"opening {folder}", finish, LoadError)
+
+    def look() -> tuple[Any, list[Problem]]:
+        if not folder.is_dir():
+            return None, [Problem(str(folder), "missing", "there is no such folder")]
+        try:
+            manifest = manifests.read(folder)
+        except FileNotFoundError:
+            return None, problems_without_manifest(folder)
+        except (OSError, ValueError) as error:
+            return None, [Problem(manifests.NAME, "corrupt", str(error))]
+        # The ranks of a machine share the reading out between them.
+        return manifest, manifests.verify(folder, manifest, share=(world.local_rank, world.local_size))
+
+    outcomes = together(world.collectives, f"verifying {folder}", look, LoadError)
+    problems = list(dict.fromkeys(problem for _, found in outcomes for problem in found))
+    if problems:
+        raise LoadError(f"{folder} cannot be loaded, and nothing was changed:\n{listed(problems)}", problems)
+    own: manifests.Manifest | None = outcomes[world.rank][0]
+    return own
+
+
+@dataclass
+class Reading:
+    """Entries that have been read, and what was found."""
+
+    states: list[tuple[Entry, Any]]
+    problems: list[Problem]
+
+
+def read_entries(folder: Path, entries: Sequence[Entry], options: dict[str, Any]) -> Reading:
+    """Reads entries and checks whether they fit. Changes nothing.
+
+    Args:
+        folder: The checkpoint.
+        entries: What to read.
+        options: For `torch.load`.
+    """
+    reading = Reading([], [])
+    for entry in entries:
+        if not (folder / entry.path).is_file():
+            if entry.required:
+                reading.problems.append(Problem(entry.path, "missing", "this run needs it"))
+            continue
+        try:
+            state = entry.read(folder, options)
+            problems = entry.check(state)
+        except Exception as error:  # noqa: BLE001 - whatever a file that does not fit makes a reader raise
+            text = f"it cannot be read ({type(error).__name__}: {_reason(error)}).{entry.needs}"
+            reading.problems.append(Problem(entry.path, "corrupt", text))
+            continue
+        reading.problems += problems
+        if problems and entry.partial is not None:
+            reading.states.append((entry, entry.partial(state)))
+        elif not problems:
+            reading.states.append((entry, state))
+    return reading
+
+
+def _reason(error: Exception) -> str:
+    # torch's refusal goes on for a screen about turning its protection off, which is not what one should do.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    return (telling or lines or [""])[0][:300]
+
+
+def extra_files(folder: Path, entries: Sequence[Entry], manifest: manifests.Manifest | None) -> list[Problem]:
+    """Parts in a checkpoint that this run has no object for."""
+    names = manifest.paths if manifest is not None else {path.name for path in folder.iterdir() if is_ours(path.name)}
+    wanted = {entry.path for entry in entries}
+    return [
+        Problem(name, "extra", "this run has nothing to load it into")
+        for name in sorted(names)
+        if is_shared(name) and name not in wanted and not _other_format(name, wanted) and name != "sampler.bin"
+    ]
+
+
+def _other_format(name: str, wanted: set[str]) -> bool:
+    return name.startswith("sampler")
+
+
+def conclude(world: World, folder: Path, readings: Sequence[Reading], strict: bool) -> list[Problem]:
+    """All ranks' findings, once each.
+
+    Raises:
+        LoadError: on every rank, with `strict` and any finding.
+    """
+
+    def own() -> list[Problem]:
+        return [problem for reading in readings for problem in reading.problems]
+
+    outcomes = together(world.collectives, f"checking {folder}", own, LoadError)
+    problems = list(dict.fromkeys(problem for found in outcomes for problem in found))
+    if problems and strict:
+        raise LoadError(
+            f"{folder} does not fit this run, and nothing was changed (strict=False loads what fits):\n{listed(problems)}",
+            problems,
+        )
+    if problems:
+        logger.warning(f"{folder} was loaded except for what does not fit:\n{listed(problems)}", main_process_only=True)
+    return problems
+
+
+def apply(world: World, folder: Path, readings: Sequence[Reading]) -> None:
+    """Puts everything that was read in its place.
+
+    Raises:
+        LoadError: on every rank, when an object refuses its state: the run is then half-way between two states.
+    """
+
+    def put() -> None:
+        for reading in readings:
+            for entry, state in reading.states:
+                try:
+                    entry.load(state)
+                except Exception as error:
+                    raise LoadError(f"{entry.path} was refused by its object: {type(error).__name__}: {error}") from error
+
+    together(world.collectives, f"loading {folder}", put, LoadError)
+
+
+Inspect = Callable[[Path], list[Problem]]

@@ -1,0 +1,262 @@
+"""Weights as files that other programs read: `save_model`, `save` and `load`, and tensors that share memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..logging import get_logger
+from ..runtime import world
+from ..settings.enums import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_PATTERN_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    WEIGHTS_PATTERN_NAME,
+)
+from .files import FileWriter, read_safetensors, read_torch, sync_folder, write_file, write_safetensors, write_torch
+
+logger = get_logger(__name__)
+
+# Shared memory --------------------------------------------------------------------------------------------------------
+
+
+def _region(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """What identifies a tensor's memory and the way it is seen; None for one without (empty, meta, sparse)."""
+    if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError:  # a wrapper without memory of its own
+        return None
+    return tensor.device, pointer, tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def shared_names(state: Mapping[str, Any]) -> list[list[str]]:
+    """The groups of names in a state that stand for one and the same tensor."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, value in state.items():
+        region = _region(value) if isinstance(value, torch.Tensor) else None
+        if region is not None:
+            groups.setdefault(region, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def without_aliases(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with one name for each tensor: the first."""
+    dropped = {name for names in shared_names(state) for name in names[1:]}
+    return {name: value for name, value in state.items() if name not in dropped}
+
+
+def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state that the safetensors format can hold: each tensor once, contiguous, in memory of its own.
+
+    Args:
+        state_dict: A model's state. Of names that stand for one tensor (tied weights) only the first is kept; loading into
+            a model that ties them restores all.
+
+    Returns:
+        A new dictionary.
+    """
+    kept = without_aliases(state_dict)
+    dropped = sorted(state_dict.keys() - kept.keys())
+    if dropped:
+        logger.warning(f"tied weights are saved once; left out are the names {dropped}.")
+    clean: dict[str, Any] = {}
+    storages: set[int] = set()
+    for name, value in kept.items():
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
+            value = value.contiguous()
+            storage = value.untyped_storage().data_ptr()
+            if storage in storages and value.numel():  # a view of what another name holds
+                value = value.clone()
+            storages.add(storage)
+        clean[name] = value
+    return clean
+
+
+# One object ---------------------------------------------------------------------------------------------------------
+
+
+def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: bool = False) -> None:
+    """Saves an object once: on the main process, or on the first of each machine. Other processes do nothing.
+
+    A path is replaced only when the new file is whole and on disk.
+
+    Args:
+        obj: What to save.
+        f: A path, or a file opened for writing in binary mode.
+        save_on_each_node: The first process of each machine saves.
+        safe_serialization: As safetensors: `obj` is then a dictionary of tensors. Else as `torch.save` does.
+    """
+    here = world.current()
+    if here.rank != 0 and not (save_on_each_node and here.local_rank == 0):
+        return
+    if safe_serialization:
+        obj = clean_state_dict_for_safetensors(obj)
+    if not isinstance(f, (str, os.PathLike)):
+        _save_to_file(obj, f, safe_serialization)
+        return
+    write_whole(Path(f), obj, safe_serialization)
+
+
+def _save_to_file(obj: Any, file: Any, safe: bool) -> None:
+    if safe:
+        write_safetensors(obj, file)
+    else:
+        torch.save(obj, file)
+
+
+def write_whole(path: Path, state: Any, safe: bool) -> None:
+    """Writes a file beside its place, and moves it there when it is whole and on disk."""
+    unfinished = path.with_name(path.name + ".incomplete")
+    unfinished.unlink(missing_ok=True)
+
+    def write(writer: FileWriter) -> None:
+        (write_safetensors if safe else write_torch)(state, writer)
+
+    try:
+        write_file(unfinished, path.name, write)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
+    """Loads what `save` (or `torch.save`, or safetensors) wrote, without running code from the file.
+
+    Args:
+        f: A path or an open file. A path that ends in ``.safetensors`` is read as that.
+        map_location: Where tensors go, as in `torch.load`.
+        **kwargs: For `torch.load`. ``weights_only`` cannot be turned off: allow types with
+            `torch.serialization.add_safe_globals`.
+    """
+    if isinstance(f, (str, os.PathLike)):
+        if str(f).endswith(".safetensors"):
+            tensors = read_safetensors(Path(f))
+            target = map_location if isinstance(map_location, (str, torch.device)) else "cpu"
+            return {name: tensor.to(target, copy=True) for name, tensor in tensors.items()}
+        kwargs = {"mmap": False, **kwargs}
+        return read_torch(Path(f), map_location=map_location, **kwargs)
+    kwargs.pop("weights_only", None)
+    return torch.load(f, map_location=map_location, weights_only=True, **kwargs)
+
+
+# A model, in pieces ---------------------------------------------------------------------------------------------------
+
+_UNITS = {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+
+
+def size_in_bytes(size: int | str) -> int:
+    """``"10GB"``, ``"1KiB"`` or a number, in bytes.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(size, int):
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", size.upper())
+    if found is None:
+        raise ValueError(f"expected a size such as '10GB', '500MB', '1GiB' or a number of bytes; got {size!r}.")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def split(state: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
+    """Names of a state in groups of at most `limit` bytes. A tensor larger than that is alone; tied ones stay together."""
+    tied = {name: names for names in shared_names(state) for name in names}
+    groups: list[list[str]] = []
+    open_group: list[str] = []
+    room = limit
+    for name, tensor in state.items():
+        unit = tied.get(name, [name])
+        if unit[0] != name:
+            continue
+        size = tensor.numel() * tensor.element_size()
+        if size > limit:
+            groups.append(unit)
+            continue
+        if size > room:
+            groups.append(open_group)
+            open_group, room = [], limit
+        open_group = [*open_group, *unit]
+        room -= size
+    return [*groups, open_group] if open_group else groups
+
+
+def save_model(
+    model: nn.Module, state: dict[str, Any], folder: Path, max_shard_size: int | str = "10GB", safe: bool = True
+) -> list[str]:
+    """Writes a model's weights, in several files where they are larger than `max_shard_size`, with an index of them.
+
+    Args:
+        model: Named in messages.
+        state: Its full state.
+        folder: Where; made if it is not there. Weights of an earlier call that the new ones do not replace are removed.
+        max_shard_size: Largest size of a file.
+        safe: As safetensors; else as `torch.save` does.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        RuntimeError: when a tensor lies on the meta device and has no values to save.
+    """
+    empty = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    if empty:
+        raise RuntimeError(
+            f"{type(model).__name__} cannot be saved: {len(empty)} of its tensors have no values (device meta), such as "
+            f"{empty[0]!r}. Load its weights first."
+        )
+    state = clean_state_dict_for_safetensors(state) if safe else state
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    pattern, index_name, single = (
+        (SAFE_WEIGHTS_PATTERN_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+        if safe
+        else (WEIGHTS_PATTERN_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
+    )
+    groups = split(tensors, size_in_bytes(max_shard_size))
+    if len(groups) < 2:
+        contents = {single: state}
+    else:
+        rest = {name: value for name, value in state.items() if name not in tensors}
+        suffixes = [f"-{number:05d}-of-{len(groups):05d}" for number in range(1, len(groups) + 1)]
+        contents = {
+            pattern.format(suffix=suffix): {name: tensors[name] for name in group}
+            for suffix, group in zip(suffixes, groups, strict=True)
+        }
+        contents[next(reversed(contents))].update(rest)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_whole(folder / name, content, safe)
+    if len(contents) > 1:
+        _write_index(folder / index_name, contents, tensors)
+    stale = re.compile(re.escape(pattern).replace(re.escape("{suffix}"), r"(-\d{5}-of-\d{5})?"))
+    for path in folder.iterdir():
+        if path.name not in contents and (stale.fullmatch(path.name) or (path.name == index_name and len(contents) == 1)):
+            path.unlink()
+    return list(contents)
+
+
+def _write_index(path: Path, contents: dict[str, dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
+    total = sum(tensor.numel() * tensor.element_size() for tensor in without_aliases(tensors).values())
+    places = {name: file for file, content in contents.items() for name in content}
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n"
+    unfinished = path.with_name(path.name + ".incomplete")
+    unfinished.unlink(missing_ok=True)
+    write_file(unfinished, path.name, lambda writer: _write_text(writer, text))
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+
+
+def _write_text(writer: FileWriter, text: str) -> None:
+    writer.write(text.encode())

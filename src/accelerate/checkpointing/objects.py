@@ -1,0 +1,238 @@
+"""The entries of models, optimizers, schedulers, the scaler and registered objects, and whether a saved state fits them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..settings.enums import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from .entries import SAFETENSORS, TORCH, Entry
+from .errors import Problem
+from .model_files import shared_names, without_aliases
+from .names import custom_file, model_file, numbered
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def model_entry(
+    index: int, model: nn.Module, state: dict[str, Any] | None, *, safe: bool, options: dict[str, Any] | None = None
+) -> Entry:
+    """The weights of one model.
+
+    Args:
+        index: Its place among the models.
+        model: The module itself, without containers.
+        state: Its full state, when saving.
+        safe: As safetensors; else as `torch.save` writes it.
+        options: For ``load_state_dict``.
+    """
+    path = model_file(index, safe)
+    return Entry(
+        path,
+        capture=lambda: without_aliases(state or {}) if safe else state,
+        load=lambda saved: _load_model(model, saved, options or {}),
+        check=lambda saved: _check_model(path, model, saved),
+        partial=lambda saved: _matching(model, saved),
+        format=SAFETENSORS if safe else TORCH,
+    )
+
+
+def _load_model(model: nn.Module, saved: dict[str, Any], options: dict[str, Any]) -> None:
+    # What is missing has been found fit: it shares its memory with what is there, or the caller allows it.
+    model.load_state_dict(saved, **{**options, "strict": False})
+
+
+def _check_model(path: str, model: nn.Module, saved: Any) -> list[Problem]:
+    if not isinstance(saved, dict):
+        return [Problem(path, "corrupt", f"expected a mapping of names to tensors, found {type(saved).__name__}")]
+    live = model.state_dict()
+    problems = [
+        Problem(path, "missing", f"no {name!r}{_of(live[name])}, which {type(model).__name__} has")
+        for name in _lacking(live, saved)
+    ]
+    problems += [
+        Problem(path, "extra", f"{name!r}{_of(saved[name])}, which {type(model).__name__} does not have")
+        for name in saved
+        if name not in live and not _aliased(name, saved, live)
+    ]
+    for name in live.keys() & saved.keys():
+        if _shape(live[name]) != _shape(saved[name]):
+            problems.append(
+                Problem(path, "shape", f"{name!r} is{_of(saved[name])}, and{_of(live[name])} in {type(model).__name__}")
+            )
+    return problems
+
+
+def _lacking(live: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    absent = [name for name in live if name not in saved]
+    if not absent:
+        return []
+    loaded_with: dict[str, set[str]] = {name: set(group) for group in shared_names(live) for name in group}
+    return [name for name in absent if not loaded_with.get(name, set()) & saved.keys()]
+
+
+def _aliased(name: str, saved: dict[str, Any], live: dict[str, Any]) -> bool:
+    return any(name in group and any(other in live for other in group) for group in shared_names(saved))
+
+
+def _matching(model: nn.Module, saved: Any) -> dict[str, Any]:
+    live = model.state_dict()
+    entries = saved.items() if isinstance(saved, dict) else ()
+    return {name: value for name, value in entries if name in live and _shape(live[name]) == _shape(value)}
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _of(value: Any) -> str:
+    return f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+
+
+# Optimizers ---------------------------------------------------------------------------------------------------------
+
+# Their states have the shape of the parameter; others (factored ones, LBFGS) may have any.
+_SHAPED_LIKE_PARAMETERS = {
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
+}
+
+
+def optimizer_entry(index: int, optimizer: Any) -> Entry:
+    """The state of one optimizer (the prepared one)."""
+    path = numbered(OPTIMIZER_NAME, index, ".bin")
+    return Entry(
+        path,
+        capture=optimizer.state_dict,
+        load=lambda saved: optimizer.load_state_dict(_owned(optimizer, saved)),
+        check=lambda saved: _check_optimizer(path, optimizer, saved),
+    )
+
+
+def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
+    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+        return [Problem(path, "corrupt", "it holds no state of an optimizer (`state` and `param_groups`)")]
+    groups, live_groups = saved["param_groups"], optimizer.param_groups
+    sizes, live_sizes = ([len(group["params"]) for group in some] for some in (groups, live_groups))
+    if sizes != live_sizes:
+        text = f"its groups have {sizes} parameters, and {live_sizes} in {type(_inner(optimizer)).__name__}"
+        return [Problem(path, "shape", text)]
+    problems = []
+    for key, parameter in _places(optimizer, saved):
+        values = saved["state"].get(key, {})
+        for name, value in values.items() if isinstance(values, dict) else ():
+            expected = _expected_shape(optimizer, parameter, name)
+            if isinstance(value, torch.Tensor) and expected is not None and value.shape != expected and value.numel() != 1:
+                text = f"{name!r} of parameter {key} has shape {list(value.shape)}; expected {list(expected)}"
+                problems.append(Problem(path, "shape", text))
+    return problems
+
+
+def _inner(optimizer: Any) -> Any:
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def _places(optimizer: Any, saved: dict[str, Any]) -> Iterator[tuple[Any, torch.Tensor]]:
+    """Each parameter's key in a saved state, with the parameter."""
+    keys = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
+    return zip(keys, itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups), strict=True)
+
+
+def _expected_shape(optimizer: Any, parameter: torch.Tensor, name: str) -> torch.Size | None:
+    live = optimizer.state.get(parameter, {}).get(name)
+    if isinstance(live, torch.Tensor):
+        return live.shape
+    return parameter.shape if type(_inner(optimizer)) in _SHAPED_LIKE_PARAMETERS else None
+
+
+def _owned(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """The state in memory of its own: that of the live state where it fits, so that there are never two of them."""
+    state = dict(saved["state"])
+    for key, parameter in _places(optimizer, saved):
+        if isinstance(state.get(key), dict):
+            live = optimizer.state.get(parameter, {})
+            state[key] = {name: _into(live.get(name), value) for name, value in state[key].items()}
+    return {**saved, "state": _cloned(state), "param_groups": _cloned(saved["param_groups"])}
+
+
+class _Own:
+    """A tensor that is ours already."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def _into(live: Any, value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    fits = isinstance(live, torch.Tensor) and live.shape == value.shape and live.dtype == value.dtype
+    if fits and live.is_contiguous() and not live.is_meta:
+        return _Own(live.detach().copy_(value))
+    return _Own(value.clone())
+
+
+def _cloned(tree: Any) -> Any:
+    if isinstance(tree, _Own):
+        return tree.tensor
+    if isinstance(tree, torch.Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {key: _cloned(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(_cloned(value) for value in tree)
+    return tree
+
+
+# The others ---------------------------------------------------------------------------------------------------------
+
+
+def scheduler_entry(index: int, scheduler: Any) -> Entry:
+    """The state of one scheduler."""
+    path = numbered(SCHEDULER_NAME, index, ".bin")
+    return Entry(
+        path,
+        capture=scheduler.state_dict,
+        load=lambda saved: scheduler.load_state_dict(_cloned(saved)),
+        check=lambda saved: _check_scheduler(path, scheduler, saved),
+    )
+
+
+def _check_scheduler(path: str, scheduler: Any, saved: Any) -> list[Problem]:
+    if not isinstance(saved, dict):
+        return [Problem(path, "corrupt", f"expected a scheduler's state, found {type(saved).__name__}")]
+    live = {name for name in scheduler.state_dict() if not name.startswith("_")}
+    theirs = {name for name in saved if not str(name).startswith("_")}
+    # Releases of torch add and drop names; a state that both lacks and adds some is of another kind of scheduler.
+    if live - theirs and theirs - live:
+        kind = type(getattr(scheduler, "scheduler", scheduler)).__name__
+        text = f"the state of another kind of scheduler than {kind}: it lacks {sorted(live - theirs)} and has {sorted(theirs - live)}"
+        return [Problem(path, "state", text)]
+    return []
+
+
+def scaler_entry(scaler: torch.amp.GradScaler) -> Entry:
+    """The state of the gradient scaler."""
+    return Entry(SCALER_NAME, capture=scaler.state_dict, load=lambda saved: scaler.load_state_dict(_cloned(saved)))
+
+
+def custom_entry(index: int, registered: Any) -> Entry:
+    """The state of an object that the user registered."""
+    name = type(registered).__name__
+    return Entry(
+        custom_file(index),
+        capture=registered.state_dict,
+        load=lambda saved: registered.load_state_dict(_cloned(saved)),
+        needs=(
+            f" It belongs to a registered {name}. Checkpoints are read without running code; if its state_dict holds "
+            "objects of classes that you trust, allow them before loading with `torch.serialization.add_safe_globals([...])`, "
+            "or let it return plain data and tensors."
+        ),
+    )

@@ -1,0 +1,238 @@
+"""`save`: all ranks write their parts beside the target, rank 0 commits. Nothing that exists is touched before that.
+
+    1. agree on the folder        rank 0's; ranks on a machine without a common disk make one of their own
+    2. capture                    hooks run, states are taken (copied first, if the step is to go on meanwhile)
+    3. write                      every rank its files, synced
+    4. commit                     manifest, one rename; then older checkpoints beyond the limit go
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..logging import get_logger
+from ..runtime.transport import Collectives
+from ..runtime.world import World
+from .commit import commit, discard, stage
+from .entries import Entry, Part
+from .errors import SaveError
+from .files import FileRecord
+from .joint import together
+from .names import numbered_folders
+
+logger = get_logger(__name__)
+
+_THREADS = 4
+_TOKEN = ".disk"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Where this rank's part goes, and what it does there.
+
+    Attributes:
+        target: The checkpoint's folder.
+        staging: Where it is written first.
+        commits: This rank makes the folder real.
+        shared: This rank writes the parts that are the same for all.
+        group: Which ranks write to the same disk: the rank that commits there.
+    """
+
+    target: Path
+    staging: Path
+    commits: bool
+    shared: bool
+    group: int
+
+
+def open_staging(world: World, target: Path, save_on_each_node: bool) -> Disk:
+    """Makes the folder that all ranks write to, on each disk.
+
+    Args:
+        world: This process and its peers.
+        target: The checkpoint's folder; rank 0's counts.
+        save_on_each_node: Parts that are the same for all are written on every machine that has a disk of its own.
+
+    Raises:
+        SaveError: on every rank, when it cannot be made.
+    """
+    comm = world.collectives
+    token = uuid.uuid4().hex
+    name, token = comm.broadcast_object_list([str(target), token])
+    target = Path(name)
+    staging = target.with_name(target.name + ".incomplete")
+
+    def make() -> None:
+        if world.rank == 0:
+            stage(target)
+            (staging / _TOKEN).write_text(token)
+
+    together(comm, f"preparing {target}", make, SaveError)
+    if world.local_size == world.size:
+        return Disk(target, staging, commits=world.rank == 0, shared=world.rank == 0, group=0)
+
+    def look() -> bool:
+        return (staging / _TOKEN).is_file() and (staging / _TOKEN).read_text() == token
+
+    sees = together(comm, f"preparing {target}", look, SaveError)
+    first = world.rank - world.local_rank
+    alone = not sees[first]
+
+    def make_own() -> None:
+        if alone and world.local_rank == 0:
+            stage(target)
+
+    together(comm, f"preparing {target}", make_own, SaveError)
+    leads = world.rank == 0 or (alone and world.local_rank == 0)
+    shares = world.rank == 0 or (leads and save_on_each_node)
+    return Disk(target, staging, commits=leads, shared=shares, group=first if alone else 0)
+
+
+def capture(entries: Sequence[Entry], disk: Disk, *, copy: bool) -> list[Part]:
+    """This rank's parts of a checkpoint.
+
+    Args:
+        entries: All entries.
+        disk: What this rank writes.
+        copy: Copy tensors, so that the training may change them while they are written.
+    """
+    parts = []
+    for entry in entries:
+        if entry.everywhere or disk.shared:
+            state = entry.capture()
+            if state is not None:
+                parts.append(Part(entry.path, _copied(state) if copy else state, entry.format))
+    return parts
+
+
+def _copied(tree: Any) -> Any:
+    seen: dict[int, torch.Tensor] = {}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, torch.Tensor):
+            # Tied tensors stay tied: they are written once.
+            if id(node) not in seen:
+                seen[id(node)] = node.detach().to("cpu", copy=True)
+            return seen[id(node)]
+        if isinstance(node, dict):
+            return type(node)((key, walk(value)) for key, value in node.items())
+        if type(node) in (list, tuple):
+            return type(node)(walk(value) for value in node)
+        return node
+
+    return walk(tree)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A captured checkpoint on its way to the disk; `run` may be called on another thread.
+
+    Attributes:
+        world: This process and its peers.
+        collectives: How the ranks talk in `run`: those of a group of their own if it runs beside the training.
+        disk: Where to.
+        parts: This rank's parts.
+        step, number: For the manifest.
+        project: Where the limit applies; None where it does not.
+        limit: How many numbered checkpoints are kept; None: all.
+    """
+
+    world: World
+    collectives: Collectives
+    disk: Disk
+    parts: Sequence[Part]
+    step: int
+    number: int
+    project: Path | None = None
+    limit: int | None = None
+
+    def run(self) -> None:
+        """Writes, commits and prunes.
+
+        Raises:
+            SaveError: on every rank. The checkpoint is not there then, and what was there before is.
+        """
+        comm, disk = self.collectives, self.disk
+        try:
+            written = together(comm, f"writing {disk.target}", self._write, SaveError)
+            together(comm, f"committing {disk.target}", lambda: self._commit(written), SaveError)
+        except SaveError:
+            abandon(disk)
+            raise
+        if self.project is not None and self.limit is not None and disk.commits:
+            prune(self.project, self.limit, disk.target)
+        comm.barrier()
+
+    def _write(self) -> tuple[int, list[FileRecord]]:
+        def size(part: Part) -> int:
+            return 0 if part.state is None else _bytes(part.state)
+
+        largest_first = sorted(self.parts, key=size, reverse=True)
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint") as pool:
+            return self.disk.group, list(pool.map(lambda part: part.write(self.disk.staging), largest_first))
+
+    def _commit(self, written: Sequence[tuple[int, list[FileRecord]]]) -> None:
+        if not self.disk.commits:
+            return
+        (self.disk.staging / _TOKEN).unlink(missing_ok=True)
+        records = [record for group, part in written if group == self.disk.group for record in part]
+        commit(
+            self.disk.staging,
+            self.disk.target,
+            records,
+            world_size=self.world.size,
+            step=self.step,
+            number=self.number,
+        )
+
+
+def _bytes(tree: Any) -> int:
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size()
+    if isinstance(tree, dict):
+        return sum(map(_bytes, tree.values()))
+    return sum(map(_bytes, tree)) if isinstance(tree, (list, tuple)) else 0
+
+
+def abandon(disk: Disk) -> None:
+    """Removes what was written of a checkpoint that failed, as far as it can be."""
+    if disk.commits:
+        shutil.rmtree(disk.staging, ignore_errors=True)
+
+
+def prune(project: Path, limit: int, newest: Path, *, valid: Callable[[Path], bool] | None = None) -> list[Path]:
+    """Removes the oldest numbered checkpoints, so that `limit` good ones are left.
+
+    Args:
+        project: The project's folder.
+        limit: How many are kept.
+        newest: The one that was just committed, which always stays.
+        valid: Whether a folder holds a whole checkpoint; others do not count among those kept.
+
+    Returns:
+        What was removed.
+    """
+    from .finding import is_whole
+
+    valid = valid or is_whole
+    kept = 0
+    removed = []
+    for folder in reversed(numbered_folders(project)):
+        if kept < limit:
+            kept += folder == newest or valid(folder)
+        elif folder != newest:
+            try:
+                discard(folder)
+            except OSError as error:
+                logger.warning(f"the old checkpoint {folder} could not be removed: {error}")
+            else:
+                removed.append(folder)
+    return removed

@@ -1,0 +1,229 @@
+"""What is decided for a loader, before anything is built."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from accelerate.data_loader import (
+    DataLoaderDispatcher,
+    DataLoaderShard,
+    DataPlan,
+    Reading,
+    Shuffle,
+    Source,
+    data_ranks_of_mesh,
+    plan_data,
+    prepare_data_loader,
+)
+from accelerate.runtime.world import DataRanks
+from accelerate.settings.handlers import DataLoaderConfiguration
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10))
+
+
+def plan(loader: Any, ranks: int = 2, put_on_device: bool = True, **settings: Any) -> DataPlan:
+    return plan_data(loader, DataLoaderConfiguration(**settings), DataRanks(0, ranks), put_on_device=put_on_device)
+
+
+def test_a_plan_is_a_value() -> None:
+    loader = DataLoader(range(8), batch_size=2)
+    one, other = plan(loader), plan(loader)
+    assert one == other
+    assert plan(loader, even_batches=False) != one
+    assert plan(loader, ranks=3) != one
+    assert "reading=<Reading.SHARD: 'shard'>" in repr(one)
+    with pytest.raises(FrozenInstanceError):
+        one.batch_size = 3  # type: ignore[misc]
+
+
+def test_planning_changes_and_draws_nothing() -> None:
+    class Untouchable:
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> int:
+            raise AssertionError("fetched")
+
+    loader = DataLoader(Untouchable(), batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    state = torch.get_rng_state()
+    plan(loader, use_seedable_sampler=True)
+    plan(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loader.sampler.generator is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ranks", "put_on_device", "dispatch", "reading"),
+    [
+        ([1, 2], 1, True, None, Reading.WHOLE),
+        ([1, 2], 2, True, None, Reading.SHARD),
+        ([1, 2], 2, True, True, Reading.DISPATCH),
+        ([1, 2], 1, True, True, Reading.DISPATCH),
+        (Stream(), 1, True, None, Reading.WHOLE),
+        (Stream(), 2, True, None, Reading.DISPATCH),
+        (Stream(), 2, False, None, Reading.SHARD),
+        (Stream(), 2, True, False, Reading.SHARD),
+    ],
+)
+def test_who_reads(dataset: Any, ranks: int, put_on_device: bool, dispatch: bool | None, reading: Reading) -> None:
+    made = plan(DataLoader(dataset), ranks, put_on_device, dispatch_batches=dispatch)
+    assert made.reading is reading
+    assert type(made.build()) is (DataLoaderDispatcher if reading is Reading.DISPATCH else DataLoaderShard)
+
+
+@pytest.mark.parametrize(
+    ("loader", "source", "size"),
+    [
+        (DataLoader(range(8), batch_size=4), Source.BATCHES, 4),
+        (DataLoader(range(8), batch_sampler=[[1, 2], [3]]), Source.BATCHES, None),
+        (DataLoader(range(8), sampler=BatchSampler(range(8), 3, False), batch_size=None), Source.BATCHES, 3),
+        (DataLoader(range(8), batch_size=None), Source.ITEMS, None),
+        (DataLoader(Stream(), batch_size=5), Source.STREAM, 5),
+        (DataLoader(Stream(), batch_size=None), Source.STREAM, None),
+    ],
+)
+def test_what_is_read_from(loader: Any, source: Source, size: int | None) -> None:
+    made = plan(loader)
+    assert (made.source, made.batch_size) == (source, size)
+    assert made.total_batch_size == (None if size is None else 2 * size)
+
+
+def test_where_the_order_comes_from() -> None:
+    shuffled = DataLoader(range(8), shuffle=True)
+    assert plan(shuffled, ranks=1).shuffle is Shuffle.KEPT
+    assert plan(shuffled, ranks=2).shuffle is Shuffle.GENERATOR
+    assert plan(shuffled, ranks=2, dispatch_batches=True).shuffle is Shuffle.KEPT
+    assert plan(shuffled, ranks=1, use_stateful_dataloader=True).shuffle is Shuffle.GENERATOR
+    assert plan(shuffled, ranks=1, use_seedable_sampler=True).shuffle is Shuffle.SEEDABLE
+    assert plan(DataLoader(range(8)), use_seedable_sampler=True).shuffle is Shuffle.KEPT
+    assert plan(DataLoader(range(8), shuffle=True, generator=torch.Generator())).shuffle is Shuffle.KEPT
+
+
+def test_split_batches_has_the_loaders_batch_for_all() -> None:
+    made = plan(DataLoader(range(8), batch_size=4), split_batches=True)
+    assert (made.batch_size, made.total_batch_size) == (2, 4)
+    assert plan(DataLoader(range(8), batch_size=3), ranks=1, split_batches=True).batch_size == 3
+
+
+def test_a_batch_sampler_of_the_users_is_kept() -> None:
+    class Own(BatchSampler):
+        pass
+
+    sampler = RandomSampler(range(8))
+    batches = Own(sampler, 2, False)
+    loader = plan(DataLoader(range(8), batch_sampler=batches), use_seedable_sampler=True, data_seed=0).build()
+    assert loader.batch_sampler.batch_sampler is batches  # type: ignore[union-attr]
+    assert type(batches.sampler).__name__ == "SeedableRandomSampler"
+    drawing = Own(RandomSampler(range(8)), 2, False)
+    plan(DataLoader(range(8), batch_sampler=drawing)).build()
+    assert type(drawing.sampler) is RandomSampler
+
+
+def test_a_custom_sampler_is_kept() -> None:
+    class Own(RandomSampler):
+        pass
+
+    sampler = Own(range(8))
+    made = plan(DataLoader(range(8), sampler=sampler))
+    loader = made.build()
+    assert loader.sampler is sampler
+    assert loader.synchronized_generator is sampler.generator is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("loader", "settings", "error", "says"),
+    [
+        ([1, 2], {}, TypeError, "DataLoader to prepare, got list"),
+        (DataLoader(range(8), batch_size=3), {"split_batches": True}, ValueError, "batch_size=3 and there are 2"),
+        (DataLoader(range(8), batch_size=None), {"split_batches": True}, ValueError, "needs a loader with a batch_size"),
+        (DataLoader(Stream(), batch_size=None), {"split_batches": True}, ValueError, "needs a loader with a batch_size"),
+        (
+            DataLoader(range(8), batch_sampler=[[1], [2]]),
+            {"split_batches": True},
+            ValueError,
+            "a batch sampler without that attribute",
+        ),
+        (DataLoader(range(8), batch_size=3), {"split_batches": True, "dispatch_batches": True}, ValueError, "2 processes"),
+        (
+            DataLoader(range(8)),
+            {"dispatch_batches": True, "put_on_device": False},
+            ValueError,
+            "put_on_device=True is needed",
+        ),
+    ],
+)
+def test_what_does_not_go_together(loader: Any, settings: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        plan(loader, **settings)
+
+
+def test_ranks_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="process_index=2 is no rank of num_processes=2"):
+        prepare_data_loader(DataLoader(range(4)), num_processes=2, process_index=2)
+
+
+def test_torchdata_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("torchdata")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchdata", None)
+    with pytest.raises(ImportError, match="pip install torchdata"):
+        DataLoaderShard(range(4), use_stateful_dataloader=True)
+
+
+class Mesh:
+    """What is asked of a `DeviceMesh`; the real one is in tests/processes."""
+
+    def __init__(self, names: tuple[str, ...] | None, shape: tuple[int, ...], place: list[int] | None) -> None:
+        self.mesh_dim_names = names
+        self.shape = shape
+        self.place = place
+
+    def get_coordinate(self) -> list[int] | None:
+        return self.place
+
+    def size(self, dimension: int | None = None) -> int:
+        if dimension is not None:
+            return self.shape[dimension]
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+    def get_group(self, name: str) -> str:
+        return f"group of {name}"
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "place", "expected"),
+    [
+        (("dp_replicate", "dp_shard"), (2, 3), [1, 2], (5, 6, None)),
+        (("dp_shard", "tp"), (2, 4), [1, 3], (1, 2, "group of dp_shard")),
+        (("dp_replicate", "tp"), (2, 4), [1, 3], (1, 2, "group of dp_replicate")),
+        (("tp",), (4,), [2], (0, 1, None)),
+    ],
+)
+def test_the_mesh_says_who_reads_what(names: Any, shape: Any, place: Any, expected: tuple[int, int, Any]) -> None:
+    ranks = data_ranks_of_mesh(Mesh(names, shape, place))
+    assert (ranks.index, ranks.count, ranks.group) == expected
+
+
+def test_a_mesh_that_says_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="its dimensions have no names"):
+        data_ranks_of_mesh(Mesh(None, (2,), [0]))
+    with pytest.raises(ValueError, match="this process is not on it"):
+        data_ranks_of_mesh(Mesh(("dp_shard",), (2,), None))
+
+
+def test_sequential_order_is_kept() -> None:
+    made = plan(DataLoader(range(8), batch_size=2), ranks=1).build()
+    assert type(made.sampler) is SequentialSampler
