@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import data_loader as loading
+from .checkpointing import CheckpointMethods
 from .optimizer import AcceleratedOptimizer
 from .precision import choose as choose_precision
 from .runtime import collectives, world
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 _HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs)
 
 
-class Accelerator:
+class Accelerator(CheckpointMethods):
     """Lets one training loop run on one process or many, on any device.
 
     Args:
@@ -837,6 +838,7 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Ends the trackers and leaves the process group. Nothing else is expected of the run afterwards."""
+        self.wait_for_checkpoint()
         for tracker in self.trackers:
             tracker.finish()
         self.state.destroy_process_group()

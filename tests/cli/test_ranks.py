@@ -27,7 +27,10 @@ def listening(pid: int) -> set[str]:
     """Addresses that a process listens on, from /proc/net/tcp and tcp6."""
     inodes = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
+        try:
+            target = os.readlink(entry)
+        except FileNotFoundError:  # the one that lists the folder
+            continue
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
     found = set()

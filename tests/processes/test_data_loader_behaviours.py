@@ -51,8 +51,9 @@ def _compare(fact: dict[str, Any], recorded: dict[str, Any], ours: dict[str, Any
         assert ours["dataset"] == recorded["dataset"], case
     batches, gathered = recorded["batches[batch,end,remainder]"], recorded["gather_for_metrics"]
     if _is_sharded_stream(fact):
-        # Decided difference: the record gathers the samples that were repeated to fill the last round a second time. Every
-        # sample is to come once, so the last step says how many there are (`remainder`), and gathering leaves out the rest.
+        # Decided difference: the record gathers the samples that were repeated to fill the last round a second time.
+        # Every sample is to come once, so the last step says how many there are (`remainder`), and gathering leaves out
+        # the rest.
         rest = case["n"] % len(gathered[0])
         batches = [*batches[:-1], [*batches[-1][:2], rest or -1]]
         gathered = [*gathered[:-1], gathered[-1][: rest or None]]
@@ -113,8 +114,8 @@ def _shuffle(same_seed: bool) -> list[list[Any]]:
 
 @pytest.mark.parametrize("same_seed", [True, False])
 def test_shuffled_shards_divide_the_data(run_ranks: Any, same_seed: bool) -> None:
-    # Decided difference: the record has shards that overlap where the ranks' seeds differ. The generator is documented to
-    # be the same on all ranks, so they divide the data.
+    # Decided difference: the record has shards that overlap where the ranks' seeds differ. The generator is documented
+    # to be the same on all ranks, so they divide the data.
     (fact,) = [fact for fact in FACTS if fact["name"] == "shuffle_default_sync"]
     assert fact["output"]["all_ranks"] == {"disjoint+complete": False}
     by_rank = run_ranks(fact["input"]["P"], _shuffle, same_seed)

@@ -19,9 +19,7 @@ Sample = namedtuple("Sample", ["ids", "text"])
 
 def dispatched(dataset: Any, **options: Any) -> Any:
     arguments = {name: options.pop(name) for name in ("split_batches", "slice_fn_for_dispatch") if name in options}
-    return prepare_data_loader(
-        DataLoader(dataset, **options), put_on_device=True, dispatch_batches=True, **arguments
-    )
+    return prepare_data_loader(DataLoader(dataset, **options), put_on_device=True, dispatch_batches=True, **arguments)
 
 
 def _rank() -> int:
@@ -45,7 +43,9 @@ class OnlyOnRank0:
 def _ragged(samples: list[Any]) -> Any:
     width = max(len(sample["ids"]) for sample in samples)
     return {
-        "ids": torch.stack([torch.nn.functional.pad(sample["ids"], (0, width - len(sample["ids"]))) for sample in samples]),
+        "ids": torch.stack(
+            [torch.nn.functional.pad(sample["ids"], (0, width - len(sample["ids"]))) for sample in samples]
+        ),
         "texts": [sample["text"] for sample in samples],
         "pairs": Sample(torch.tensor([sample["weight"] for sample in samples]), tuple(s["text"] for s in samples)),
         "width": width,

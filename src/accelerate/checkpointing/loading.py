@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..logging import get_logger
 from ..runtime.world import World
+from ..settings.enums import SAMPLER_NAME
 from . import manifest as manifests
 from .commit import settle
 from .entries import Entry
@@ -51,8 +52,13 @@ def find(world: World, project: Path) -> tuple[Path | None, list[tuple[Path, lis
     return found.folder, found.passed_over
 
 
-def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
+def open_checkpoint(world: World, folder: Path, *, verified: bool = False) -> manifests.Manifest | None:
     """The manifest of a checkpoint, once an interrupted replacement has been finished and all files verified.
+
+    Args:
+        world: This process and its peers.
+        folder: The checkpoint.
+        verified: Its files have just been verified.
 
     Returns:
         None for a checkpoint of another release, which has none.
@@ -77,7 +83,8 @@ def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
         except (OSError, ValueError) as error:
             return None, [Problem(manifests.NAME, "corrupt", str(error))]
         # The ranks of a machine share the reading out between them.
-        return manifest, manifests.verify(folder, manifest, share=(world.local_rank, world.local_size))
+        share = (world.local_rank, world.local_size)
+        return manifest, [] if verified else manifests.verify(folder, manifest, share=share)
 
     outcomes = together(world.collectives, f"verifying {folder}", look, LoadError)
     problems = list(dict.fromkeys(problem for _, found in outcomes for problem in found))
@@ -138,12 +145,8 @@ def extra_files(folder: Path, entries: Sequence[Entry], manifest: manifests.Mani
     return [
         Problem(name, "extra", "this run has nothing to load it into")
         for name in sorted(names)
-        if is_shared(name) and name not in wanted and not _other_format(name, wanted) and name != "sampler.bin"
+        if is_shared(name) and name not in wanted and not name.startswith(SAMPLER_NAME)
     ]
-
-
-def _other_format(name: str, wanted: set[str]) -> bool:
-    return name.startswith("sampler")
 
 
 def conclude(world: World, folder: Path, readings: Sequence[Reading], strict: bool) -> list[Problem]:
@@ -185,5 +188,3 @@ def apply(world: World, folder: Path, readings: Sequence[Reading]) -> None:
 
     together(world.collectives, f"loading {folder}", put, LoadError)
 
-
-Inspect = Callable[[Path], list[Problem]]

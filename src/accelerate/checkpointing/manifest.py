@@ -10,7 +10,6 @@ import json
 import platform
 import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 
 from .errors import Problem
 from .files import STRETCH, FileRecord, FileWriter, sum_of_stretch
+from .parallel import in_parallel
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -166,8 +166,7 @@ def verify(
             intact = sum_of_stretch(file.fileno(), stretch * STRETCH) == record.sums[stretch]
         return None if intact else record.path
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        damaged = sorted({path for path in pool.map(check, jobs) if path is not None})
+    damaged = sorted({path for path in in_parallel(check, jobs, _THREADS) if path is not None})
     return problems + [Problem(path, "corrupt", "its content is not what was saved (checksum)") for path in damaged]
 
 

@@ -19,14 +19,19 @@ from .names import custom_file, model_file, numbered
 
 
 def model_entry(
-    index: int, model: nn.Module, state: dict[str, Any] | None, *, safe: bool, options: dict[str, Any] | None = None
+    index: int,
+    model: nn.Module | None = None,
+    state: dict[str, Any] | None = None,
+    *,
+    safe: bool,
+    options: dict[str, Any] | None = None,
 ) -> Entry:
     """The weights of one model.
 
     Args:
         index: Its place among the models.
-        model: The module itself, without containers.
-        state: Its full state, when saving.
+        model: The module itself, without containers, to load into.
+        state: Its full state, to save.
         safe: As safetensors; else as `torch.save` writes it.
         options: For ``load_state_dict``.
     """
@@ -41,12 +46,14 @@ def model_entry(
     )
 
 
-def _load_model(model: nn.Module, saved: dict[str, Any], options: dict[str, Any]) -> None:
+def _load_model(model: nn.Module | None, saved: dict[str, Any], options: dict[str, Any]) -> None:
+    assert model is not None
     # What is missing has been found fit: it shares its memory with what is there, or the caller allows it.
     model.load_state_dict(saved, **{**options, "strict": False})
 
 
-def _check_model(path: str, model: nn.Module, saved: Any) -> list[Problem]:
+def _check_model(path: str, model: nn.Module | None, saved: Any) -> list[Problem]:
+    assert model is not None
     if not isinstance(saved, dict):
         return [Problem(path, "corrupt", f"expected a mapping of names to tensors, found {type(saved).__name__}")]
     live = model.state_dict()
@@ -79,7 +86,8 @@ def _aliased(name: str, saved: dict[str, Any], live: dict[str, Any]) -> bool:
     return any(name in group and any(other in live for other in group) for group in shared_names(saved))
 
 
-def _matching(model: nn.Module, saved: Any) -> dict[str, Any]:
+def _matching(model: nn.Module | None, saved: Any) -> dict[str, Any]:
+    assert model is not None
     live = model.state_dict()
     entries = saved.items() if isinstance(saved, dict) else ()
     return {name: value for name, value in entries if name in live and _shape(live[name]) == _shape(value)}

@@ -215,7 +215,8 @@ def merged_gradients_entry(run: Run, saved_world_size: int) -> Entry:
     """The same for another number of ranks than saved it: each takes an equal part of what all had accumulated."""
 
     def read(path: Path, **options: Any) -> list[Any]:
-        return [TORCH.read(path.with_name(gradients_file(rank)), **options) for rank in range(saved_world_size)]
+        files = [path.with_name(gradients_file(rank)) for rank in range(saved_world_size)]
+        return [TORCH.read(file, **options) for file in files if file.is_file()]
 
     def check(saved: list[Any]) -> list[Problem]:
         return [p for rank, one in enumerate(saved) for p in _check_gradients(gradients_file(rank), run, one)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ from .commit import commit, discard, stage
 from .entries import Entry, Part
 from .errors import SaveError
 from .files import FileRecord
+from .finding import is_whole
 from .joint import together
 from .names import numbered_folders
+from .parallel import in_parallel
 
 logger = get_logger(__name__)
 
@@ -172,12 +173,8 @@ class Job:
         comm.barrier()
 
     def _write(self) -> tuple[int, list[FileRecord]]:
-        def size(part: Part) -> int:
-            return 0 if part.state is None else _bytes(part.state)
-
-        largest_first = sorted(self.parts, key=size, reverse=True)
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="checkpoint") as pool:
-            return self.disk.group, list(pool.map(lambda part: part.write(self.disk.staging), largest_first))
+        largest_first = sorted(self.parts, key=lambda part: _bytes(part.state), reverse=True)
+        return self.disk.group, in_parallel(lambda part: part.write(self.disk.staging), largest_first, _THREADS)
 
     def _commit(self, written: Sequence[tuple[int, list[FileRecord]]]) -> None:
         if not self.disk.commits:
@@ -220,8 +217,6 @@ def prune(project: Path, limit: int, newest: Path, *, valid: Callable[[Path], bo
     Returns:
         What was removed.
     """
-    from .finding import is_whole
-
     valid = valid or is_whole
     kept = 0
     removed = []

@@ -14,7 +14,8 @@ from .dispatch import DataLoaderDispatcher
 from .gathering import gather_for_metrics, gather_items, gather_rows
 from .iterable import IterableDatasetShard
 from .mesh import data_ranks_of_mesh
-from .plan import DataPlan, Reading, Shuffle, Source, logger, override_even_batches, plan_data, prepare_data_loader
+from .plan import DataPlan, Reading, Shuffle, Source, logger, plan_data
+from .prepare import override_even_batches, prepare_data_loader
 from .samplers import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler, get_sampler
 from .shard import DataLoaderShard, SkipDataLoader
 from .skip import skip_first_batches

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .plan import DataPlan
 
 _END = object()
+_STATEFUL = "accelerate.data_loader.stateful"  # needs torchdata: imported on use
 
 
 class DataLoaderStateMixin:
@@ -46,10 +47,11 @@ class DataLoaderStateMixin:
     Attributes:
         end_of_dataloader: Whether this rank's current batch is its last one. False while no batch has been handed out;
             stays True after the loop. With uneven batches the ranks reach their end at different steps.
-        remainder: Documented, for one's own use: the number of samples that the last round of all ranks holds beyond full
-            ones. Map-style datasets: the number of samples the sampler draws modulo `total_batch_size`, at every batch
-            (so 0 means that nothing is padded); -1 with ``drop_last`` and where the number is unknown. Iterable datasets:
-            -1 until the last batch, then the samples in it over all ranks (-1 if the last batch is full and the
+        remainder: Documented, for one's own use: the number of samples that the last round of all ranks holds beyond
+            full ones. Map-style datasets: the number of samples the sampler draws modulo `total_batch_size`, at every
+            batch (so 0 means that nothing is padded); -1 with ``drop_last`` and where the number is unknown. Iterable
+            datasets: -1 until the last batch, then the samples in it over all ranks (-1 if the last batch is full and
+                the
             loader is sharded; the dispatcher knows it then too). **Not** enough to trim by: see `round`.
         round: What the current step of all ranks holds, if that is not "as many rows on each rank, all of them data";
             else None. The one thing to gather by: ranks ``0 … round.holders - 1`` have a batch at this step, the others
@@ -73,11 +75,6 @@ class DataLoaderStateMixin:
     end_of_dataloader: bool = False
     remainder: int = -1
     round: Round | None = None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.end_of_dataloader = False
-        cls.remainder = -1
 
     @property
     def gradient_state(self) -> GradientState:
@@ -139,7 +136,9 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         _drop_last: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.use_stateful_dataloader = use_stateful_dataloader
+        if use_stateful_dataloader and not self._stateful:
+            raise TypeError("pass use_stateful_dataloader by its name: it decides on the class of the loader.")
+        self.use_stateful_dataloader = self._stateful
         self.skip_batches = skip_batches
         self.iteration = iteration
         self._drop_last = _drop_last
@@ -395,8 +394,16 @@ def stateful_class(cls: type) -> type:
             "use_stateful_dataloader=True needs torchdata 0.8 or later, which is not installed: `pip install torchdata`, or "
             "leave it False."
         ) from error
-    table = importlib.import_module("accelerate.data_loader.stateful").CLASSES
-    return cls if cls in table.values() else table[cls]
+    table = importlib.import_module(_STATEFUL).CLASSES
+    for plain, stateful in table.items():
+        if issubclass(cls, stateful):
+            return cls
+        if cls is plain:
+            return stateful
+    raise TypeError(
+        f"use_stateful_dataloader=True makes another class of a loader, and there is none for {cls.__name__}: derive from "
+        f"one of {', '.join(stateful.__name__ for stateful in table.values())} ({_STATEFUL})."
+    )
 
 
 @functools.cache
@@ -409,4 +416,3 @@ def mover(device: torch.device | None, non_blocking: bool) -> Callable[[Any], An
     if device is None or (device.type == "cpu" and _only_cpu()):
         return None
     return functools.partial(send_to_device, device=device, non_blocking=non_blocking)
-

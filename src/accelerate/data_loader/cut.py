@@ -1,7 +1,8 @@
 """Batches cut along their rows, and joined: what the dispatcher does at the end of the data. No process, no messages.
 
-A batch's rows are dimension 0 of its tensors and arrays, and the items of lists of plain values that are as long. What is
-neither (a single number, a 0-dimensional tensor, a list of another length) belongs to the whole batch and goes along.
+A batch's rows are dimension 0 of its tensors and arrays, and the items of lists of plain values that are as long. What
+is neither (a single number, a 0-dimensional tensor, a list of another length) belongs to the whole batch and goes
+along.
 """
 
 from __future__ import annotations
@@ -164,9 +165,9 @@ class Cutter:
     ) -> tuple[list[Any], int | None, Round | None]:
         """What was read for one step of all ranks, as one part a rank.
 
-        As many equal batches as ranks are given out as they are. Otherwise all rows are joined and cut into parts of one
-        size, rows from the start being repeated to make them even. Batches that cannot be joined, because their shapes
-        differ, or whose rows cannot be told, are given out as they are, and repeated whole.
+        As many equal batches as ranks are given out as they are. Otherwise all rows are joined and cut into parts of
+        one size, rows from the start being repeated to make them even. Batches that cannot be joined, because their
+        shapes differ, or whose rows cannot be told, are given out as they are, and repeated whole.
 
         Args:
             batches: One batch a rank, or fewer, or shorter ones, at the end of the data; with `split`, the one batch.

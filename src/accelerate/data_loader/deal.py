@@ -1,7 +1,7 @@
 """How batches are dealt to the ranks: pure arithmetic over index lists, all ranks at once, no process and no tensor.
 
-One step of all ranks' loops together is a *round*. `deal_batches` and `deal_items` turn the index batches of one sampler
-into rounds; a rank picks its part. What a step holds beyond the plain case is said by a `Round`.
+One step of all ranks' loops together is a *round*. `deal_batches` and `deal_items` turn the index batches of one
+sampler into rounds; a rank picks its part. What a step holds beyond the plain case is said by a `Round`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ class Round:
     """What one step of all ranks holds, where that is not "every rank has the same number of rows, all of them data".
 
     Attributes:
-        sizes: Rows each rank was given, padding included, in rank order. 0: that rank has no batch at this step, and has
-            left its loop; such ranks are always the last ones.
-        rows: How many rows are data. Concatenated in rank order, the first `rows` are data and the rest repeats samples.
+        sizes: Rows each rank was given, padding included, in rank order. 0: that rank has no batch at this step, and
+            has left its loop; such ranks are always the last ones.
+        rows: How many rows are data. Concatenated in rank order, the first `rows` are data and the rest repeats
+            samples.
         whole: `sizes` and `rows` count whole batches, because rows are unknown (a loader with ``batch_size=None``).
     """
 
@@ -71,7 +72,8 @@ def chunks(items: list[_T], count: int) -> list[list[_T]]:
 
 
 def grouped(items: Iterable[_T], size: int) -> Iterator[tuple[list[_T], bool]]:
-    """Lists of `size` successive items (the last may be shorter), each with whether it is the last. Reads one item ahead."""
+    """Lists of `size` successive items (the last may be shorter), each with whether it is the last. Reads one item
+    ahead."""
     source = iter(items)
     upcoming: Any = next(source, _END)
     while upcoming is not _END:
@@ -134,7 +136,11 @@ def _completed(
     if not even:
         return group + [[] for _ in range(missing)]
     # Refilled row by row only if the data stay in front, that is, if only the last batch can be short.
-    if batch_size is not None and all(len(batch) == batch_size for batch in group[:-1]) and len(group[-1]) <= batch_size:
+    if (
+        batch_size is not None
+        and all(len(batch) == batch_size for batch in group[:-1])
+        and len(group[-1]) <= batch_size
+    ):
         rows = list(chain.from_iterable(group))
         return chunks(fill(rows, list(chain.from_iterable(start)), ranks * batch_size), ranks)
     return fill(group, start, ranks)
@@ -172,7 +178,8 @@ def deal_items(items: Iterable[Any], ranks: int, *, even: bool = True, drop_last
         drop_last: Leave out an incomplete last round.
 
     Yields:
-        One `Deal` a round; a part is a list of one item, or empty. The `Round` of an incomplete one counts whole batches.
+        One `Deal` a round; a part is a list of one item, or empty. The `Round` of an incomplete one counts whole
+        batches.
     """
     start: list[Any] = []
     for group, last in grouped(items, ranks):
@@ -182,4 +189,6 @@ def deal_items(items: Iterable[Any], ranks: int, *, even: bool = True, drop_last
         elif not drop_last:
             held = fill(group, start, ranks) if even else group
             sizes = (1,) * len(held) + (0,) * (ranks - len(held))
-            yield Deal([[item] for item in held] + [[] for _ in range(ranks - len(held))], Round(sizes, len(group), True))
+            yield Deal(
+                [[item] for item in held] + [[] for _ in range(ranks - len(held))], Round(sizes, len(group), True)
+            )

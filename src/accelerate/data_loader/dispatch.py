@@ -22,12 +22,13 @@ from .wire import Channel, Step
 class DataLoaderDispatcher(DataLoaderAdapter):
     """A torch `DataLoader` that only rank 0 reads from; the other ranks are sent their parts.
 
-    Each step takes one batch a rank (with `split_batches`: one batch, cut into a part a rank). What is left at the end is
-    joined and cut into equal parts, with rows from the start in place of missing ones. All ranks must take as many steps.
-    A failure while reading is raised on every rank.
+    Each step takes one batch a rank (with `split_batches`: one batch, cut into a part a rank). What is left at the end
+    is joined and cut into equal parts, with rows from the start in place of missing ones. All ranks must take as many
+    steps. A failure while reading is raised on every rank.
 
-    Batches may hold tensors, numpy arrays, strings, numbers, bytes and None, in lists, tuples, named tuples and mappings;
-    shapes may differ from step to step. Items of a list of plain values count as rows where there are as many.
+    Batches may hold tensors, numpy arrays, strings, numbers, bytes and None, in lists, tuples, named tuples and
+    mappings; shapes may differ from step to step. Items of a list of plain values count as rows where there are as
+    many.
 
     Args:
         dataset: The dataset over the whole data; other ranks than 0 do not touch its samples.
@@ -36,8 +37,8 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         use_stateful_dataloader: Be a torchdata `StatefulDataLoader` too, whose position can be saved.
         _drop_last: Leave out a last step that is not full.
         _non_blocking: Move to the device without waiting.
-        slice_fn: Cuts a batch: called as ``slice_fn(batch, slice, process_index=…, num_processes=…)`` for every rank, on
-            rank 0. None cuts rows.
+        slice_fn: Cuts a batch: called as ``slice_fn(batch, slice, process_index=…, num_processes=…)`` for every rank,
+            on rank 0. None cuts rows.
         torch_device_mesh: The device mesh, where there is one: ranks that hold parts of one model get the same data.
         iteration: Number of the epoch that the first iteration is.
         **kwargs: As for `torch.utils.data.DataLoader`.
@@ -130,7 +131,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         # With drop_last a step is the last one if the batches left do not make another.
         return self._batches_a_step() if self._drop_last else 1
 
-    # Every rank --------------------------------------------------------------------------------------------------------
+    # Every rank -------------------------------------------------------------------------------------------------------
 
     def _steps(self, collectives: Collectives) -> Iterator[Step]:
         if collectives.size == 1:
@@ -150,7 +151,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             if step.last:
                 return
 
-    # Rank 0 ------------------------------------------------------------------------------------------------------------
+    # Rank 0 -----------------------------------------------------------------------------------------------------------
 
     def _deal(self, channel: Channel | None) -> Iterator[Step]:
         ranks, cutter = self.ranks, Cutter(self.slice_fn)
@@ -162,8 +163,11 @@ class DataLoaderDispatcher(DataLoaderAdapter):
                 if not group:
                     break
                 _check_batches(group)
-                parts, rows, round = cutter.deal(group, ranks.count, start or [], self.split_batches)
-                if start is None:
+                if ranks.count == 1:
+                    parts, rows, round = group, cutter.rows(group[0]) if last else None, None
+                else:
+                    parts, rows, round = cutter.deal(group, ranks.count, start or [], self.split_batches)
+                if start is None and ranks.count > 1:
                     start = cutter.copy_rows(group, ranks.count)
                 message = None if channel is None else channel.pack(parts, rows, round, last)
             except Exception as error:

@@ -55,8 +55,10 @@ class Unmark:
 class IterableDatasetShard(IterableDataset):
     """One rank's part of an iterable dataset.
 
-    The stream is read in stretches of one batch a rank (with `split_batches`: of one batch for all ranks), of which rank 0
-    keeps the first part, rank 1 the second, and so on. All ranks must see the stream in one order: a dataset that shuffles
+    The stream is read in stretches of one batch a rank (with `split_batches`: of one batch for all ranks), of which
+    rank 0
+    keeps the first part, rank 1 the second, and so on. All ranks must see the stream in one order: a dataset that
+        shuffles
     should draw from a ``torch.Generator`` in its attribute ``generator``, which prepared loaders synchronise.
 
     Args:
@@ -157,8 +159,8 @@ class IterableDatasetShard(IterableDataset):
         return describe(sizes, rows)
 
     def __getattr__(self, name: str) -> Any:
-        # torchdata saves and restores a dataset that has these two. A step ends with its stretch read and nothing beyond,
-        # so the dataset's own position is this one's.
+        # torchdata saves and restores a dataset that has these two. A step ends with its stretch read and nothing
+        # beyond, so the dataset's own position is this one's.
         if name in ("state_dict", "load_state_dict") and "dataset" in self.__dict__:
             return getattr(self.dataset, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")

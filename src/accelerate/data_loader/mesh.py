@@ -17,8 +17,8 @@ def data_ranks_of_mesh(mesh: Any) -> DataRanks:
         mesh: A `torch.distributed.device_mesh.DeviceMesh` with named dimensions.
 
     Returns:
-        Its index counts along `DATA_DIMENSIONS`, outermost first; ranks which differ in other dimensions only share one.
-        `group` is that of the ranks with the other parts; None where they are all ranks.
+        Its index counts along `DATA_DIMENSIONS`, outermost first; ranks which differ in other dimensions only share
+        one. `group` is that of the ranks with the other parts; None where they are all ranks.
 
     Raises:
         ValueError: when the mesh's dimensions have no names, or this process is not on it.

@@ -1,12 +1,12 @@
 """The order of an epoch: which generator it is drawn from, how the ranks agree on it, where in it a loader stands.
 
-`IndexStream` stands between a sampler and torch's loader. It draws one batch of indices ahead, so that the last batch is
-known when it is handed out (no data is fetched for that, and no length has to be right), and keeps each step's `Round`.
+`IndexStream` stands between a sampler and torch's loader. It draws one batch of indices ahead, so that the last batch
+is known when it is handed out (no data is fetched for that, and no length has to be right), and keeps each step's
+`Round`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -35,8 +35,8 @@ class GeneratorOrder:
 
     Args:
         generator: The sampler's generator.
-        reseed: Seed it from torch's default generator at each start, as a `RandomSampler` without a generator does. So a
-            shuffled loader gives the same batches prepared and not, on one rank and on many.
+        reseed: Seed it from torch's default generator at each start, as a `RandomSampler` without a generator does. So
+            a shuffled loader gives the same batches prepared and not, on one rank and on many.
         synchronise: Copy rank 0's state to the other ranks.
     """
 
@@ -72,7 +72,9 @@ class SeededOrder:
 
     def start(self) -> None:
         if self.synchronise and not self.sampler.seed_is_shared:
-            (self.sampler.initial_seed,) = world.current().collectives.broadcast_object_list([self.sampler.initial_seed])
+            (self.sampler.initial_seed,) = world.current().collectives.broadcast_object_list(
+                [self.sampler.initial_seed]
+            )
             self.sampler.seed_is_shared = True
 
     def state(self) -> dict[str, int]:

@@ -1,14 +1,14 @@
-"""Who reads what: `plan_data` looks at a loader and the settings and touches nothing; `DataPlan.build` makes the loader.
+"""Who reads what: `plan_data` looks at a loader and the settings and touches nothing; `DataPlan.build` makes the
+loader.
 
-`prepare_data_loader` is these two, under its documented signature.
+A plan is a value: print it, compare it, test it without starting a process.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SubsetRandomSampler,
@@ -31,7 +32,6 @@ from ..state import PartialState
 from .base import DataLoaderAdapter
 from .dispatch import DataLoaderDispatcher
 from .iterable import IterableDatasetShard
-from .mesh import data_ranks_of_mesh
 from .samplers import (
     BatchSamplerShard,
     SamplerShard,
@@ -58,6 +58,7 @@ KEPT_ARGUMENTS = (
     "persistent_workers",
     "pin_memory_device",
     "in_order",
+    "snapshot_every_n_steps",
 )
 """Arguments of torch's loader that a prepared one takes over."""
 
@@ -145,8 +146,8 @@ class DataPlan:
             torch_device_mesh: Kept on the loader.
 
         Returns:
-            A `DataLoaderShard` or `DataLoaderDispatcher` (on XLA inside a wrapper that feeds the device). The loader that
-            was planned for stays usable; a custom batch sampler's sampler may have been given a generator.
+            A `DataLoaderShard` or `DataLoaderDispatcher` (on XLA inside a wrapper that feeds the device). The loader
+            that was planned for stays usable; a custom batch sampler's sampler may have been given a generator.
         """
         state = PartialState()
         target = state.device if device is None else torch.device(device)
@@ -252,7 +253,6 @@ class DataPlan:
         return top
 
 
-_SHARDS = (BatchSamplerShard, SamplerShard)
 _DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -270,6 +270,15 @@ _EVENED = (
     "even_batches=False is not possible for an iterable dataset that several workers read on each rank, because their "
     "streams end one by one: samples are repeated to complete the workers' last batches. gather_for_metrics leaves the "
     "repeated ones out."
+)
+_OUT_OF_ORDER = (
+    "with in_order=False and several workers, batches come in another order on each process: gather_for_metrics cannot tell "
+    "then which samples were repeated. Use in_order=True for evaluation."
+)
+_DIVIDED_TWICE = (
+    "this loader has a DistributedSampler, which gives each process its part of the data, and preparing it divides that "
+    "part once more, so that most samples are seen by no process. Leave the DistributedSampler out (shuffle=True is "
+    "enough), or do not prepare the loader."
 )
 
 
@@ -313,9 +322,7 @@ def plan_data(
     size: int | None = loader.batch_size if source is Source.STREAM else getattr(drawn_from(loader), "batch_size", None)
     if config.split_batches and ranks.count > 1:
         check_split(size, ranks.count)
-    notes = []
-    if source is Source.STREAM and reading is Reading.SHARD and not config.even_batches and loader.num_workers > 1:
-        notes.append(_EVENED)
+    notes = _notes(loader, reading, source, config)
     splits = config.split_batches
     stateful = config.use_stateful_dataloader or hasattr(loader, "snapshot_every_n_steps")
     return DataPlan(
@@ -326,7 +333,7 @@ def plan_data(
         total_batch_size=size if size is None or splits else size * ranks.count,
         drop_last=_drops_last(loader),
         split_batches=splits,
-        even_batches=config.even_batches or bool(notes),
+        even_batches=config.even_batches or _EVENED in notes,
         shuffle=_shuffle_of(loader, config.use_seedable_sampler, own=stateful or reading is Reading.SHARD),
         data_seed=config.data_seed,
         rng_types=tuple(map(RNGType, rng_types or ())),
@@ -342,7 +349,9 @@ def plan_data(
 
 def _check(loader: Any, ranks: DataRanks) -> None:
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"expected a torch.utils.data.DataLoader to prepare, got {type(loader).__name__}: {loader!r:.80}")
+        raise TypeError(
+            f"expected a torch.utils.data.DataLoader to prepare, got {type(loader).__name__}: {loader!r:.80}"
+        )
     if not 0 <= ranks.index < ranks.count:
         raise ValueError(
             f"process_index={ranks.index} is no rank of num_processes={ranks.count}: ranks go from 0 to {ranks.count - 1}."
@@ -374,149 +383,23 @@ def _shuffle_of(loader: DataLoader[Any], seedable: bool, own: bool) -> Shuffle:
 
 
 def _kept_arguments(loader: DataLoader[Any], stateful: bool) -> tuple[tuple[str, Any], ...]:
-    known = inspect.signature(DataLoader.__init__).parameters
-    names = [name for name in KEPT_ARGUMENTS if name in known]  # in_order came with torch 2.6
-    if stateful and hasattr(loader, "snapshot_every_n_steps"):
-        names.append("snapshot_every_n_steps")
-    return tuple((name, getattr(loader, name)) for name in names if hasattr(loader, name))
+    kind: Any = DataLoader
+    if stateful:
+        from torchdata.stateful_dataloader import StatefulDataLoader as kind
+    known = inspect.signature(kind.__init__).parameters  # in_order came with torch 2.6 and torchdata 0.11
+    return tuple((name, getattr(loader, name)) for name in KEPT_ARGUMENTS if name in known and hasattr(loader, name))
 
 
-# Both in one --------------------------------------------------------------------------------------------------------
-
-
-def prepare_data_loader(
-    dataloader: DataLoader[Any],
-    device: torch.device | str | int | None = None,
-    num_processes: int | None = None,
-    process_index: int | None = None,
-    split_batches: bool = False,
-    put_on_device: bool = False,
-    rng_types: list[str | RNGType] | None = None,
-    dispatch_batches: bool | None = None,
-    even_batches: bool = True,
-    slice_fn_for_dispatch: Callable[..., Any] | None = None,
-    use_seedable_sampler: bool = False,
-    data_seed: int | None = None,
-    non_blocking: bool = False,
-    use_stateful_dataloader: bool = False,
-    torch_device_mesh: Any = None,
-) -> DataLoader[Any]:
-    """Makes a loader that gives this process its part of the data.
-
-    Args:
-        dataloader: A plain loader. A prepared one is given back as it is.
-        device: Where batches go, with `put_on_device`; None: this process's device.
-        num_processes: How many parts there are; None: the run's, or those of `torch_device_mesh`.
-        process_index: Which part is this process's; None likewise.
-        split_batches: The loader's batch is that of all processes together, each taking its part; else each process takes
-            whole batches, and the batch of all is `num_processes` times as large.
-        put_on_device: Move batches to `device`.
-        rng_types: Which random states to take over from rank 0 at the start of each epoch: ``"generator"`` (that of the
-            sampler, batch sampler or iterable dataset), ``"torch"``, ``"cuda"``, ``"xpu"``, ``"xla"`` …; None: none.
-        dispatch_batches: Rank 0 reads and sends the others their parts. None: for iterable datasets, with `put_on_device`.
-        even_batches: Where the data do not divide evenly, repeat samples from the start, so that every process gets as
-            many batches of one size. False: the last ones get less.
-        slice_fn_for_dispatch: How a dispatcher cuts a batch: called as
-            ``fn(batch, slice, process_index=…, num_processes=…)``.
-        use_seedable_sampler: Shuffle by seed and epoch alone (`SeedableRandomSampler`).
-        data_seed: The seed of that; None: torch's default seed.
-        non_blocking: Move without waiting.
-        use_stateful_dataloader: Build on torchdata's `StatefulDataLoader`, which can save its position.
-        torch_device_mesh: A device mesh. Processes that differ only in dimensions other than ``dp_replicate`` and
-            ``dp_shard`` get the same data.
-
-    Returns:
-        A `DataLoaderShard` or `DataLoaderDispatcher`.
-
-    Raises:
-        TypeError: when `dataloader` is no torch `DataLoader`.
-        ValueError: when loader and arguments do not go together: a batch size that is no multiple of `num_processes` (or
-            none at all) with `split_batches`, `dispatch_batches` without `put_on_device`, a prepared loader and other
-            arguments than it was prepared with.
-
-    Example:
-        ```python
-        loader = prepare_data_loader(DataLoader(dataset, batch_size=16, shuffle=True), put_on_device=True)
-        ```
-    """
-    if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
-        _check_prepared(dataloader, num_processes, process_index, split_batches, dispatch_batches)
-        return dataloader
-    config = DataLoaderConfiguration(
-        split_batches=split_batches,
-        dispatch_batches=dispatch_batches,
-        even_batches=even_batches,
-        use_seedable_sampler=use_seedable_sampler,
-        data_seed=data_seed,
-        non_blocking=non_blocking,
-        use_stateful_dataloader=use_stateful_dataloader,
-    )
-    plan = plan_data(
-        dataloader,
-        config,
-        _ranks(num_processes, process_index, torch_device_mesh),
-        put_on_device=put_on_device,
-        rng_types=rng_types,
-        slice_fn=slice_fn_for_dispatch,
-    )
-    return plan.build(device, torch_device_mesh)
-
-
-@contextmanager
-def override_even_batches(loaders: Iterable[Any], even_batches: bool | None) -> Iterator[None]:
-    """Within the block, the prepared loaders' `even_batches` is another; iterations that begin in it go by it.
-
-    Args:
-        loaders: Prepared loaders.
-        even_batches: The value; None leaves it.
-    """
-    changed: list[tuple[Any, bool]] = []
-    for loader in loaders if even_batches is not None else ():
-        parts: list[Any] = [link for link in chain_from(drawn_from(loader)) if isinstance(link, _SHARDS)]
-        if isinstance(loader.dataset, IterableDatasetShard) and loader.num_workers < 2:
-            parts.append(loader.dataset)
-        if not parts and loader._plan is not None and loader._plan.reading is not Reading.WHOLE:
-            logger.warning_once(
-                "even_batches cannot be overridden for a loader whose data rank 0 gives out, or that several workers read "
-                "from an iterable dataset; it stays as it was."
-            )
-        changed += [(part, part.even_batches) for part in parts]
-    try:
-        for part, _ in changed:
-            part.even_batches = even_batches
-        yield
-    finally:
-        for part, before in changed:
-            part.even_batches = before
-
-
-def _ranks(num_processes: int | None, process_index: int | None, mesh: Any) -> DataRanks:
-    if mesh is not None and num_processes is None and process_index is None:
-        return data_ranks_of_mesh(mesh)
-    state = PartialState()
-    return DataRanks(
-        state.process_index if process_index is None else process_index,
-        state.num_processes if num_processes is None else num_processes,
-    )
-
-
-def _check_prepared(
-    loader: DataLoaderAdapter,
-    num_processes: int | None,
-    process_index: int | None,
-    split_batches: bool,
-    dispatch_batches: bool | None,
-) -> None:
-    plan = loader._plan
-    if plan is None:
-        return
-    asked = {
-        "num_processes": (num_processes, plan.ranks.count),
-        "process_index": (process_index, plan.ranks.index),
-        "split_batches": (split_batches or None, plan.split_batches),
-        "dispatch_batches": (dispatch_batches, plan.reading is Reading.DISPATCH),
-    }
-    other = {name: pair for name, pair in asked.items() if pair[0] is not None and pair[0] != pair[1]}
-    if other:
-        told = ", ".join(f"{name}={wanted!r} (it has {has!r})" for name, (wanted, has) in other.items())
-        raise ValueError(f"this loader is prepared already, and now asked for {told}. Prepare the original loader instead.")
+def _notes(loader: DataLoader[Any], reading: Reading, source: Source, config: DataLoaderConfiguration) -> list[str]:
+    notes: list[str] = []
+    if reading is not Reading.SHARD:
+        return notes
+    # Several workers' streams end one by one.
+    if source is Source.STREAM and not config.even_batches and loader.num_workers > 1:
+        notes.append(_EVENED)
+    if loader.num_workers > 1 and not getattr(loader, "in_order", True):
+        notes.append(_OUT_OF_ORDER)
+    sampler = get_sampler(loader)
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        notes.append(_DIVIDED_TWICE)
+    return notes

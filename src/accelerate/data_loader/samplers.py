@@ -17,7 +17,8 @@ from .deal import Round, deal_batches, deal_items
 
 
 class SeedableRandomSampler(RandomSampler):
-    """A `RandomSampler` whose order depends on a seed and the epoch alone, so that every rank, and every run, sees the same.
+    """A `RandomSampler` whose order depends on a seed and the epoch alone, so that every rank, and every run, sees the
+    same.
 
     The epoch counts up by itself whenever the sampler has been used up; `set_epoch` chooses one.
 
@@ -62,7 +63,8 @@ def chain_from(sampler: Any) -> list[Any]:
     while sampler is not None and not any(sampler is seen for seen in chain):
         chain.append(sampler)
         inner = getattr(sampler, "batch_sampler", None)
-        sampler = inner if inner is not None else getattr(sampler, "sampler", None)
+        inner = getattr(sampler, "sampler", None) if inner is None else inner
+        sampler = inner if hasattr(inner, "__iter__") else None
     return chain
 
 
@@ -80,17 +82,17 @@ def _pass_epoch(sampler: Any, epoch: int) -> None:
 class BatchSamplerShard(BatchSampler):
     """One rank's part of the batches of another batch sampler.
 
-    With `split_batches` every batch is cut into `num_processes` parts, of which this rank takes its own; else rank 0 takes
-    batch 0, rank 1 batch 1, and so on in turn.
+    With `split_batches` every batch is cut into `num_processes` parts, of which this rank takes its own; else rank 0
+    takes batch 0, rank 1 batch 1, and so on in turn.
 
     Args:
-        batch_sampler: The batch sampler over the whole data. Without an attribute ``batch_size`` its batches may have any
-            size, and are then dealt whole.
+        batch_sampler: The batch sampler over the whole data. Without an attribute ``batch_size`` its batches may have
+            any size, and are then dealt whole.
         num_processes: Number of ranks.
         process_index: This rank.
         split_batches: Cut batches instead of dealing them.
-        even_batches: Repeat samples from the start so that all ranks get as many batches, of one size. False: at the end a
-            rank may get a shorter batch, or one batch less.
+        even_batches: Repeat samples from the start so that all ranks get as many batches, of one size. False: at the
+            end a rank may get a shorter batch, or one batch less.
 
     Raises:
         ValueError: with `split_batches`, when the batch size is unknown or no multiple of `num_processes`.
@@ -251,8 +253,8 @@ def rounds_of(sampler: Iterable[Any]) -> Iterator[tuple[Any, Round | None]]:
 
 
 def drawn_from(loader: DataLoader[Any]) -> Any:
-    """What a loader draws its indices from: its batch sampler, or its sampler where it does not batch; None for an iterable
-    dataset's."""
+    """What a loader draws its indices from: its batch sampler, or its sampler where it does not batch; None for an
+    iterable dataset's."""
     if isinstance(loader.dataset, IterableDataset):
         return None
     return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler

@@ -15,8 +15,8 @@ from .base import DataLoaderAdapter, mover
 class DataLoaderShard(DataLoaderAdapter):
     """A torch `DataLoader` that gives this rank's part of the data, on its device.
 
-    At the start of each iteration it makes random orders agree between the ranks; while it is iterated over, `GradientState`
-    knows it as the active loader. `prepare_data_loader` makes one from a plain loader.
+    At the start of each iteration it makes random orders agree between the ranks; while it is iterated over,
+    `GradientState` knows it as the active loader. `prepare_data_loader` makes one from a plain loader.
 
     Args:
         dataset: The dataset; for an iterable one, this rank's part of it (`IterableDatasetShard`).
@@ -105,9 +105,7 @@ class SkipDataLoader(DataLoaderAdapter):
     def __init__(
         self, dataset: Any, skip_batches: int = 0, use_stateful_dataloader: bool = False, **kwargs: Any
     ) -> None:
-        super().__init__(
-            dataset, use_stateful_dataloader=use_stateful_dataloader, skip_batches=skip_batches, **kwargs
-        )
+        super().__init__(dataset, use_stateful_dataloader=use_stateful_dataloader, skip_batches=skip_batches, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.begin()

@@ -19,7 +19,8 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
     """A loader like the one given that starts behind its first batches.
 
     The given loader stays whole: go through the result for the rest of an interrupted epoch, then back to the original,
-    which goes on with the epoch after that. A map-style dataset's skipped batches are not fetched; a stream has to be read.
+    which goes on with the epoch after that. A map-style dataset's skipped batches are not fetched; a stream has to be
+    read.
 
     Args:
         dataloader: A plain or prepared loader.

@@ -1,8 +1,8 @@
 """How batches travel from rank 0: one byte buffer a step, no pickles.
 
-A message is ``[header][tensor bytes][plain values][layout]``. The layout (containers, dtypes, shapes) is sent only when it
-differs from the one before. All ranks hold a buffer of one agreed size; a message that does not fit is announced by one
-that says which size to agree on.
+A message is ``[header][tensor bytes][plain values][layout]``. The layout (containers, dtypes, shapes) is sent only when
+it differs from the one before. All ranks hold a buffer of one agreed size; a message that does not fit is announced by
+one that says which size to agree on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class ReadingRankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank received: its batch, the rows of data on all ranks (None: unknown), their `Round`, whether it is the last."""
+    """What a rank received: its batch, the rows of data on all ranks (None: unknown), their `Round`, whether it is the
+    last."""
 
     batch: Any
     rows: int | None
@@ -273,7 +274,9 @@ class Channel:
         value_bytes = b""
         if round is not None or any(values):
             value_bytes = msgspec.msgpack.encode([round and [round.sizes, round.rows, round.whole], values])
-        return Message(layout, encode_layout(layout) if layout != self._layout else b"", tensors, value_bytes, rows, last)
+        return Message(
+            layout, encode_layout(layout) if layout != self._layout else b"", tensors, value_bytes, rows, last
+        )
 
     def post(self, message: Message) -> None:
         """Sends what `pack` made."""
@@ -285,9 +288,7 @@ class Channel:
         for view, tensor in zip(views, message.tensors, strict=True):
             view.copy_(tensor.detach())
         kind = _NEW if message.layout_bytes else _SAME
-        self._send(
-            kind, message.last, message.rows, self._tensor_bytes, message.value_bytes, message.layout_bytes
-        )
+        self._send(kind, message.last, message.rows, self._tensor_bytes, message.value_bytes, message.layout_bytes)
 
     def send_end(self) -> None:
         """Tells the other ranks that there is no further step."""
@@ -392,6 +393,7 @@ class Channel:
             # The others read what is on the device; rank 0 writes what is to be copied there.
             buffer = self._host if self.collectives.rank == 0 else self._wire
             self._views = [
-                [buffer[start:end].view(dtype).view(shape) for start, end, dtype, shape in part] for part in self._places
+                [buffer[start:end].view(dtype).view(shape) for start, end, dtype, shape in part]
+                for part in self._places
             ]
         return self._views

@@ -155,7 +155,7 @@ def meet(place: Placement, init_method: str | None, timeout: datetime.timedelta)
         }
     )
     store = _open_store(place, init_method, timeout)
-    # A process may leave and join again on the same store: each round of `size` check-ins has a key of its own.
+    # Processes may leave and join again on one store: each round of `size` check-ins has keys of its own.
     arrived = store.add("accelerate/arrived", 1)
     round_, last = (arrived - 1) // place.size, arrived % place.size == 0
     store.set(f"accelerate/{round_}/rank/{place.rank}", socket.gethostname())
@@ -172,15 +172,25 @@ def meet(place: Placement, init_method: str | None, timeout: datetime.timedelta)
             "what those processes printed: they may have failed, or be busy before they create Accelerator or "
             "PartialState. A longer wait: InitProcessGroupKwargs(timeout=...)."
         ) from error
-    return store
+    return dist.PrefixStore(f"accelerate/{round_}/group", store)
+
+
+# The store last used, kept open: a peer that joins again must not find the old one closing under its hands.
+_last_store: tuple[str, dist.Store] | None = None
 
 
 def _open_store(place: Placement, init_method: str | None, timeout: datetime.timedelta) -> dist.Store:
+    global _last_store
     where = init_method or f"{place.address}:{place.port}"
+    key = f"{where} {place.rank}/{place.size} {env.get('TORCHELASTIC_RESTART_COUNT')}"
+    if _last_store is not None and _last_store[0] == key and _answers(_last_store[1]):
+        return _last_store[1]
     try:
         if init_method is None:
-            return _tcp_store(place, timeout)
-        store, _, _ = next(dist.rendezvous(init_method, place.rank, place.size, timeout=timeout))
+            store = _tcp_store(place, timeout)
+        else:
+            store, _, _ = next(dist.rendezvous(init_method, place.rank, place.size, timeout=timeout))
+        _last_store = (key, store)
         return store
     except (dist.DistError, ValueError, OSError) as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
@@ -194,6 +204,14 @@ def _open_store(place: Placement, init_method: str | None, timeout: datetime.tim
             "MASTER_ADDR and MASTER_PORT name its machine and port on every rank, and that no firewall is between them. "
             f"torch says: {error}"
         ) from error
+
+
+def _answers(store: dist.Store) -> bool:
+    try:
+        store.check(["accelerate/arrived"])
+    except dist.DistError:  # its server went with an earlier run
+        return False
+    return True
 
 
 def _tcp_store(place: Placement, timeout: datetime.timedelta) -> dist.Store:

@@ -86,13 +86,16 @@ class StepCounter:
 class GlobalMean:
     """Makes accumulated gradients those of the mean over all items of a global batch.
 
+    Attributes:
+        items: How many this rank has counted since the last division; None: none.
+
     Args:
         strategy: Tells the ranks that share the batch.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
-        self._items: torch.Tensor | None = None
+        self.items: torch.Tensor | None = None
 
     def add(self, num_items: int | float | torch.Tensor) -> None:
         """Counts the items (tokens, samples, or their weights) of one micro-batch of this rank.
@@ -113,12 +116,12 @@ class GlobalMean:
             if num_items < 0:
                 raise ValueError(f"num_items must not be negative, found {num_items}.")
             count = torch.tensor(float(num_items), dtype=dtype, device=device)
-        self._items = count if self._items is None else self._items + count
+        self.items = count if self.items is None else self.items + count
 
     def divide(self, models: Sequence[nn.Module]) -> None:
         """Divides the synchronised gradients of `models` by the items counted on all ranks, and starts a new count."""
-        assert self._items is not None, "add() comes first"
-        items, self._items = self._items, None
+        assert self.items is not None, "add() comes first"
+        items, self.items = self.items, None
         ranks = self._strategy.data_ranks().count
         if ranks > 1:
             self._strategy.world.collectives.all_reduce(items)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from ..checkpointing.objects import model_entry, optimizer_entry
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.forward import extract_model_from_parallel
 from ..runtime.world import DataRanks, World
@@ -23,6 +24,7 @@ from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
 
 if TYPE_CHECKING:
+    from ..checkpointing import Entry
     from ..precision import Precision
     from ..settings.handlers import DistributedDataParallelKwargs, TorchDynamoPlugin
 
@@ -232,6 +234,32 @@ class Strategy:
         """The model's full state, as one would save it."""
         state: dict[str, Any] = self.unwrap(model).state_dict()
         return state
+
+    def entries(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[AcceleratedOptimizer],
+        *,
+        weights: Sequence[dict[str, Any]] | None = None,
+        safe: bool = True,
+        options: dict[str, Any] | None = None,
+    ) -> list[Entry]:
+        """The models' and optimizers' part of a checkpoint.
+
+        Args:
+            models: Prepared models, to load into.
+            optimizers: Prepared optimizers.
+            weights: Instead of `models`, the states to save.
+            safe: Models as safetensors.
+            options: For the models' ``load_state_dict``.
+        """
+        if weights is not None:
+            entries = [model_entry(index, state=state, safe=safe) for index, state in enumerate(weights)]
+        else:
+            entries = [
+                model_entry(index, self.unwrap(model), safe=safe, options=options) for index, model in enumerate(models)
+            ]
+        return entries + [optimizer_entry(index, optimizer) for index, optimizer in enumerate(optimizers)]
 
 
 def _is_dispatched(model: nn.Module) -> bool:

@@ -42,9 +42,7 @@ def plans(loader: DataLoader[Any], ranks: int, **settings: Any) -> list[DataPlan
 
 def loop(loader: Any) -> list[Seen]:
     """One rank's loop."""
-    return [
-        Seen(batch.tolist(), loader.end_of_dataloader, loader.remainder, loader.round) for batch in loader
-    ]
+    return [Seen(batch.tolist(), loader.end_of_dataloader, loader.remainder, loader.round) for batch in loader]
 
 
 def gathered(by_rank: list[list[Seen]]) -> list[Any]:

@@ -131,9 +131,7 @@ def test_what_cannot_be_prepared(
 
 def test_types_of_a_sharded_loader() -> None:
     for rank, (kind, sampler, batches, length) in enumerate(_facts("prepare_data_loader.sharded_types")[0]["output"]):
-        loader = prepare_data_loader(
-            DataLoader(list(range(9)), batch_size=2), num_processes=2, process_index=rank
-        )
+        loader = prepare_data_loader(DataLoader(list(range(9)), batch_size=2), num_processes=2, process_index=rank)
         assert type(loader).__name__ == kind
         assert type(loader.batch_sampler).__name__ == sampler
         assert len(loader) == length

@@ -129,7 +129,10 @@ def test_lists_of_samples_are_cut_by_sample() -> None:
 @pytest.mark.parametrize(
     ("batch", "found"),
     [
-        ({"x": torch.ones(4), "weights": torch.ones(3)}, r"batch\['x'\]': 4, \"batch\['weights'\]\": 3|different numbers"),
+        (
+            {"x": torch.ones(4), "weights": torch.ones(3)},
+            r"batch\['x'\]': 4, \"batch\['weights'\]\": 3|different numbers",
+        ),
         ({"a": 1}, "type dict cannot be split"),
     ],
 )

@@ -35,9 +35,7 @@ def test_every_sample_is_dealt_once_in_order(
 ) -> None:
     batch_size = share * ranks if split else share
     batches = _batches(n, batch_size, drop_last)
-    deals = list(
-        deal_batches(batches, ranks, batch_size=batch_size, split=split, even=even, drop_last=drop_last)
-    )
+    deals = list(deal_batches(batches, ranks, batch_size=batch_size, split=split, even=even, drop_last=drop_last))
     full = share * ranks
     expected = n - n % full if drop_last else n
     assert _data(deals) == list(range(expected))
@@ -102,9 +100,7 @@ def test_a_shard_is_its_rank_of_the_deal(
 ) -> None:
     batch_size = share * ranks if split else share
     inner = BatchSampler(SequentialSampler(range(n)), batch_size, drop_last)
-    deals = list(
-        deal_batches(list(inner), ranks, batch_size=batch_size, split=split, even=even, drop_last=drop_last)
-    )
+    deals = list(deal_batches(list(inner), ranks, batch_size=batch_size, split=split, even=even, drop_last=drop_last))
     for rank in range(ranks):
         shard = BatchSamplerShard(inner, ranks, rank, split_batches=split, even_batches=even)
         assert list(shard) == [parts[rank] for parts, _ in deals if parts[rank]]

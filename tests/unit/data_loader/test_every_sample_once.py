@@ -77,9 +77,7 @@ def test_a_custom_batch_sampler_of_varying_sizes(lengths: list[int], ranks: int,
     numbers = iter(range(1000))
     batches = [[next(numbers) for _ in range(length)] for length in lengths]
     loader: DataLoader[Any] = DataLoader(list(range(sum(lengths))), batch_sampler=batches)  # type: ignore[arg-type]
-    by_rank = [
-        loop(plan.build()) for plan in plans(loader, ranks, even_batches=even, dispatch_batches=dispatch)
-    ]
+    by_rank = [loop(plan.build()) for plan in plans(loader, ranks, even_batches=even, dispatch_batches=dispatch)]
     assert gathered(by_rank) == list(range(sum(lengths)))
     _check_ends(by_rank)
 
@@ -87,9 +85,7 @@ def test_a_custom_batch_sampler_of_varying_sizes(lengths: list[int], ranks: int,
 @given(n=st.integers(0, 20), ranks=st.integers(1, 4), even=st.booleans(), stream=st.booleans())
 def test_loaders_without_a_batch_size(n: int, ranks: int, even: bool, stream: bool) -> None:
     # Each item is a batch of two rows.
-    loader: DataLoader[Any] = DataLoader(
-        Numbers(n) if stream else range(n), batch_size=None, collate_fn=_two_rows
-    )
+    loader: DataLoader[Any] = DataLoader(Numbers(n) if stream else range(n), batch_size=None, collate_fn=_two_rows)
     by_rank = [loop(plan.build()) for plan in plans(loader, ranks, even_batches=even, dispatch_batches=False)]
     assert gathered(by_rank) == [row for item in range(n) for row in (2 * item, 2 * item + 1)]
     _check_ends(by_rank)

@@ -145,15 +145,30 @@ def test_a_custom_sampler_is_kept() -> None:
     [
         ([1, 2], {}, TypeError, "DataLoader to prepare, got list"),
         (DataLoader(range(8), batch_size=3), {"split_batches": True}, ValueError, "batch_size=3 and there are 2"),
-        (DataLoader(range(8), batch_size=None), {"split_batches": True}, ValueError, "needs a loader with a batch_size"),
-        (DataLoader(Stream(), batch_size=None), {"split_batches": True}, ValueError, "needs a loader with a batch_size"),
+        (
+            DataLoader(range(8), batch_size=None),
+            {"split_batches": True},
+            ValueError,
+            "needs a loader with a batch_size",
+        ),
+        (
+            DataLoader(Stream(), batch_size=None),
+            {"split_batches": True},
+            ValueError,
+            "needs a loader with a batch_size",
+        ),
         (
             DataLoader(range(8), batch_sampler=[[1], [2]]),
             {"split_batches": True},
             ValueError,
             "a batch sampler without that attribute",
         ),
-        (DataLoader(range(8), batch_size=3), {"split_batches": True, "dispatch_batches": True}, ValueError, "2 processes"),
+        (
+            DataLoader(range(8), batch_size=3),
+            {"split_batches": True, "dispatch_batches": True},
+            ValueError,
+            "2 processes",
+        ),
         (
             DataLoader(range(8)),
             {"dispatch_batches": True, "put_on_device": False},

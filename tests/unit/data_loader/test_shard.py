@@ -262,9 +262,7 @@ def test_a_shuffled_loader_gives_what_the_plain_one_gives() -> None:
     for stateful in (False, True):
         by_rank = []
         for rank in range(2):
-            shard = prepare_data_loader(
-                plain, num_processes=2, process_index=rank, use_stateful_dataloader=stateful
-            )
+            shard = prepare_data_loader(plain, num_processes=2, process_index=rank, use_stateful_dataloader=stateful)
             torch.manual_seed(5)
             by_rank.append([rows(shard) for _ in range(2)])
         for epoch in range(2):
@@ -357,10 +355,7 @@ def test_the_loaders_arguments_are_kept() -> None:
     for ranks in (1, 2):
         loader = prepare_data_loader(plain, num_processes=ranks, process_index=0)
         assert isinstance(loader, DataLoader)
-        for name in (
-            "dataset batch_size drop_last num_workers collate_fn timeout worker_init_fn generator prefetch_factor "
-            "persistent_workers pin_memory sampler multiprocessing_context"
-        ).split():
+        for name in ["dataset", "batch_size", "drop_last", "num_workers", "collate_fn", "timeout", "worker_init_fn", "generator", "prefetch_factor", "persistent_workers", "pin_memory", "sampler", "multiprocessing_context"]:
             assert getattr(loader, name) == getattr(plain, name), name
 
 

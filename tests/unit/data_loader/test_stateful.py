@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 pytest.importorskip("torchdata.stateful_dataloader")
 
-from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from accelerate.data_loader import (  # noqa: E402
+from accelerate.data_loader import (
     DataLoaderDispatcher,
     DataLoaderShard,
     prepare_data_loader,
@@ -76,7 +76,8 @@ def rows(loader: Any) -> list[Any]:
 
 
 def _seen(loader: Any, batch: Any) -> tuple[Any, ...]:
-    # What completes the last batch of a stream comes from the first batch that was read: after resuming that is another.
+    # What completes the last batch of a stream comes from the first batch that was read: after resuming that is
+    # another.
     given = batch.tolist() if loader.round is None else len(batch)
     return given, loader.end_of_dataloader, loader.remainder, loader.round
 

@@ -49,9 +49,7 @@ class Ends:
         self.near = Channel(self.line, staged=staged)
         self.far = Channel(Line(1, sent), staged=staged)
 
-    def carry(
-        self, parts: list[Any], rows: int | None = None, round: Round | None = None, last: bool = False
-    ) -> Step:
+    def carry(self, parts: list[Any], rows: int | None = None, round: Round | None = None, last: bool = False) -> Step:
         self.near.post(self.near.pack(parts, rows, round, last))
         step = self.far.receive(1)
         assert step is not None
@@ -187,7 +185,7 @@ class Demanding(UserDict):
         ([1, 2**70], "more than 64 bits"),
         ({("a", 1): 2}, "keys are not strings or numbers"),
         (Demanding(1, 2), "cannot be built from its items"),
-        (namedtuple("Local", ["x"])(torch.ones(1)), "cannot be built"),  # noqa: PYI024
+        (namedtuple("Local", ["x"])(torch.ones(1)), "cannot be built"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_before_anything_is(value: Any, found: str) -> None:

@@ -1,0 +1,26 @@
+"""Checkpoints that can be killed, resumed and trusted.
+
+`entries` and its neighbours say what is in one, `commit` how it lands on disk, `loading` how it is checked before anything
+changes; `session` puts them in order for an `Accelerator`, whose methods are in `methods`.
+"""
+
+from __future__ import annotations
+
+from .entries import Entry
+from .errors import CheckpointError, LoadError, Problem, SaveError
+from .loading import LoadReport
+from .methods import CheckpointMethods
+from .model_files import clean_state_dict_for_safetensors, load, save
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointMethods",
+    "Entry",
+    "LoadError",
+    "LoadReport",
+    "Problem",
+    "SaveError",
+    "clean_state_dict_for_safetensors",
+    "load",
+    "save",
+]

@@ -1,0 +1,209 @@
+"""The part of `Accelerator` that saves and resumes: docstrings and a line of delegation each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.hooks import RemovableHandle
+
+from ..logging import get_logger
+from ..runtime import world
+from . import model_files
+from .loading import LoadReport
+from .progress import Run
+from .session import Checkpoints
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = get_logger(__name__)
+
+
+class CheckpointMethods:
+    """What an `Accelerator` does with checkpoints."""
+
+    if TYPE_CHECKING:
+        strategy: Any
+        project_configuration: Any
+        should_save_model: bool
+        step: int
+
+        def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]: ...
+
+    @cached_property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self._run, self.strategy, self.project_configuration)
+
+    def _run(self: Any) -> Run:
+        return Run(
+            world.current(),
+            self._models,
+            self._optimizers,
+            self._schedulers,
+            self._dataloaders,
+            self._custom_objects,
+            self.scaler,
+            self.step,
+            set_step=lambda step: setattr(self, "step", step),
+            items=lambda: self._global_mean.items,
+            set_items=lambda items: setattr(self._global_mean, "items", items),
+        )
+
+    def save_state(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        asynchronous: bool = False,
+        **save_model_func_kwargs: Any,
+    ) -> Path:
+        """Saves the whole state of the run: models, optimizers, schedulers, scaler, random states, positions of stateful
+        loaders, accumulated gradients and registered objects. All processes call this together.
+
+        The checkpoint is written beside its folder and moved there when it is complete and on disk; one that was there
+        before is untouched until then. Each file's size and checksum are kept with it.
+
+        Args:
+            output_dir: The folder. None: numbered below ``project_dir/checkpoints``, of which
+                ``ProjectConfiguration.total_limit`` are kept.
+            safe_serialization: Models as safetensors; else as `torch.save` writes them.
+            asynchronous: Return when the state has been copied, and write it meanwhile. The next save or load,
+                `wait_for_checkpoint`, `end_training` and the end of the process wait for it; a failure is raised there.
+            **save_model_func_kwargs: For engines that save models themselves.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            SaveError: on every process, when any could not write its part; nothing that was there has changed.
+            TypeError: without `output_dir` and ``project_dir``.
+            ValueError: when the next number is taken by a checkpoint that was not resumed from.
+            RuntimeError: when only some processes call this.
+        """
+        return self._checkpoints.save(output_dir, safe_serialization, asynchronous)
+
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+        *,
+        strict: bool = True,
+        **load_model_func_kwargs: Any,
+    ) -> LoadReport:
+        """Loads what `save_state` saved, on this or another number of processes. All processes call this together.
+
+        Everything is checked before anything is changed: checksums, what is missing, what is extra, shapes.
+
+        Args:
+            input_dir: The folder. None: the newest valid one below ``project_dir/checkpoints``.
+            load_kwargs: For `torch.load`. Code in files never runs.
+            strict: Refuse a checkpoint that does not fit as a whole; False loads what fits and reports the rest.
+            **load_model_func_kwargs: For the models' ``load_state_dict``.
+
+        Returns:
+            What was loaded, left out (with ``strict=False``) and passed over.
+
+        Raises:
+            LoadError (a ValueError): on every process, listing everything that was found.
+        """
+        load_model_func_kwargs.pop("map_location", None)  # states are read over a memory map and copied to where they go
+        return self._checkpoints.load(
+            input_dir, load_kwargs=load_kwargs, strict=strict, model_options=load_model_func_kwargs
+        )
+
+    def resume(self, *, strict: bool = True) -> LoadReport | None:
+        """Loads the newest valid checkpoint below ``project_dir/checkpoints``, if there is one: the line that makes a script
+        restartable. Checkpoints saved from here on are numbered behind those that are there.
+
+        Args:
+            strict: As for `load_state`.
+
+        Returns:
+            What was loaded; None at the first start.
+
+        Example:
+            ```python
+            accelerator.resume()
+            for epoch in range(loader.iteration, epochs):
+                for batch in loader:
+                    ...
+            ```
+        """
+        return self._checkpoints.resume(strict=strict)
+
+    def wait_for_checkpoint(self) -> None:
+        """Waits for ``save_state(asynchronous=True)`` to finish.
+
+        Raises:
+            SaveError: when it failed.
+        """
+        self._checkpoints.wait()
+
+    def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Has `hook` called by `save_state` before anything is written.
+
+        Args:
+            hook: Called as ``hook(models, weights, output_dir)``. `weights` lists the models' states; those it takes out of the
+                list are not saved. `output_dir` is where the checkpoint is being written: what the hook writes there is
+                part of it.
+
+        Returns:
+            A handle whose ``remove()`` removes the hook.
+        """
+        return self._checkpoints.add_hook(self._checkpoints.save_hooks, hook)
+
+    def register_load_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Has `hook` called by `load_state` before models are loaded.
+
+        Args:
+            hook: Called as ``hook(models, input_dir)``. Models it takes out of the list are not loaded.
+
+        Returns:
+            A handle whose ``remove()`` removes the hook.
+        """
+        return self._checkpoints.add_hook(self._checkpoints.load_hooks, hook)
+
+    def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
+        """Saves an object once a run (or once a machine, with ``save_on_each_node``).
+
+        Args:
+            obj: What to save.
+            f: A path or an open binary file.
+            safe_serialization: As safetensors: `obj` is then a dictionary of tensors.
+        """
+        model_files.save(
+            obj,
+            f,
+            save_on_each_node=self.project_configuration.save_on_each_node,
+            safe_serialization=safe_serialization,
+        )
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Saves a model's weights in files that other programs load: one, or several with an index.
+
+        Args:
+            model: A prepared model, or any other.
+            save_directory: The folder. When that is a file, an error is logged and nothing saved.
+            max_shard_size: Largest size of a file, such as ``"5GB"``.
+            safe_serialization: As safetensors; else as `torch.save` writes them.
+
+        Raises:
+            RuntimeError: when tensors have no values (device meta).
+        """
+        folder = Path(os.path.expanduser(save_directory))
+        if folder.is_file():
+            logger.error(f"save_model needs a folder, and {folder} is a file: nothing was saved.")
+            return
+        state = self.get_state_dict(model)
+        if self.should_save_model:
+            model_files.save_model(model, state, folder, max_shard_size, safe_serialization)

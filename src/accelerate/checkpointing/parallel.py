@@ -1,0 +1,37 @@
+"""A few threads for work that waits for the disk or sums bytes. (An executor takes no work while the interpreter ends, which
+is just when a save in the background is waited for.)"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def in_parallel(action: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+    """``[action(item) for item in items]`` by several threads. The first item that fails has its error raised."""
+    if min(threads, len(items)) < 2:
+        return [action(item) for item in items]
+    results: list[Any] = [None] * len(items)
+    errors: dict[int, BaseException] = {}
+    numbers = itertools.count()
+
+    def work() -> None:
+        while not errors and (number := next(numbers)) < len(items):
+            try:
+                results[number] = action(items[number])
+            except BaseException as error:  # noqa: BLE001 - raised below, on the thread that called
+                errors[number] = error
+
+    workers = [threading.Thread(target=work, name="checkpoint") for _ in range(min(threads, len(items)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[min(errors)]
+    return results

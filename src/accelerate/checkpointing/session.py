@@ -1,0 +1,232 @@
+"""The checkpoints of one `Accelerator`: its hooks, the save under way, and the order in which saving and loading go."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+from ..settings.handlers import ProjectConfiguration
+from ..state import GradientState
+from . import loading, progress
+from .background import BackgroundWriter
+from .entries import Entry
+from .errors import LoadError, SaveError, listed
+from .finding import is_whole
+from .joint import check_called_by_all, together
+from .names import FOLDER, NUMBERED, model_file, number_of, numbered_folders
+from .objects import custom_entry, scaler_entry, scheduler_entry
+from .progress import Run
+from .saving import Job, abandon, capture, open_staging
+
+PreHook = Callable[..., None]
+
+
+class Checkpoints:
+    """Saves and loads the state of a run.
+
+    Args:
+        run: Gives the objects of the run as they are now.
+        strategy: Gives the entries of models and optimizers, and the models' states.
+        project: Where checkpoints go that are not given a folder.
+    """
+
+    def __init__(self, run: Callable[[], Run], strategy: Any, project: ProjectConfiguration) -> None:
+        self._run = run
+        self._strategy = strategy
+        self._project = project
+        self._writer = BackgroundWriter()
+        self.save_hooks: OrderedDict[int, PreHook] = OrderedDict()
+        self.load_hooks: OrderedDict[int, PreHook] = OrderedDict()
+
+    def add_hook(self, hooks: OrderedDict[int, PreHook], hook: PreHook) -> RemovableHandle:
+        """Adds a hook; the handle removes it."""
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = hook
+        return handle
+
+    def wait(self) -> None:
+        """Waits for the save under way, and raises what went wrong in it."""
+        self._writer.wait()
+
+    # Save ------------------------------------------------------------------------------------------------------------
+
+    def save(self, output_dir: str | os.PathLike[str] | None, safe: bool, asynchronous: bool) -> Path:
+        """See `Accelerator.save_state`."""
+        run = self._run()
+        comm = run.world.collectives
+        check_called_by_all(comm, "save_state")
+        self.wait()
+        target = self._named(run, output_dir)
+        collectives = self._writer.collectives() if asynchronous else comm
+        disk = open_staging(run.world, target, self._project.save_on_each_node)
+        # Ranks may differ in the folder they asked for; rank 0's counts.
+        target = disk.target
+
+        def take() -> list[Any]:
+            weights = [self._strategy.model_state(model) for model in run.models]
+            for hook in self.save_hooks.values():
+                hook(run.models, weights, str(disk.staging))
+            entries = [
+                *self._strategy.entries([], run.optimizers, weights=weights, safe=safe),
+                *self._others(run, run.world.size),
+            ]
+            parts.extend(capture(entries, disk, copy=asynchronous))
+            return []
+
+        parts: list[Any] = []
+        try:
+            together(comm, f"taking the state for {target}", take, SaveError)
+        except SaveError:
+            abandon(disk)
+            raise
+        project = self._project_folder()
+        job = Job(
+            run.world,
+            collectives,
+            disk,
+            parts,
+            step=run.step,
+            number=self._project.iteration,
+            project=project if project is not None and target.parent == project / FOLDER else None,
+            limit=self._project.total_limit,
+        )
+        if asynchronous:
+            self._writer.start(job)
+        else:
+            job.run()
+        self._project.iteration += 1
+        return target
+
+    def _others(self, run: Run, saved_world_size: int) -> list[Entry]:
+        """The entries besides models and optimizers; random states last, since everything else may draw from them."""
+        gradients = (
+            progress.gradients_entry(run)
+            if saved_world_size == run.world.size
+            else progress.merged_gradients_entry(run, saved_world_size)
+        )
+        return [
+            *(scheduler_entry(index, scheduler) for index, scheduler in enumerate(run.schedulers)),
+            *progress.loader_entries(run.loaders),
+            *([] if run.scaler is None else [scaler_entry(run.scaler)]),
+            *(custom_entry(index, registered) for index, registered in enumerate(run.registered)),
+            progress.progress_entry(run),
+            gradients,
+            progress.random_entry(run, saved_world_size),
+        ]
+
+    def _project_folder(self) -> Path | None:
+        folder = self._project.project_dir
+        return None if folder is None else Path(os.path.expanduser(folder))
+
+    def _named(self, run: Run, output_dir: str | os.PathLike[str] | None) -> Path:
+        if output_dir is not None:
+            return Path(os.path.expanduser(output_dir))
+        project = self._project_folder()
+        if project is None:
+            raise TypeError(
+                "save_state needs a folder: pass `output_dir`, or give the Accelerator a `project_dir` and let "
+                "ProjectConfiguration(automatic_checkpoint_naming=True) number the checkpoints below it."
+            )
+        target = project / FOLDER / f"{NUMBERED}{self._project.iteration}"
+        (taken,) = run.world.collectives.broadcast_object_list([target.is_dir() and is_whole(target)])
+        if taken:
+            raise ValueError(
+                f"{target} exists already. Go on from the newest checkpoint with `accelerator.resume()`, which also counts on "
+                "from it; or set `accelerator.project_configuration.iteration` to a number that is free."
+            )
+        return target
+
+    # Load ------------------------------------------------------------------------------------------------------------
+
+    def resume(self, **options: Any) -> loading.LoadReport | None:
+        """See `Accelerator.resume`."""
+        run = self._run()
+        check_called_by_all(run.world.collectives, "resume")
+        project = self._project_folder()
+        if project is None:
+            raise ValueError("resume looks for checkpoints below the project's folder: Accelerator(project_dir=...).")
+        self.wait()
+        folder, passed_over = loading.find(run.world, project)
+        if folder is None:
+            return None
+        report = self._load(run, folder, verified=True, **options)
+        report.passed_over = passed_over
+        return report
+
+    def load(self, input_dir: str | os.PathLike[str] | None, **options: Any) -> loading.LoadReport:
+        """See `Accelerator.load_state`."""
+        run = self._run()
+        check_called_by_all(run.world.collectives, "load_state")
+        self.wait()
+        if input_dir is not None:
+            (name,) = run.world.collectives.broadcast_object_list([os.path.expanduser(input_dir)])
+            return self._load(run, Path(name), verified=False, **options)
+        project = self._project_folder()
+        if project is None:
+            raise ValueError(
+                "load_state needs a folder: pass `input_dir`, or give the Accelerator the `project_dir` whose newest "
+                "checkpoint is to be loaded."
+            )
+        folder, passed_over = loading.find(run.world, project)
+        if folder is None:
+            reasons = [f"{path.name}: {problem}" for path, problems in passed_over for problem in problems[:3]]
+            told = f"; these are no valid ones:\n{listed(reasons)}" if reasons else "."
+            raise LoadError(f"there is no checkpoint in {project / FOLDER}{told}")
+        report = self._load(run, folder, verified=True, **options)
+        report.passed_over = passed_over
+        return report
+
+    def _load(
+        self,
+        run: Run,
+        folder: Path,
+        *,
+        verified: bool,
+        strict: bool = True,
+        load_kwargs: dict[str, Any] | None = None,
+        model_options: dict[str, Any] | None = None,
+    ) -> loading.LoadReport:
+        manifest = loading.open_checkpoint(run.world, folder, verified=verified)
+        size = manifest.world_size if manifest is not None else _ranks_in(folder)
+        options = load_kwargs or {}
+        others = [*self._strategy.entries([], run.optimizers), *self._others(run, size)]
+        readings = [loading.read_entries(folder, others, options)]
+        models = list(run.models)
+        if self.load_hooks:
+            # A hook changes models itself: what can be checked before is checked before.
+            loading.conclude(run.world, folder, readings, strict)
+            for hook in self.load_hooks.values():
+                hook(models, str(folder))
+        entries = self._model_entries(models, folder, model_options or {})
+        readings.append(loading.read_entries(folder, entries, options))
+        hooked = [] if self.load_hooks else loading.extra_files(folder, [*others, *entries], manifest)
+        readings.append(loading.Reading([], hooked))
+        problems = loading.conclude(run.world, folder, readings, strict)
+        if not GradientState().sync_gradients:
+            progress.drop_gradients(run)
+        loading.apply(run.world, folder, [readings[1], readings[0]])
+        self._count_on(folder)
+        return loading.LoadReport(
+            folder, problems, world_size=size, number=None if manifest is None else manifest.iteration
+        )
+
+    def _model_entries(self, models: Sequence[Any], folder: Path, options: dict[str, Any]) -> list[Entry]:
+        safe = not (folder / model_file(0, safe=False)).is_file() or (folder / model_file(0, safe=True)).is_file()
+        entries: list[Entry] = self._strategy.entries(models, [], safe=safe, options=options)
+        return entries
+
+    def _count_on(self, folder: Path) -> None:
+        project = self._project_folder()
+        if project is None or number_of(folder) is None or folder.resolve().parent != (project / FOLDER).resolve():
+            return
+        numbers = [number_of(other) for other in numbered_folders(project)]
+        self._project.iteration = max(number for number in numbers if number is not None) + 1
+
+
+def _ranks_in(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("random_states_*.pkl"))
