@@ -13,7 +13,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear "$venv"
 fi
 pwd -P >"$venv/.place"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --quiet "$@"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --quiet --quiet "$@"; }
 
 # torch goes first and by its exact version: asked for as somebody's dependency it may bring gigabytes of another build.
 # Where that version cannot be had, the newest that fits will do, and the other packages' versions are let go with it.

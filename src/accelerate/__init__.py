@@ -32,6 +32,7 @@ _EXPORTS = {name: home for home, names in _HOMES.items() for name in names}
 # Public modules: `import accelerate` is enough to write accelerate.state.AcceleratorState.
 _SUBMODULES = (
     "accelerator",
+    "checkpointing",
     "commands",
     "data_loader",
     "launchers",

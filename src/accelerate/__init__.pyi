@@ -1,6 +1,7 @@
 """The names that `__init__.py` looks up when they are used, for type checkers and editors."""
 
 from accelerate import accelerator as accelerator
+from accelerate import checkpointing as checkpointing
 from accelerate import commands as commands
 from accelerate import data_loader as data_loader
 from accelerate import launchers as launchers

@@ -81,7 +81,7 @@ def _all_at_once() -> list[Any]:
     results: list[Any] = []
     # Loops that are left, on all ranks, and begun again.
     loader = dispatched(list(range(12)), batch_size=2)
-    for batch in loader:
+    for _ in loader:
         break
     results.append([batch.tolist() for batch in loader])
     # One loop inside another, over the same line.

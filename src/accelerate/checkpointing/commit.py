@@ -47,7 +47,9 @@ def stage(target: Path) -> Path:
     return staging
 
 
-def commit(staging: Path, target: Path, records: Iterable[FileRecord], *, world_size: int, step: int, number: int) -> None:
+def commit(
+    staging: Path, target: Path, records: Iterable[FileRecord], *, world_size: int, step: int, number: int
+) -> None:
     """Makes what lies in `staging` the checkpoint `target`.
 
     Args:

@@ -1,8 +1,8 @@
 """What can go wrong with a checkpoint, and the list of findings that one error shows.
 
-    CheckpointError(RuntimeError)
-    ├── SaveError            nothing was committed: what was there before is untouched
-    └── LoadError            nothing was changed: `problems` lists everything that was found
+CheckpointError(RuntimeError)
+├── SaveError            nothing was committed: what was there before is untouched
+└── LoadError            nothing was changed: `problems` lists everything that was found
 """
 
 from __future__ import annotations

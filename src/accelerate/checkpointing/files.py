@@ -248,16 +248,19 @@ def write_safetensors(state: Mapping[str, torch.Tensor], writer: FileWriter) -> 
 def _checked(name: str, value: Any) -> torch.Tensor:
     known = isinstance(value, torch.Tensor) and str(value.dtype).removeprefix("torch.") in _SAFE_DTYPES
     if not known or value.layout is not torch.strided:
-        what = f"a {value.dtype} tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else repr(type(value))
+        what = (
+            f"a {value.dtype} tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else repr(type(value))
+        )
         raise ValueError(
             f"{name!r} is {what}, which the safetensors format cannot hold: save with safe_serialization=False."
         )
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -16,7 +16,9 @@ from .errors import CheckpointError, LoadError
 _T = TypeVar("_T")
 
 
-def together(collectives: Collectives, doing: str, action: Callable[[], _T], failure: type[CheckpointError]) -> list[_T]:
+def together(
+    collectives: Collectives, doing: str, action: Callable[[], _T], failure: type[CheckpointError]
+) -> list[_T]:
     """Runs `action` on every rank and waits for all.
 
     Args:
@@ -40,7 +42,7 @@ def together(collectives: Collectives, doing: str, action: Callable[[], _T], fai
     told = None if cause is None else _describe(cause)
     try:
         outcomes = collectives.all_gather_object((told, result))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the transport has errors of many types
         own = f" On this rank: {told}." if told else ""
         raise failure(
             f"{doing} failed on rank {collectives.rank}: the other processes do not answer ({error}).{own} One of them has "
@@ -102,16 +104,24 @@ def _branches(tree: ast.AST) -> Iterator[tuple[int, int, str]]:
     for node in ast.walk(tree):
         if not isinstance(node, ast.If):
             continue
-        tests = node.test.values if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And) else [node.test]
+        tests = (
+            node.test.values if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And) else [node.test]
+        )
         if any(_picks_ranks(test) for test in tests):
             yield node.body[0].lineno, _end(node.body[-1]), ast.unparse(node.test)
-        negated = node.test.operand if isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not) else None
+        negated = (
+            node.test.operand if isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not) else None
+        )
         if node.orelse and negated is not None and _picks_ranks(negated):
             yield node.orelse[0].lineno, _end(node.orelse[-1]), f"{ast.unparse(node.test)}: … else"
 
 
 def _picks_ranks(test: ast.AST) -> bool:
-    if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq) and isinstance(test.comparators[0], ast.Constant):
+    if (
+        isinstance(test, ast.Compare)
+        and isinstance(test.ops[0], ast.Eq)
+        and isinstance(test.comparators[0], ast.Constant)
+    ):
         return isinstance(test.left, ast.Attribute) and test.left.attr in _RANKS
     return isinstance(test, ast.Attribute) and test.attr in _ALONE
 

@@ -184,7 +184,8 @@ def apply(world: World, folder: Path, readings: Sequence[Reading]) -> None:
                 try:
                     entry.load(state)
                 except Exception as error:
-                    raise LoadError(f"{entry.path} was refused by its object: {type(error).__name__}: {error}") from error
+                    raise LoadError(
+                        f"{entry.path} was refused by its object: {type(error).__name__}: {error}"
+                    ) from error
 
     together(world.collectives, f"loading {folder}", put, LoadError)
-

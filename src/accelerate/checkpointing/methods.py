@@ -29,10 +29,6 @@ class CheckpointMethods:
     if TYPE_CHECKING:
         strategy: Any
         project_configuration: Any
-        should_save_model: bool
-        step: int
-
-        def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]: ...
 
     @cached_property
     def _checkpoints(self) -> Checkpoints:
@@ -110,7 +106,9 @@ class CheckpointMethods:
         Raises:
             LoadError (a ValueError): on every process, listing everything that was found.
         """
-        load_model_func_kwargs.pop("map_location", None)  # states are read over a memory map and copied to where they go
+        load_model_func_kwargs.pop(
+            "map_location", None
+        )  # states are read over a memory map and copied to where they go
         return self._checkpoints.load(
             input_dir, load_kwargs=load_kwargs, strict=strict, model_options=load_model_func_kwargs
         )
@@ -147,9 +145,9 @@ class CheckpointMethods:
         """Has `hook` called by `save_state` before anything is written.
 
         Args:
-            hook: Called as ``hook(models, weights, output_dir)``. `weights` lists the models' states; those it takes out of the
-                list are not saved. `output_dir` is where the checkpoint is being written: what the hook writes there is
-                part of it.
+            hook: Called as ``hook(models, weights, output_dir)``. `weights` lists the models' states; those that it takes
+                out of the list are not saved. `output_dir` is where the checkpoint is being written: what the hook writes
+                there is part of it.
 
         Returns:
             A handle whose ``remove()`` removes the hook.
@@ -183,7 +181,7 @@ class CheckpointMethods:
         )
 
     def save_model(
-        self,
+        self: Any,
         model: nn.Module,
         save_directory: str | os.PathLike[str],
         max_shard_size: int | str = "10GB",

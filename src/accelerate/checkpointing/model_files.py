@@ -242,7 +242,9 @@ def save_model(
         _write_index(folder / index_name, contents, tensors)
     stale = re.compile(re.escape(pattern).replace(re.escape("{suffix}"), r"(-\d{5}-of-\d{5})?"))
     for path in folder.iterdir():
-        if path.name not in contents and (stale.fullmatch(path.name) or (path.name == index_name and len(contents) == 1)):
+        if path.name not in contents and (
+            stale.fullmatch(path.name) or (path.name == index_name and len(contents) == 1)
+        ):
             path.unlink()
     return list(contents)
 

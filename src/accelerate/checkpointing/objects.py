@@ -134,7 +134,12 @@ def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
         values = saved["state"].get(key, {})
         for name, value in values.items() if isinstance(values, dict) else ():
             expected = _expected_shape(optimizer, parameter, name)
-            if isinstance(value, torch.Tensor) and expected is not None and value.shape != expected and value.numel() != 1:
+            if (
+                isinstance(value, torch.Tensor)
+                and expected is not None
+                and value.shape != expected
+                and value.numel() != 1
+            ):
                 text = f"{name!r} of parameter {key} has shape {list(value.shape)}; expected {list(expected)}"
                 problems.append(Problem(path, "shape", text))
     return problems
@@ -221,7 +226,9 @@ def _check_scheduler(path: str, scheduler: Any, saved: Any) -> list[Problem]:
     # Releases of torch add and drop names; a state that both lacks and adds some is of another kind of scheduler.
     if live - theirs and theirs - live:
         kind = type(getattr(scheduler, "scheduler", scheduler)).__name__
-        text = f"the state of another kind of scheduler than {kind}: it lacks {sorted(live - theirs)} and has {sorted(theirs - live)}"
+        text = (
+            f"it is of another kind of scheduler than {kind}: no {sorted(live - theirs)}, but {sorted(theirs - live)}"
+        )
         return [Problem(path, "state", text)]
     return []
 
@@ -239,8 +246,8 @@ def custom_entry(index: int, registered: Any) -> Entry:
         capture=registered.state_dict,
         load=lambda saved: registered.load_state_dict(_cloned(saved)),
         needs=(
-            f" It belongs to a registered {name}. Checkpoints are read without running code; if its state_dict holds "
-            "objects of classes that you trust, allow them before loading with `torch.serialization.add_safe_globals([...])`, "
+            f" It belongs to a registered {name}. Checkpoints are read without running code. If its state_dict holds "
+            "objects of classes that you trust, allow these before loading: `torch.serialization.add_safe_globals([...])`; "
             "or let it return plain data and tensors."
         ),
     )

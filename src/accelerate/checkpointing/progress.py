@@ -91,25 +91,28 @@ def _ratio(saved: dict[str, Any], loader: Any) -> tuple[int, int]:
 def _drawn(saved: dict[str, Any]) -> int:
     main = saved["_snapshot"].get("_main_snapshot", {}) if "_snapshot" in saved else saved
     own = main.get("_sampler_iter_state")
-    return int(own["drawn"]) if isinstance(own, dict) and "drawn" in own else int(main.get("_sampler_iter_yielded") or 0)
+    return (
+        int(own["drawn"]) if isinstance(own, dict) and "drawn" in own else int(main.get("_sampler_iter_yielded") or 0)
+    )
 
 
 def _check_position(path: str, saved: Any, loader: Any) -> list[Problem]:
     if not isinstance(saved, dict):
         return [Problem(path, "corrupt", f"expected a loader's position, found {type(saved).__name__}")]
-    problems = []
     before, now = saved.get(EXTENT), extent(loader)
+    if before is None or not ("_snapshot" in saved or "_num_yielded" in saved):
+        return []  # another release's, or a loader that had not begun
+    problems = []
     parts, whole = _ratio(saved, loader)
-    if "_snapshot" in saved or "_num_yielded" in saved:
-        if _drawn(saved) * parts % whole and not saved.get("_iterator_finished"):
-            text = (
-                f"it stands behind {_drawn(saved) // before['draws']} steps of {before['samples']} samples, which is no whole number of "
-                f"steps of {now['samples']}: use the batch size with which all ranks together take {before['samples']}"
-            )
-            problems.append(Problem(path, "state", text))
-        if before is not None and before["workers"] != now["workers"] and (before["workers"] or now["workers"]):
-            text = f"saved by a loader with {before['workers']} workers; this one has {now['workers']}"
-            problems.append(Problem(path, "state", text))
+    if _drawn(saved) * parts % whole and not saved.get("_iterator_finished"):
+        text = (
+            f"it stands behind {_drawn(saved) // before['draws']} steps of {before['samples']} samples, which is no whole "
+            f"number of steps of {now['samples']}: choose batches of which all ranks together take {before['samples']}"
+        )
+        problems.append(Problem(path, "state", text))
+    if before["workers"] != now["workers"]:
+        text = f"saved by a loader with {before['workers']} workers; this one has {now['workers']}"
+        problems.append(Problem(path, "state", text))
     return problems
 
 
@@ -185,7 +188,7 @@ def _set_epoch(loader: Any, epoch: dict[str, Any]) -> None:
     # Of a loader without a position: the epoch that was interrupted begins anew, in the same order; `skip_first_batches`
     # goes on in the middle of it.
     loader.iteration = epoch["iteration"]
-    sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else None
+    sampler: Any = loader.get_sampler() if hasattr(loader, "get_sampler") else None
     if epoch["seed"] is not None and hasattr(sampler, "initial_seed"):
         sampler.initial_seed = epoch["seed"]
         sampler.seed_is_shared = True

@@ -43,7 +43,7 @@ def capture(step: int) -> dict[str, Any]:
 
             states["xm_seed"] = xm.get_rng_state()
             continue
-        module = kind.torch_module()
+        module: Any = kind.torch_module()
         if hasattr(module, "get_rng_state_all"):
             states[_key(kind.name)] = module.get_rng_state_all()
         elif hasattr(module, "get_rng_state"):

@@ -1,9 +1,9 @@
 """`save`: all ranks write their parts beside the target, rank 0 commits. Nothing that exists is touched before that.
 
-    1. agree on the folder        rank 0's; ranks on a machine without a common disk make one of their own
-    2. capture                    hooks run, states are taken (copied first, if the step is to go on meanwhile)
-    3. write                      every rank its files, synced
-    4. commit                     manifest, one rename; then older checkpoints beyond the limit go
+1. agree on the folder        rank 0's; ranks on a machine without a common disk make one of their own
+2. capture                    hooks run, states are taken (copied first, if the step is to go on meanwhile)
+3. write                      every rank its files, synced
+4. commit                     manifest, one rename; then older checkpoints beyond the limit go
 """
 
 from __future__ import annotations

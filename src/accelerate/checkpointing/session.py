@@ -136,8 +136,8 @@ class Checkpoints:
         (taken,) = run.world.collectives.broadcast_object_list([target.is_dir() and is_whole(target)])
         if taken:
             raise ValueError(
-                f"{target} exists already. Go on from the newest checkpoint with `accelerator.resume()`, which also counts on "
-                "from it; or set `accelerator.project_configuration.iteration` to a number that is free."
+                f"{target} exists already. Go on from the newest checkpoint with `accelerator.resume()`, which also counts "
+                "on from it; or set `accelerator.project_configuration.iteration` to a number that is free."
             )
         return target
 

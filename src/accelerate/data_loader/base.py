@@ -50,26 +50,24 @@ class DataLoaderStateMixin:
         remainder: Documented, for one's own use: the number of samples that the last round of all ranks holds beyond
             full ones. Map-style datasets: the number of samples the sampler draws modulo `total_batch_size`, at every
             batch (so 0 means that nothing is padded); -1 with ``drop_last`` and where the number is unknown. Iterable
-            datasets: -1 until the last batch, then the samples in it over all ranks (-1 if the last batch is full and
-                the
-            loader is sharded; the dispatcher knows it then too). **Not** enough to trim by: see `round`.
+            datasets: -1 until the last batch, then the samples in it over all ranks (-1 where the last batch is full
+                and
+            the loader sharded; the dispatcher knows it then too). **Not** enough to trim by: see `round`.
         round: What the current step of all ranks holds, if that is not "as many rows on each rank, all of them data";
             else None. The one thing to gather by: ranks ``0 … round.holders - 1`` have a batch at this step, the others
             have left their loops and must not be waited for; concatenated in rank order, the first ``round.rows`` rows
             are data. `gather_rows` and `gather_items` in `accelerate.data_loader.gathering` do just that.
 
-    By mode (P ranks):
+    When `round` is set, by mode:
 
-    | mode | steps | `round` |
-    |---|---|---|
-    | one rank | the loader's batches as they are | None |
-    | sharded, `even_batches` | as many on all ranks | set at the last step if samples were repeated to fill it |
-    | sharded, not even | a rank may stop one step early | set at the last step of those that have it: sizes differ, 0 for the ranks that stopped |
-    | sharded, a batch sampler of varying sizes | dealt whole | set at each step whose sizes differ; the last is completed with whole batches |
-    | sharded, ``batch_size=None`` | each item is a batch | set at an incomplete last step, counting batches (`whole`) |
-    | sharded iterable | as by size above | as above, and once more a worker if there are several workers |
-    | dispatched | as many on all ranks | set at the last step if rows were repeated, or wherever sizes differ |
-    | ``drop_last`` | full rounds only | None |
+    - One rank, and ``drop_last`` (full rounds only): never.
+    - Sharded, `even_batches`: at the last step, if samples were repeated to fill it. All ranks take as many steps.
+    - Sharded, not even: at the last step of the ranks that have it, with differing sizes, 0 for those that stopped
+    before. - Sharded, a batch sampler of varying sizes, which are dealt whole: at each step whose sizes differ; with
+      `even_batches` the last step is completed with whole batches from the start.
+    - Sharded, ``batch_size=None``, where each item is a batch: at an incomplete last step, counting batches (`whole`).
+    - Sharded iterable datasets: as above, but once for each worker, whose streams end one by one.
+    - Dispatched: at the last step, if rows were repeated, and wherever sizes differ. All ranks take as many steps.
     """
 
     end_of_dataloader: bool = False
@@ -146,7 +144,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         self._epochs_told: dict[int, int] = {}
         super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
 
-    # What it is made of ------------------------------------------------------------------------------------------------
+    # What it is made of -----------------------------------------------------------------------------------------------
 
     @property
     def base_dataloader(self) -> DataLoader[Any]:
@@ -214,10 +212,11 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         if isinstance(sampler, SeedableRandomSampler):
             self.iteration = sampler.epoch
 
-    # Epochs ------------------------------------------------------------------------------------------------------------
+    # Epochs -----------------------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the epoch to the samplers, batch samplers and datasets that have a ``set_epoch``, and counts on from it.
+        """Tells the epoch to the samplers, batch samplers and datasets that have a ``set_epoch``, and counts on from
+        it.
 
         Args:
             epoch: The number of the epoch whose order the next iteration takes, from 0.
@@ -227,8 +226,9 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             self._tell(taker, epoch)
 
     def _epoch_takers(self) -> list[Any]:
+        dataset = self.dataset.dataset if isinstance(self.dataset, IterableDatasetShard) else self.dataset
         takers = epoch_takers(drawn_from(self))
-        return [*takers, self.dataset] if hasattr(self.dataset, "set_epoch") else takers
+        return [*takers, dataset] if hasattr(dataset, "set_epoch") else takers
 
     def _tell(self, taker: Any, epoch: int) -> None:
         taker.set_epoch(epoch)
@@ -238,9 +238,9 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         # One that shows another epoch than it was told has been set by the user, whose word counts.
         for taker in self._epoch_takers():
             told = self._epochs_told.get(id(taker), 0)
-            if isinstance(taker, SeedableRandomSampler) or getattr(taker, "epoch", told) == told:
-                if self.iteration != told or isinstance(taker, SeedableRandomSampler):
-                    self._tell(taker, self.iteration)
+            ours = isinstance(taker, SeedableRandomSampler)  # counts for itself, and may have got ahead
+            if ours or (self.iteration != told and getattr(taker, "epoch", told) == told):
+                self._tell(taker, self.iteration)
 
     def _finish_epoch(self) -> None:
         self.iteration += 1
@@ -253,7 +253,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         samples = samples_drawn(self)
         return -1 if samples is None else samples % self.total_batch_size
 
-    # Iteration ---------------------------------------------------------------------------------------------------------
+    # Iteration --------------------------------------------------------------------------------------------------------
 
     def _epoch_order(self) -> EpochOrder | None:
         sampler = self.get_sampler()
@@ -314,25 +314,25 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         rounds = track.rounds
         for batch in batches:
             position += 1
-            if rounds or self.round is not None:
-                self._take_round(rounds.pop(position, None))
             if position == track.total:
                 self.end_of_dataloader = True
+            if rounds or self.round is not None:
+                self._take_round(rounds.pop(position, None))
             yield batch
 
     def _take_round(self, round: Round | None) -> None:
         self.round = round
-        if round is not None and round.padded and not round.whole:
+        if round is not None and self.end_of_dataloader and not round.whole:
             self.remainder = round.rows
 
     def _streamed(self) -> Iterator[Any]:
         for batch, last in self._one_ahead(self.torch_iterator()):
+            self.end_of_dataloader = last
             if type(batch) is Counted:
                 self._take_round(batch.round)
                 batch = batch.batch
             elif self.round is not None:
                 self._take_round(None)
-            self.end_of_dataloader = last
             yield batch
 
     def _one_ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
@@ -346,7 +346,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             upcoming: Any = _END
             try:
                 upcoming = next(batches, _END)
-            except Exception as error:  # belongs to the next step: the batch at hand is whole
+            except Exception as error:  # noqa: BLE001 - raised at the next step: the batch at hand is whole
                 failure = error
             yield current, upcoming is _END and failure is None
             if failure is not None:
@@ -357,7 +357,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     def _note_position(self) -> None:
         """Called before a stream is read ahead: the position to save is the one without that."""
 
-    # Copies ------------------------------------------------------------------------------------------------------------
+    # Copies -----------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # Iterators, with their worker processes, stay here. A track belongs to an iterator.

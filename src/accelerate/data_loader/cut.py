@@ -229,8 +229,9 @@ def _without_rows(batch: Any) -> CannotCutError:
     except CannotCutError as error:  # its tensors disagree, which the message says
         return error
     return CannotCutError(
-        f"a batch of type {type(batch).__name__} cannot be split into parts for the ranks: it holds no tensor with a dimension "
-        "and no list. Have collate_fn make one, say how to cut with slice_fn_for_dispatch, or use split_batches=False."
+        f"a batch of type {type(batch).__name__} cannot be split into parts for the ranks: it holds no tensor with a "
+        "dimension and no list. Have collate_fn make one, say how to cut with slice_fn_for_dispatch, or use "
+        "split_batches=False."
     )
 
 

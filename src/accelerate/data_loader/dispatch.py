@@ -216,7 +216,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
                     waiting.append(next(batches))
                 except StopIteration:
                     ended = True
-                except Exception as error:  # belongs to the step that needs this batch
+                except Exception as error:  # noqa: BLE001 - raised at the step that needs this batch
                     failure = error
 
         for _ in range(self._raw_skips()):

@@ -7,6 +7,7 @@ A plan is a value: print it, compare it, test it without starting a process.
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ from .shard import DataLoaderShard, SkipDataLoader
 
 logger = get_logger(__name__)
 
-KEPT_ARGUMENTS = (
+KEPT_ARGUMENTS: tuple[str, ...] = (
     "num_workers",
     "collate_fn",
     "pin_memory",
@@ -177,7 +178,7 @@ class DataPlan:
         prepared._plan = self
         if self.source is not Source.STREAM:
             self._answer_like_original(prepared)
-        if on_xla:
+        if on_xla and isinstance(prepared, DataLoaderShard):
             from .xla import MpDeviceLoaderWrapper
 
             return MpDeviceLoaderWrapper(prepared, target)
@@ -213,8 +214,7 @@ class DataPlan:
 
     def _samples(self) -> tuple[dict[str, Any], torch.Generator | None]:
         top = self._ordered(drawn_from(self.loader))
-        carriers = [*reversed(chain_from(top)), self.loader.dataset]
-        generators = (getattr(carrier, "generator", None) for carrier in carriers)
+        generators = (getattr(link, "generator", None) for link in reversed(chain_from(top)))
         generator = next((found for found in generators if isinstance(found, torch.Generator)), None)
         if self.reading is Reading.SHARD:
             part = (self.ranks.count, self.ranks.index)
@@ -272,8 +272,8 @@ _EVENED = (
     "repeated ones out."
 )
 _OUT_OF_ORDER = (
-    "with in_order=False and several workers, batches come in another order on each process: gather_for_metrics cannot tell "
-    "then which samples were repeated. Use in_order=True for evaluation."
+    "with in_order=False and several workers, batches come in another order on each process: gather_for_metrics cannot "
+    "tell then which samples were repeated. Use in_order=True for evaluation."
 )
 _DIVIDED_TWICE = (
     "this loader has a DistributedSampler, which gives each process its part of the data, and preparing it divides that "
@@ -341,7 +341,7 @@ def plan_data(
         non_blocking=config.non_blocking,
         stateful=stateful,
         slice_fn=slice_fn,
-        arguments=_kept_arguments(loader, stateful),
+        arguments=kept_arguments(loader, stateful),
         notes=tuple(notes),
         loader=loader,
     )
@@ -382,10 +382,10 @@ def _shuffle_of(loader: DataLoader[Any], seedable: bool, own: bool) -> Shuffle:
     return Shuffle.GENERATOR if undetermined and sampler.generator is None and own else Shuffle.KEPT
 
 
-def _kept_arguments(loader: DataLoader[Any], stateful: bool) -> tuple[tuple[str, Any], ...]:
-    kind: Any = DataLoader
-    if stateful:
-        from torchdata.stateful_dataloader import StatefulDataLoader as kind
+def kept_arguments(loader: DataLoader[Any], stateful: bool) -> tuple[tuple[str, Any], ...]:
+    """Those of a loader's `KEPT_ARGUMENTS` that torch's loader takes here (torchdata's, for a stateful one)."""
+    module = importlib.import_module("torchdata.stateful_dataloader") if stateful else None
+    kind = DataLoader if module is None else module.StatefulDataLoader
     known = inspect.signature(kind.__init__).parameters  # in_order came with torch 2.6 and torchdata 0.11
     return tuple((name, getattr(loader, name)) for name in KEPT_ARGUMENTS if name in known and hasattr(loader, name))
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from .base import DataLoaderAdapter
 from .dispatch import DataLoaderDispatcher
-from .plan import KEPT_ARGUMENTS
+from .plan import kept_arguments
 from .samplers import SkipBatchSampler, drawn_from
 from .shard import SkipDataLoader
 
@@ -49,13 +49,14 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
             later.skip_batches += count
             return later
     elif drawn_from(dataloader) is None:
-        arguments = {name: getattr(dataloader, name) for name in KEPT_ARGUMENTS if hasattr(dataloader, name)}
+        stateful = hasattr(dataloader, "snapshot_every_n_steps")
         return SkipDataLoader(
             dataloader.dataset,
             skip_batches=count,
+            use_stateful_dataloader=stateful,
             batch_size=dataloader.batch_size,
             drop_last=dataloader.drop_last,
-            **arguments,
+            **dict(kept_arguments(dataloader, stateful)),
         )
     else:
         later = copy.copy(dataloader)  # type: ignore[assignment]
@@ -73,7 +74,8 @@ def _checked(dataloader: Any, num_batches: Any) -> int:
         count = operator.index(num_batches)
     except TypeError:
         raise TypeError(
-            f"num_batches is how many batches to leave out, an integer; got {num_batches!r} ({type(num_batches).__name__})."
+            f"num_batches is how many batches to leave out, an integer; got {num_batches!r} "
+            f"({type(num_batches).__name__})."
         ) from None
     if count < 0:
         raise ValueError(f"num_batches is how many batches to leave out and cannot be negative; got {count}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ..runtime import world
@@ -22,7 +23,12 @@ class _Stateful:
 
     def state_dict(self: Any) -> dict[str, Any]:
         """The position behind the batch that was handed out last."""
-        state = self._noted if self._noted is not None else StatefulDataLoader.state_dict(self)
+        if self._noted is not None:
+            state = self._noted
+        elif self._iterator is not None:
+            state = StatefulDataLoader.state_dict(self)
+        else:  # not begun: torchdata would begin now, and draw seeds
+            state = self.next_iter_state or {}
         return {**state, ITERATION: self.iteration}
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
@@ -34,7 +40,19 @@ class _Stateful:
         state = dict(state_dict)
         self.iteration = state.pop(ITERATION, self.iteration)
         self._noted = None
+        self.next_iter_state = None
         StatefulDataLoader.load_state_dict(self, _with_position(state))
+
+    def _get_iterator(self: Any) -> Any:
+        if self.next_iter_state is None:
+            return super()._get_iterator()  # type: ignore[misc]
+        # The epoch that is resumed drew its seeds when it began: random states go on as they are.
+        own = None if self.generator is None else self.generator.get_state()
+        with torch.random.fork_rng(devices=[]):
+            iterator = super()._get_iterator()  # type: ignore[misc]
+        if own is not None:
+            self.generator.set_state(own)
+        return iterator
 
     def _note_position(self: Any) -> None:
         self._noted = StatefulDataLoader.state_dict(self)
@@ -56,6 +74,10 @@ def _with_position(state: dict[str, Any]) -> dict[str, Any]:
 
 class StatefulDataLoaderShard(_Stateful, DataLoaderShard, StatefulDataLoader):
     """A `DataLoaderShard` whose position can be saved."""
+
+    def _synchronise(self) -> None:
+        if self.next_iter_state is None or self.next_iter_state.get("_iterator_finished"):
+            super()._synchronise()  # else the ranks were brought together when the epoch began
 
 
 class StatefulDataLoaderDispatcher(_Stateful, DataLoaderDispatcher, StatefulDataLoader):

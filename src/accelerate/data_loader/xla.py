@@ -1,26 +1,63 @@
-"""Loaders on XLA devices: torch_xla's background feeder around a prepared loader. Imported on use only."""
+"""Loaders on XLA devices: torch_xla's background feeder around a sharded loader. Imported on use only."""
 
 from __future__ import annotations
 
+import copy
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch_xla.distributed.parallel_loader as parallel_loader
 
-from .base import DataLoaderAdapter
+from .shard import DataLoaderShard
+
+
+class _Feed:
+    """What the feeder's thread reads. It runs ahead of the loop, so the loop's state waits in a queue of its own."""
+
+    def __init__(self, loader: DataLoaderShard) -> None:
+        self.loader = loader
+        self.states: deque[tuple[Any, ...]] = deque()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        reader = copy.copy(self.loader)
+        reader.reset()
+        for batch in reader._batches():
+            self.states.append((reader.end_of_dataloader, reader.remainder, reader.round))
+            yield batch
 
 
 class MpDeviceLoaderWrapper(parallel_loader.MpDeviceLoader):
-    """`MpDeviceLoader` that answers like the prepared loader inside it.
+    """`MpDeviceLoader` that answers like the prepared loader inside it, and tells `GradientState` of the loop.
 
     Args:
-        dataloader: The prepared loader, which leaves batches on the host.
+        dataloader: The sharded loader, which leaves batches on the host.
         device: The XLA device that batches are fed to.
     """
 
-    def __init__(self, dataloader: DataLoaderAdapter, device: torch.device) -> None:
-        super().__init__(dataloader, device)
+    def __init__(self, dataloader: DataLoaderShard, device: torch.device) -> None:
+        super().__init__(_Feed(dataloader), device)
         self.dataloader = dataloader
+
+    def __iter__(self) -> Iterator[Any]:
+        loader, states = self.dataloader, self._loader.states
+        states.clear()
+        loader.begin()
+        remainder = loader.remainder
+        try:
+            loader._tell_iteration()
+            loader._synchronise()
+            for batch in super().__iter__():
+                loader.end_of_dataloader, last_rows, loader.round = states.popleft()
+                loader.remainder = max(remainder, last_rows)
+                yield batch
+            loader._finish_epoch()
+        finally:
+            loader.end()
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataloader":  # not set yet

@@ -32,10 +32,13 @@ def lost_a_peer(error: str) -> bool:
 
 
 class Guard:
-    """Watches over process groups until `release`."""
+    """Watches over process groups until `release`; does nothing on a system without fork."""
 
     def __init__(self) -> None:
-        reading, self._writing = os.pipe()
+        self._writing = -1
+        if not hasattr(os, "fork"):
+            return
+        reading, self._writing = map(_out_of_the_way, os.pipe())
         self._pid = os.fork()
         if self._pid == 0:
             _guard(reading)
@@ -51,11 +54,24 @@ class Guard:
 
     def release(self) -> None:
         """Ends the guard; groups it still watches are killed."""
-        os.close(self._writing)
-        os.waitpid(self._pid, 0)
+        if self._writing >= 0:
+            os.close(self._writing)
+            os.waitpid(self._pid, 0)
 
     def _tell(self, what: str, groups: Iterable[int]) -> None:
-        os.write(self._writing, "".join(f"{what}{group}\n" for group in groups).encode())
+        if self._writing >= 0:
+            os.write(self._writing, "".join(f"{what}{group}\n" for group in groups).encode())
+
+
+def _out_of_the_way(descriptor: int) -> int:
+    """Moves a descriptor off the numbers of the standard streams, which may be free because they were closed."""
+    if descriptor > 2:
+        return descriptor
+    import fcntl
+
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(descriptor)
+    return moved
 
 
 def _guard(pipe: int) -> None:
@@ -65,7 +81,7 @@ def _guard(pipe: int) -> None:
     for stream in (0, 1, 2):  # nobody shall wait for the end of a stream because the guard holds it
         os.dup2(nowhere, stream)
     os.dup2(pipe, 3)
-    os.closerange(4, 1024)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     groups: set[int] = set()
     with os.fdopen(3) as told:
         for line in told:

@@ -66,6 +66,7 @@ class _Ranks:
 
             logging.disable(logging.CRITICAL)  # the agent's own account of a failure; ours is shorter
         from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.rendezvous import RendezvousError
 
         config = self._config()
         agent = _agent(self._spec(config), config, self)
@@ -77,10 +78,23 @@ class _Ranks:
         except SignalException as stopped:
             say("interrupted" if stopped.sigval == signal.SIGINT else f"stopped by {stopped.sigval.name}", self.quiet)
             return 128 + int(stopped.sigval)
+        except (RendezvousError, RuntimeError, TimeoutError) as error:
+            if self.plan.machines == 1:
+                raise
+            say(self._no_meeting(config, error))
+            return 1
         finally:
             _ignore_signals()
             kill(self.running)
         return self._failed(result) if result.is_failed() else 0
+
+    def _no_meeting(self, config: LaunchConfig, error: Exception) -> str:
+        here = f"machine {self.settings.machine_rank or 0} of {self.plan.machines}"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return (
+            f"this is {here}, and it could not meet the others at {config.rdzv_endpoint} ({config.rdzv_backend} "
+            f"rendezvous): {reason}"
+        )
 
     @property
     def quiet(self) -> bool:

@@ -12,6 +12,11 @@ import importlib
 from .tqdm import tqdm as tqdm
 
 _HOMES: dict[str, tuple[str, ...]] = {
+    "checkpointing": (
+        "clean_state_dict_for_safetensors",
+        "load",
+        "save",
+    ),
     "commands.config.default": ("write_basic_config",),
     "precision.helpers": (
         "get_grad_scaler",

@@ -1,5 +1,8 @@
 """The names that `__init__.py` looks up when they are used, for type checkers and editors."""
 
+from accelerate.checkpointing import clean_state_dict_for_safetensors as clean_state_dict_for_safetensors
+from accelerate.checkpointing import load as load
+from accelerate.checkpointing import save as save
 from accelerate.commands.config.default import write_basic_config as write_basic_config
 from accelerate.precision.helpers import get_grad_scaler as get_grad_scaler
 from accelerate.precision.helpers import get_mixed_precision_context_manager as get_mixed_precision_context_manager

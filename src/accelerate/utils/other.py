@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..checkpointing import clean_state_dict_for_safetensors, load, save
 from ..runtime.forward import extract_model_from_parallel, is_compiled_module
 from ..runtime.helpers import convert_bytes, get_pretty_name, merge_dicts, recursive_getattr, wait_for_everyone
 from ..runtime.machine import check_os_kernel, get_free_port, is_port_in_use
@@ -10,6 +11,7 @@ from ..strategies.compile import compile_regions, has_compiled_regions
 
 __all__ = [
     "check_os_kernel",
+    "clean_state_dict_for_safetensors",
     "compile_regions",
     "convert_bytes",
     "extract_model_from_parallel",
@@ -19,7 +21,9 @@ __all__ = [
     "has_compiled_regions",
     "is_compiled_module",
     "is_port_in_use",
+    "load",
     "merge_dicts",
     "recursive_getattr",
+    "save",
     "wait_for_everyone",
 ]

@@ -238,8 +238,14 @@ def test_streams_are_told_through_their_shard() -> None:
 
     dataset = Epochs(8)
     loader = prepare_data_loader(DataLoader(dataset, batch_size=2), num_processes=2, process_index=0)
+    list(loader)
+    list(loader)
+    assert dataset.epoch == 1
     loader.set_epoch(4)
     assert dataset.epoch == 4
+    dataset.set_epoch(9)
+    list(loader)
+    assert dataset.epoch == 9, "the user's word counts"
 
 
 def test_an_epoch_set_on_the_users_own_sampler_stands() -> None:
@@ -355,7 +361,21 @@ def test_the_loaders_arguments_are_kept() -> None:
     for ranks in (1, 2):
         loader = prepare_data_loader(plain, num_processes=ranks, process_index=0)
         assert isinstance(loader, DataLoader)
-        for name in ["dataset", "batch_size", "drop_last", "num_workers", "collate_fn", "timeout", "worker_init_fn", "generator", "prefetch_factor", "persistent_workers", "pin_memory", "sampler", "multiprocessing_context"]:
+        for name in [
+            "dataset",
+            "batch_size",
+            "drop_last",
+            "num_workers",
+            "collate_fn",
+            "timeout",
+            "worker_init_fn",
+            "generator",
+            "prefetch_factor",
+            "persistent_workers",
+            "pin_memory",
+            "sampler",
+            "multiprocessing_context",
+        ]:
             assert getattr(loader, name) == getattr(plain, name), name
 
 
