@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,14 +122,19 @@ class Training:
             num_workers=recipe.workers,
             persistent_workers=recipe.persistent,
         )
-        return cls(accelerator, *accelerator.prepare(model, optimizer, loader, scheduler), data)
+        prepared: list[Any] = list(accelerator.prepare(model, optimizer, loader, scheduler))
+        return cls(accelerator, prepared[0], prepared[1], prepared[2], prepared[3], data)
 
-    def train(self, steps: int) -> Training:
-        """Goes on for that many micro-steps."""
+    def train(self, steps: int, save_at: Collection[int] = (), **options: Any) -> Training:
+        """Goes on for that many micro-steps, and saves after those that `save_at` names."""
+        if 0 in save_at:
+            self.accelerator.save_state(**options)
         while steps:
             for ids, inputs in self.loader:
                 with self.accelerator.accumulate(self.model):
-                    loss = self.model(inputs).square().mean() + (self.model(inputs) - inputs.sum(1, True)).square().mean()
+                    loss = (
+                        self.model(inputs).square().mean() + (self.model(inputs) - inputs.sum(1, True)).square().mean()
+                    )
                     self.accelerator.backward(loss)
                     self.optimizer.step()
                     self.scheduler.step()
@@ -137,6 +142,8 @@ class Training:
                 self.ids.append(ids.tolist())
                 self.losses.append(loss.item())
                 steps -= 1
+                if len(self.ids) in save_at:
+                    self.accelerator.save_state(**options)
                 if not steps:
                     break
         return self

@@ -160,9 +160,7 @@ NO_ERROR = {"log.no_tracker": "GeneralTracker"}  # the file shows the object's r
 
 
 def cases(*names: str, ranks: bool | None = None) -> list[Any]:
-    chosen = [
-        case for case in CASES if case["name"] in names and (ranks is None or ("P" in case["input"]) is ranks)
-    ]
+    chosen = [case for case in CASES if case["name"] in names and (ranks is None or ("P" in case["input"]) is ranks)]
     return [pytest.param(case, id=f"{case['name']}-{json.dumps(case['input'])[:60]}") for case in chosen]
 
 

@@ -300,7 +300,11 @@ def test_clipping_and_state():
     assert model.weight.grad.item() == 0.5
     assert sorted(accelerator.get_state_dict(model)) == ["bias", "weight"]
     assert accelerator.unwrap_model(model) is model
-    with accelerator.no_sync(model), accelerator.trigger_sync_in_backward(model), accelerator.join_uneven_inputs([model]):
+    with (
+        accelerator.no_sync(model),
+        accelerator.trigger_sync_in_backward(model),
+        accelerator.join_uneven_inputs([model]),
+    ):
         accelerator.backward(model(torch.ones(1, 1)).sum())
     with pytest.raises(ValueError, match="lack them: object"):
         accelerator.register_for_checkpointing(object())

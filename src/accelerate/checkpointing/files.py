@@ -175,15 +175,15 @@ def read_torch(path: Path, **kwargs: Any) -> Any:
         pickle.UnpicklingError: where the file holds a type that is not allowed.
         RuntimeError, EOFError …: where it is no such file.
     """
-    kwargs = {"map_location": "cpu", **kwargs}
+    kwargs = {"map_location": "cpu", "mmap": True, **kwargs}
     kwargs.pop("weights_only", None)
     with torch.serialization.safe_globals(_numpy_types()):
         try:
-            return torch.load(path, weights_only=True, mmap=True, **kwargs)
+            return torch.load(path, weights_only=True, **kwargs)
         except RuntimeError as error:
             if "mmap can only be used" not in str(error):  # the format from before torch 1.6
                 raise
-            return torch.load(path, weights_only=True, **kwargs)
+            return torch.load(path, weights_only=True, **{**kwargs, "mmap": False})
 
 
 def _numpy_types() -> list[Any]:

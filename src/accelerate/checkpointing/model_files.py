@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..logging import get_logger
 from ..runtime import world
 from ..settings.enums import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -24,7 +24,7 @@ from ..settings.enums import (
 )
 from .files import FileWriter, read_safetensors, read_torch, sync_folder, write_file, write_safetensors, write_torch
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)  # usable before a process knows its rank
 
 # Shared memory --------------------------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, An
     kept = without_aliases(state_dict)
     dropped = sorted(state_dict.keys() - kept.keys())
     if dropped:
-        logger.warning(f"tied weights are saved once; left out are the names {dropped}.")
+        logger.warning("tied weights are saved once; left out are the names %s.", dropped)
     clean: dict[str, Any] = {}
     storages: set[int] = set()
     for name, value in kept.items():

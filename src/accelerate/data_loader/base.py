@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -311,6 +312,9 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         assert self._index_stream is not None
         track = self._index_stream.track
         position = batches._num_yielded  # above 0 for a loader that resumes
+        if track.exact:
+            yield from self._known(batches, track.total or 0)
+            return
         rounds = track.rounds
         for batch in batches:
             position += 1
@@ -318,6 +322,13 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
                 self.end_of_dataloader = True
             if rounds or self.round is not None:
                 self._take_round(rounds.pop(position, None))
+            yield batch
+
+    def _known(self, batches: Iterator[Any], total: int) -> Iterator[Any]:
+        # As little as possible a batch: this is the loop of every run on one process.
+        yield from islice(batches, max(0, total - 1))
+        for batch in batches:
+            self.end_of_dataloader = True
             yield batch
 
     def _take_round(self, round: Round | None) -> None:

@@ -1,8 +1,8 @@
 """The order of an epoch: which generator it is drawn from, how the ranks agree on it, where in it a loader stands.
 
-`IndexStream` stands between a sampler and torch's loader. It draws one batch of indices ahead, so that the last batch
-is known when it is handed out (no data is fetched for that, and no length has to be right), and keeps each step's
-`Round`.
+`IndexStream` stands between a sampler and torch's loader, so that the last batch is known when it is handed out: from the
+length, where that cannot be wrong, else by drawing one batch of indices ahead (no data is fetched for that). It keeps
+each step's `Round`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ..runtime import rng, world
 from .deal import Round
@@ -92,15 +100,17 @@ class Track:
     Attributes:
         total: How many batches of indices there are; None until the last one has been drawn.
         rounds: Position (from 1) -> `Round`, for the steps that have one.
-        drawn: How many have been handed out.
+        drawn: How many have been handed out; not counted where `exact`.
+        exact: `total` was known beforehand, and no step has a `Round`.
     """
 
-    __slots__ = ("drawn", "rounds", "total")
+    __slots__ = ("drawn", "exact", "rounds", "total")
 
     def __init__(self) -> None:
         self.total: int | None = None
         self.rounds: dict[int, Round] = {}
         self.drawn = 0
+        self.exact = False
 
 
 class IndexStream:
@@ -130,25 +140,10 @@ class IndexStream:
         self.track = Track()
         if self.resumable:
             return ResumableIndices(self, self.track)
-        if self.ahead == 1 and not hasattr(self.sampler, "rounds"):
-            return self._draw_plain(self.track)
+        if self.order is None and (length := exact_length(self.sampler)) is not None:
+            self.track.total, self.track.exact = length, True
+            return iter(self.sampler)  # nothing stands between: this runs once a batch, and every instruction counts
         return self.draw(self.track)
-
-    def _draw_plain(self, track: Track) -> Iterator[Any]:
-        """`draw` for one rank's plain loader, where each instruction counts: it runs once a batch."""
-        if self.order is not None:
-            self.order.start()
-        source = iter(self.sampler)
-        count = 0
-        for held in source:
-            count = 1
-            for upcoming in source:
-                yield held
-                held = upcoming
-                count += 1
-            track.total = count
-            yield held
-        track.total = count
 
     def draw(self, track: Track, *, begun: bool = False, skip: int = 0) -> Iterator[Any]:
         """The indices, `track` telling what is known of them.
@@ -175,6 +170,23 @@ class IndexStream:
         for indices in waiting:
             track.drawn += 1
             yield indices
+
+
+_EXACT = (
+    SequentialSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    DistributedSampler,
+    SeedableRandomSampler,
+)
+
+
+def exact_length(sampler: Any) -> int | None:
+    """The length of a sampler that is known to keep to it: torch's own. Others' lengths may be estimates."""
+    if type(sampler) is BatchSampler and type(sampler.sampler) in _EXACT:
+        return len(sampler)
+    return len(sampler) if type(sampler) in _EXACT else None
 
 
 class ResumableIndices:

@@ -147,6 +147,7 @@ def join(
     kind.set_device(device)
     if not dist.is_initialized():
         _initialise(place, _backend_for(kind, backend), init_method, timeout, device)
+    _leave_at_exit()
     return set_current(
         World(
             place.rank,

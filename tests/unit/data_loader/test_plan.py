@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from accelerate.data_loader import (
     DataLoaderDispatcher,
@@ -242,3 +249,29 @@ def test_a_mesh_that_says_nothing_is_refused() -> None:
 def test_sequential_order_is_kept() -> None:
     made = plan(DataLoader(range(8), batch_size=2), ranks=1).build()
     assert type(made.sampler) is SequentialSampler
+
+
+def test_what_the_user_should_know_is_in_the_plan(caplog: pytest.LogCaptureFixture) -> None:
+    divided = DataLoader(range(8), sampler=DistributedSampler(range(8), num_replicas=2, rank=0))
+    (note,) = plan(divided).notes
+    assert "divides that part once more" in note
+    assert plan(divided, ranks=1).notes == ()
+    (note,) = plan(DataLoader(range(8), num_workers=2, in_order=False)).notes
+    assert "in_order=False" in note
+    plan(divided).build()
+    assert "DistributedSampler" in caplog.text
+
+
+def test_the_class_is_chosen_by_name() -> None:
+    with pytest.raises(TypeError, match="by its name"):
+        DataLoaderShard(range(4), None, None, None, 0, True)
+
+
+def test_a_class_of_ones_own_has_no_stateful_version() -> None:
+    pytest.importorskip("torchdata")
+
+    class Own(DataLoaderShard):
+        pass
+
+    with pytest.raises(TypeError, match="there is none for Own: derive from one of StatefulDataLoaderShard"):
+        Own(range(4), use_stateful_dataloader=True)

@@ -174,3 +174,9 @@ def test_a_loader_without_a_position_says_so() -> None:
         loader.state_dict()
     with pytest.raises(TypeError, match="use_stateful_dataloader=True"):
         loader.load_state_dict({})
+
+
+def test_a_plain_stateful_loader_can_be_skipped() -> None:
+    later = skip_first_batches(StatefulDataLoader(Stream(7), batch_size=2, snapshot_every_n_steps=3), 2)
+    assert isinstance(later, StatefulDataLoader)
+    assert rows(later) == [[4, 5], [6]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,25 @@ def test_a_mistake_is_one_message(words: list[str], message: str) -> None:
 def test_a_misspelt_backend_of_older_releases_is_understood() -> None:
     for spelling in ("torhchxla_trace_once", "torchxla_trace_once", "TORCHXLA_TRACE_ONCE"):
         assert parse.parse(["--dynamo_backend", spelling, "s.py"]).dynamo.backend == "torchxla_trace_once"
+
+
+DOCUMENTED: list[dict[str, Any]] = json.loads((Path(__file__).parents[2] / "data" / "launch_flags.json").read_text())
+
+
+@pytest.mark.parametrize("fact", DOCUMENTED, ids=lambda fact: fact["options"][0])
+def test_documented_flags_choices_and_defaults(fact: dict[str, Any]) -> None:
+    actions = launch_command_parser()._option_string_actions
+    assert all(option in actions for option in fact["options"])
+    action = actions[fact["options"][0]]
+    assert set(map(str, fact["choices"] or ())) <= set(map(str, action.choices or fact["choices"] or ()))
+    if fact["dest"] == "help" or fact["options"][0] == "--no_tpu_cluster":
+        return
+    entry = next(entry for entry in entries(LaunchSettings) if entry.dest == fact["dest"])
+    documented = ast.literal_eval(fact["default"])
+    if documented is None:  # not said; ours may say what that means
+        assert entry.option.default in (None, False, (), "no")
+    else:
+        assert entry.convert(documented, entry.dest) == entry.option.default
 
 
 # The parser that other programs use ----------------------------------------------------------------------------------

@@ -1,0 +1,239 @@
+"""Damage of any byte of any file is found before anything changes; an interrupted commit leaves a whole checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from accelerate import Accelerator
+from accelerate.checkpointing import LoadError, SaveError, commit
+from accelerate.checkpointing.finding import newest_valid, problems_of
+from tests.unit.checkpointing.test_saving_and_loading import project, trained, weights
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {self.target}",))
+
+    target = ""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Accelerator, nn.Module, Path]:
+    accelerator = Accelerator(cpu=True)
+    model, _ = trained(accelerator, hidden=8)
+    return accelerator, model, accelerator.save_state(tmp_path / "c")
+
+
+def flips(content: bytes) -> Iterator[tuple[str, bytes]]:
+    step = max(1, len(content) // 23)
+    for place in {*range(0, len(content), step), len(content) - 1}:
+        for bit in (1, 128):
+            yield f"flip {place}.{bit}", content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+
+
+def damages(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    content = path.read_bytes()
+    changed = dict(flips(content))
+    changed |= {f"truncate {size}": content[:size] for size in (0, 1, len(content) // 2, len(content) - 1)}
+    changed["append"] = content + b"\0"
+    changed["zeros"] = bytes(len(content))
+    changed["raw bomb"] = pickle.dumps(Bomb())
+    changed["padded bomb"] = pickle.dumps(Bomb()).ljust(len(content), b"\0")[: len(content)]
+    for name, new in changed.items():
+        yield name, functools.partial(path.write_bytes, new)
+    yield "bomb", functools.partial(torch.save, Bomb(), path)
+    yield "delete", path.unlink
+    yield "a folder instead", functools.partial(_make_folder, path)
+
+
+def _make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def restore(source: Path, target: Path) -> None:
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+def test_every_damage_is_reported_and_nothing_changes(run: Any, tmp_path: Path) -> None:
+    accelerator, model, folder = run
+    copy = tmp_path / "intact"
+    shutil.copytree(folder, copy)
+    Bomb.target = str(tmp_path / "executed")
+    before, tried = weights(model), 0
+    for name in sorted(os.listdir(folder)):
+        for damage, inflict in damages(folder / name):
+            inflict()
+            tried += 1
+            with pytest.raises(LoadError) as caught:
+                accelerator.load_state(folder)
+            assert name in str(caught.value), (name, damage)
+            assert any(problem.file == name for problem in caught.value.problems), (name, damage)
+            assert torch.equal(weights(model), before)
+            restore(copy, folder)
+    assert tried > 300
+    assert not (tmp_path / "executed").exists()
+    accelerator.load_state(folder)
+
+
+def test_two_files_swapped(run: Any) -> None:
+    accelerator, _, folder = run
+    names = sorted(os.listdir(folder))
+    for first in names:
+        for second in names[names.index(first) + 1 :]:
+            one, other = (folder / first).read_bytes(), (folder / second).read_bytes()
+            (folder / first).write_bytes(other)
+            (folder / second).write_bytes(one)
+            with pytest.raises(LoadError) as caught:
+                accelerator.load_state(folder)
+            assert first in str(caught.value) or second in str(caught.value)
+            (folder / first).write_bytes(one)
+            (folder / second).write_bytes(other)
+
+
+def test_a_checkpoint_of_another_release_is_read_without_running_code(run: Any, tmp_path: Path) -> None:
+    accelerator, model, folder = run
+    for name in ("manifest.json", "progress.json"):
+        (folder / name).unlink()
+    states = torch.load(folder / "random_states_0.pkl", weights_only=False)
+    del states["format"]
+    torch.save(states, folder / "random_states_0.pkl")
+    before = weights(model)
+    with torch.no_grad():
+        model.l1.weight.zero_()
+    accelerator.load_state(folder)
+    assert torch.equal(weights(model), before)
+    Bomb.target = str(tmp_path / "executed")
+    torch.save(Bomb(), folder / "optimizer.bin")
+    with pytest.raises(LoadError, match=r"optimizer\.bin"):
+        accelerator.load_state(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of ours catches it."""
+
+
+CALLS = ("rename", "replace", "fsync", "unlink", "mkdir", "rmdir", "open", "write")
+
+
+def killed_at(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Has the process 'killed' before its `count`-th call that touches the disk; returns the calls as they come."""
+    made: list[str] = []
+
+    def watched(name: str) -> Any:
+        original = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            made.append(name)
+            if len(made) > count:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        monkeypatch.setattr(os, name, watched(name))
+    return made
+
+
+@pytest.mark.parametrize("mode", ["numbered", "over", "over with notes"])
+def test_killed_at_every_call_a_whole_checkpoint_is_left(tmp_path: Path, mode: str) -> None:
+    """Each point at which the process may end while it saves: the next start finds the old state or the new one."""
+    accelerator = project(tmp_path / "p", total_limit=1)
+    model, _ = trained(accelerator, hidden=8)
+    numbered = mode == "numbered"
+    target = None if numbered else tmp_path / "m" / "mine"
+    first = accelerator.save_state(target)
+    if mode == "over with notes":
+        (first / "notes.txt").write_text("mine")
+    old, number = weights(model), accelerator.save_iteration
+    with torch.no_grad():
+        model.l1.weight.add_(1)
+    new = weights(model)
+    pristine = tmp_path / "pristine"
+    shutil.copytree(first.parent, pristine)
+    outcomes = set()
+    for count in range(10_000):
+        restore(pristine, first.parent)
+        accelerator.project_configuration.iteration = number
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            made = killed_at(count, patch)
+            try:
+                accelerator.save_state(target)
+                ended = True
+            except (Killed, SaveError):
+                ended = False
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        report = accelerator.resume() if numbered else accelerator.load_state(first)
+        assert report is not None and not report.problems
+        now = weights(model)
+        assert torch.equal(now, old) or torch.equal(now, new), f"after {made}"
+        outcomes.add(torch.equal(now, new))
+        if mode == "over with notes":
+            assert (first / "notes.txt").read_text() == "mine"
+        torch.nn.utils.vector_to_parameters(new, model.parameters())
+        if ended:
+            break
+    assert outcomes == {True, False} and count > 30
+
+
+def test_the_limit_never_takes_the_last_good_one(tmp_path: Path) -> None:
+    accelerator = project(tmp_path, total_limit=1)
+    trained(accelerator, hidden=8)
+    accelerator.save_state()
+    accelerator.register_for_checkpointing(
+        type("Bad", (), {"state_dict": lambda self: 1 / 0, "load_state_dict": None})()
+    )
+    with pytest.raises(SaveError, match="division by zero"):
+        accelerator.save_state()
+    accelerator._custom_objects.clear()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["checkpoint_0"]
+    assert accelerator.save_state().name == "checkpoint_1"
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["checkpoint_1"]
+
+
+def test_invalid_checkpoints_do_not_count_among_those_kept(tmp_path: Path) -> None:
+    accelerator = project(tmp_path, total_limit=2)
+    trained(accelerator, hidden=8)
+    good = accelerator.save_state()
+    broken = accelerator.save_state()
+    (broken / "optimizer.bin").unlink()
+    accelerator.save_state()
+    assert good.is_dir()
+    assert problems_of(good) == [] and problems_of(broken)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root writes anywhere")
+    accelerator = Accelerator(cpu=True)
+    tmp_path.chmod(0o500)
+    with pytest.raises(SaveError, match="Permission"):
+        accelerator.save_state(tmp_path / "c")
+
+
+def test_leftovers_are_cleaned_up(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    for suffix in (commit.INCOMPLETE, commit.DELETED):
+        (tmp_path / f"c{suffix}").mkdir()
+        (tmp_path / f"c{suffix}" / "junk").write_text("x")
+    accelerator.save_state(tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == ["c"]
+
+
+def test_no_project_is_no_error_for_the_search(tmp_path: Path) -> None:
+    assert newest_valid(tmp_path / "none").folder is None
