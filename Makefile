@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 TESTS ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench crash docs clean
 
 # A .venv that was moved or copied still points to the place where it was made: install again.
 MOVED := $(shell [ ! -e $(VENV)/.place ] || [ "$$(cat $(VENV)/.place)" = "$$(pwd -P)" ] || rm -f $(VENV)/.ready-*)
@@ -33,6 +33,9 @@ format: $(VENV)/.ready-quality  ## put imports and format in order
 
 bench: $(VENV)/.ready-test  ## measure what the wrappers cost beside raw PyTorch
 	@"$(PY)" benchmarks/overhead.py
+
+crash: $(VENV)/.ready-test  ## kill saves at 200 system calls and load what is left (needs strace)
+	@"$(PY)" -W ignore -m tests.helpers.crash --points 200
 
 docs: $(VENV)/.ready-docs  ## build the documentation into site/
 	@"$(PY)" -m mkdocs build --strict --quiet

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -84,22 +84,34 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, data: list) -
     return run
 
 
-def prepared(repeats: int) -> Row:
-    data, loss_function = batches(), nn.MSELoss()
-    model = small_model()
-    raw = plain_step(model, torch.optim.SGD(model.parameters(), lr=1e-3), data)
-    accelerator = Accelerator(cpu=True)
-    model = small_model()
+def prepared_step(accelerator: Accelerator, data: list) -> Callable[[], int]:
+    loss_function, model = nn.MSELoss(), small_model()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
 
-    def ours() -> int:
+    def run() -> int:
         for x, y in data:
             accelerator.backward(loss_function(model(x), y))
             optimizer.step()
             optimizer.zero_grad()
         return len(data)
 
-    return compare("prepared step", raw, ours, 1.10, repeats)
+    return run
+
+
+def iteration(batches: Iterable) -> Callable[[], int]:
+    def run() -> int:
+        count = 0
+        for _ in batches:
+            count += 1
+        return count
+
+    return run
+
+
+def prepared(repeats: int) -> Row:
+    data, model = batches(), small_model()
+    raw = plain_step(model, torch.optim.SGD(model.parameters(), lr=1e-3), data)
+    return compare("prepared step", raw, prepared_step(Accelerator(cpu=True), data), 1.10, repeats)
 
 
 def accumulate(repeats: int) -> Row:
@@ -148,18 +160,9 @@ def collated(samples: list) -> dict:
 
 
 def loader(repeats: int) -> Row:
-    def iterate(loader: DataLoader) -> Callable[[], int]:
-        def run() -> int:
-            count = 0
-            for _ in loader:
-                count += 1
-            return count
-
-        return run
-
     plain = DataLoader(Nested(), batch_size=1, collate_fn=collated)
     ours = Accelerator(cpu=True).prepare(DataLoader(Nested(), batch_size=1, collate_fn=collated))
-    return compare("loader, nested batch", iterate(plain), iterate(ours), 1.05, repeats)
+    return compare("loader, nested batch", iteration(plain), iteration(ours), 1.05, repeats)
 
 
 def bf16_forward(repeats: int) -> Row:
@@ -192,60 +195,45 @@ def bf16_forward(repeats: int) -> Row:
 
 
 def ddp_step(repeats: int) -> Row:
-    accelerator = Accelerator(cpu=True)
-    data, loss_function = batches(32), nn.MSELoss()
+    accelerator, data = Accelerator(cpu=True), batches(32)
     wrapped = DistributedDataParallel(small_model())
     raw = plain_step(wrapped, torch.optim.SGD(wrapped.parameters(), lr=1e-3), data)
-    model = small_model()
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    return compare("DDP step, 2 ranks", raw, prepared_step(accelerator, data), 1.03, repeats)
 
-    def ours() -> int:
-        for x, y in data:
-            accelerator.backward(loss_function(model(x), y))
-            optimizer.step()
-            optimizer.zero_grad()
-        return len(data)
 
-    return compare("DDP step, 2 ranks", raw, ours, 1.03, repeats)
+def plain_gather(tensors: tuple[torch.Tensor, ...], count: int) -> Callable[[], int]:
+    def run() -> int:
+        for _ in range(count):
+            for tensor in tensors:
+                parts = [torch.empty_like(tensor) for _ in range(2)]
+                dist.all_gather(parts, tensor)
+                torch.cat(parts)
+        return count
+
+    return run
 
 
 def gather(repeats: int) -> Row:
-    accelerator, count = Accelerator(cpu=True), 100
-    x = torch.randn(16, 4)
-
-    def raw() -> int:
-        for _ in range(count):
-            parts = [torch.empty_like(x) for _ in range(2)]
-            dist.all_gather(parts, x)
-            torch.cat(parts)
-        return count
+    accelerator, count, x = Accelerator(cpu=True), 100, torch.randn(16, 4)
 
     def ours() -> int:
         for _ in range(count):
             accelerator.gather(x)
         return count
 
-    return compare("gather, 2 ranks", raw, ours, 1.15, repeats)
+    return compare("gather, 2 ranks", plain_gather((x,), count), ours, 1.15, repeats)
 
 
 def gather_for_metrics(repeats: int) -> Row:
     accelerator, count = Accelerator(cpu=True), 100
-    x, y = torch.randn(16, 4), torch.randint(0, 4, (16,))
-
-    def raw() -> int:
-        for _ in range(count):
-            for tensor in (x, y):
-                parts = [torch.empty_like(tensor) for _ in range(2)]
-                dist.all_gather(parts, tensor)
-                torch.cat(parts)
-        return count
+    pair = torch.randn(16, 4), torch.randint(0, 4, (16,))
 
     def ours() -> int:
         for _ in range(count):
-            accelerator.gather_for_metrics((x, y))
+            accelerator.gather_for_metrics(pair)
         return count
 
-    return compare("gather_for_metrics of 2", raw, ours, 1.15, repeats)
+    return compare("gather_for_metrics of 2", plain_gather(pair, count), ours, 1.15, repeats)
 
 
 READY = {"ids": torch.zeros(16, 240, dtype=torch.int64), "labels": torch.zeros(16, 16, dtype=torch.int64)}  # 32 KB
@@ -280,34 +268,17 @@ def dispatch(repeats: int) -> Row:
             count += 1
         return count
 
-    def ours() -> int:
-        count = 0
-        for _ in ours_loader:
-            count += 1
-        return count
-
-    return compare("dispatched batch of 32 KB", raw, ours, 3.0, repeats)
+    return compare("dispatched batch of 32 KB", raw, iteration(ours_loader), 3.0, repeats)
 
 
 def dispatch_against_sharding(repeats: int) -> Row:
     """Shown for the record: what dispatching costs where sharding would do."""
     rows = []
     for dispatched in (False, True):
-        accelerator = Accelerator(
-            cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatched)
-        )
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatched))
         rows.append(accelerator.prepare(DataLoader(Nested(), batch_size=4, collate_fn=collated)))
 
-    def iterate(loader: DataLoader) -> Callable[[], int]:
-        def run() -> int:
-            count = 0
-            for _ in loader:
-                count += 1
-            return count
-
-        return run
-
-    return compare("dispatch beside sharding", iterate(rows[0]), iterate(rows[1]), float("inf"), repeats)
+    return compare("dispatch beside sharding", iteration(rows[0]), iteration(rows[1]), float("inf"), repeats)
 
 
 ALONE = {f.__name__: f for f in (prepared, accumulate, loader, bf16_forward)}

@@ -16,13 +16,16 @@ pwd -P >"$venv/.place"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input --quiet --quiet "$@"; }
 
 # torch goes first and by its exact version: asked for as somebody's dependency it may bring gigabytes of another build.
-# Where that version cannot be had, the newest that fits will do, and the other packages' versions are let go with it.
+# Where that version cannot be had, the newest that fits will do; the other packages keep their tested versions.
 constraints=constraints.txt
-if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+torch_version() {
+    "$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch").split("+")[0])' 2>/dev/null
+}
+if [ -z "$(torch_version)" ]; then
     echo "installing torch"
     pip install torch==2.13.0 || pip install 'torch>=2.4'
 fi
-if ! "$venv/bin/python" -c 'import torch, sys; sys.exit(torch.__version__.split("+")[0] != "2.13.0")'; then
+if [ "$(torch_version)" != 2.13.0 ]; then
     echo "torch 2.13.0, the tested version, is not to be had here: going on with another" >&2
     constraints="$venv/constraints.txt"
     grep -v '^torch==' constraints.txt >"$constraints"

@@ -22,6 +22,7 @@ CONTRACT = json.loads((DATA / "contract_names.json").read_text(encoding="utf-8")
 NOT_YET: dict[str, list[str]] = json.loads((DATA / "not_yet.json").read_text(encoding="utf-8"))
 
 PARSERS = {
+    "checkpoint": "checkpoint.checkpoint_command_parser",
     "env": "env.env_command_parser",
     "estimate-memory": "estimate.estimate_command_parser",
     "launch": "launch.launch_command_parser",

@@ -18,9 +18,11 @@ from tests.cli.conftest import Run, left_over
 Write = Callable[[str], str]
 Start = Callable[..., subprocess.Popen[str]]
 TWO = ("launch", "--cpu", "--num_processes", "2")
+# Ranks share a stream, and print() writes a line in two pieces.
+SAY = "import os\ndef say(*words):\n    os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
 # Ranks without torch: a launch then costs what the launcher itself costs.
-RANK = "import os, sys, time\nrank = int(os.environ['RANK'])\n"
-WAIT = "print('rank', rank, 'is up', flush=True)\ntime.sleep(600)\n"
+RANK = SAY + "import sys, time\nrank = int(os.environ['RANK'])\n"
+WAIT = "say('rank', rank, 'is up')\ntime.sleep(600)\n"
 
 
 def listening(pid: int) -> set[str]:
@@ -44,16 +46,18 @@ def listening(pid: int) -> set[str]:
 
 def test_two_gloo_ranks_on_the_loopback(accelerate: Run, script: Write) -> None:
     name = script(
-        "import json, os, sys, torch\n"
+        SAY + "import json, sys, torch\n"
         "from accelerate import PartialState\n"
         "from accelerate.utils import gather\n"
         "from tests.cli.test_ranks import listening\n"
         "state = PartialState()\n"
         "addresses = listening(os.getpid()) | listening(os.getppid())\n"
         "ranks = gather(torch.tensor([state.process_index])).tolist()\n"
-        "print(json.dumps([sys.argv[1:], ranks, str(state.distributed_type), sorted(addresses), dict(os.environ)]))\n"
+        "environment = {name: value for name, value in os.environ.items() if name in sys.argv[-1]}\n"
+        "say(json.dumps([sys.argv[1:], ranks, str(state.distributed_type), sorted(addresses), environment]))\n"
     )
-    words = ["--num_processes", "3", "$$", "${local_rank}"]
+    names = "MASTER_ADDR ACCELERATE_USE_CPU LOCAL_WORLD_SIZE WORLD_SIZE"
+    words = ["--num_processes", "3", "$$", "${local_rank}", names]
     root = str(Path(__file__).resolve().parents[2])
     done = accelerate(*TWO, "--main_process_port", "0", name, *words, PYTHONPATH=root)
     assert done.returncode == 0, done.stderr
@@ -75,7 +79,7 @@ def test_a_file_starts_ranks_and_a_busy_port_is_replaced(accelerate: Run, script
         (tmp_path / "c.yaml").write_text(
             f"distributed_type: MULTI_CPU\nnum_processes: 3\nuse_cpu: true\nmain_process_port: {port}\n"
         )
-        done = accelerate("launch", "--config_file", "c.yaml", script(RANK + "print(os.environ['MASTER_PORT'])"))
+        done = accelerate("launch", "--config_file", "c.yaml", script(RANK + "say(os.environ['MASTER_PORT'])"))
     assert done.returncode == 0, done.stderr
     chosen = set(done.stdout.split())
     assert len(done.stdout.split()) == 3 and len(chosen) == 1 and chosen != {str(port)}
@@ -143,13 +147,13 @@ def test_a_rank_that_will_not_end_is_killed(accelerate: Run, script: Write, tmp_
 @pytest.mark.slow
 def test_ranks_start_again(accelerate: Run, script: Write) -> None:
     name = script(
-        "import os, sys, torch\n"
+        SAY + "import sys, torch\n"
         "from accelerate import PartialState\n"
         "from accelerate.utils import gather\n"
         "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         "if attempt < 2 and os.environ['RANK'] == '1':\n"
         "    sys.exit(5)\n"
-        "print(attempt, gather(torch.ones(1) * PartialState().process_index).tolist())\n"
+        "say(attempt, gather(torch.ones(1) * PartialState().process_index).tolist())\n"
     )
     done = accelerate(*TWO, "--max_restarts", "2", name)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Acceptance, with real ranks: every sample gathered once, in order; the mesh; what ranks that stopped do not wait for."""
+"""Acceptance, with real ranks: every sample gathered once and in order; the mesh; ranks that stopped early."""
 
 from __future__ import annotations
 

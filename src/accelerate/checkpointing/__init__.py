@@ -11,8 +11,10 @@ from .errors import CheckpointError, LoadError, Problem, SaveError
 from .loading import LoadReport
 from .methods import CheckpointMethods
 from .model_files import clean_state_dict_for_safetensors, load, save
+from .preemption import EXIT_CODE
 
 __all__ = [
+    "EXIT_CODE",
     "CheckpointError",
     "CheckpointMethods",
     "Entry",

@@ -6,9 +6,12 @@ has one for every stretch of `STRETCH` bytes, so that one big file is checked by
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
 import os
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +25,7 @@ import torch
 STRETCH = 64 * 2**20
 """Bytes that one checksum covers."""
 _PIECE = 2**20
+_BLOCK = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class FileRecord:
 class FileWriter:
     """A new file, as `torch.save` and others write to it; counts bytes and keeps checksums.
 
+    Large buffers are summed on a thread of its own while they are written.
+
     Args:
         path: Where; it must not exist.
     """
@@ -49,7 +55,9 @@ class FileWriter:
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._sum = 0
+        self._summed = 0
         self._sums: list[str] = []
+        self._started = 0
         self.size = 0
 
     def write(self, data: Any) -> int:
@@ -57,19 +65,37 @@ class FileWriter:
         view = memoryview(data)
         if view.format != "B" or view.ndim != 1:
             view = view.cast("B")
+        if len(view) < _PIECE:
+            self._add_up(view)
+            self._put(view)
+        else:
+            # Both are done when this returns: the memory may be another's then.
+            helper = threading.Thread(target=self._add_up, args=(view,), name="checkpoint sums")
+            helper.start()
+            try:
+                self._put(view)
+            finally:
+                helper.join()
+        return len(view)
+
+    def _put(self, view: memoryview) -> None:
         start = 0
         while start < len(view):
-            # A piece is summed while it is in the processor's cache, then written.
-            end = min(len(view), start + _PIECE, start + STRETCH - self.size % STRETCH)
-            piece = view[start:end]
-            self._sum = zlib.crc32(piece, self._sum)
-            while piece:
-                piece = piece[os.write(self._descriptor, piece) :]
-            self.size += end - start
+            start += os.write(self._descriptor, view[start : start + _BLOCK])
+        self.size += len(view)
+        if self.size - self._started >= STRETCH:
+            _start_writeback(self._descriptor, self._started, self.size - self._started)
+            self._started = self.size
+
+    def _add_up(self, view: memoryview) -> None:
+        start = 0
+        while start < len(view):
+            end = min(len(view), start + STRETCH - self._summed % STRETCH)
+            self._sum = zlib.crc32(view[start:end], self._sum)
+            self._summed += end - start
             start = end
-            if self.size % STRETCH == 0:
+            if self._summed % STRETCH == 0:
                 self._close_stretch()
-        return len(view)
 
     def _close_stretch(self) -> None:
         self._sums.append(f"{self._sum:08x}")
@@ -88,6 +114,21 @@ class FileWriter:
     def close(self) -> None:
         """Closes the file."""
         os.close(self._descriptor)
+
+
+@functools.cache
+def _sync_file_range() -> Any:
+    call = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
+
+
+def _start_writeback(descriptor: int, start: int, count: int) -> None:
+    """Has the disk begin with what was written, so that the sync at the end finds most of it done. No more than a hint."""
+    call = _sync_file_range()
+    if call is not None:
+        call(descriptor, start, count, 2)  # SYNC_FILE_RANGE_WRITE
 
 
 def write_file(path: Path, name: str, write: Callable[[FileWriter], None]) -> FileRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..logging import get_logger
 from ..runtime import world
 from . import model_files
 from .loading import LoadReport
+from .preemption import StopRequest
 from .progress import Run
 from .session import Checkpoints
 
@@ -140,6 +142,38 @@ class CheckpointMethods:
             SaveError: when it failed.
         """
         self._checkpoints.wait()
+
+    @cached_property
+    def _stop_request(self) -> StopRequest:
+        return StopRequest()
+
+    def stop_on(self, *signals: int) -> None:
+        """Has signals make `should_stop` true, instead of ending the process.
+
+        Args:
+            *signals: Such as ``signal.SIGTERM`` and ``signal.SIGUSR1``.
+
+        Raises:
+            ValueError: on another thread than the main one.
+        """
+        self._stop_request.watch(*signals)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether any process was asked to stop, by SIGTERM unless `stop_on` named other signals. It is watched from the
+        first time this is read; all processes read it together, and get the same answer at the same step.
+
+        Example:
+            ```python
+            if accelerator.should_stop:
+                accelerator.save_state()
+                accelerator.end_training()
+                sys.exit(75)  # accelerate.checkpointing.EXIT_CODE: stopped on request, to be started again
+            ```
+        """
+        if not self._stop_request.watching:
+            self._stop_request.watch(signal.SIGTERM)
+        return self._stop_request.agreed()
 
     def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Has `hook` called by `save_state` before anything is written.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 # name -> module with main(argv) -> exit code, and one line of help
 COMMANDS = {
+    "checkpoint": ("checkpoint", "verify a checkpoint, list those of a project"),
     "config": ("config", "write the configuration file that launch reads"),
     "env": ("env", "show versions, devices and configuration, for a report"),
     "estimate-memory": ("estimate", "estimate the memory that a model needs"),

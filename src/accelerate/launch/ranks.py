@@ -220,7 +220,13 @@ def _how(exitcode: int) -> str:
         name = signal.Signals(-exitcode).name
     except ValueError:
         name = f"signal {-exitcode}"
-    return f"was killed by {name}" + (" (by a person, or for want of memory)" if -exitcode == signal.SIGKILL else "")
+    return f"was killed by {name}{_LIKELY.get(-exitcode, '')}"
+
+
+_LIKELY = {
+    signal.SIGKILL: " (by a person, or for want of memory)",
+    signal.SIGABRT: " (gloo does so when ranks take part with tensors of different sizes: --debug compares them first)",
+}
 
 
 def _why(error_file: str) -> str:

@@ -246,8 +246,10 @@ def record_errors() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        previous(kind, error, trace)
         if not isinstance(error, KeyboardInterrupt):
+            previous(kind, error, trace)
             get_error_handler().record_exception(error)
+        elif env.integer("LOCAL_RANK", 0) == 0:  # Ctrl-C reaches every rank: one of them says where it was
+            previous(kind, error, trace)
 
     sys.excepthook = hook

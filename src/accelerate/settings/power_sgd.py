@@ -28,7 +28,6 @@ def batched_power_sgd_hook(state, bucket):  # type: ignore[no-untyped-def]
     Returns:
         A future of the averaged gradients, in the bucket's own buffer.
     """
-    import torch
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 

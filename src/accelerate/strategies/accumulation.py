@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class MicroStep(AbstractContextManager[None]):
     """One micro-step of an accumulation: decides whether it synchronises, and holds models back where it does not.
 
-    A class rather than a generator: it runs around every forward, and a generator with an exit stack costs four times as much.
+    A class rather than a generator: it runs around every forward, and a generator with an exit stack costs more.
 
     Args:
         counter: Counts micro-steps; see `StepCounter`.

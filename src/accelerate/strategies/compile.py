@@ -26,8 +26,8 @@ def compile_model(model: nn.Module, plugin: TorchDynamoPlugin) -> nn.Module:
 def compile_regions(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
     """Compiles the blocks that a model repeats, each once, and leaves the rest as it is.
 
-    A block is a child of an ``nn.ModuleList`` whose class occurs more than once there: they share one compiled graph, so that
-    compiling takes as long as for one block. A model without such blocks is compiled whole.
+    A block is a child of an ``nn.ModuleList`` whose class occurs more than once there: they share one compiled graph,
+    so that compiling takes as long as for one block. A model without such blocks is compiled whole.
 
     Returns:
         The same module, its blocks compiled in place; or the compiled module.

@@ -18,6 +18,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "save",
     ),
     "commands.config.default": ("write_basic_config",),
+    "launch.documented": (
+        "PrepareForLaunch",
+        "prepare_deepspeed_cmd_env",
+        "prepare_multi_gpu_env",
+        "prepare_simple_launcher_cmd_env",
+        "prepare_tpu",
+    ),
     "precision.helpers": (
         "get_grad_scaler",
         "get_mixed_precision_context_manager",
@@ -223,6 +230,7 @@ _SUBMODULES = (
     "dataclasses",
     "environment",
     "imports",
+    "launch",
     "memory",
     "modeling",
     "operations",

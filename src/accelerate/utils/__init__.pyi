@@ -4,6 +4,11 @@ from accelerate.checkpointing import clean_state_dict_for_safetensors as clean_s
 from accelerate.checkpointing import load as load
 from accelerate.checkpointing import save as save
 from accelerate.commands.config.default import write_basic_config as write_basic_config
+from accelerate.launch.documented import PrepareForLaunch as PrepareForLaunch
+from accelerate.launch.documented import prepare_deepspeed_cmd_env as prepare_deepspeed_cmd_env
+from accelerate.launch.documented import prepare_multi_gpu_env as prepare_multi_gpu_env
+from accelerate.launch.documented import prepare_simple_launcher_cmd_env as prepare_simple_launcher_cmd_env
+from accelerate.launch.documented import prepare_tpu as prepare_tpu
 from accelerate.precision.helpers import get_grad_scaler as get_grad_scaler
 from accelerate.precision.helpers import get_mixed_precision_context_manager as get_mixed_precision_context_manager
 from accelerate.runtime.collectives import CannotPadNestedTensorWarning as CannotPadNestedTensorWarning
@@ -181,6 +186,7 @@ from accelerate.utils import constants as constants
 from accelerate.utils import dataclasses as dataclasses
 from accelerate.utils import environment as environment
 from accelerate.utils import imports as imports
+from accelerate.utils import launch as launch
 from accelerate.utils import memory as memory
 from accelerate.utils import modeling as modeling
 from accelerate.utils import operations as operations

@@ -1,0 +1,19 @@
+"""What other programs build their own launchers with."""
+
+from __future__ import annotations
+
+from ..launch.documented import (
+    PrepareForLaunch,
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+    prepare_tpu,
+)
+
+__all__ = [
+    "PrepareForLaunch",
+    "prepare_deepspeed_cmd_env",
+    "prepare_multi_gpu_env",
+    "prepare_simple_launcher_cmd_env",
+    "prepare_tpu",
+]
