@@ -59,7 +59,7 @@ def test_prepare_gives_back_in_order_and_leaves_prepared_objects_alone():
     assert m is model and nothing is None and isinstance(d, DataLoader) and d is not loader
     assert s.optimizers == [o]
     again = accelerator.prepare(m, o, s, d)
-    assert all(a is b for a, b in zip(again, (m, o, s, d)))
+    assert all(a is b for a, b in zip(again, (m, o, s, d), strict=True))
     assert [len(known) for known in (accelerator._models, accelerator._optimizers, accelerator._dataloaders)] == [1] * 3
     assert accelerator.prepare(model) is model
 

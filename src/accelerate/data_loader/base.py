@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from ..runtime.pytree import send_to_device
 from ..state import GradientState
 from .deal import Round
 from .iterable import Counted, IterableDatasetShard, Unmark, is_marked
-from .order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder
+from .order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder, Track
 from .samplers import (
     BatchSamplerShard,
     SeedableRandomSampler,
@@ -311,10 +311,18 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         batches = self.torch_iterator()
         assert self._index_stream is not None
         track = self._index_stream.track
+        if track.exact and track.total is not None:
+            # No Python code a batch but the last: this is the loop of every run on one process.
+            return chain(islice(batches, max(0, track.total - 1)), self._last(batches))
+        return self._tracked(batches, track)
+
+    def _last(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.end_of_dataloader = True
+            yield batch
+
+    def _tracked(self, batches: Any, track: Track) -> Iterator[Any]:
         position = batches._num_yielded  # above 0 for a loader that resumes
-        if track.exact:
-            yield from self._known(batches, track.total or 0)
-            return
         rounds = track.rounds
         for batch in batches:
             position += 1
@@ -322,13 +330,6 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
                 self.end_of_dataloader = True
             if rounds or self.round is not None:
                 self._take_round(rounds.pop(position, None))
-            yield batch
-
-    def _known(self, batches: Iterator[Any], total: int) -> Iterator[Any]:
-        # As little as possible a batch: this is the loop of every run on one process.
-        yield from islice(batches, max(0, total - 1))
-        for batch in batches:
-            self.end_of_dataloader = True
             yield batch
 
     def _take_round(self, round: Round | None) -> None:

@@ -223,7 +223,7 @@ def _how(exitcode: int) -> str:
     return f"was killed by {name}{_LIKELY.get(-exitcode, '')}"
 
 
-_LIKELY = {
+_LIKELY: dict[int, str] = {
     signal.SIGKILL: " (by a person, or for want of memory)",
     signal.SIGABRT: " (gloo does so when ranks take part with tensors of different sizes: --debug compares them first)",
 }

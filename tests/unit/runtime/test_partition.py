@@ -28,7 +28,7 @@ def test_padding_makes_all_parts_equal(items, count):
     assert len({len(part) for part in parts}) == 1
     if items:
         plain = [partition.split(items, index, count) for index in range(count)]
-        for padded, part in zip(parts, plain):
+        for padded, part in zip(parts, plain, strict=True):
             assert padded[: len(part)] == part
             assert set(padded[len(part) :]) <= {items[-1]}
 
