@@ -543,24 +543,17 @@ class Accelerator(CheckpointMethods):
         return prepared
 
     def _prepare_loader(self, data_loader: Any, on_device: bool, slice_fn: Any) -> Any:
-        ranks = self.strategy.data_ranks()
-        config = self.dataloader_config
-        return loading.prepare_data_loader(
+        if isinstance(data_loader, (loading.DataLoaderShard, loading.DataLoaderDispatcher)):
+            return data_loader
+        plan = loading.plan_data(
             data_loader,
-            self.device,
-            num_processes=ranks.count,
-            process_index=ranks.index,
-            split_batches=config.split_batches,
+            self.dataloader_config,
+            self.strategy.data_ranks(),
             put_on_device=on_device,
-            rng_types=[str(kind) for kind in self.rng_types],
-            dispatch_batches=config.dispatch_batches,
-            even_batches=config.even_batches,
-            slice_fn_for_dispatch=slice_fn,
-            use_seedable_sampler=config.use_seedable_sampler,
-            data_seed=config.data_seed,
-            non_blocking=config.non_blocking,
-            use_stateful_dataloader=config.use_stateful_dataloader,
+            rng_types=self.rng_types,
+            slice_fn=slice_fn,
         )
+        return plan.build(self.device, self.torch_device_mesh)
 
     def _register(self, bundle: Bundle) -> None:
         for models, known in (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate.data_loader import gather_for_metrics, prepare_data_loader
@@ -13,23 +12,16 @@ from accelerate.state import GradientState
 
 
 class Counting(IterableDataset):
-    """The numbers below `n`, with or without a length."""
+    """The numbers below `n`, of unknown length."""
 
-    def __init__(self, n: int, sized: bool = False) -> None:
+    def __init__(self, n: int) -> None:
         self.n = n
-        if sized:
-            self.__class__ = SizedCounting
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.n))
 
 
-class SizedCounting(Counting):
-    def __len__(self) -> int:
-        return self.n
-
-
-def go_through(loader: Any, data: Any = None) -> dict[str, Any]:
+def go_through(loader: Any) -> dict[str, Any]:
     """One pass: batches with the signals that came with them, and what was gathered at each step."""
     state = GradientState()
     seen, gathered = [], []
@@ -67,5 +59,4 @@ def observe(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             result["total_batch_size"] = loader.total_batch_size
             result["total_dataset_length"] = loader.total_dataset_length
         results.append(result)
-    torch.manual_seed(0)
     return results

@@ -70,12 +70,9 @@ class DataLoaderShard(DataLoaderAdapter):
         try:
             self._tell_iteration()
             self._synchronise()
+            batches = map(_present, self._batches())
             move = mover(self.device, self._non_blocking)
-            if move is None:
-                yield from self._batches()
-            else:
-                for batch in self._batches():
-                    yield move(batch)
+            yield from batches if move is None else map(move, batches)
             self._finish_epoch()
         finally:
             self.end()
@@ -90,6 +87,16 @@ class DataLoaderShard(DataLoaderAdapter):
             types.append(RNGType.GENERATOR)
         if types:
             rng.synchronize_rng_states(types, self.synchronized_generator)
+
+
+def _present(batch: Any) -> Any:
+    """The batch, which must be one: None would only be noticed in the model, far from where it came from."""
+    if batch is None:
+        raise ValueError(
+            "the loader gave None instead of a batch: its collate_fn (or, without batching, the dataset) returned nothing. "
+            "Leave such samples out in the dataset or the sampler, or return an empty batch."
+        )
+    return batch
 
 
 class SkipDataLoader(DataLoaderAdapter):

@@ -491,3 +491,13 @@ def test_even_batches_can_be_overridden() -> None:
     assert rows(loader) == rows(stream) == [[1], [3], [0]]
     with override_even_batches([loader], None):
         assert rows(loader) == [[1], [3], [0]]
+
+
+def test_a_batch_of_none_is_refused_where_it_comes_from() -> None:
+    def nothing(samples: list[int]) -> None:
+        return None
+
+    loader = prepare_data_loader(DataLoader(range(4), batch_size=2, collate_fn=nothing), put_on_device=True)
+    with pytest.raises(ValueError, match="None instead of a batch: its collate_fn"):
+        list(loader)
+    assert not GradientState().in_dataloader
