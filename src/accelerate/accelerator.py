@@ -599,10 +599,11 @@ class Accelerator(CheckpointMethods):
         elif num_items is None:
             self.strategy.backward(loss, steps=self.gradient_state.num_steps, **kwargs)
         else:
-            self._global_mean.add(num_items)
+            models = self._counter.window or self._models
+            self._global_mean.add(num_items, models)
             self.strategy.backward(loss, steps=1, **kwargs)
-            if self.gradient_state.sync_gradients:
-                self._global_mean.divide(self._counter.window or self._models)
+            if self.gradient_state.sync_gradients and not self._counter.held:
+                self._global_mean.divide(models)
 
     def lomo_backward(self, loss: torch.Tensor, learning_rate: float) -> None:
         """Backward and update in one, for LOMO optimizers, which never hold all gradients at once."""
@@ -624,8 +625,12 @@ class Accelerator(CheckpointMethods):
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """A context whose backward leaves the model's gradients local."""
-        with self.strategy.no_sync(model):
-            yield
+        self._counter.held += 1
+        try:
+            with self.strategy.no_sync(model):
+                yield
+        finally:
+            self._counter.held -= 1
 
     @staticmethod
     @contextmanager
@@ -641,6 +646,11 @@ class Accelerator(CheckpointMethods):
         Args:
             optimizer: One or several of the prepared optimizers; None means all.
         """
+        if self.scaler is not None and not self.sync_gradients:
+            raise ValueError(
+                "fp16 gradients that are still being accumulated cannot be unscaled or clipped: do so only "
+                "`if accelerator.sync_gradients:`."
+            )
         chosen = self._optimizers if optimizer is None else optimizer
         for one in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
             self.strategy.unscale_gradients(one)

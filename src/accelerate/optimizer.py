@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .precision.loss_scale import LossScaler, overflow_of
 from .runtime.pytree import send_to_device
 from .state import AcceleratorState, GradientState
 
@@ -35,11 +36,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.accelerator_state = AcceleratorState()
         self.gradient_state = GradientState()
         self.device_placement = device_placement
-        self._skipped = False
-        self._stepped = False
-        if scaler is not None:
-            # The scaler decides inside its own step whether to call ours: this is how we learn of it.
-            optimizer.register_step_post_hook(self._note_step)
+        self._overflow: list[torch.Tensor] = []
         if device_placement and optimizer.state:
             device = self.accelerator_state.device
             for param, values in optimizer.state.items():
@@ -49,9 +46,6 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
                     key: value if key == "step" else send_to_device(value, target)
                     for key, value in values.items()
                 }
-
-    def _note_step(self, *_: Any) -> None:
-        self._stepped = True
 
     @property
     def state(self) -> Any:
@@ -106,18 +100,19 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         """Steps, if this step synchronises gradients. Returns what the wrapped optimizer's step does."""
         if not self.gradient_state.sync_gradients:
             return None
+        self.gradient_state.divided = False
         if self.scaler is None:
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
-        self._stepped = False
         result = self.scaler.step(self.optimizer) if closure is None else self.scaler.step(self.optimizer, closure)
-        self.scaler.update()
-        self._skipped = not self._stepped
+        self._overflow = overflow_of(self.scaler, self.optimizer)
+        if not isinstance(self.scaler, LossScaler):  # that one updates by itself
+            self.scaler.update()
         return result
 
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last step was left out because fp16 gradients overflowed."""
-        return self._skipped
+        return any(found.item() > 0 for found in self._overflow)
 
     def train(self) -> None:
         """Training mode, for optimizers that have one (schedule-free ones do)."""

@@ -39,6 +39,9 @@ class _Shared:
     def __init__(self) -> None:
         self.__dict__ = self._shared_state
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()  # a copy, here or in another process, is a view of the state there
+
     @property
     def initialized(self) -> bool:
         """Whether the shared state has been filled."""
@@ -319,7 +322,7 @@ class AcceleratorState(_Shared):
             self._check_unchanged(cpu, wanted)
             return
         partial = PartialState(cpu, **kwargs)
-        if cpu and not partial._cpu:
+        if cpu and partial.device.type != "cpu":
             raise ValueError(_ALREADY.format(setting="cpu=True"))
         if wanted is None:
             wanted = env.choice("ACCELERATE_MIXED_PRECISION", PrecisionType.list(), "no")
@@ -332,7 +335,7 @@ class AcceleratorState(_Shared):
         self.device_mesh = None
 
     def _check_unchanged(self, cpu: bool, mixed_precision: str | None) -> None:
-        if cpu and not self._cpu:
+        if cpu and self.device.type != "cpu":
             raise ValueError(_ALREADY.format(setting="cpu=True"))
         if mixed_precision is not None and mixed_precision != self._mixed_precision:
             raise ValueError(_ALREADY.format(setting=f"mixed_precision={mixed_precision!r}"))
@@ -440,6 +443,7 @@ class GradientState(_Shared):
     Attributes:
         sync_gradients: Whether gradients are synchronised, and so the optimizer steps, at this micro-step.
         plugin_kwargs: The settings of the `GradientAccumulationPlugin` that differ from its defaults.
+        divided: Whether gradients have been divided by the items of a global batch since the last step.
 
     Args:
         gradient_accumulation_plugin: New settings; None keeps those there are.
@@ -449,6 +453,7 @@ class GradientState(_Shared):
 
     sync_gradients: bool
     plugin_kwargs: dict[str, Any]
+    divided: bool
 
     def __init__(self, gradient_accumulation_plugin: GradientAccumulationPlugin | None = None) -> None:
         super().__init__()
@@ -456,6 +461,7 @@ class GradientState(_Shared):
             self.sync_gradients = True
             self._references: list[weakref.ref[Any] | None] = [None]
             self.plugin_kwargs = {}
+            self.divided = False
             self._is_xla_gradients_synced = False
         if gradient_accumulation_plugin is not None:
             self.plugin_kwargs = gradient_accumulation_plugin.to_kwargs()

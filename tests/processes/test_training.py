@@ -265,3 +265,50 @@ def wrong_on_every_rank() -> None:
 def test_a_dispatched_model_is_refused_on_several_ranks(run_ranks):
     with pytest.raises(Exception, match="spread over several devices"):
         run_ranks(2, wrong_on_every_rank)
+
+
+def compiled_container() -> dict[str, object]:
+    from accelerate.settings.handlers import TorchDynamoPlugin
+
+    accelerator = Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend="eager"))
+    model = nn.Linear(1, 1, bias=False)
+    prepared = accelerator.prepare(model)
+    x = torch.full((1, 1), float(accelerator.process_index + 1))
+    with accelerator.no_sync(prepared):
+        accelerator.backward(prepared(x).sum())
+    seen: dict[str, object] = {"local": model.weight.grad.item(), "type": type(prepared).__name__}
+    keys = sorted(prepared.state_dict())
+    unwrapped = accelerator.unwrap_model(prepared)
+    seen["kept"] = sorted(prepared.state_dict()) == keys and unwrapped is not prepared
+    seen["inner"] = (
+        unwrapped._orig_mod is model and accelerator.unwrap_model(prepared, keep_torch_compile=False) is model
+    )
+    seen["keys"] = sorted(accelerator.get_state_dict(prepared))
+    with accelerator.join_uneven_inputs([prepared]):
+        for _ in range(1 + accelerator.process_index):
+            accelerator.backward(prepared(x).sum())
+    return seen
+
+
+def test_a_compiled_container_is_still_a_container(run_ranks):
+    for rank, seen in enumerate(run_ranks(2, compiled_container, timeout=120)):
+        assert seen == {"local": rank + 1.0, "type": "OptimizedModule", "kept": True, "inner": True, "keys": ["weight"]}
+
+
+def ragged_results() -> tuple[list[int], bool]:
+    import torch.distributed as dist
+
+    from accelerate.data_loader import gathering
+
+    configuration = DataLoaderConfiguration(even_batches=False)
+    accelerator = Accelerator(cpu=True, dataloader_config=configuration)
+    loader = accelerator.prepare(DataLoader(torch.arange(8), batch_size=2))
+    seen = [number for batch in loader for number in accelerator.gather_for_metrics(batch).tolist()]
+    accelerator.end_training()
+    return seen, bool(gathering._groups) or dist.is_initialized()
+
+
+def test_groups_made_for_a_ragged_end_go_with_the_run(run_ranks):
+    results = run_ranks(3, ragged_results, join=False)
+    assert results[0] == (list(range(8)), False)
+    assert not any(left for _, left in results)

@@ -411,3 +411,145 @@ def test_copying_logs_why(caplog):
     with caplog.at_level(logging.INFO, logger="accelerate.accelerator"):
         copy.deepcopy(accelerator)
     assert "stands for this process's run" in caplog.text
+
+
+# fp16 with several optimizers, and what a review found -------------------------------------------------------------------
+
+
+def two_in_fp16(scale: float = 256.0) -> tuple[Accelerator, list[nn.Linear], list[AcceleratedOptimizer]]:
+    handlers = [GradScalerKwargs(init_scale=scale, growth_interval=1)]
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=handlers)
+    models = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    for model in models:
+        nn.init.zeros_(model.weight)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
+    prepared = accelerator.prepare(*models, *optimizers)
+    return accelerator, list(prepared[:2]), list(prepared[2:])
+
+
+def test_two_optimizers_share_one_loss_scale():
+    accelerator, (a, b), optimizers = two_in_fp16()
+    x = torch.ones(1, 1)
+    for update in (1, 2):  # the scale grows between the updates, never within one
+        accelerator.backward((a(x) + b(x)).sum())
+        accelerator.clip_grad_norm_([*a.parameters(), *b.parameters()], 100.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (a.weight.item(), b.weight.item()) == (-update, -update)
+    assert accelerator.scaler.get_scale() == 1024.0
+
+
+def test_an_overflow_of_one_optimizer_leaves_the_other_right():
+    accelerator, (a, b), (first, second) = two_in_fp16()
+    accelerator.backward((a(torch.ones(1, 1)) * float("inf") + b(torch.ones(1, 1))).sum())
+    first.step()
+    second.step()
+    assert first.step_was_skipped and not second.step_was_skipped and accelerator.optimizer_step_was_skipped
+    assert (a.weight.item(), b.weight.item()) == (0.0, -1.0)
+    assert accelerator.scaler.state_dict()["scale"] == 128.0, "lower from the next update on"
+
+
+def test_adversaries_step_in_turns():
+    accelerator, (a, b), (first, second) = two_in_fp16()
+    x = torch.ones(1, 1)
+    for model, optimizer in ((a, first), (b, second)):
+        accelerator.backward(model(x).sum())
+        accelerator.clip_grad_norm_(model.parameters(), 100.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (a.weight.item(), b.weight.item()) == (-1.0, -1.0)
+
+
+def test_a_fused_optimizer_reports_skipped_steps():
+    handlers = [GradScalerKwargs(init_scale=2.0)]
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=handlers)
+    model = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1.0, fused=True))
+    before = model.weight.item()
+    accelerator.backward(model(torch.ones(1, 1)).sum() * float("inf"))
+    optimizer.step()
+    assert optimizer.step_was_skipped and model.weight.item() == before
+
+
+def test_fp16_gradients_are_clipped_only_when_whole():
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", gradient_accumulation_steps=2)
+    model = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+        with pytest.raises(ValueError, match=r"if accelerator\.sync_gradients"):
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+        accelerator.unscale_gradients()
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)  # unscaled once, however often one asks
+        assert model.weight.grad.norm() <= 1.0
+        optimizer.step()
+
+
+def test_items_are_divided_once_an_update():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    x = torch.ones(2, 1)
+    with accelerator.no_sync(model):
+        accelerator.backward(model(x).sum(), num_items=2)
+    accelerator.backward(model(x).sum(), num_items=2)
+    assert model.weight.grad.item() == 1.0, "accumulated by hand"
+    with pytest.raises(ValueError, match="divided the gradients of this update already"):
+        accelerator.backward(model(x).sum(), num_items=2)
+    optimizer.step()
+    optimizer.zero_grad()
+    count = torch.tensor(2.0, dtype=torch.float64)
+    accelerator.backward(model(x).sum(), num_items=count)
+    assert model.weight.grad.item() == 1.0 and count.item() == 2.0, "the caller's tensor is left alone"
+    with pytest.raises(ValueError, match="must not be negative"):
+        optimizer.step()
+        accelerator.backward(model(x).sum(), num_items=torch.tensor(-1))
+
+
+def test_cpu_may_be_asked_for_again_where_it_is_in_use():
+    Accelerator()
+    assert Accelerator(cpu=True).device.type == "cpu"
+
+
+def test_copies_of_prepared_objects_follow_the_run():
+    import pickle
+
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    optimizer, scheduler, loader = accelerator.prepare(
+        optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1), small_loader()
+    )
+    twin = copy.deepcopy(scheduler)
+    for _ in loader:
+        assert pickle.loads(pickle.dumps(scheduler)).gradient_state.in_dataloader
+        accelerator.sync_gradients = False
+        assert not twin.gradient_state.sync_gradients
+        break
+    assert accelerator.prepare(optimizer.optimizer) is optimizer
+    assert accelerator.prepare(scheduler.scheduler) is scheduler
+    assert len(accelerator._optimizers) == 1
+
+
+def test_another_precision_after_a_reset():
+    from accelerate.state import AcceleratorState
+
+    seen = []
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, x):
+            seen.append(torch.get_autocast_dtype("cpu"))
+            return self.layer(x)
+
+    model = Model()
+    for precision in ("bf16", "fp16"):
+        AcceleratorState._reset_state(True)
+        Accelerator(cpu=True, mixed_precision=precision).prepare(model)(torch.ones(1, 1))
+    assert seen[0] is torch.bfloat16
+    assert len(vars(model.forward)["_free"]) == 1 and model.forward._free is not model.forward.__wrapped__._free

@@ -63,8 +63,8 @@ class DataLoaderStateMixin:
 
     - One rank, and ``drop_last`` (full rounds only): never.
     - Sharded, `even_batches`: at the last step, if samples were repeated to fill it. All ranks take as many steps.
-    - Sharded, not even: at the last step of the ranks that have it, with differing sizes, 0 for those that stopped
-    before. - Sharded, a batch sampler of varying sizes, which are dealt whole: at each step whose sizes differ; with
+    - Sharded, not even: at the last step of the ranks that have it, with differing sizes, 0 for those that stopped before.
+    - Sharded, a batch sampler of varying sizes, which are dealt whole: at each step whose sizes differ; with
       `even_batches` the last step is completed with whole batches from the start.
     - Sharded, ``batch_size=None``, where each item is a batch: at an incomplete last step, counting batches (`whole`).
     - Sharded iterable datasets: as above, but once for each worker, whose streams end one by one.

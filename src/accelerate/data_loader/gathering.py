@@ -7,7 +7,7 @@ The counterpart of `DataLoaderStateMixin`: everything here goes by the `Round` o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,7 +140,7 @@ def _rows(tensor: torch.Tensor, round: Round | None, comm: Collectives) -> torch
 def _gathered_objects(data: Any, round: Round | None, comm: Collectives, rest: int | None) -> Any:
     if comm.size == 1:
         gathered = data
-    elif isinstance(data, Iterable):
+    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
         gathered = gather_items(list(data), round, comm)
     else:
         raise TypeError(
@@ -180,6 +180,8 @@ def _collectives_of(loader: Any) -> Collectives:
 
 
 _by_group: weakref.WeakKeyDictionary[Any, Collectives] = weakref.WeakKeyDictionary()
+world.when_leaving(_by_group.clear)
+world.when_leaving(_groups.clear)
 
 
 def _of_group(group: Any, everyone: Collectives) -> Collectives:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..runtime.forward import ForwardWrapper, wrap_forward
 from ..runtime.pytree import convert_to_fp32
+from .loss_scale import LossScaler
 
 if TYPE_CHECKING:
     from ..settings.handlers import AutocastKwargs, GradScalerKwargs
@@ -68,7 +69,7 @@ class Autocast(Precision):
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self._options = autocast.to_kwargs() if autocast is not None else {}
         if name == "fp16":
-            self.scaler = torch.amp.GradScaler(device.type, **(scaler.to_kwargs() if scaler is not None else {}))
+            self.scaler = LossScaler(device.type, **(scaler.to_kwargs() if scaler is not None else {}))
 
     def wrap_forward(self, model: nn.Module) -> None:
         wrap_forward(model, _AutocastForward(self._build))
@@ -104,7 +105,7 @@ class _AutocastForward(ForwardWrapper):
         import functools
 
         other = type(self)(self._build)
-        functools.update_wrapper(other, copy.deepcopy(self.__wrapped__, memo))
+        functools.update_wrapper(other, copy.deepcopy(self.__wrapped__, memo), updated=())
         return other
 
 

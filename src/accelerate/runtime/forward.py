@@ -30,7 +30,8 @@ class ForwardWrapper:
 def wrap_forward(module: nn.Module, wrapper: ForwardWrapper) -> None:
     """Puts `wrapper` in place of the module's forward; the first forward is kept as ``_original_forward``."""
     forward = module.forward
-    functools.update_wrapper(wrapper, forward)  # sets __wrapped__ too
+    # Sets __wrapped__ too; `updated` would hand on the attributes of a wrapper underneath.
+    functools.update_wrapper(wrapper, forward, updated=())
     if "_original_forward" not in module.__dict__:
         module._original_forward = forward  # type: ignore[assignment]  # a method, not a submodule
     module.forward = wrapper
@@ -81,10 +82,10 @@ def extract_model_from_parallel(
         _unwrap_children(inner)
     if not keep_fp32_wrapper and isinstance(inner, nn.Module):
         unwrap_forward(inner)
-    if compiled is not None and keep_torch_compile:
-        compiled._orig_mod = inner
-        return compiled
-    return inner
+    if compiled is None or not keep_torch_compile:
+        return inner
+    # Another compiled module around the inner one: the container that was compiled is still being trained with.
+    return compiled if inner is compiled._orig_mod else type(compiled)(inner, compiled.dynamo_ctx)
 
 
 def _without_containers(module: Any) -> Any:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from . import devices
 from .transport import Collectives, TorchCollectives
-from .world import current, is_joined
+from .world import current, is_joined, when_leaving
 
 _R = TypeVar("_R")
 
@@ -248,6 +248,7 @@ class _Agreement:
 
 # One for each group of the run; when that is left, torch destroys both.
 _CHANNELS: weakref.WeakKeyDictionary[dist.ProcessGroup, Collectives] = weakref.WeakKeyDictionary()
+when_leaving(_CHANNELS.clear)
 
 
 def _own_channel() -> Collectives:

@@ -146,7 +146,7 @@ def join(
     device = kind.device(place.local_rank)
     kind.set_device(device)
     if not dist.is_initialized():
-        _initialise(place, _backend_for(kind, backend), init_method, timeout, device)
+        _initialise(place, _backend_for(kind, backend), init_method, timeout)
     _leave_at_exit()
     return set_current(
         World(
@@ -168,10 +168,21 @@ def leave(group: ProcessGroup | None = None) -> None:
 
     Leaving the default group forgets the World as well.
     """
+    if group is None:
+        for release in _when_leaving:
+            release()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group(group)
     if group is None:
         forget()
+
+
+_when_leaving: list[Callable[[], object]] = []
+
+
+def when_leaving(release: Callable[[], object]) -> None:
+    """Has `release` called each time the default group is left: for a module that keeps groups of its own."""
+    _when_leaving.append(release)
 
 
 def _lone_device(kind: devices.DeviceKind) -> torch.device:
@@ -216,7 +227,6 @@ def _initialise(
     backend: str,
     init_method: str | None,
     timeout: datetime.timedelta | None,
-    device: torch.device,
 ) -> None:
     limit = timeout if timeout is not None else dist.distributed_c10d._get_default_timeout(dist.Backend(backend))
     store = rendezvous.meet(place, init_method, limit)
@@ -226,8 +236,6 @@ def _initialise(
         rank=place.rank,
         world_size=place.size,
         timeout=limit,
-        # Naming the device lets nccl set up its communicator at once, so that a bad set-up shows here.
-        device_id=device if device.type == "cuda" else None,
     )
 
 

@@ -64,6 +64,7 @@ class StepCounter:
     Attributes:
         step: Micro-steps since the last one at the end of a loader.
         window: The models of the micro-step in progress.
+        held: How many `no_sync` blocks are open.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -71,6 +72,7 @@ class StepCounter:
         self.gradient_state = GradientState()
         self.step = 0
         self.window: Sequence[nn.Module] = ()
+        self.held = 0
 
     def advance(self) -> None:
         """Goes one micro-step on and sets whether it synchronises gradients."""
@@ -81,6 +83,10 @@ class StepCounter:
         else:
             self.step += 1
             state._set_sync_gradients(self.step % state.num_steps == 0)
+
+
+def _has_gradients(model: nn.Module) -> bool:
+    return any(param.grad is not None for param in model.parameters())
 
 
 class GlobalMean:
@@ -95,13 +101,15 @@ class GlobalMean:
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
+        self._state = GradientState()
         self.items: torch.Tensor | None = None
 
-    def add(self, num_items: int | float | torch.Tensor) -> None:
+    def add(self, num_items: int | float | torch.Tensor, models: Sequence[nn.Module]) -> None:
         """Counts the items (tokens, samples, or their weights) of one micro-batch of this rank.
 
         Raises:
-            ValueError: for a negative or non-scalar count.
+            ValueError: for a negative or non-scalar count, or for more items after the gradients of `models` have been
+                divided and before they are used.
         """
         device = self._strategy.world.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -111,12 +119,25 @@ class GlobalMean:
                     f"num_items must be one number, found a tensor of shape {tuple(num_items.shape)}: pass the count of "
                     "items whose losses were summed, such as `(labels != -100).sum()`."
                 )
-            count = num_items.detach().to(device, dtype).reshape(())
+            # A copy: the sum over the ranks is taken in place.
+            count = num_items.detach().to(device, dtype, copy=True).reshape(())
+            if device.type == "cpu":  # elsewhere, looking would wait for the device
+                self._check(count.item())
         else:
-            if num_items < 0:
-                raise ValueError(f"num_items must not be negative, found {num_items}.")
+            self._check(num_items)
             count = torch.tensor(float(num_items), dtype=dtype, device=device)
+        if self.items is None and self._state.divided and any(map(_has_gradients, models)):
+            raise ValueError(
+                "backward(..., num_items=...) has divided the gradients of this update already, and no prepared optimizer "
+                "has stepped since. Add losses up before one backward, or mark all but the last backward of an update "
+                "with `accumulate` or `no_sync`."
+            )
         self.items = count if self.items is None else self.items + count
+
+    @staticmethod
+    def _check(num_items: float) -> None:
+        if num_items < 0:
+            raise ValueError(f"num_items must not be negative, found {num_items}.")
 
     def divide(self, models: Sequence[nn.Module]) -> None:
         """Divides the synchronised gradients of `models` by the items counted on all ranks, and starts a new count."""
@@ -127,16 +148,13 @@ class GlobalMean:
             self._strategy.world.collectives.all_reduce(items)
         # Gradients are an average over the ranks by now: `ranks` times it is their sum. No items at all: nothing to learn.
         factor = torch.where(items > 0, ranks / items, torch.zeros_like(items))
-        seen: set[int] = set()
-        dense = []
-        for model in models:
-            for param in model.parameters():
-                if param.grad is None or id(param) in seen:
-                    continue
-                seen.add(id(param))
-                if param.grad.is_sparse:
-                    param.grad.mul_(factor)
-                else:
-                    dense.append(param.grad)
-        if dense:
-            torch._foreach_mul_(dense, factor)
+        gradients = {param.grad for model in models for param in model.parameters() if param.grad is not None}
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for gradient in gradients:
+            if gradient.is_sparse:
+                gradient.mul_(factor.to(gradient.device))
+            else:
+                by_device.setdefault(gradient.device, []).append(gradient)
+        for device, dense in by_device.items():
+            torch._foreach_mul_(dense, factor.to(device))
+        self._state.divided = bool(gradients)

@@ -232,7 +232,7 @@ class Strategy:
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         """The model's full state, as one would save it."""
-        state: dict[str, Any] = self.unwrap(model).state_dict()
+        state: dict[str, Any] = self.unwrap(model, keep_torch_compile=False).state_dict()
         return state
 
     def entries(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..optimizer import AcceleratedOptimizer
 from ..scheduler import AcceleratedScheduler
 from .base import Bundle
 
@@ -23,8 +24,16 @@ def classify(objects: Sequence[Any], *, on_device: frozenset[int], prepared: Ite
     bundle = Bundle(on_device=on_device)
     known = list(prepared)
     for place, item in enumerate(objects):
+        item = next((other for other in known if item is not None and item is _wrapped_in(other)), item)
         _kind_of(item, bundle, known)[place] = item
     return bundle
+
+
+def _wrapped_in(prepared: Any) -> Any:
+    """The object inside a prepared optimizer or scheduler: preparing that again gives back the same wrapper."""
+    if isinstance(prepared, AcceleratedOptimizer):
+        return prepared.optimizer
+    return prepared.scheduler if isinstance(prepared, AcceleratedScheduler) else None
 
 
 def _kind_of(item: Any, bundle: Bundle, known: list[Any]) -> dict[int, Any]:

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
 
 from ..runtime import world
+from ..runtime.forward import is_compiled_module
 from ..settings.enums import DistributedType
 from .base import Bundle, Strategy, check_device_map
 
@@ -47,27 +48,28 @@ class DataParallel(Strategy):
         return wrapped
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        # A model that prepare left unwrapped has nothing to hold back.
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+        container = _container(model)  # a model that prepare left unwrapped has nothing to hold back
+        return container.no_sync() if container is not None else nullcontext()
 
     @staticmethod
     @contextmanager
     def sync_in_backward(model: nn.Module) -> Iterator[None]:
-        if not isinstance(model, DistributedDataParallel):
+        container = _container(model)
+        if container is None:
             yield
             return
-        before = model.require_backward_grad_sync, model.require_forward_param_sync
-        model.require_backward_grad_sync = model.require_forward_param_sync = True
+        before = container.require_backward_grad_sync, container.require_forward_param_sync
+        container.require_backward_grad_sync = container.require_forward_param_sync = True
         # The forward ran under no_sync and did not arm the reducer: this arms it for every parameter.
-        model.reducer.prepare_for_backward([])
+        container.reducer.prepare_for_backward([])
         try:
             yield
         finally:
-            model.require_backward_grad_sync, model.require_forward_param_sync = before
+            container.require_backward_grad_sync, container.require_forward_param_sync = before
 
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
-        joinable: list[Joinable] = [model for model in models if isinstance(model, DistributedDataParallel)]
+        joinable: list[Joinable] = [container for container in map(_container, models) if container is not None]
         if len(joinable) < len(models):
             logger.warning("join_uneven_inputs: only prepared, trainable models can be joined; the others are ignored.")
         with Join(joinable) if joinable else nullcontext():
@@ -78,6 +80,12 @@ class DataParallel(Strategy):
             self.settings.precision.wrap_forward(model.module)
             return model
         return super().prepare_model(model, on_device, evaluation)
+
+
+def _container(model: nn.Module) -> DistributedDataParallel | None:
+    """The DDP container of a prepared model, compiled or not; None for a model that has none."""
+    inner = model._orig_mod if is_compiled_module(model) else model
+    return inner if isinstance(inner, DistributedDataParallel) else None
 
 
 _wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
