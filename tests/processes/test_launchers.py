@@ -90,7 +90,7 @@ def test_two_ranks_from_a_notebook(cell: Any) -> None:
     launched, rows, *rest = cell(
         """
         torch.rand(600, 600) @ torch.rand(600, 600)  # the pool of threads that does not survive a fork
-        notebook_launcher(report, ("a", 2), num_processes=2, mixed_precision="bf16")
+        notebook_launcher(report, ("a", 2), num_processes=2, mixed_precision="bf16", use_port="0")
         taken = socket.socket(); taken.bind(("127.0.0.1", 0)); taken.listen()
         notebook_launcher(report, num_processes=3, use_port=str(taken.getsockname()[1]))
         print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "RANK" in os.environ)
@@ -181,7 +181,7 @@ def test_ranks_start_again_as_often_as_allowed(cell: Any) -> None:
             if rank == 0:
                 print("attempt", attempt, flush=True)
 
-        notebook_launcher(flaky, (1,), num_processes=2, max_restarts=1)
+        notebook_launcher(flaky, (1,), num_processes=2, max_restarts=1, use_port="0")
         attempt(notebook_launcher, flaky, (5,), num_processes=2, max_restarts=1)
         """
     )
@@ -219,7 +219,7 @@ def test_an_interrupted_notebook_leaves_nobody_behind(tmp_path: Path) -> None:
             print("up", flush=True)
             time.sleep(600)
 
-        notebook_launcher(wait, num_processes=2)
+        notebook_launcher(wait, num_processes=2, use_port="0")
         """
     )
     for how in (signal.SIGINT, signal.SIGKILL):
