@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,10 @@ import pytest
 
 from tests.helpers.ranks import RankPool
 from tests.helpers.reset import reset_singletons
+
+# A shell starts its background jobs with Ctrl-C ignored, and every child inherits that: tests that interrupt one would wait.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -312,14 +312,16 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         assert self._index_stream is not None
         track = self._index_stream.track
         if track.exact and track.total is not None:
-            # No Python code a batch but the last: this is the loop of every run on one process.
-            return chain(islice(batches, max(0, track.total - 1)), self._last(batches))
+            # No Python code a batch but the first and the last: this is the loop of every run on one process.
+            between = max(0, track.total - 2)
+            first = map(present, islice(batches, min(1, max(0, track.total - 1))))
+            return chain(first, islice(batches, between), self._last(batches))
         return self._tracked(batches, track)
 
     def _last(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self.end_of_dataloader = True
-            yield batch
+            yield present(batch)
 
     def _tracked(self, batches: Any, track: Track) -> Iterator[Any]:
         position = batches._num_yielded  # above 0 for a loader that resumes
@@ -330,7 +332,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
                 self.end_of_dataloader = True
             if rounds or self.round is not None:
                 self._take_round(rounds.pop(position, None))
-            yield batch
+            yield present(batch)
 
     def _take_round(self, round: Round | None) -> None:
         self.round = round
@@ -345,7 +347,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
                 batch = batch.batch
             elif self.round is not None:
                 self._take_round(None)
-            yield batch
+            yield present(batch)
 
     def _one_ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         """Each batch of a stream (the skipped ones left out) with whether it is the last."""
@@ -385,6 +387,16 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes from a position at the next iteration; only with ``use_stateful_dataloader=True``."""
         raise TypeError(_NOT_STATEFUL)
+
+
+def present(batch: Any) -> Any:
+    """The batch, which must be one: None would only be noticed in the model, far from where it came from."""
+    if batch is None:
+        raise ValueError(
+            "the loader gave None instead of a batch: its collate_fn (or, without batching, the dataset) returned nothing. "
+            "Leave such samples out in the dataset or the sampler, or return an empty batch."
+        )
+    return batch
 
 
 _NOT_STATEFUL = (

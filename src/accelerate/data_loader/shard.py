@@ -70,7 +70,7 @@ class DataLoaderShard(DataLoaderAdapter):
         try:
             self._tell_iteration()
             self._synchronise()
-            batches = map(_present, self._batches())
+            batches = self._batches()
             move = mover(self.device, self._non_blocking)
             yield from batches if move is None else map(move, batches)
             self._finish_epoch()
@@ -87,16 +87,6 @@ class DataLoaderShard(DataLoaderAdapter):
             types.append(RNGType.GENERATOR)
         if types:
             rng.synchronize_rng_states(types, self.synchronized_generator)
-
-
-def _present(batch: Any) -> Any:
-    """The batch, which must be one: None would only be noticed in the model, far from where it came from."""
-    if batch is None:
-        raise ValueError(
-            "the loader gave None instead of a batch: its collate_fn (or, without batching, the dataset) returned nothing. "
-            "Leave such samples out in the dataset or the sampler, or return an empty batch."
-        )
-    return batch
 
 
 class SkipDataLoader(DataLoaderAdapter):
