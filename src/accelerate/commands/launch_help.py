@@ -6,8 +6,9 @@ import os
 import textwrap
 from collections.abc import Collection
 
-from ..settings.launcher import DISTRIBUTED, HARDWARE, PARADIGM, RESOURCES, LaunchSettings
+from ..settings.launcher import DISTRIBUTED, HARDWARE, PARADIGM, LaunchSettings
 from ..settings.option import Entry, Section, entries
+from ..settings.sections import RESOURCES
 
 _ALWAYS_SHOWN = ("General", HARDWARE, RESOURCES, PARADIGM, DISTRIBUTED)
 
