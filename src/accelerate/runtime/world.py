@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +20,15 @@ import torch.distributed as dist
 
 from ..settings import env
 from ..settings.enums import DistributedType
-from . import devices, rendezvous
-from .rendezvous import Placement
+from . import devices, machine, rendezvous
+from . import place as places
+from .place import Placement
 from .transport import Collectives, TorchCollectives, XlaCollectives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,18 +139,20 @@ def join(
         return set_current(_xla_world(common))
     place: Placement | None
     if dist.is_available() and dist.is_initialized():
-        place = rendezvous.of_group(dist.get_rank(), dist.get_world_size())
+        place = places.of_group(dist.get_rank(), dist.get_world_size())
     else:
-        place = rendezvous.from_environment()
+        place = places.from_environment(address_needed=init_method is None)
     if place is None:
         device = _lone_device(kind)
         kind.set_device(device)
+        _bind_to_processors(0)
         return set_current(World(0, 1, 0, 1, device, None, Collectives(device), DistributedType.NO, **common))
     rendezvous.record_errors()  # before joining: that may fail as well
     if not kind.backends:  # several processes cannot share one such device (mps)
         kind = devices.DEVICES["cpu"]
-    device = kind.device(place.local_rank)
+    device = kind.device(_device_index(kind, place))
     kind.set_device(device)
+    _bind_to_processors(place.local_rank)  # before the group, whose threads stay where they began
     if not dist.is_initialized():
         _initialise(place, _backend_for(kind, backend), init_method, timeout)
     _leave_at_exit()
@@ -185,6 +193,18 @@ def when_leaving(release: Callable[[], object]) -> None:
     _when_leaving.append(release)
 
 
+def _device_index(kind: devices.DeviceKind, place: Placement) -> int:
+    """Which of the devices that this process sees is its own."""
+    # A scheduler may show each of its tasks one device only (srun --gpus-per-task=1), which is device 0 for all of them.
+    scheduled = env.get("TORCHELASTIC_RUN_ID") is None and places.of_scheduler() is not None
+    return 0 if scheduled and kind.indexed and kind.count() == 1 else place.local_rank
+
+
+def _bind_to_processors(local_rank: int) -> None:
+    if env.flag("ACCELERATE_CPU_AFFINITY"):
+        machine.set_numa_affinity(local_rank)
+
+
 def _lone_device(kind: devices.DeviceKind) -> torch.device:
     wanted = env.get("ACCELERATE_TORCH_DEVICE")
     if wanted is not None and kind.name != "cpu":
@@ -213,9 +233,19 @@ def _xla_world(common: dict[str, Any]) -> World:
 
 
 def _backend_for(kind: devices.DeviceKind, wanted: str | None) -> str:
+    if wanted is None and kind.name == "cuda" and _sagemakers_backend():
+        return "smddp"
     if wanted is None or (wanted not in kind.backends and wanted in _backends_of_others(kind)):
         return next((name for name in kind.backends if dist.is_backend_available(name)), kind.backends[0])
     return wanted
+
+
+def _sagemakers_backend() -> bool:
+    """Whether this is a data-parallel job on Amazon SageMaker, whose image brings a library of its own for it."""
+    if env.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") != "DATA_PARALLEL" or find_spec("smdistributed") is None:
+        return False
+    importlib.import_module("smdistributed.dataparallel.torch.torch_smddp")  # makes the backend known to torch
+    return True
 
 
 def _backends_of_others(kind: devices.DeviceKind) -> set[str]:
@@ -229,7 +259,13 @@ def _initialise(
     timeout: datetime.timedelta | None,
 ) -> None:
     limit = timeout if timeout is not None else dist.distributed_c10d._get_default_timeout(dist.Backend(backend))
+    if "nccl" in backend:
+        _avoid_broken_peer_access()
     store = rendezvous.meet(place, init_method, limit)
+    # Its functions take the default group as a default argument, bound on import. DDP imports it: after the group was
+    # made, the group would live as long as the interpreter, and its threads abort the process as it ends now and then.
+    import torch.distributed.nn.functional  # noqa: F401
+
     dist.init_process_group(
         backend,
         store=store,
@@ -237,6 +273,19 @@ def _initialise(
         world_size=place.size,
         timeout=limit,
     )
+
+
+def _avoid_broken_peer_access() -> None:
+    if machine.check_cuda_p2p_ib_support():
+        return
+    switches = {name: "1" for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE") if env.get(name) is None}
+    env.publish(switches)
+    if switches:
+        logger.warning(
+            "this NVIDIA driver offers direct access between GeForce RTX 40 cards, and NCCL hangs over it: set %s. A "
+            "driver from 550.40.07 on needs neither.",
+            " and ".join(f"{name}=1" for name in switches),
+        )
 
 
 _at_exit: list[Callable[[], None]] = []
