@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import env
-from .enums import DynamoBackend, RNGType
+from .deepspeed import DeepSpeedPlugin
+from .enums import DistributedType, DynamoBackend, RNGType
+from .fsdp import FullyShardedDataParallelPlugin
 from .handlers import DataLoaderConfiguration, GradientAccumulationPlugin, KwargsHandler, TorchDynamoPlugin
+from .megatron import MegatronLMPlugin
+from .parallel import TorchTensorParallelPlugin
 
 UNSET: Any = object()
 """The default of an argument for which None would mean something."""
@@ -32,25 +36,82 @@ def sort_handlers(handlers: Sequence[KwargsHandler], kinds: Sequence[type[Kwargs
     return sorted_
 
 
-def refuse_later_features(**plugins: Any) -> None:
-    """Asking for what this version does not have must not pass silently.
+def one_of(**spellings: Any) -> Any:
+    """The value of an argument that has several names; None when it was not given.
 
     Raises:
-        ValueError: naming the plugins and variables that ask for it.
+        ValueError: when it was given by more than one.
     """
-    asked = [name for name, plugin in plugins.items() if plugin is not None]
-    variables = {
-        "fsdp_plugin": "ACCELERATE_USE_FSDP",
-        "deepspeed_plugin": "ACCELERATE_USE_DEEPSPEED",
-        "megatron_lm_plugin": "ACCELERATE_USE_MEGATRON_LM",
-        "parallelism_config": "ACCELERATE_USE_PARALLELISM_CONFIG",
-    }
-    asked += [f"{name} ({variable})" for name, variable in variables.items() if env.flag(variable)]
-    if asked:
+    given = {name: value for name, value in spellings.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both given: they are one argument, pass one.")
+    return next(iter(given.values()), None)
+
+
+class Plugins(NamedTuple):
+    """What says how a run is distributed, beyond the number of its processes.
+
+    Attributes:
+        fsdp, megatron, tensor_parallel: The plugin, or None.
+        deepspeed: DeepSpeed's plugins by name, the first of them in use; None without DeepSpeed.
+    """
+
+    fsdp: FullyShardedDataParallelPlugin | None = None
+    deepspeed: dict[str, DeepSpeedPlugin] | None = None
+    megatron: MegatronLMPlugin | None = None
+    tensor_parallel: TorchTensorParallelPlugin | None = None
+
+    @property
+    def kind(self) -> DistributedType | None:
+        """The way of distributing that they ask for."""
+        kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+        return next((kind for kind, plugin in zip(kinds, self[:3], strict=True) if plugin is not None), None)
+
+    def set_mixed_precision(self, wanted: str) -> str:
+        """Tells the plugins what the run computes in, and gives it back as they understand it."""
+        engines = list((self.deepspeed or {}).values())
+        for plugin in (self.fsdp, self.megatron, *engines):
+            if plugin is not None:
+                plugin.set_mixed_precision(wanted)
+        # DeepSpeed's own configuration may say it where nobody else does.
+        return engines[0].mixed_precision if engines and wanted == "no" else wanted
+
+
+def plugins(
+    fsdp: Any = None, deepspeed: Any = None, megatron: Any = None, tensor_parallel: Any = None, *, launched: bool = True
+) -> Plugins:
+    """The plugins that were given, and with `launched` those that the launcher's variables ask for.
+
+    Raises:
+        TypeError: for what is no such plugin.
+        ValueError: when more than one way of distributing is asked for.
+    """
+    if deepspeed is not None and not isinstance(deepspeed, dict):
+        deepspeed = {"default": deepspeed}
+    for name, plugin in (deepspeed or {}).items():
+        _check_kind(f"deepspeed_plugin {name!r}", plugin, DeepSpeedPlugin)
+    _check_kind("fsdp_plugin", fsdp, FullyShardedDataParallelPlugin)
+    _check_kind("megatron_lm_plugin", megatron, MegatronLMPlugin)
+    _check_kind("torch_tp_plugin", tensor_parallel, TorchTensorParallelPlugin)
+    if launched and fsdp is None and env.flag("ACCELERATE_USE_FSDP"):
+        fsdp = FullyShardedDataParallelPlugin()
+    if launched and deepspeed is None and env.flag("ACCELERATE_USE_DEEPSPEED"):
+        deepspeed = {"default": DeepSpeedPlugin()}
+    if launched and megatron is None and env.flag("ACCELERATE_USE_MEGATRON_LM"):
+        megatron = MegatronLMPlugin()
+    asked = {"FSDP": fsdp, "DeepSpeed": deepspeed, "Megatron-LM": megatron}
+    names = [name for name, plugin in asked.items() if plugin is not None]
+    if len(names) > 1:
         raise ValueError(
-            f"{', '.join(asked)}: sharded and model-parallel training are not part of this version, which trains on one "
-            "process and on data-parallel ranks (DDP)."
+            f"{' and '.join(names)} are asked for at once, by plugins or by the launcher: a run is distributed in one of "
+            "these ways."
         )
+    return Plugins(fsdp, deepspeed or None, megatron, tensor_parallel)
+
+
+def _check_kind(name: str, plugin: Any, kind: type) -> None:
+    if plugin is not None and not isinstance(plugin, kind):
+        raise TypeError(f"{name} must be an instance of {kind.__name__}, found {plugin!r}.")
 
 
 def accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> GradientAccumulationPlugin:

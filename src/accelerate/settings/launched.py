@@ -18,13 +18,18 @@ def _options() -> dict[str, Entry]:
     return {entry.dest: entry for entry in entries(LaunchSettings)}
 
 
-def resolve(given: Any, field: str, dest: str) -> Any:
+LAUNCHERS_DEFAULT: Any = object()
+"""Stands for: what the launcher's option is when nobody sets it."""
+
+
+def resolve(given: Any, field: str, dest: str, otherwise: Any = LAUNCHERS_DEFAULT) -> Any:
     """The value of a plugin's field.
 
     Args:
         given: The constructor's argument; None reads the launcher's variable.
         field: The field's name, for the message.
         dest: The launcher's option of the same meaning (``fp8_margin``).
+        otherwise: The plugin's default, where it is not the launcher's.
 
     Raises:
         ValueError: when argument or variable cannot be what the option is.
@@ -32,8 +37,16 @@ def resolve(given: Any, field: str, dest: str) -> Any:
     entry = _options()[dest]
     if given is not None:
         return entry.convert(given, field)
-    text = env.get(entry.variable) if entry.variable is not None else None
-    return entry.convert(text, f"environment variable {entry.variable}") if text else entry.option.default
+    text = variable(dest)
+    if text:
+        return entry.convert(text, f"environment variable {entry.variable}")
+    return entry.option.default if otherwise is LAUNCHERS_DEFAULT else otherwise
+
+
+def variable(dest: str) -> str | None:
+    """The text of the variable of one of the launcher's options; None: it is not set."""
+    name = _options()[dest].variable
+    return env.get(name) if name is not None else None
 
 
 def default(dest: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from .clouds import SageMakerSettings, TpuCommandSettings
 from .option import Settings, option, section
 from .sections import (
     RESOURCES,
@@ -35,10 +36,12 @@ class LaunchSettings(Settings):
         script_args: Its arguments, untouched.
         compute_environment: ``LOCAL_MACHINE`` or ``AMAZON_SAGEMAKER``.
         deepspeed_fields: The DeepSpeed keys that the configuration file sets.
+        sagemaker: What the configuration file says about Amazon SageMaker.
+        pod: What it says about the pod of TPUs.
         python: The interpreter and its options.
         device: The kind of device that processes compute on, as in `runtime.devices`.
         threads: What OMP_NUM_THREADS is when nobody chose it.
-        loopback: The network interface that reaches this machine only.
+        interface: The network interface over which ranks find each other.
         directory: The folder the command was started in.
     """
 
@@ -46,14 +49,23 @@ class LaunchSettings(Settings):
     quiet: bool = option(False, "print nothing of the launcher's own", switch=True, flags=("-q",))
     module: bool = option(False, "run the script as a module, like python -m", switch=True, flags=("-m",))
     no_python: bool = option(False, "run the script itself, without python", switch=True)
+    dry_run: bool = option(False, "print the command and its environment, and start nothing", switch=True)
     debug: bool = option(
         False,
         "compare shapes before each collective, and show torch's own messages",
         switch=True,
         env="ACCELERATE_DEBUG_MODE",
+        ask="Should collective operations be checked for errors while running (slower, but shows what would hang)?",
     )
 
-    cpu: bool = option(False, "compute on the CPU", group=HARDWARE, switch=True, key="use_cpu")
+    cpu: bool = option(
+        False,
+        "compute on the CPU",
+        group=HARDWARE,
+        switch=True,
+        key="use_cpu",
+        ask="Do you want to run your training on CPU only (even if a GPU / Apple Silicon device is available)?",
+    )
     multi_gpu: bool = option(False, "one process per GPU", group=HARDWARE, switch=True)
     tpu: bool = option(False, "compute on TPUs", group=HARDWARE, switch=True)
     ipex: bool = option(False, "accepted for older scripts, without effect", group=HARDWARE, switch=True)
@@ -64,9 +76,22 @@ class LaunchSettings(Settings):
         group=RESOURCES,
         choices=("no", "fp16", "bf16", "fp8"),
         env="ACCELERATE_MIXED_PRECISION",
+        ask="Do you wish to use FP16 or BF16 (mixed precision)?",
     )
-    num_processes: int | None = option(None, "processes in all, over all machines", group=RESOURCES, minimum=1)
-    num_machines: int | None = option(None, "machines", group=RESOURCES, minimum=1)
+    num_processes: int | None = option(
+        None,
+        "processes in all, over all machines",
+        group=RESOURCES,
+        minimum=1,
+        ask="How many {devices} should be used for distributed training?",
+    )
+    num_machines: int | None = option(
+        None,
+        "machines",
+        group=RESOURCES,
+        minimum=1,
+        ask="How many different machines will you use (use more than 1 for multi-node training)?",
+    )
     num_cpu_threads_per_process: int | None = option(
         None,
         "threads of each process (default: cores divided by processes)",
@@ -75,13 +100,29 @@ class LaunchSettings(Settings):
         env="OMP_NUM_THREADS",
     )
     enable_cpu_affinity: bool = option(
-        False, "bind each process to the cores near its GPU", group=RESOURCES, switch=True
+        False,
+        "bind each process to the cores near its GPU",
+        group=RESOURCES,
+        switch=True,
+        ask="Should each process be bound to the processor cores near its GPU (NUMA affinity)?",
     )
     dynamo: DynamoSettings = section(DynamoSettings)
 
-    use_deepspeed: bool = option(False, "DeepSpeed", group=PARADIGM, switch=True, env="ACCELERATE_USE_DEEPSPEED")
+    use_deepspeed: bool = option(
+        False,
+        "DeepSpeed",
+        group=PARADIGM,
+        switch=True,
+        env="ACCELERATE_USE_DEEPSPEED",
+        ask="Do you want to use DeepSpeed?",
+    )
     use_fsdp: bool = option(
-        False, "fully sharded data parallelism", group=PARADIGM, switch=True, env="ACCELERATE_USE_FSDP"
+        False,
+        "fully sharded data parallelism",
+        group=PARADIGM,
+        switch=True,
+        env="ACCELERATE_USE_FSDP",
+        ask="Do you want to use FullyShardedDataParallel?",
     )
     use_parallelism_config: bool = option(
         False,
@@ -89,21 +130,57 @@ class LaunchSettings(Settings):
         group=PARADIGM,
         switch=True,
         env="ACCELERATE_USE_PARALLELISM_CONFIG",
+        ask="Do you want to combine kinds of parallelism on a device mesh (ParallelismConfig)?",
     )
-    use_megatron_lm: bool = option(False, "Megatron-LM", group=PARADIGM, switch=True, env="ACCELERATE_USE_MEGATRON_LM")
+    use_megatron_lm: bool = option(
+        False,
+        "Megatron-LM",
+        group=PARADIGM,
+        switch=True,
+        env="ACCELERATE_USE_MEGATRON_LM",
+        ask="Do you want to use Megatron-LM?",
+    )
     use_xpu: bool = option(False, "accepted for older scripts, without effect", group=PARADIGM, switch=True)
 
-    gpu_ids: str | None = option(None, "GPUs to use on this machine, by commas, or all", group=DISTRIBUTED)
-    same_network: bool = option(False, "all machines are on one local network", group=DISTRIBUTED, switch=True)
-    machine_rank: int | None = option(None, "number of this machine, from 0", group=DISTRIBUTED, minimum=0)
-    main_process_ip: str | None = option(None, "address of machine 0", group=DISTRIBUTED)
+    gpu_ids: str | None = option(
+        None,
+        "GPUs to use on this machine, by commas, or all",
+        group=DISTRIBUTED,
+        ask="Which {devices} of this machine should be used? Their numbers, separated by commas, or all",
+    )
+    same_network: bool = option(
+        False,
+        "all machines are on one local network",
+        group=DISTRIBUTED,
+        switch=True,
+        ask="Are all the machines on the same local network? Answer `no` if nodes are on the cloud and/or on different "
+        "network hosts",
+    )
+    machine_rank: int | None = option(
+        None, "number of this machine, from 0", group=DISTRIBUTED, minimum=0, ask="What is the rank of this machine?"
+    )
+    main_process_ip: str | None = option(
+        None,
+        "address of machine 0",
+        group=DISTRIBUTED,
+        ask="What is the IP address of the machine that will host the main process?",
+    )
     main_process_port: int | None = option(
-        None, "port of machine 0 (default 29500; 0 or a busy one: any free port)", group=DISTRIBUTED, minimum=0
+        None,
+        "port of machine 0 (default 29500; 0 or a busy one: any free port)",
+        group=DISTRIBUTED,
+        minimum=0,
+        ask="What is the port you will use to communicate with the main process?",
     )
     tee: str = option("0", "copy streams into log files: 1 stdout, 2 stderr, 3 both", group=DISTRIBUTED, flags=("-t",))
     log_dir: str | None = option(None, "folder for log files", group=DISTRIBUTED)
     role: str = option("default", "name of the processes for torch's agent", group=DISTRIBUTED)
-    rdzv_backend: str = option("static", "how machines find each other (static, c10d)", group=DISTRIBUTED)
+    rdzv_backend: str = option(
+        "static",
+        "how machines find each other (static, c10d)",
+        group=DISTRIBUTED,
+        ask="Which rendezvous backend should the machines find each other with (static, c10d, ...)?",
+    )
     rdzv_conf: str = option("", "more for the rendezvous: key=value,key=value", group=DISTRIBUTED)
     max_restarts: int = option(0, "how often failed processes are started again", group=DISTRIBUTED, minimum=0)
     monitor_interval: float = option(0.1, "seconds between looks at the processes", group=DISTRIBUTED, minimum=0.01)
@@ -121,11 +198,18 @@ class LaunchSettings(Settings):
     script_args: tuple[str, ...] = ()
     compute_environment: str = "LOCAL_MACHINE"
     deepspeed_fields: tuple[str, ...] = ()
+    sagemaker: SageMakerSettings = SageMakerSettings()
+    pod: TpuCommandSettings = TpuCommandSettings()
     python: tuple[str, ...] = (sys.executable,)
     device: str = "cuda"
     threads: int | None = None
-    loopback: str | None = None
+    interface: str | None = None
     directory: str | None = None
+    cores: int | None = None
+    placed_by: str = ""
+    mpi: str = "openmpi"
+    elsewhere: bool = False
+    peer_access: bool = True
 
     @property
     def machines(self) -> int:

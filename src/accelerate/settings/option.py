@@ -7,6 +7,7 @@ A `Settings` class is a frozen value whose fields are made by `option`; a field 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -64,6 +65,7 @@ class Option(NamedTuple):
     keys: tuple[str, ...]
     env: str | None
     ask: str | None
+    secret: bool
 
 
 def option(
@@ -80,6 +82,7 @@ def option(
     keys: tuple[str, ...] = (),
     env: str | None = None,
     ask: str | None = None,
+    secret: bool = False,
 ) -> Any:
     """Declares a field of a settings class; the annotation says its type: int, float, str, bool or a tuple.
 
@@ -96,8 +99,9 @@ def option(
         keys: Older or shorter spellings of the key.
         env: The child's variable, where it is not the section's prefix and the name; ``""`` for none.
         ask: The question of ``accelerate config``.
+        secret: The value is neither stored in a file nor shown.
     """
-    return Option(help, default, group, flags, switch, off, choices, minimum, key, keys, env, ask)
+    return Option(help, default, group, flags, switch, off, choices, minimum, key, keys, env, ask, secret)
 
 
 class _Group(NamedTuple):
@@ -149,8 +153,12 @@ class Settings:
         return hash(tuple(getattr(self, name) for name in self._declared))
 
     def __repr__(self) -> str:
-        changed = (f"{name}={getattr(self, name)!r}" for name in self._declared if name in self.__dict__)
+        changed = (f"{name}={self._shown(name)}" for name in self._declared if name in self.__dict__)
         return f"{type(self).__name__}({', '.join(changed)})"
+
+    def _shown(self, name: str) -> str:
+        declared, value = self._declared[name], getattr(self, name)
+        return "..." if isinstance(declared, Option) and declared.secret and value is not None else repr(value)
 
     def replace(self, **changes: Any) -> Self:
         """The same settings with some fields changed."""
@@ -207,27 +215,37 @@ class Entry(NamedTuple):
             return self._choice(value, where)
         converted = _CONVERTERS[self.type](value)
         if converted is None:
-            raise SettingsError(f"{where}: expected {_EXPECTED[self.type]}, found {value!r}.")
-        if self.option.minimum is not None and converted < self.option.minimum:
-            raise SettingsError(f"{where}: expected at least {self.option.minimum:g}, found {value!r}.")
+            raise SettingsError(f"{where}: expected {_EXPECTED[self.type]}, found {shown(value)}.")
+        if self.option.minimum is not None and not converted >= self.option.minimum:  # nan is not
+            raise SettingsError(f"{where}: expected at least {self.option.minimum:g}, found {shown(value)}.")
         return converted
 
     def _choice(self, value: Any, where: str) -> Any:
         # YAML 1.1 reads a bare `no` or NO as false, and that word is a choice of several options.
-        text = "no" if value is False and "no" in self.option.choices else str(value)
+        text = "no" if value is False and "no" in self.option.choices else value
+        text = text if isinstance(text, str) else shown(text)
         for choice in self.option.choices:
             if str(choice).lower() == text.lower():
                 return choice
-        raise SettingsError(f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {value!r}.")
+        raise SettingsError(f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {shown(value)}.")
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: as Python writes it, in 60 characters at most."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write out the largest
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _integer(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         return None
     try:
-        return int(value)
+        number = int(value)
     except ValueError:
         return None
+    return number if abs(number) < 2**63 else None
 
 
 def _number(value: Any) -> float | None:
@@ -235,16 +253,27 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def _text(value: Any) -> str | None:
     if isinstance(value, list):  # class names and device numbers may be written as a list in a file
-        return ",".join(map(str, value))
+        words = [_text(word) for word in value if not isinstance(word, list)]
+        return None if None in words or len(words) < len(value) else ",".join(map(str, words))
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value) if isinstance(value, (int, float, str)) else None
+    return _word(value) if isinstance(value, (int, float, str)) else None
+
+
+def _word(value: float | str) -> str | None:
+    """`value` as text that a command line and a variable can hold."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return None
+    try:
+        return None if b"\0" in os.fsencode(str(value)) else str(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return None
 
 
 def _truth(value: Any) -> bool | None:
@@ -252,16 +281,21 @@ def _truth(value: Any) -> bool | None:
         return value
     if isinstance(value, (int, str)):
         try:
-            return bool(env.str_to_bool(str(value)))
+            return bool(env.str_to_bool(shown(value) if isinstance(value, int) else value))
         except ValueError:
             return None
     return None
 
 
 def _texts(value: Any) -> tuple[str, ...] | None:
-    if isinstance(value, (list, tuple)):
-        return tuple(map(str, value))
-    return (value,) if isinstance(value, str) else None
+    if not isinstance(value, (list, tuple, str)):
+        return None
+    words = [_text(word) for word in ([value] if isinstance(value, str) else value)]
+    return None if None in words else tuple(map(str, words))
+
+
+def _mapping(value: Any) -> dict[str, Any] | None:
+    return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
 
 
 def _truths(value: Any) -> tuple[bool, bool, bool] | None:
@@ -284,6 +318,7 @@ _CONVERTERS: dict[str, Any] = {
     "bool": _truth,
     "tuple[str, ...]": _texts,
     "tuple[bool, bool, bool]": _truths,
+    "dict[str, Any]": _mapping,
 }
 _EXPECTED = {
     "int": "a whole number",
@@ -292,6 +327,7 @@ _EXPECTED = {
     "bool": "true or false",
     "tuple[str, ...]": "a list of words",
     "tuple[bool, bool, bool]": "three times true or false, as in true,false,true",
+    "dict[str, Any]": "keys and values of its own",
 }
 
 

@@ -1,4 +1,4 @@
-"""``accelerate config`` and its subcommands. The questions are not in this version yet; ``default`` asks none."""
+"""``accelerate config`` and its subcommands: the parser. The questions are imported when they are asked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 from ..parsers import add, make_parser
 from .default import default_command_parser
+from .explain import explain_command_parser
+from .update import update_command_parser
 
-description = "Writes the configuration file that `accelerate launch` reads."
+description = "Asks a few questions and writes the configuration file that `accelerate launch` reads."
 
 
 def get_config_parser(subparsers: Any = None) -> argparse.ArgumentParser:
@@ -18,9 +20,8 @@ def get_config_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     parser = config_command_parser(subparsers)
     inner = parser.add_subparsers(title="subcommands", dest="subcommand")
     default_command_parser(inner, [])
-    update = inner.add_parser("update", description="Brings a file up to date. Not in this version yet.")
-    update.add_argument("--config_file", "--config-file", help="the file to bring up to date")
-    update.set_defaults(func=update_config_command)
+    update_command_parser(inner, [])
+    explain_command_parser(inner, [])
     return parser
 
 
@@ -33,27 +34,15 @@ def config_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
 
 
 def config_command(args: argparse.Namespace) -> None:
-    """Says what to do instead of answering questions.
+    """Asks the questions and writes the file.
 
     Raises:
-        SystemExit: always, with code 2.
+        SystemExit: with code 2 when that could not be done, 130 after Ctrl-C.
     """
-    print(
-        "accelerate config: this version of accelerate does not ask questions yet. `accelerate config default` writes "
-        "a file for this machine; launch takes every setting as a flag as well.",
-        file=sys.stderr,
-    )
-    raise SystemExit(2)
+    from .questionnaire import run
 
-
-def update_config_command(args: argparse.Namespace) -> None:
-    """Says that this version does not have the command.
-
-    Raises:
-        SystemExit: always, with code 2.
-    """
-    print("accelerate config update: this version of accelerate does not have this command yet.", file=sys.stderr)
-    raise SystemExit(2)
+    if code := run(args.config_file):
+        raise SystemExit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

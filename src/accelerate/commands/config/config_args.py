@@ -9,18 +9,12 @@ import enum
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ...launch import config_file as files
-from ...settings.enums import (
-    SAGEMAKER_PYTHON_VERSION,
-    SAGEMAKER_PYTORCH_VERSION,
-    SAGEMAKER_TRANSFORMERS_VERSION,
-    ComputeEnvironment,
-    DistributedType,
-    SageMakerDistributedType,
-)
+from ...launch.config_text import dump, load, write
+from ...settings.clouds import SageMakerSettings
+from ...settings.enums import ComputeEnvironment, DistributedType, SageMakerDistributedType
 from ...settings.launcher import LaunchSettings
 from ...settings.option import SettingsError, entries
 
@@ -49,7 +43,7 @@ def load_config_from_file(config_file: str | os.PathLike[str] | None) -> Cluster
             f"configuration file {path} does not exist. `accelerate config default` writes one; --config_file names "
             "another."
         )
-    content = files.load(path)
+    content = load(path)
     kind = SageMakerConfig if content.get("compute_environment") == "AMAZON_SAGEMAKER" else ClusterConfig
     return kind._from_content(content, path)
 
@@ -95,7 +89,7 @@ class BaseConfig:
             ValueError: when its content cannot be used.
         """
         path = os.fspath(yaml_file) if yaml_file is not None else default_yaml_config_file
-        return cls._from_content(files.load(path), path)
+        return cls._from_content(load(path), path)
 
     @classmethod
     def from_json_file(cls: type[_C], json_file: str | os.PathLike[str] | None = None) -> _C:
@@ -105,44 +99,31 @@ class BaseConfig:
             ValueError: when its content cannot be used.
         """
         path = os.fspath(json_file) if json_file is not None else default_json_config_file
-        return cls._from_content(files.load(path), path)
+        return cls._from_content(load(path), path)
 
     @classmethod
     def _from_content(cls: type[_C], content: Mapping[str, Any], path: str) -> _C:
         understood = files.understand(content, path)
         values = cls.process_config(content)
         values["distributed_type"] = understood.distributed_type
-        for entry in entries(LaunchSettings):
+        for entry in (*entries(LaunchSettings), *entries(SageMakerSettings)):
             top = entry.section is None or entry.section.key is None
             if top and entry.key in content and entry.dest in understood.values:
                 value = understood.values[entry.dest]
                 values[entry.key] = list(value) if isinstance(value, tuple) else value
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        try:
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except SettingsError as error:
+            raise SettingsError(f"configuration file {path}: {error}") from None
 
     def to_yaml_file(self, yaml_file: str | os.PathLike[str]) -> None:
         """Writes a yaml file, keys in alphabetical order; the file is whole or not there."""
-        import yaml
-
-        _write(yaml_file, yaml.safe_dump(self.to_dict()))
+        write(yaml_file, dump(self.to_dict()))
 
     def to_json_file(self, json_file: str | os.PathLike[str]) -> None:
         """Writes a json file, keys in alphabetical order; the file is whole or not there."""
-        import json
-
-        _write(json_file, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-
-
-def _write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes beside the target and renames: an interruption leaves no half of a file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+        write(json_file, dump(self.to_dict(), as_json=True))
 
 
 @dataclass
@@ -189,13 +170,13 @@ class SageMakerConfig(BaseConfig):
     iam_role_name: str = ""
     image_uri: str | None = None
     profile: str | None = None
-    region: str = "us-east-1"
+    region: str = SageMakerSettings.region
     num_machines: int = 1
     gpu_ids: str = "all"
-    base_job_name: str = "accelerate-sagemaker-1"
-    pytorch_version: str = SAGEMAKER_PYTORCH_VERSION
-    transformers_version: str = SAGEMAKER_TRANSFORMERS_VERSION
-    py_version: str = SAGEMAKER_PYTHON_VERSION
+    base_job_name: str = SageMakerSettings.base_job_name
+    pytorch_version: str = SageMakerSettings.pytorch_version
+    transformers_version: str = SageMakerSettings.transformers_version
+    py_version: str = SageMakerSettings.py_version
     sagemaker_inputs_file: str | None = None
     sagemaker_metrics_file: str | None = None
     additional_args: dict[str, Any] | None = None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...launch import config_file
-from ...launch.machine import look
 from ...settings.enums import ComputeEnvironment, DistributedType
 from ...settings.launcher import LaunchSettings
 from ...settings.option import SettingsError, entries
@@ -40,7 +39,8 @@ def write_basic_config(
     if path.exists():
         print(f"{path} exists already and is left as it is. Remove it, or name another file.")
         return False
-    from .config_args import ClusterConfig  # dataclasses: the launcher's help does without
+    from ...launch.machine import look  # the command's help does without: dataclasses, a look at the network
+    from .config_args import ClusterConfig
 
     machine = look(LaunchSettings())
     on_cpu = machine.device == "cpu" or (machine.devices == 0 and machine.device != "mps")
@@ -66,7 +66,9 @@ def _distributed_type(device: str, count: int) -> DistributedType:
 
 def default_command_parser(parser: Any, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Adds ``default`` to the subcommands of ``accelerate config``."""
-    made: argparse.ArgumentParser = parser.add_parser("default", parents=parents, description=description)
+    made: argparse.ArgumentParser = parser.add_parser(
+        "default", parents=parents, description=description, help="write a file for this machine, without questions"
+    )
     made.add_argument(
         "--config_file", "--config-file", dest="save_location", default=default_config_file, help="the file to write"
     )
@@ -85,4 +87,4 @@ def default_config_command(args: argparse.Namespace) -> None:
         print(f"accelerate config default: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if written:
-        print(f"wrote {written}")
+        print(f"accelerate configuration saved at {written}")

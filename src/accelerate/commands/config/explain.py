@@ -1,0 +1,239 @@
+"""``accelerate config explain``: what a launch would use, value by value, and where each value comes from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...launch import parse
+from ...launch.config_file import ConfigFile
+from ...settings import env
+from ...settings.launcher import LaunchSettings
+from ...settings.option import Entry, SettingsError, entries
+
+if TYPE_CHECKING:
+    from ...launch.machine import Machine
+    from ...launch.plan import LaunchPlan
+
+description = "Shows what a launch with these flags would use, and where each value comes from; starts nothing."
+
+_USAGE = """\
+usage: accelerate config explain [--all] [--json] [flags of launch] [script]
+
+{description}
+
+  --all       values that nobody chose as well
+  --json      for programs
+  -h, --help  this text
+
+What `accelerate launch` would start, as a shell takes it: accelerate launch --dry_run."""
+_OWN = ("--all", "--json", "-h", "--help")
+_NAME, _VALUE, _SOURCE = 29, 20, 27  # widths of the columns; 80 with what is between them
+_NOBODY = "default"
+
+
+class Row(NamedTuple):
+    """An option's value, and who chose it.
+
+    Attributes:
+        entry: The option.
+        value: Its value, as the launcher or the child reads it.
+        source: ``flag``, ``file``, ``variable``, ``machine`` or ``default``.
+        detail: The file's key, the variable's name, or who has started this process on the machine.
+    """
+
+    entry: Entry
+    value: Any
+    source: str
+    detail: str = ""
+
+
+class Explanation(NamedTuple):
+    """What a launch would use."""
+
+    rows: tuple[Row, ...]
+    settings: LaunchSettings
+    plan: LaunchPlan
+    file: ConfigFile | None
+
+
+def explain(argv: Sequence[str]) -> Explanation:
+    """What a launch with these words would use here.
+
+    Args:
+        argv: The words after ``accelerate launch``; the script may be missing.
+
+    Raises:
+        SettingsError: when they cannot be used.
+    """
+    from ...launch.machine import look, resolve
+    from ...launch.plan import build
+
+    words = parse.split(argv)
+    asked, file = parse.of_words(words)
+    chosen = parse.choose(words.flags, file)
+    machine = look(asked)
+    resolved = resolve(asked, machine)
+    plan = build(resolved if words.script else resolved.replace(script="script.py"))
+    here = env.snapshot()
+    rows = [_row(entry, asked, resolved, chosen, plan, here) for entry in entries(LaunchSettings)]
+    rows += _cloud_rows(resolved, chosen)
+    if (scheduler := _scheduler(machine)) is not None:
+        rows = [row._replace(detail=scheduler) if row.source == "machine" else row for row in rows]
+    return Explanation(tuple(rows), resolved, plan, file)
+
+
+def _scheduler(machine: Machine) -> str | None:
+    """Who has started this process as one of several, and says where it stands."""
+    if machine.place is not None:
+        return machine.place.source
+    return "SLURM" if machine.step is not None else None
+
+
+def _row(
+    entry: Entry,
+    asked: LaunchSettings,
+    resolved: LaunchSettings,
+    chosen: Mapping[str, parse.Chosen],
+    plan: LaunchPlan,
+    here: Mapping[str, str],
+) -> Row:
+    value = entry.get(resolved)
+    if value != entry.get(asked):
+        return Row(entry, value, "machine")
+    if entry.dest in chosen:
+        return Row(entry, value, chosen[entry.dest].source, chosen[entry.dest].detail)
+    name = entry.variable
+    if name is not None and name in here and (name in plan.yields or name not in plan.environment):
+        return Row(entry, here[name], "variable", name)
+    if name is not None and name in plan.yields:
+        return Row(entry, plan.environment[name], "machine")
+    return Row(entry, value, _NOBODY)
+
+
+def _cloud_rows(settings: LaunchSettings, chosen: Mapping[str, parse.Chosen]) -> Iterator[Row]:
+    """What the file says about Amazon SageMaker, or else about a pod of TPUs: keys that no flag stands for."""
+    on_sagemaker = settings.compute_environment == "AMAZON_SAGEMAKER"
+    values = settings.sagemaker if on_sagemaker else settings.pod
+    for entry in entries(type(values)):
+        if on_sagemaker or entry.dest in chosen:
+            source = chosen.get(entry.dest, parse.Chosen(None, _NOBODY))
+            titled = entry._replace(group="Amazon SageMaker" if on_sagemaker else "TPU")
+            yield Row(titled, entry.get(values), source.source, source.detail)
+
+
+# As text -------------------------------------------------------------------------------------------------------------
+
+
+def _table(found: Explanation, everything: bool) -> Iterator[str]:
+    settings, plan = found.settings, found.plan
+    yield f"configuration file  {found.file.path if found.file is not None else 'none'}"
+    yield f"starts              {_what(settings, plan)}"
+    shown = [row for row in found.rows if everything or row.source != _NOBODY]
+    group = ""
+    for row in sorted(shown, key=lambda row: [row.entry.group for row in shown].index(row.entry.group)):
+        if row.entry.group != group:
+            group = row.entry.group
+            yield from ("", group)
+        yield from _cells(row)
+    if not everything:
+        yield from ("", f"{len(found.rows) - len(shown)} more have their defaults: --all shows them.")
+
+
+def _what(settings: LaunchSettings, plan: LaunchPlan) -> str:
+    count = f"{settings.processes} process{'' if settings.processes == 1 else 'es'}"
+    if plan.starter == "sagemaker":
+        instances = f"{settings.machines} instance{'' if settings.machines == 1 else 's'}"
+        return f"{instances} of {settings.sagemaker.ec2_instance_type} on Amazon SageMaker"
+    if plan.starter in ("tpu", "tpu-pod"):
+        count = "a process for each device" if settings.num_processes is None else count
+        return f"{count} on {'a pod of TPUs' if plan.starter == 'tpu-pod' else 'TPUs'}"
+    machines = "" if settings.machines == 1 else f" on {settings.machines} machines"
+    where = "cpu" if settings.on_cpu else settings.device
+    how = {"python": "in the launcher's place", "torch": "through torch.distributed.run"}
+    return f"{count}{machines} on {where}, {how.get(plan.starter, f'through {plan.starter}')}"
+
+
+def _cells(row: Row) -> Iterator[str]:
+    source = {"variable": f"variable {row.detail}", "machine": row.detail or "this machine"}.get(row.source, row.source)
+    if row.source == "file" and (key := row.detail.rpartition(".")[2]) != row.entry.dest:
+        source = f"file: {key}"
+    name = row.entry.dest
+    if len(name) > _NAME:
+        yield f"  {name}"
+        name = ""
+    values = textwrap.wrap(_text(row), _VALUE) or ["''"]
+    sources = textwrap.wrap(source, _SOURCE)
+    for line in range(max(len(values), len(sources))):
+        cells = [column[line] if line < len(column) else "" for column in ([name], values, sources)]
+        yield f"  {cells[0]:<{_NAME}} {cells[1]:<{_VALUE}} {cells[2]}".rstrip()
+
+
+def _text(row: Row) -> str:
+    value = _public(row)
+    if value is None or value == ():
+        return "-"
+    return str(value).lower() if isinstance(value, bool) else row.entry.render(value)
+
+
+def _public(row: Row) -> Any:
+    return "(not shown)" if row.entry.option.secret and row.value is not None else row.value
+
+
+def _as_json(found: Explanation, everything: bool) -> str:
+    import json
+
+    values = {
+        row.entry.dest: {"value": _public(row), "source": row.source} | ({"where": row.detail} if row.detail else {})
+        for row in found.rows
+        if everything or row.source != _NOBODY
+    }
+    there = found.plan.environment_over(env.snapshot())
+    facts = {
+        "config_file": found.file.path if found.file is not None else None,
+        "starter": found.plan.starter,
+        "command": found.plan.command,
+        "environment": {name: there[name] for name in found.plan.environment},
+        "values": values,
+    }
+    return json.dumps(facts, indent=2)
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def explain_command_parser(parser: Any, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Adds ``explain`` to the subcommands of ``accelerate config``."""
+    # Launch's flags are read as launch reads them; to argparse they are words, since no prefix means a flag.
+    made: argparse.ArgumentParser = parser.add_parser(
+        "explain",
+        parents=parents,
+        description=description,
+        prefix_chars="\0",
+        add_help=False,
+        help="show what a launch would use, and why",
+    )
+    made.add_argument("words", nargs=argparse.REMAINDER, help="flags of launch, --all, --json")
+    made.set_defaults(func=explain_command)
+    return made
+
+
+def explain_command(args: argparse.Namespace) -> None:
+    """Prints the table, or JSON.
+
+    Raises:
+        SystemExit: with code 2 when flags or file cannot be used.
+    """
+    own = {word for word in args.words if word in _OWN}
+    if own & {"-h", "--help"}:
+        print(_USAGE.format(description=description))
+        return
+    try:
+        found = explain([word for word in args.words if word not in own])
+    except SettingsError as error:
+        print(f"accelerate config explain: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(_as_json(found, "--all" in own) if "--json" in own else "\n".join(_table(found, "--all" in own)))

@@ -1,0 +1,106 @@
+"""Changes a configuration file's text to another content while comments, order and spelling of the rest stay.
+
+What is made is read back before it is used; where it would not say what it should, the file is written anew and its
+comments are lost, which the caller is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...launch.config_text import dump, parse
+
+if TYPE_CHECKING:
+    import yaml
+
+
+class Rewritten(NamedTuple):
+    """A file's new text, and whether its comments are still in it."""
+
+    text: str
+    kept_comments: bool
+
+
+def rewritten(data: bytes, content: Mapping[str, Any], as_json: bool) -> Rewritten:
+    """The text of a file that holds `data`, once it is to say `content`."""
+    if as_json:
+        return Rewritten(dump(content, as_json=True, sort=False), True)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = data.decode("utf-16")
+    else:
+        text = data.decode("utf-8-sig")
+    edited = _edited(text, content)
+    if edited is not None:
+        return Rewritten(edited, True)
+    return Rewritten(dump(content, sort=False), "#" not in text)
+
+
+def _edited(text: str, content: Mapping[str, Any]) -> str | None:
+    import yaml
+
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    lines = text.splitlines(keepends=True)
+    if not isinstance(node, yaml.MappingNode) or not _laid_out(node) or not lines[-1].endswith("\n"):
+        return None
+    made = "".join(_lines(node, lines, 0, len(lines), parse(text.encode()), content))
+    try:
+        return made if parse(made.encode()) == content else None
+    except (ValueError, UnicodeEncodeError):
+        return None
+
+
+def _laid_out(node: yaml.Node) -> bool:
+    """Whether `node` is a mapping with one key at the beginning of each of its lines."""
+    import yaml
+
+    if not isinstance(node, yaml.MappingNode) or node.flow_style or not node.value:
+        return False
+    starts = [key.start_mark.line for key, _ in node.value]
+    return len(set(starts)) == len(starts)
+
+
+def _lines(
+    node: yaml.MappingNode, lines: list[str], begin: int, end: int, old: Mapping[str, Any], content: Mapping[str, Any]
+) -> Iterator[str]:
+    """The lines `begin` to `end`, which `node` stands on and which say `old`, once they are to say `content`."""
+    names = [key.value for key, _ in node.value]
+    keys = [key.start_mark.line for key, _ in node.value]
+    # Comments and empty lines above a key belong to it; those above the first and below the last to the whole.
+    tops = [keys[0], *(_above(lines, before, line) for before, line in zip(keys, [*keys[1:], end], strict=True))]
+    yield from lines[begin : keys[0]]
+    indent = " " * node.start_mark.column
+    following = 0  # the place among the old keys that comes after the last one written
+    for name, value in content.items():
+        there = name in old and name in names
+        where = names.index(name) if there else following
+        replaces = where < len(names) and (there or names[where] not in content)
+        above = lines[tops[where] : keys[where]] if replaces else []
+        following = where + 1 if replaces else following
+        inner = node.value[where][1] if there else None
+        if there and old[name] == value:
+            yield from lines[tops[where] : tops[where + 1]]
+        elif isinstance(value, Mapping) and value and inner is not None and _laid_out(inner):
+            yield from above
+            first = inner.start_mark.line
+            yield from lines[keys[where] : first]
+            yield from _lines(inner, lines, first, tops[where + 1], old[name], value)
+        else:
+            yield from above
+            made = [indent + line for line in dump({name: value}, sort=False).splitlines()]
+            behind = _behind(node.value[where], lines) if replaces else ""
+            yield from (line + "\n" for line in [made[0] + behind, *made[1:]])
+    yield from lines[tops[-1] : end]
+
+
+def _above(lines: list[str], before: int, line: int) -> int:
+    while line - 1 > before and lines[line - 1].strip()[:1] in ("", "#"):
+        line -= 1
+    return line
+
+
+def _behind(pair: tuple[yaml.Node, yaml.Node], lines: list[str]) -> str:
+    """The comment behind a value that stands on its key's line."""
+    key, value = pair
+    rest = lines[value.end_mark.line][value.end_mark.column :].strip() if value.end_mark.line < len(lines) else ""
+    return f"  {rest}" if value.end_mark.line == key.start_mark.line and rest.startswith("#") else ""
