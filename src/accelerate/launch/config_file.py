@@ -6,41 +6,25 @@ Every message names the file and the key. Keys of earlier releases that the docu
 from __future__ import annotations
 
 import os.path
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from ..settings import env
+from ..settings.clouds import SageMakerSettings, TpuCommandSettings
 from ..settings.enums import DistributedType, SageMakerDistributedType
 from ..settings.launcher import LaunchSettings
-from ..settings.option import Entry, SettingsError, entries
+from ..settings.option import Entry, SettingsError, entries, shown
+from .config_text import load, printable
 
-# Keys that no launch option stands for: they say where the job runs, or other commands read them.
-_OTHER_KEYS = frozenset(
-    {
-        "compute_environment",
-        "distributed_type",
-        "commands",
-        "command_file",
-        "tpu_name",
-        "tpu_zone",
-        # SageMaker
-        "additional_args",
-        "base_job_name",
-        "ec2_instance_type",
-        "iam_role_name",
-        "image_uri",
-        "profile",
-        "py_version",
-        "pytorch_version",
-        "region",
-        "sagemaker_inputs_file",
-        "sagemaker_metrics_file",
-        "transformers_version",
-    }
-)
-# Sections of earlier releases whose keys are options today.
-_OLD_SECTIONS = frozenset({"ipex_config"})
-_FROM_THE_COMMAND_LINE_ONLY = frozenset({"config_file", "quiet", "module", "no_python"})
+_T = TypeVar("_T")
+
+# Keys that no option stands for: they say where the job runs, and how its processes share the work.
+_PLACE_KEYS = ("compute_environment", "distributed_type")
+# Sections of earlier releases whose keys are options at the file's top level.
+OLD_SECTIONS = {"ipex_config": ("ipex", "use_xpu")}
+# Values of distributed_type in earlier releases, and what they are today.
+OLD_KINDS = {"TPU": "XLA", "MPS": "NO"}
+_FROM_THE_COMMAND_LINE_ONLY = frozenset({"config_file", "quiet", "module", "no_python", "dry_run"})
 
 
 class ConfigFile(NamedTuple):
@@ -49,6 +33,7 @@ class ConfigFile(NamedTuple):
     Attributes:
         path: Where it is.
         values: Converted values by `Entry.dest`.
+        keys: Where each of them stands, by `Entry.dest`: ``fsdp_config.fsdp_version``.
         compute_environment: ``LOCAL_MACHINE`` or ``AMAZON_SAGEMAKER``.
         distributed_type: The file's key of that name, a member of `DistributedType` (or SageMaker's) by value.
         sections: Names of the sections that hold something.
@@ -57,6 +42,7 @@ class ConfigFile(NamedTuple):
 
     path: str
     values: dict[str, Any]
+    keys: dict[str, str]
     compute_environment: str
     distributed_type: str
     sections: frozenset[str]
@@ -83,54 +69,12 @@ def find(path: str | None) -> ConfigFile | None:
     if path is None:
         default = default_path()
         return understand(load(default), default) if os.path.isfile(default) else None
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise SettingsError(
             f"configuration file {path} does not exist. Leave --config_file out to use {default_path()}, or write one "
             "with `accelerate config default --config_file FILE`."
         )
     return understand(load(path), path)
-
-
-def load(path: str) -> dict[str, Any]:
-    """The file's content, yaml or json, as a mapping.
-
-    Raises:
-        SettingsError: when it is neither, or no mapping.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"configuration file {path} cannot be read: {error}") from None
-    try:
-        content = _json(text) if path.endswith(".json") else _yaml(text)
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"configuration file {path}: {' '.join(str(error).split())}") from None
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise SettingsError(
-            f"configuration file {path}: expected keys and values such as `num_processes: 2`, found {_short(content)}."
-        )
-    for key in content:
-        if not isinstance(key, str):
-            raise SettingsError(f"configuration file {path}: expected a word as key, found {_short(key)}.")
-    return content
-
-
-def _json(text: str) -> Any:
-    import json
-
-    return json.loads(text)
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise ValueError(f"is not valid yaml: {error}") from None
 
 
 def understand(content: Mapping[str, Any], path: str) -> ConfigFile:
@@ -141,103 +85,144 @@ def understand(content: Mapping[str, Any], path: str) -> ConfigFile:
         path: For the messages.
 
     Raises:
-        SettingsError: for an unknown key or a value of the wrong kind.
+        SettingsError: for unknown keys and values of the wrong kind, all of them in one message.
     """
-    top, inside = _tables()
-    values: dict[str, Any] = {}
-    sections: set[str] = set()
+    found = _Findings()
+    top, inside = tables()
     for key, value in content.items():
-        if value is None or key in _OTHER_KEYS:
-            continue
-        if key in inside or key in _OLD_SECTIONS:
-            if not isinstance(value, Mapping):
-                raise SettingsError(
-                    f"configuration file {path}: {key}: expected keys and values of its own, found {_short(value)}."
-                )
-            if value:
-                sections.add(key)
-            table = inside.get(key, top)
-            for inner, inner_value in value.items():
-                entry = _known(table, inner, f"{key}.{inner}", path)
-                _put(values, entry, inner_value, f"configuration file {path}: {key}.{inner}")
-        else:
-            entry = _known(top, key, key, path, (*inside, *_OTHER_KEYS))
-            _put(values, entry, value, f"configuration file {path}: {key}")
-    if values.get("num_processes") == -1:  # how earlier releases wrote "not said"
-        del values["num_processes"]
-    environment = content.get("compute_environment") or "LOCAL_MACHINE"
+        if key in inside:
+            found.section(key, value, inside[key])
+        elif key not in _PLACE_KEYS:
+            found.put(top, key, key, value, near=(*top, *inside, *_PLACE_KEYS))
+    environment = found.attempt(_compute_environment, content) or "LOCAL_MACHINE"
+    kind = found.attempt(_distributed_type, content, environment)
+    if found.problems:
+        raise SettingsError(f"configuration file {path}{_listed(found.problems)}")
+    if found.values.get("num_processes") == -1:  # how earlier releases wrote "not said"
+        del found.values["num_processes"]
     deepspeed = content.get("deepspeed_config") or {}
     return ConfigFile(
         path=path,
-        values=values,
-        compute_environment=_compute_environment(environment, path),
-        distributed_type=_distributed_type(content, environment, path),
-        sections=frozenset(sections),
+        values=found.values,
+        keys=found.keys,
+        compute_environment=environment,
+        distributed_type=kind or "NO",
+        sections=frozenset(found.sections),
         deepspeed_fields=tuple(key for key in deepspeed if key != "deepspeed_config_file"),
     )
 
 
-def _tables() -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
+class _Findings:
+    """What a file says and what is wrong with it, gathered key by key."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.keys: dict[str, str] = {}
+        self.raw: dict[str, Any] = {}
+        self.sections: set[str] = set()
+        self.problems: list[str] = []
+
+    def section(self, name: str, content: Any, table: Mapping[str, Entry]) -> None:
+        if content is None:
+            return
+        if not isinstance(content, Mapping):
+            self.problems.append(f"{name}: expected keys and values of its own, found {shown(content)}.")
+            return
+        if content:
+            self.sections.add(name)
+        for key, value in content.items():
+            self.put(table, key, f"{name}.{printable(key)}", value, near=table)
+
+    def put(self, table: Mapping[str, Entry], key: Any, where: str, value: Any, near: Iterable[str]) -> None:
+        entry = table.get(key) if isinstance(key, str) else None
+        if entry is None:
+            self.problems.append(_unknown(key, printable(where), near))
+        elif value is not None:
+            other = self.keys.get(entry.dest)
+            if other is not None and value != self.raw[entry.dest]:
+                self.problems.append(f"{other} and {where} are one option, and say two things: keep one.")
+                return
+            self.raw[entry.dest] = value
+            unsaid = entry.dest == "num_processes" and value == -1
+            self.keys[entry.dest] = where
+            self.values[entry.dest] = -1 if unsaid else self.attempt(entry.convert, value, where)
+
+    def attempt(self, function: Callable[..., _T], *arguments: Any) -> _T | None:
+        """What `function` gives, or None and its complaint among the problems."""
+        try:
+            return function(*arguments)
+        except SettingsError as error:
+            self.problems.append(str(error))
+            return None
+
+
+def tables() -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
     """Options by the keys of the file's top level, and of each section."""
     top: dict[str, Entry] = {}
     inside: dict[str, dict[str, Entry]] = {}
-    for entry in entries(LaunchSettings):
-        if entry.dest in _FROM_THE_COMMAND_LINE_ONLY:
-            continue
-        if entry.section is None or entry.section.key is None:
-            top.update(dict.fromkeys(entry.keys, entry))
-        else:
-            inside.setdefault(entry.section.key, {}).update(dict.fromkeys(entry.keys, entry))
-            if entry.dest == "dynamo_backend":  # earlier releases wrote it at the top
-                top[entry.dest] = entry
+    for settings in (SageMakerSettings, TpuCommandSettings, LaunchSettings):
+        for entry in entries(settings):
+            if entry.dest in _FROM_THE_COMMAND_LINE_ONLY or entry.option.secret:
+                continue
+            if entry.section is None or entry.section.key is None:
+                top.update(dict.fromkeys(entry.keys, entry))
+            else:
+                inside.setdefault(entry.section.key, {}).update(dict.fromkeys(entry.keys, entry))
+                if entry.dest == "dynamo_backend":  # earlier releases wrote it at the top
+                    top[entry.dest] = entry
+    for name, keys in OLD_SECTIONS.items():
+        inside[name] = {key: top[key] for key in keys}
     return top, inside
 
 
-def _known(table: Mapping[str, Entry], key: Any, shown: str, path: str, others: Iterable[str] = ()) -> Entry:
-    if isinstance(key, str) and key in table:
-        return table[key]
+def _unknown(key: Any, where: str, near: Iterable[str]) -> str:
+    if any(entry.option.secret and key in entry.keys for entry in entries(LaunchSettings)):
+        return (
+            f"{where}: nothing secret belongs in this file. Name a profile of the AWS command line (`profile: NAME`), "
+            f"give --{key}, or set {str(key).upper()}."
+        )
+    home = _home(key)
+    if home is not None:
+        return f"unknown key {where}. It belongs {home}."
     import difflib
 
-    near = difflib.get_close_matches(str(key), [*table, *others], n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise SettingsError(f"configuration file {path}: unknown key {shown}.{hint}")
+    found = difflib.get_close_matches(printable(key), near, n=1)
+    return f"unknown key {where}." + (f" Did you mean {found[0]}?" if found else "")
 
 
-def _put(values: dict[str, Any], entry: Entry, value: Any, where: str) -> None:
-    if value is None:
-        return
-    if entry.dest == "num_processes" and value == -1:
-        values[entry.dest] = -1
-    else:
-        values[entry.dest] = entry.convert(value, where)
+def _home(key: Any) -> str | None:
+    """Where a key belongs that stands in the wrong place."""
+    top, inside = tables()
+    if key in top or key in inside:
+        return "at the top of the file"
+    return next((f"under {name}" for name, table in inside.items() if key in table and key == table[key].dest), None)
 
 
-def _compute_environment(value: Any, path: str) -> str:
+def _listed(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return f": {problems[0]}"
+    return f" has {len(problems)} problems:" + "".join(f"\n  {problem}" for problem in problems)
+
+
+def _compute_environment(content: Mapping[str, Any]) -> str:
+    value = content.get("compute_environment") or "LOCAL_MACHINE"
     if value in ("LOCAL_MACHINE", "AMAZON_SAGEMAKER"):
         return str(value)
-    raise SettingsError(
-        f"configuration file {path}: compute_environment: expected LOCAL_MACHINE or AMAZON_SAGEMAKER, "
-        f"found {_short(value)}."
-    )
+    raise SettingsError(f"compute_environment: expected LOCAL_MACHINE or AMAZON_SAGEMAKER, found {shown(value)}.")
 
 
-def _distributed_type(content: Mapping[str, Any], environment: str, path: str) -> str:
+def _distributed_type(content: Mapping[str, Any], environment: str) -> str:
     value = content.get("distributed_type")
     kinds: list[str] = [kind.value for kind in DistributedType]
     if environment == "AMAZON_SAGEMAKER":
         kinds = [kind.value for kind in SageMakerDistributedType]
     if value is False:  # YAML 1.1 reads a bare NO as false
         value = "NO"
-    if value == "TPU":
-        value = "XLA"
+    if isinstance(value, str):
+        value = OLD_KINDS.get(value, value)
     if value in kinds:
         return str(value)
     raise SettingsError(
-        f"configuration file {path}: distributed_type: expected one of {', '.join(kinds)}, "
-        + (f"found {_short(value)}." if "distributed_type" in content else "but the key is missing.")
+        f"distributed_type: expected one of {', '.join(kinds)}, "
+        + (f"found {shown(value)}." if "distributed_type" in content else "but the key is missing.")
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

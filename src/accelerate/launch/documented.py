@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ..settings import env
 from ..settings.launcher import LaunchSettings
@@ -55,19 +55,37 @@ def prepare_tpu(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """`args` and `current_env` with what TPUs need; for a pod, `args.env` becomes that environment."""
     settings = _settings(args)
-    current_env = build(settings.replace(tpu=True)).environment_over(current_env)
+    host = settings.replace(tpu=True, tpus=settings.tpus.replace(tpu_use_cluster=False))
+    current_env = build(host).environment_over(current_env)
     if pod:
         args.env = [f"{name}={value}" for name, value in current_env.items()]
     return args, current_env
 
 
-def prepare_sagemager_args_inputs(sagemaker_config: Any, args: argparse.Namespace) -> NoReturn:
-    """What Amazon SageMaker is called with; not in this version yet.
+def prepare_sagemager_args_inputs(
+    sagemaker_config: Any, args: argparse.Namespace
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What Amazon SageMaker's estimator is called with, and where the data lies.
+
+    This process's AWS variables are set to what `sagemaker_config` and `args` say.
+
+    Args:
+        sagemaker_config: A `SageMakerConfig`.
+        args: The launcher's flags, the script and its arguments; a configuration file that they name is not read.
 
     Raises:
-        NotImplementedError: always.
+        ValueError: when they cannot be used.
     """
-    raise NotImplementedError("this version of accelerate cannot start a run on Amazon SageMaker yet.")
+    import argparse
+
+    from . import config_file, parse, sagemaker
+
+    words = of_namespace(args)
+    file = config_file.understand(sagemaker_config.to_dict(), type(sagemaker_config).__name__)
+    settings = parse.assemble(words.flags, file, words.script, words.script_args)
+    job = sagemaker.prepare(settings, build(settings).environment)
+    env.publish(sagemaker.credentials(settings))
+    return argparse.Namespace(**job.estimator), dict(job.inputs or {})
 
 
 class PrepareForLaunch:

@@ -7,13 +7,16 @@ can take it in between either.
 from __future__ import annotations
 
 import datetime
-import socket
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.network import LOOPBACK, listen
+
 if TYPE_CHECKING:
+    import socket
+
     from torch.distributed.elastic.rendezvous import RendezvousInfo
 
-ADDRESS = "127.0.0.1"
+ADDRESS = LOOPBACK
 
 
 class Loopback:
@@ -83,13 +86,7 @@ class Loopback:
 
 
 def _bound(port: int) -> socket.socket | None:
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    # A port whose last user has just ended is free; on Linux this does not let two listen.
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((ADDRESS, port))
-        listening.listen(2048)
+        return listen(ADDRESS, port)
     except OSError:  # taken
-        listening.close()
         return None
-    return listening

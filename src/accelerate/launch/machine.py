@@ -10,8 +10,12 @@ import sys
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from ..runtime import place as places
+from ..runtime import slurm
+from ..runtime.place import Placement
 from ..settings import env
 from ..settings.launcher import LaunchSettings
+from ..settings.option import SettingsError
 
 # Kinds of device that come with a package of their own, in the order in which the library prefers them.
 _PACKAGES = {
@@ -22,7 +26,6 @@ _PACKAGES = {
     "hpu": "habana_frameworks",
     "neuron": "torch_neuronx",
 }
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class Machine(NamedTuple):
@@ -32,56 +35,158 @@ class Machine(NamedTuple):
         device: The kind of device that processes use unless told otherwise.
         devices: How many of them a run would use.
         cores: Processor cores that this process may use.
-        loopback: The network interface that reaches this machine only, or None.
+        interface: The network interface over which ranks reach each other, or None when that cannot be said.
         directory: The current folder.
         python: The interpreter and the options it was started with.
-        mpi_size: How many processes MPI started, of which this is one; 1 without MPI.
+        place: This process's place among those that MPI or SLURM started, if each is to be one process of the run.
+        step: The SLURM step with one task on each of several nodes of which this process is one.
+        batch_nodes: How many nodes a SLURM job has whose batch script runs this command itself, else 1.
+        hosts: The hosts of the file for mpirun.
+        mpi: Whose ``mpirun`` is installed, a row of `launch.mpi`.
+        elsewhere: Whether one of the hosts may be another machine.
+        peer_access: Whether the GPUs here may talk to each other directly.
     """
 
     device: str
     devices: int
     cores: int
-    loopback: str | None
+    interface: str | None
     directory: str
     python: tuple[str, ...]
-    mpi_size: int = 1
+    place: Placement | None = None
+    step: slurm.Step | None = None
+    batch_nodes: int = 1
+    hosts: tuple[str, ...] = ()
+    mpi: str = "openmpi"
+    elsewhere: bool = False
+    peer_access: bool = True
 
 
 def look(settings: LaunchSettings) -> Machine:
-    """Gathers what `resolve` needs for `settings`; devices are counted only if nobody said how many processes."""
+    """Gathers what `resolve` needs for `settings`; devices are counted only if nobody said how many processes.
+
+    Raises:
+        SettingsError: when the variables of MPI or SLURM contradict each other.
+    """
     device = "cpu" if settings.cpu else _default_device()
-    counted = settings.num_processes is None and not settings.cpu
-    return Machine(
+    place, step, batch_nodes = _scheduler()
+    counted = settings.num_processes is None and not settings.cpu and place is None
+    facts = Machine(
         device=device,
         devices=_count(device, settings.gpu_ids) if counted else 0,
         cores=cores(),
-        loopback=_loopback(),
+        interface=None,
         directory=os.getcwd(),
         python=(sys.executable, *interpreter_options(sys.orig_argv)),
-        mpi_size=env.integer(_MPI_SIZES, 1),
+        place=place,
+        step=step,
+        batch_nodes=batch_nodes,
+        peer_access=_peer_access(device),
     )
+    if place is not None:  # its peers on this machine want cores as well, unless it has been bound to its own
+        facts = facts._replace(cores=min(facts.cores, max(1, cores(bound=False) // place.local_size)))
+    elif settings.mpirun.hostfile is not None and step is None:
+        from . import mpi
+
+        hosts = mpi.hosts(settings.mpirun.hostfile)
+        facts = facts._replace(hosts=hosts, elsewhere=mpi.are_elsewhere(hosts), mpi=mpi.installed())
+    return facts._replace(interface=_interface(resolve(settings, facts), place))
 
 
 def resolve(settings: LaunchSettings, machine: Machine) -> LaunchSettings:
     """`settings` with the machine's facts where they say nothing."""
-    processes = settings.num_processes
-    machines = settings.num_machines
-    if machine.mpi_size > 1:  # mpirun has started one of us for each process already
-        processes, machines = 1, 1
-    elif processes is None:
+    settings = _of_step(settings, machine.step)
+    processes, machines, rank = settings.num_processes, settings.num_machines, settings.machine_rank
+    address, place = settings.main_process_ip, machine.place
+    if place is not None:  # one of us has been started for each process already
+        processes, machines, rank = 1, 1, 0
+    else:
+        if machines is None and machine.hosts:
+            machines = len(machine.hosts)
+        if address is None and len(machine.hosts) > 1 and not machine.hosts[0].startswith(("localhost", "127.")):
+            address = machine.hosts[0]
+    elsewhere = settings.compute_environment != "LOCAL_MACHINE"
+    if processes is None and not settings.tpu and not elsewhere:  # torch_xla starts one on each TPU device by itself
         here = machine.devices if machine.device not in ("cpu", "mps") else 1
-        processes = max(1, here) * settings.machines
+        processes = max(1, here) * (machines or 1)
     # A file's MULTI_… value says more than what happens to be found.
     device = settings.device if settings.multi_gpu and machine.device == "cpu" else machine.device
     resolved = settings.replace(
         num_processes=processes,
         num_machines=machines,
+        machine_rank=rank,
+        main_process_ip=address,
         device=device,
-        loopback=machine.loopback,
+        interface=machine.interface,
         directory=machine.directory,
         python=machine.python,
+        cores=machine.cores,
+        placed_by="" if place is None else place.source,
+        quiet=settings.quiet or (place is not None and place.rank > 0),  # one of them speaks for all
+        mpi=machine.mpi,
+        elsewhere=machine.elsewhere,
+        peer_access=machine.peer_access,
     )
     return resolved.replace(threads=max(1, machine.cores // max(1, resolved.processes_here)))
+
+
+def remarks(asked: LaunchSettings, machine: Machine) -> list[str]:
+    """Where the machine and what was asked for do not agree, and which was taken: lines for the person who launched."""
+    said = []
+    place, step = machine.place, machine.step
+    if place is not None and asked.num_processes not in (None, place.size):
+        said.append(
+            f"num_processes {asked.num_processes} is not used: {place.source} has started {place.size} processes, and "
+            "each is one of the run"
+        )
+    if step is not None and asked.num_machines not in (None, step.nodes):
+        said.append(
+            f"this SLURM step has {step.nodes} nodes, but num_machines is {asked.num_machines}: each node runs by itself"
+        )
+    elif step is not None and asked.machine_rank not in (None, step.node):
+        said.append(f"machine_rank {asked.machine_rank} is taken as given; SLURM counts this node as {step.node}")
+    if step is not None and asked.mpirun.hostfile is not None:
+        said.append("the file for mpirun is not used: SLURM has started this command on each node already")
+    if machine.batch_nodes > 1 and asked.num_machines is None:
+        said.append(
+            f"this SLURM job has {machine.batch_nodes} nodes, and this launch uses one: "
+            "`srun --ntasks-per-node=1 accelerate launch ...` uses all of them"
+        )
+    return said
+
+
+# MPI and SLURM -------------------------------------------------------------------------------------------------------
+
+
+def _scheduler() -> tuple[Placement | None, slurm.Step | None, int]:
+    """What MPI and SLURM say: this process's place, or its step, and how many nodes a batch script has to itself."""
+    try:
+        place = places.of_scheduler()
+        step = slurm.step()
+        if place is None:
+            return None, None, slurm.nodes_of_batch_job()
+        if place.source == "SLURM" and step is not None and step.one_task_per_node:
+            return None, step, 1
+        return place, None, 1
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _of_step(settings: LaunchSettings, step: slurm.Step | None) -> LaunchSettings:
+    """`settings` with what a step of one task per node says about machines, where they say nothing themselves."""
+    elsewhere = settings.tpu or settings.compute_environment != "LOCAL_MACHINE"
+    if step is None or elsewhere or settings.num_machines not in (None, step.nodes):
+        return settings
+    given = settings.deepspeed.deepspeed_multinode_launcher
+    return settings.replace(
+        num_machines=step.nodes,
+        machine_rank=step.node if settings.machine_rank is None else settings.machine_rank,
+        main_process_ip=settings.main_process_ip or slurm.first_host(step.nodelist),
+        main_process_port=step.port if settings.main_process_port is None else settings.main_process_port,
+        # Every node has a launcher of its own: nobody needs to reach the others.
+        deepspeed=settings.deepspeed.replace(deepspeed_multinode_launcher=given or "standard"),
+        mpirun=settings.mpirun.replace(hostfile=None),
+    )
 
 
 # Devices -------------------------------------------------------------------------------------------------------------
@@ -97,7 +202,7 @@ def _default_device() -> str:
             return kind
     if env.flag("USE_TORCH_XLA", default=True) and find_spec("torch_xla") is not None:
         return "xla"
-    if _has_cuda_driver() and env.get("CUDA_VISIBLE_DEVICES") != "":
+    if _has_cuda_driver() and not _hidden(env.get("CUDA_VISIBLE_DEVICES")):
         return "cuda"
     if "+xpu" in _torch_version():
         return "xpu"
@@ -108,6 +213,26 @@ def _has_cuda_driver() -> bool:
     # NVIDIA's driver, AMD's, WSL's, Jetson's; on Windows only torch can tell.
     nodes = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-ctrl")
     return any(map(os.path.exists, nodes)) or (os.name == "nt" and "+cu" in _torch_version())
+
+
+def _hidden(visible: str | None) -> bool:
+    """Whether a list of visible devices hides all of them: it ends at the first that there cannot be."""
+    return visible is not None and (visible.strip() == "" or visible.strip().startswith("-"))
+
+
+def _peer_access(device: str) -> bool:
+    """Whether NVIDIA's cards may talk to each other directly; asked without torch, which takes a second to import."""
+    if device != "cuda":
+        return True
+    folder = "/proc/driver/nvidia/gpus"
+    cards = os.listdir(folder) if os.path.isdir(folder) else []
+    told = [_read(f"{folder}/{card}/information") for card in cards]
+    names = [line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model")]
+    if not any("RTX 40" in name for name in names):
+        return True
+    from ..runtime.machine import peer_access_works
+
+    return peer_access_works(names)
 
 
 def _torch_version() -> str:
@@ -144,11 +269,15 @@ def _count(device: str, gpu_ids: str | None) -> int:
 # Processor, network, interpreter -------------------------------------------------------------------------------------
 
 
-def cores() -> int:
-    """Processor cores (not hardware threads) this process may use, within the limit of its container."""
+def cores(bound: bool = True) -> int:
+    """Processor cores (not hardware threads) this process may use, within the limit of its container.
+
+    Args:
+        bound: Leave out those that this process has been kept from (taskset, mpirun, srun).
+    """
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
+    allowed = os.sched_getaffinity(0) if bound else set(range(os.cpu_count() or 1))
     siblings = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in allowed}
     return max(1, min(len(siblings), _container_limit() or len(siblings)))
 
@@ -167,9 +296,17 @@ def _read(path: str) -> str:
         return ""
 
 
-def _loopback() -> str | None:
-    """The interface of 127.0.0.1: gloo is bound to it by name."""
-    return next((name for name in ("lo", "lo0") if os.path.exists(f"/sys/class/net/{name}")), None)
+def _interface(settings: LaunchSettings, place: Placement | None) -> str | None:
+    """The network interface over which ranks find each other: gloo is bound to it by name."""
+    if place is not None and place.local_size < place.size:
+        towards = settings.main_process_ip or place.address or None
+    elif settings.machines > 1:
+        towards = settings.main_process_ip
+    else:  # the interface of 127.0.0.1, found without a socket
+        return next((name for name in ("lo", "lo0") if os.path.exists(f"/sys/class/net/{name}")), None)
+    from ..runtime.network import interface
+
+    return interface(towards)
 
 
 def interpreter_options(orig_argv: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..settings.clouds import SageMakerSettings, TpuCommandSettings
 from ..settings.launcher import LaunchSettings
 from ..settings.option import Entry, SettingsError, build, entries
 from . import config_file
@@ -142,13 +143,11 @@ def assemble(
     Raises:
         SettingsError: when flags contradict each other.
     """
-    if flags.get("cpu") and flags.get("multi_gpu"):
-        raise SettingsError("--cpu and --multi_gpu contradict each other: give one of them.")
-    values = dict(flags)
+    values = {dest: chosen.value for dest, chosen in choose(flags, file).items()}
     rest: dict[str, Any] = {}
     if file is not None:
-        values = {**_from_file(flags, file), **flags}
         rest = {"compute_environment": file.compute_environment, "deepspeed_fields": file.deepspeed_fields}
+        rest |= _clouds(file)
         if file.distributed_type.startswith("MULTI_"):
             rest["device"] = _device(file.distributed_type)
     if values.get("dynamo_backend") == "torhchxla_trace_once":
@@ -156,28 +155,60 @@ def assemble(
     return build(LaunchSettings, values, script=script, script_args=tuple(script_args), **rest)
 
 
-def _from_file(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, Any]:
+class Chosen(NamedTuple):
+    """A value that somebody chose, and where: by a ``flag``, or in the ``file`` under a key, which is the detail."""
+
+    value: Any
+    source: str
+    detail: str = ""
+
+
+def choose(flags: Mapping[str, Any], file: ConfigFile | None) -> dict[str, Chosen]:
+    """What flags and a file say, by `Entry.dest`; a flag wins over the file.
+
+    Raises:
+        SettingsError: when flags contradict each other.
+    """
+    if flags.get("cpu") and flags.get("multi_gpu"):
+        raise SettingsError("--cpu and --multi_gpu contradict each other: give one of them.")
+    chosen = _from_file(flags, file) if file is not None else {}
+    return chosen | {dest: Chosen(value, "flag") for dest, value in flags.items()}
+
+
+def _from_file(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, Chosen]:
     """The file's values, with what its distributed_type stands for, where no flag overrules it."""
-    values = dict(file.values)
+    chosen = {dest: Chosen(value, "file", file.keys[dest]) for dest, value in file.values.items()}
+
+    def imply(dest: str, value: Any, key: str) -> None:
+        chosen[dest] = Chosen(value, "file", key)
+
     if "parallelism_config" in file.sections:
-        values["use_parallelism_config"] = True
+        imply("use_parallelism_config", True, "parallelism_config")
     if any(flags.get(name) for name in _PARADIGMS):
         if flags.get("multi_gpu"):
-            values.pop("cpu", None)
-        return values
+            chosen.pop("cpu", None)
+        return chosen
     kind = file.distributed_type
-    on_cpu = flags.get("cpu") or values.get("cpu")
-    if kind == "NO":
-        values["num_processes"] = 1  # whatever else the file says: it is about one process
+    on_cpu = flags.get("cpu") or file.values.get("cpu")
+    key = f"distributed_type {kind}"
+    if kind == "NO" and file.compute_environment == "LOCAL_MACHINE":
+        imply("num_processes", 1, key)  # whatever else the file says: it is about one process
     elif kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        values[f"use_{kind.lower()}"] = True
+        imply(f"use_{kind.lower()}", True, key)
     elif kind == "MULTI_CPU":
-        values["cpu"] = True
+        imply("cpu", True, key)
     elif kind == "XLA" and not on_cpu:
-        values["tpu"] = True
+        imply("tpu", True, key)
     elif kind.startswith("MULTI_") and not on_cpu:
-        values["multi_gpu"] = True
-    return values
+        imply("multi_gpu", True, key)
+    return chosen
+
+
+def _clouds(file: ConfigFile) -> dict[str, Any]:
+    """The file's part on Amazon SageMaker, and on the pod that a run may be started on."""
+    if file.compute_environment == "AMAZON_SAGEMAKER":
+        return {"sagemaker": build(SageMakerSettings, file.values, distributed=file.distributed_type)}
+    return {"pod": build(TpuCommandSettings, file.values)}
 
 
 def _device(distributed_type: str) -> str:

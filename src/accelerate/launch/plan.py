@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from ..runtime.place import DEFAULT_PORT
+from ..settings.enums import SageMakerDistributedType
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError, entries
 from .parse import parse
 
-DEFAULT_PORT = 29500
 # The variable that says which devices a process may see, by kind of device (the rows of runtime.devices, which this
 # module does without: importing it costs more than a plan).
 _VISIBLE_DEVICES = {
@@ -42,6 +43,7 @@ class LaunchPlan(NamedTuple):
         processes: How many processes this machine starts.
         machines: How many machines take part.
         notes: Lines for the person who launched.
+        beside: Commands that are started at the same time, where there is more than one.
     """
 
     starter: str
@@ -52,6 +54,7 @@ class LaunchPlan(NamedTuple):
     processes: int = 1
     machines: int = 1
     notes: tuple[str, ...] = ()
+    beside: tuple[tuple[str, ...], ...] = ()
 
     def environment_over(self, here: Mapping[str, str]) -> dict[str, str]:
         """The child's whole environment, where the launcher's is `here`."""
@@ -85,16 +88,36 @@ def build(settings: LaunchSettings) -> LaunchPlan:
     starter = choose(settings)
     environment, yields = _environment(settings, starter)
     worker = _worker(settings, unbuffered=starter == "torch")
+    beside: list[list[str]] = []
     if starter == "torch":
         command = [*settings.python, "-m", "torch.distributed.run", *_agent_arguments(settings)]
+    elif starter in ("tpu", "tpu-pod"):
+        from . import tpu
+
+        command = tpu.host_command(settings)
+        if starter == "tpu-pod":  # its variables are part of what ssh is told
+            command, *beside = tpu.pod_commands(settings, environment)
+            environment = {}
     elif starter == "mpirun":
-        command = [*_mpirun(settings), *worker]
+        from . import mpi
+
+        command = [*mpi.command(settings, environment), *worker]
     elif starter == "deepspeed":
-        command = _deepspeed(settings)
+        from . import deepspeed
+
+        command = deepspeed.command(settings)
     else:
         command = list(worker)
     return LaunchPlan(
-        starter, command, environment, yields, worker, settings.processes_here, settings.machines, _notes(settings)
+        starter,
+        command,
+        environment,
+        yields,
+        worker,
+        settings.processes_here,
+        settings.machines,
+        _notes(settings),
+        tuple(map(tuple, beside)),
     )
 
 
@@ -122,8 +145,17 @@ def check(settings: LaunchSettings) -> None:
         raise SettingsError(f"main_process_port: expected at most 65535, found {settings.main_process_port}.")
     if machines > 1 and settings.main_process_port == 0:
         raise SettingsError("main_process_port 0 means any free port, which other machines cannot guess: choose one.")
-    if machines > 1 and settings.main_process_ip is None and choose(settings) == "torch":
+    starter = choose(settings)
+    if machines > 1 and settings.main_process_ip is None and starter in ("torch", "mpirun"):
         raise SettingsError(f"{machines} machines need the address of machine 0: give --main_process_ip.")
+    if starter == "mpirun":
+        from . import mpi
+
+        mpi.check(settings)
+    elif starter == "deepspeed":
+        from . import deepspeed
+
+        deepspeed.check(settings)
 
 
 def choose(settings: LaunchSettings) -> str:
@@ -132,6 +164,8 @@ def choose(settings: LaunchSettings) -> str:
         return "sagemaker"
     if settings.tpu:
         return "tpu-pod" if settings.tpus.tpu_use_cluster else "tpu"
+    if settings.placed_by:  # whoever did has started one of us for each process
+        return "python"
     if settings.use_deepspeed and settings.machines > 1:
         return "torch" if settings.deepspeed.deepspeed_multinode_launcher == "standard" else "deepspeed"
     if settings.mpirun.hostfile is not None:
@@ -155,26 +189,73 @@ def _environment(settings: LaunchSettings, starter: str) -> tuple[dict[str, str]
         added[_VISIBLE_DEVICES[settings.device]] = str(settings.gpu_ids)
     if settings.num_cpu_threads_per_process is not None:
         added["OMP_NUM_THREADS"] = str(settings.num_cpu_threads_per_process)
-    elif settings.threads is not None:
+    elif settings.threads is not None and starter not in ("tpu", "tpu-pod", "sagemaker"):  # they know better
         yields["OMP_NUM_THREADS"] = str(settings.threads)
+    if starter == "sagemaker":
+        return {**added, **_on_sagemaker(settings)}, frozenset()
     if starter in ("tpu", "tpu-pod"):
         if settings.mixed_precision == "bf16":
             added["XLA_DOWNCAST_BF16" if settings.tpus.downcast_bf16 else "XLA_USE_BF16"] = "1"
-        return {**yields, **added}, frozenset(yields)
+        return {**yields, **added, **_paradigms(settings)}, frozenset(yields)
     if settings.cpu or starter in ("python", "mpirun"):
         added["ACCELERATE_USE_CPU"] = "True" if settings.cpu else "False"
     if settings.cpu:  # what Intel advises for its OpenMP; others do not read these
         yields["KMP_BLOCKTIME"] = "1"
-        if settings.processes_here == 1:  # several processes would all be bound to the same cores
+        if (
+            settings.processes_here == 1 and not settings.placed_by
+        ):  # several processes would all be bound to the same cores
             yields["KMP_AFFINITY"] = "granularity=fine,compact,1,0"
-    if starter == "torch" and settings.machines == 1 and settings.on_cpu and settings.loopback is not None:
-        yields["GLOO_SOCKET_IFNAME"] = settings.loopback
+    added |= _met_at(settings, starter)
+    yields |= _interfaces(settings, starter)
+    if not settings.peer_access and (starter != "python" or settings.placed_by):
+        yields |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
     if settings.use_deepspeed and settings.directory is not None:
         yields["PYTHONPATH"] = settings.directory
     added |= _options(settings, "dynamo")
     added["ACCELERATE_DYNAMO_BACKEND"] = settings.dynamo.backend.upper()
     added |= _paradigms(settings)
     return {**yields, **added}, frozenset(yields)
+
+
+def _interfaces(settings: LaunchSettings, starter: str) -> dict[str, str]:
+    """Which network interface the ranks use among themselves; nothing where they must find out by themselves."""
+    # mpirun gives all machines one environment, and an interface may have another name on each.
+    known = starter == "torch" or settings.placed_by or (starter == "mpirun" and settings.machines == 1)
+    if not known or settings.interface is None:
+        return {}
+    names = {"GLOO_SOCKET_IFNAME": settings.interface}
+    if settings.interface.startswith("lo") and settings.device == "cuda" and not settings.cpu:
+        names["NCCL_SOCKET_IFNAME"] = settings.interface  # between machines it uses all there are, as it should
+    return names
+
+
+def _met_at(settings: LaunchSettings, starter: str) -> dict[str, str]:
+    """Where ranks meet that somebody else starts."""
+    if starter == "mpirun":
+        from . import mpi
+
+        return mpi.environment(settings)
+    if starter == "deepspeed":
+        from . import deepspeed
+
+        return deepspeed.environment(settings)
+    if not settings.placed_by:
+        return {}
+    # What was given; else they find out from the variables of MPI or SLURM.
+    given = {"MASTER_ADDR": settings.main_process_ip, "MASTER_PORT": settings.main_process_port or None}
+    return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def _on_sagemaker(settings: LaunchSettings) -> dict[str, str]:
+    """What a job on Amazon SageMaker finds in its environment beside what every run does."""
+    added = {"ACCELERATE_USE_SAGEMAKER": "true"}
+    if settings.sagemaker.distributed != SageMakerDistributedType.NO.value:
+        added["ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE"] = settings.sagemaker.distributed
+    if settings.cpu:
+        added["ACCELERATE_USE_CPU"] = "True"
+    added |= _options(settings, "dynamo")
+    added["ACCELERATE_DYNAMO_BACKEND"] = settings.dynamo.backend.upper()
+    return {**added, **_paradigms(settings)}
 
 
 def _paradigms(settings: LaunchSettings) -> dict[str, str]:
@@ -254,32 +335,6 @@ def _agent_arguments(settings: LaunchSettings) -> list[str]:
     if settings.no_python:
         arguments.append("--no_python")
     return [*arguments, settings.script, *settings.script_args]
-
-
-def _mpirun(settings: LaunchSettings) -> list[str]:
-    """Open MPI's spelling."""
-    each, total = str(settings.processes_here), str(settings.processes)
-    return [
-        "mpirun", "--hostfile", str(settings.mpirun.hostfile), "--npernode", each, "-n", total, "--bind-to", "socket"
-    ]  # fmt: skip
-
-
-def _deepspeed(settings: LaunchSettings) -> list[str]:
-    """DeepSpeed's own launcher, for several machines."""
-    options = settings.deepspeed
-    command = ["deepspeed", "--hostfile", str(options.deepspeed_hostfile), "--no_local_rank"]
-    command += ["--launcher", options.deepspeed_multinode_launcher or "pdsh"]
-    if options.deepspeed_exclusion_filter is not None:
-        command += ["--exclude", options.deepspeed_exclusion_filter]
-    elif options.deepspeed_inclusion_filter is not None:
-        command += ["--include", options.deepspeed_inclusion_filter]
-    else:
-        command += ["--num_gpus", str(settings.processes_here)]
-    if settings.main_process_ip is not None:
-        command += ["--master_addr", settings.main_process_ip]
-    command += ["--master_port", str(settings.main_process_port or DEFAULT_PORT)]
-    command += (["--module"] if settings.module else []) + (["--no_python"] if settings.no_python else [])
-    return [*command, settings.script, *settings.script_args]
 
 
 def _notes(settings: LaunchSettings) -> tuple[str, ...]:

@@ -1,35 +1,34 @@
-"""Several processes on this machine through torch's elastic agent: started, watched, ended together.
+"""The ranks of one launch on this machine: started, watched and ended together, whatever happens to the launcher.
 
-The agent's store listens on 127.0.0.1 only when all ranks are here. A rank that fails ends the others; the launcher's
-last line names it and quotes its error, and its exit code becomes the launcher's. No process outlives the launcher.
+A rank that fails ends the others, on all machines; the launcher's last line names it and quotes its error, and its exit
+code becomes the launcher's. No process outlives the launcher.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.place import DEFAULT_PORT
 from ..settings import env
 from ..settings.launcher import LaunchSettings
+from . import agent, verdict
 from .console import say
 from .guard import SETTLE_SECONDS, Deaths, Guard, kill, lost_a_peer
 from .loopback import Loopback
+from .meeting import Meeting, NoMeeting, Terms, gather, number, options
+from .neighbours import Elsewhere, End, Neighbours
 from .plan import LaunchPlan
+from .rounds import Rounds
+from .verdict import Verdict
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.elastic.agent.server.api import RunResult
     from torch.distributed.launcher.api import LaunchConfig
-
-# How long ranks may take to end once another has failed: time to close files, not to wait for the one that is gone.
-GRACE_SECONDS = 5
 
 
 def run(plan: LaunchPlan, settings: LaunchSettings) -> int:
@@ -37,6 +36,9 @@ def run(plan: LaunchPlan, settings: LaunchSettings) -> int:
 
     Returns:
         0, or the exit code of the rank that failed first (128 and the signal's number if it was killed).
+
+    Raises:
+        SettingsError: when an option cannot be used, or contradicts what other machines were told.
     """
     guard = Guard()  # forked while this process is small and has one thread
     try:
@@ -46,59 +48,110 @@ def run(plan: LaunchPlan, settings: LaunchSettings) -> int:
     except KeyboardInterrupt:
         say("interrupted", settings.quiet)
         return 128 + signal.SIGINT
+    except NoMeeting as error:
+        say(str(error))
+        return 1
     finally:
         guard.release()
 
 
 class _Ranks:
-    """The ranks of one launch, over all their restarts."""
+    """The ranks of one launch, over all their restarts; the agent's observer."""
 
     def __init__(self, plan: LaunchPlan, settings: LaunchSettings, guard: Guard, scratch: str) -> None:
         self.plan, self.settings, self.guard, self.scratch = plan, settings, guard, scratch
+        self.quiet = settings.quiet
         self.running: set[int] = set()  # process groups that are not known to have ended well
         self.deaths: Deaths | None = None
         self.statuses: dict[int, int] = {}
         self.ending_since = 0
+        self.meeting: Meeting | None = None
+        self.handler: Any = None
+        self.neighbours: Neighbours | None = None
 
     def run(self) -> int:
-        if not self.settings.debug and env.get("LOGLEVEL") is None:
-            import logging
+        with _silence(torch=not self.settings.debug):
+            if self.plan.machines > 1:
+                self.meeting = self._gather()
+            config = agent.configuration(self.plan, self.scratch)
+            self.handler = self._rendezvous(config)
+            spec = agent.specification(self.plan, config, self.handler)
+            started = agent.make(spec, config, self, self.meeting)
+        ended = self._watch(started)
+        if ended.code:
+            say(ended.line, self.quiet)
+        return ended.code
 
-            logging.disable(logging.CRITICAL)  # the agent's own account of a failure; ours is shorter
+    def _watch(self, started: Any) -> Verdict:
+        """Runs the agent to its end, and takes leave of the other machines."""
+        from torch.distributed import DistError
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.rendezvous import RendezvousError
 
-        config = self._config()
-        agent = _agent(self._spec(config), config, self)
+        ended = Verdict("", 0)
         try:
-            result = agent.run()
-            if not result.is_failed():
-                self.guard.forget(self.running)
-                self.running.clear()
+            result = started.run()
+            ended = self._judge(result)
         except SignalException as stopped:
-            say("interrupted" if stopped.sigval == signal.SIGINT else f"stopped by {stopped.sigval.name}", self.quiet)
-            return 128 + int(stopped.sigval)
-        except (RendezvousError, RuntimeError, TimeoutError) as error:
-            if self.plan.machines == 1:
+            ended = verdict.of_signal(stopped.sigval)
+        except Elsewhere as error:
+            ended = self._judge_elsewhere(error.end)
+        except (RendezvousError, DistError) as error:
+            if self.meeting is None:
                 raise
-            say(self._no_meeting(config, error))
-            return 1
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            line = f"{self.meeting.me} has lost the others, met at {self.meeting.where}: {reason}"
+            ended = Verdict(line, 1, lost_a_peer=True)
         finally:
             _ignore_signals()
             kill(self.running)
-        return self._failed(result) if result.is_failed() else 0
+        self._take_leave(ended)
+        return ended
 
-    def _no_meeting(self, config: LaunchConfig, error: Exception) -> str:
-        here = f"machine {self.settings.machine_rank or 0} of {self.plan.machines}"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return (
-            f"this is {here}, and it could not meet the others at {config.rdzv_endpoint} ({config.rdzv_backend} "
-            f"rendezvous): {reason}"
+    # How ranks meet ----------------------------------------------------------------------------------------------------
+
+    def _rendezvous(self, config: LaunchConfig) -> Any:
+        """One of torch's rendezvous handlers, or one of ours."""
+        if self.plan.machines == 1:
+            wanted = int(config.rdzv_endpoint.rpartition(":")[2])
+            handler = Loopback(wanted)
+            if handler.port != wanted:
+                say(f"{f'port {wanted} is taken, ' if wanted else ''}using port {handler.port}", self.quiet)
+            return handler
+        if self.meeting is None:
+            from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+            return get_rendezvous_handler(_parameters(config))
+        return Rounds(self.meeting) if config.rdzv_backend == "static" else _elastic(config, self.meeting)
+
+    def _gather(self) -> Meeting | None:
+        """Meets the other machines, unless torch knows another way to do it."""
+        settings = self.settings
+        said, backend = options(settings.rdzv_conf), settings.rdzv_backend
+        if backend not in ("static", "c10d") or said.get("store_type", "tcp") != "tcp":
+            return None
+        return gather(
+            Terms(
+                rank=settings.machine_rank if backend == "c10d" else settings.machine_rank or 0,
+                machines=self.plan.machines,
+                processes=settings.processes,
+                address=str(settings.main_process_ip),
+                port=DEFAULT_PORT if settings.main_process_port is None else settings.main_process_port,
+                backend=backend,
+                timeout=number(said, "join_timeout", "timeout", default=900.0),
+                quiet=settings.quiet,
+            )
         )
 
-    @property
-    def quiet(self) -> bool:
-        return self.settings.quiet
+    # What the agent says -----------------------------------------------------------------------------------------------
+
+    def met(self, neighbours: Neighbours) -> None:
+        """A round with other machines begins."""
+        if self.neighbours is not None:
+            self.neighbours.stop()
+        self.neighbours = neighbours
+        if isinstance(self.handler, Rounds):
+            self.handler.neighbours = neighbours
 
     def started(self, pids: list[int]) -> None:
         """The agent has started all ranks (again)."""
@@ -126,120 +179,86 @@ class _Ranks:
         while self.deaths is not None and self.deaths.able and time.monotonic() < deadline:
             dead = [pid for pid in list(self.deaths.times) if self.statuses.get(pid) != 0]
             if len(self.deaths.times) == len(error_files) or not all(
-                lost_a_peer(_why(error_files[pid])) for pid in dead
+                lost_a_peer(verdict.noted(error_files[pid])) for pid in dead
             ):
                 break
             time.sleep(0.02)
         self.ending_since = time.time_ns()
 
-    # What the agent is told -------------------------------------------------------------------------------------------
+    # How it ended ------------------------------------------------------------------------------------------------------
 
-    def _config(self) -> LaunchConfig:
-        from torch.distributed.run import config_from_args, parse_args
+    def _judge(self, result: RunResult | None) -> Verdict:
+        if result is None:  # torch's rendezvous was closed
+            end = self.neighbours.explain() if self.neighbours is not None else None
+            return Verdict("another machine has ended the run", 1, True) if end is None else _of(end)
+        if not result.is_failed():
+            self.guard.forget(self.running)
+            self.running.clear()
+            return Verdict("", 0)
+        deaths = self.deaths.times if self.deaths is not None else {}
+        ended = verdict.of_failures(result.failures, deaths, self.ending_since, 0 in self.statuses.values())
+        if ended.lost_a_peer and self.neighbours is not None:
+            end = self.neighbours.explain()
+            return ended if end is None else _of(end)
+        return ended
 
-        command = self.plan.command
-        arguments: Any = parse_args(command[command.index("torch.distributed.run") + 1 :])  # type: ignore[no-untyped-call]
-        arguments.log_dir = arguments.log_dir or self.scratch
-        config: LaunchConfig = config_from_args(arguments)[0]
-        return config
+    def _judge_elsewhere(self, end: End) -> Verdict:
+        if end.innocent and self.neighbours is not None:
+            end = self.neighbours.explain() or end
+        return _of(end)
 
-    def _spec(self, config: LaunchConfig) -> WorkerSpec:
-        from torch.distributed.elastic.agent.server.api import WorkerSpec
-        from torch.distributed.elastic.rendezvous import RendezvousParameters
-        from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
-
-        common: dict[str, Any] = {
-            "role": config.role,
-            "local_world_size": config.nproc_per_node,
-            "max_restarts": config.max_restarts,
-            "monitor_interval": config.monitor_interval,
-        }
-        # The agent replaces $-macros in arguments; ours are for the script as they are.
-        entrypoint, *arguments = [word.replace("$", "$$") for word in self._worker()]
-        common |= {"entrypoint": entrypoint, "args": tuple(arguments)}
-        if self.plan.machines == 1:
-            wanted = int(config.rdzv_endpoint.rpartition(":")[2])
-            handler: Any = Loopback(wanted)
-            if handler.port != wanted:
-                say(f"{f'port {wanted} is taken, ' if wanted else ''}using port {handler.port}", self.quiet)
-            return WorkerSpec(**common, rdzv_handler=handler)
-        parameters = RendezvousParameters(
-            config.rdzv_backend,
-            config.rdzv_endpoint,
-            config.run_id,
-            config.min_nodes,
-            config.max_nodes,
-            **config.rdzv_configs,
-        )
-        address, _, port = config.rdzv_endpoint.rpartition(":")
-        static = config.rdzv_backend == "static"
-        return WorkerSpec(
-            **common,
-            rdzv_handler=get_rendezvous_handler(parameters),
-            master_addr=address if static else None,
-            master_port=int(port) if static else None,
-        )
-
-    def _worker(self) -> tuple[str, ...]:
-        if sys.platform != "linux":
-            return self.plan.worker
-        shim = str(Path(__file__).with_name("shim.py"))
-        return (sys.executable, "-I", "-S", shim, str(os.getpid()), *self.plan.worker)
-
-    # What is said in the end ------------------------------------------------------------------------------------------
-
-    def _failed(self, result: RunResult) -> int:
-        rank, failure = min(result.failures.items(), key=lambda item: self._guilt(item[1]))
-        why = _why(failure.error_file)
-        line = f"rank {rank} (pid {failure.pid}) {_how(failure.exitcode)}{f': {why}' if why else ''}"
-        if lost_a_peer(_why(failure.error_file)) and 0 in self.statuses.values():
-            line += " (another rank had ended before, with code 0)"
-        say(line, self.quiet)
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-
-    def _guilt(self, failure: ProcessFailure) -> tuple[bool, bool, float]:
-        """Sorts the rank that failed first, and of itself, before the others."""
-        moment = self._moment(failure)
-        ended_by_us = moment > self.ending_since > 0 and -failure.exitcode in (signal.SIGTERM, signal.SIGKILL)
-        return ended_by_us, lost_a_peer(_why(failure.error_file)), moment
-
-    def _moment(self, failure: ProcessFailure) -> float:
-        """When a rank failed, in nanoseconds: it notes its error before its peers can see it go."""
-        moments = [failure.timestamp * 1e9 + 1e9]  # whole seconds, rounded down
-        if self.deaths is not None and failure.pid in self.deaths.times:
-            moments = [float(self.deaths.times[failure.pid])]
-        if os.path.isfile(failure.error_file):
-            moments.append(float(os.stat(failure.error_file).st_mtime_ns))
-        return min(moments)
+    def _take_leave(self, ended: Verdict) -> None:
+        """Tells the other machines how it ended here, unless they know."""
+        if self.neighbours is None or self.meeting is None:
+            return
+        if ended.code:
+            line = ended.line if ended.lost_a_peer else f"{self.meeting.me}: {ended.line}"
+            self.neighbours.tell(End(self.meeting.me, line, ended.code, ended.lost_a_peer))
+            if self.meeting.terms.backend == "c10d" and ended.code < 128:
+                self.handler.shutdown()
+        self.neighbours.leave(last=self.meeting.serves)
 
 
-def _how(exitcode: int) -> str:
-    if exitcode >= 0:
-        return f"exited with code {exitcode}"
-    try:
-        name = signal.Signals(-exitcode).name
-    except ValueError:
-        name = f"signal {-exitcode}"
-    return f"was killed by {name}{_LIKELY.get(-exitcode, '')}"
+def _of(end: End) -> Verdict:
+    return Verdict(end.line, end.code, lost_a_peer=True)
 
 
-_LIKELY: dict[int, str] = {
-    signal.SIGKILL: " (by a person, or for want of memory)",
-    signal.SIGABRT: " (gloo does so when ranks take part with tensors of different sizes: --debug compares them first)",
-}
+def _parameters(config: LaunchConfig, local_address: str | None = None) -> Any:
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    return RendezvousParameters(
+        config.rdzv_backend,
+        config.rdzv_endpoint,
+        config.run_id,
+        config.min_nodes,
+        config.max_nodes,
+        local_addr=local_address,
+        **config.rdzv_configs,
+    )
 
 
-def _why(error_file: str) -> str:
-    """The error that the rank noted, on one line; "" when it noted none."""
-    import json
+def _elastic(config: LaunchConfig, meeting: Meeting) -> Any:
+    """torch's rendezvous that lets a machine take the place of another, at the meeting's store."""
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-    try:
-        noted = json.loads(Path(error_file).read_text())["message"]
-    except (OSError, ValueError, KeyError, TypeError):  # the rank did not get as far, or is not ours
-        return ""
-    text = str(noted["message"] if isinstance(noted, dict) and "message" in noted else noted).strip()
-    first = text.splitlines()[0] if text else ""
-    return first[:400]
+    from ..runtime.network import local_address
+
+    assert meeting.store is not None
+    parameters = _parameters(config, meeting.address if meeting.own else local_address(meeting.address))
+    return create_handler(meeting.store, C10dRendezvousBackend(meeting.store, config.run_id), parameters)
+
+
+@contextlib.contextmanager
+def _silence(torch: bool) -> Iterator[None]:
+    """Keeps torch's own account of a failure off the launcher's screen, not its ranks': ours is shorter."""
+    if torch and env.get("LOGLEVEL") is None:
+        import logging
+
+        logging.disable(logging.CRITICAL)
+    level = env.get("TORCH_CPP_LOG_LEVEL") or ("FATAL" if torch else "WARNING")
+    with env.patch_environment(torch_cpp_log_level=level):  # it is read when torch is imported, in the block
+        yield
 
 
 def _ignore_signals() -> None:
@@ -247,41 +266,3 @@ def _ignore_signals() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _agent(spec: WorkerSpec, config: LaunchConfig, ranks: _Ranks) -> LocalElasticAgent:
-    """torch's agent for this machine, and ours: who was started, how long ending takes, a word on restarts."""
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-
-    class Agent(LocalElasticAgent):
-        _patient = False
-
-        def _start_workers(self, worker_group: Any) -> dict[int, Any]:
-            ids: dict[int, Any] = super()._start_workers(worker_group)
-            ranks.started(list(ids.values()))
-            context: Any = self._pcontext
-            close: Callable[..., None] = context._close
-
-            files = {pid: context.error_files[local_rank] for local_rank, pid in ids.items()}
-
-            def close_soon(death_sig: signal.Signals, timeout: int = 30) -> None:
-                if not self._patient:
-                    ranks.before_ending(files)
-                    timeout = min(timeout, GRACE_SECONDS)
-                close(death_sig=death_sig, timeout=timeout)
-
-            context._close = close_soon
-            return ids
-
-        def _shutdown(self, *args: Any, **kwargs: Any) -> None:
-            # Told to stop by somebody: ranks may take their time, to save a checkpoint for instance.
-            self._patient = True
-            super()._shutdown(*args, **kwargs)
-
-        def _restart_workers(self, worker_group: Any) -> None:
-            left = self._remaining_restarts
-            say(f"a rank failed; starting all ranks again ({left} more restart{'' if left == 1 else 's'})", ranks.quiet)
-            super()._restart_workers(worker_group)
-            self._patient = False
-
-    return Agent(spec=spec, logs_specs=config.logs_specs, start_method=config.start_method)  # type: ignore[arg-type]  # made by config_from_args

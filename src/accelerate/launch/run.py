@@ -14,25 +14,19 @@ from ..settings import env
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
 from .console import say
-from .machine import look, resolve
-from .plan import LaunchPlan, build
+from .machine import look, remarks, resolve
+from .plan import LaunchPlan, build, choose
+from .programs import become
 
-_NOT_YET = {
-    "tpu": "TPUs",
-    "tpu-pod": "a pod of TPUs",
-    "sagemaker": "Amazon SageMaker",
-    "deepspeed": "several machines through DeepSpeed's own launcher",
-    "mpirun": "mpirun",
-}
 _FP8_PACKAGES = {"te": "transformer_engine", "ao": "torchao", "msamp": "msamp"}
 
 
-def launch(settings: LaunchSettings, configured: bool = False) -> int:
+def launch(settings: LaunchSettings, file: str | None = None) -> int:
     """Plans for this machine and starts.
 
     Args:
         settings: What was asked for.
-        configured: Whether a configuration file took part.
+        file: The configuration file that took part.
 
     Returns:
         The exit code of a run of several processes; a single process takes this one's place instead.
@@ -40,26 +34,35 @@ def launch(settings: LaunchSettings, configured: bool = False) -> int:
     Raises:
         SettingsError: when the settings cannot be used here.
     """
-    machine = look(settings)
-    resolved = resolve(settings, machine)
-    plan = build(resolved)
-    _starter(plan)
+    try:
+        machine = look(settings)
+        resolved = resolve(settings, machine)
+        plan = build(resolved)
+    except SettingsError as error:
+        raise SettingsError(f"{error} (configuration file {file})" if file is not None else str(error)) from None
     check_script(resolved)
+    if resolved.dry_run:
+        return _print(plan, resolved)
     check_packages(resolved)
-    for line in (*plan.notes, *(() if configured else _choices(settings, resolved))):
+    for line in (*plan.notes, *remarks(settings, machine), *(() if file is not None else _choices(settings, resolved))):
         say(line, resolved.quiet)
     return start(plan, resolved)
 
 
+def _print(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    """Prints what would be started, for a shell: its packages and devices may be on another machine."""
+    from .dry_run import as_typed
+
+    text = as_typed(plan, settings, env.snapshot()) + "\n"
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.encode(errors="surrogateescape"))  # file names need not be valid text
+    sys.stdout.flush()
+    return 0
+
+
 def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
     """Starts `plan`; see `launch`."""
-    return _starter(plan)(plan, settings)
-
-
-def _starter(plan: LaunchPlan) -> Callable[[LaunchPlan, LaunchSettings], int]:
-    if plan.starter not in _STARTERS:
-        raise SettingsError(f"this version of accelerate cannot start a run on {_NOT_YET[plan.starter]} yet.")
-    return _STARTERS[plan.starter]
+    return _STARTERS[plan.starter](plan, settings)
 
 
 def check_script(settings: LaunchSettings) -> None:
@@ -68,13 +71,17 @@ def check_script(settings: LaunchSettings) -> None:
     Raises:
         SettingsError: when there is not.
     """
-    if settings.module:
-        return  # python finds modules, or says why not
+    if settings.module or choose(settings) == "tpu-pod":
+        return  # python finds modules, or says why not; what a pod holds is seen there
     if settings.no_python:
         _program(settings.script)
     elif not os.path.exists(settings.script):
         hint = "; to run a module, put -m before its name" if "." in settings.script[:-3] else ""
         raise SettingsError(f"script {settings.script} does not exist (looked in {os.getcwd()}{hint}).")
+    elif choose(settings) == "tpu":
+        from .tpu import check_function
+
+        check_function(settings)
 
 
 def check_packages(settings: LaunchSettings) -> None:
@@ -83,6 +90,14 @@ def check_packages(settings: LaunchSettings) -> None:
     Raises:
         SettingsError: when one is not.
     """
+    if choose(settings) == "tpu" and find_spec("torch_xla") is None:
+        from .tpu import INSTALL
+
+        raise SettingsError(INSTALL)
+    if choose(settings) == "sagemaker" and find_spec("sagemaker") is None:
+        from .sagemaker import INSTALL
+
+        raise SettingsError(INSTALL)
     if settings.use_deepspeed and find_spec("deepspeed") is None:
         raise SettingsError("DeepSpeed is not installed: pip install deepspeed, or leave --use_deepspeed out.")
     if settings.use_megatron_lm and find_spec("megatron") is None:
@@ -105,7 +120,7 @@ def _program(name: str) -> str:
 
 def _choices(asked: LaunchSettings, resolved: LaunchSettings) -> list[str]:
     """What was chosen where nobody chose: one line, not one warning a value."""
-    if asked.num_processes is not None:
+    if asked.num_processes is not None or resolved.placed_by or resolved.num_processes is None:
         return []
     count, kind = resolved.processes, "cpu" if resolved.on_cpu else resolved.device
     processes = f"{count} process{'' if count == 1 else 'es'}"
@@ -118,16 +133,7 @@ def _in_place(plan: LaunchPlan, settings: LaunchSettings) -> int:
     """Becomes the script: its signals, its exit code and its last words are its own."""
     environment = plan.environment_over(env.snapshot())
     program = _program(plan.command[0]) if settings.no_python else plan.command[0]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if os.name == "nt":  # there, exec starts another process and leaves
-        import subprocess
-
-        return subprocess.run(plan.command, env=environment, check=False).returncode
-    try:
-        os.execve(program, plan.command, environment)
-    except OSError as error:
-        raise SettingsError(f"{program} cannot be started: {error.strerror}.") from None
+    return become(program, plan.command, environment)
 
 
 def _ranks(plan: LaunchPlan, settings: LaunchSettings) -> int:
@@ -136,4 +142,36 @@ def _ranks(plan: LaunchPlan, settings: LaunchSettings) -> int:
     return run(plan, settings)
 
 
-_STARTERS: dict[str, Callable[[LaunchPlan, LaunchSettings], int]] = {"python": _in_place, "torch": _ranks}
+def _mpirun(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    from .programs import start_mpirun
+
+    return start_mpirun(plan, settings)
+
+
+def _deepspeed(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    from .programs import start_deepspeed
+
+    return start_deepspeed(plan, settings)
+
+
+def _pod(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    from .tpu import start_pod
+
+    return start_pod(plan, settings)
+
+
+def _sagemaker(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    from .sagemaker import start
+
+    return start(plan, settings)
+
+
+_STARTERS: dict[str, Callable[[LaunchPlan, LaunchSettings], int]] = {
+    "python": _in_place,
+    "torch": _ranks,
+    "mpirun": _mpirun,
+    "deepspeed": _deepspeed,
+    "tpu": _in_place,
+    "tpu-pod": _pod,
+    "sagemaker": _sagemaker,
+}

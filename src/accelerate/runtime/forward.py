@@ -39,17 +39,66 @@ def wrap_forward(module: nn.Module, wrapper: ForwardWrapper) -> None:
 
 def unwrap_forward(module: nn.Module) -> None:
     """Takes off every wrapper that `wrap_forward` put around the module's forward, and no other."""
-    forward = module.__dict__.get("forward")
-    while isinstance(forward, ForwardWrapper):
-        forward = forward.__wrapped__
     if "_original_forward" not in module.__dict__:
         return
     del module.__dict__["_original_forward"]
+    forward = _without_wrappers(module.__dict__.get("forward"))
+    if isinstance(forward, HookedForward):
+        module._old_forward = forward.__wrapped__  # type: ignore[assignment]
+    _restore(module, forward)
+
+
+class HookedForward:
+    """What `hook_forward` puts in place of ``module.forward``; wrappers of precision go over it or under it.
+
+    Attributes:
+        __wrapped__: The forward underneath; `inspect.signature` follows it.
+    """
+
+    __wrapped__: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+
+def hook_forward(module: nn.Module, hooked: HookedForward) -> None:
+    """Puts `hooked` in place of the module's forward, which is kept as ``_old_forward``."""
+    forward = module.forward
+    functools.update_wrapper(hooked, forward, updated=())
+    module._old_forward = forward  # type: ignore[assignment]  # a method, not a submodule
+    module.forward = hooked
+
+
+def unhook_forward(module: nn.Module) -> None:
+    """Takes off what `hook_forward` put around the module's forward, and leaves wrappers over or under it."""
+    module.__dict__.pop("_old_forward", None)
+    forward = module.__dict__.get("forward")
+    if forward is not None:
+        _restore(module, _without_hook(forward))
+
+
+def _without_wrappers(forward: Any) -> Any:
+    while isinstance(forward, ForwardWrapper):
+        forward = forward.__wrapped__
+    if isinstance(forward, HookedForward):
+        forward.__wrapped__ = _without_wrappers(forward.__wrapped__)
+    return forward
+
+
+def _without_hook(forward: Any) -> Any:
+    if isinstance(forward, HookedForward):
+        return forward.__wrapped__
+    if isinstance(forward, ForwardWrapper):
+        forward.__wrapped__ = _without_hook(forward.__wrapped__)
+    return forward
+
+
+def _restore(module: nn.Module, forward: Any) -> None:
     # The class's own forward needs no entry on the instance; anything else was there before us.
     if getattr(forward, "__func__", None) is type(module).forward:
         module.__dict__.pop("forward", None)
     else:
-        module.forward = forward  # type: ignore[assignment]
+        module.forward = forward
 
 
 def is_compiled_module(module: object) -> bool:

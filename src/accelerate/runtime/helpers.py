@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 
@@ -18,6 +19,27 @@ def convert_bytes(size: float) -> str:
             return f"{round(size, 2)} {unit}"
         size /= 1024
     return f"{round(size, 2)} PB"
+
+
+_UNITS = {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+
+
+def convert_file_size_to_int(size: int | str) -> int:
+    """``"10GB"``, ``"1KiB"`` or a number, in bytes.
+
+    Raises:
+        ValueError: for anything else, and for a negative number.
+
+    Example:
+        >>> convert_file_size_to_int("1MiB")
+        1048576
+    """
+    if isinstance(size, (int, float)) and size >= 0:
+        return int(size)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", size.upper()) if isinstance(size, str) else None
+    if found is None:
+        raise ValueError(f"expected a size such as '10GB', '500MB', '1GiB' or a number of bytes; got {size!r}.")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def get_pretty_name(obj: Any) -> str:

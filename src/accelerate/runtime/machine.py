@@ -17,6 +17,7 @@ from typing import Any
 
 from ..settings import env
 from . import devices, probe
+from .place import Placement, of_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +45,17 @@ class CPUInformation:
 
 
 def get_cpu_distributed_information() -> CPUInformation:
-    """This process's place according to the variables of torchrun, Open MPI, MVAPICH, MPICH or Intel MPI."""
+    """This process's place according to the variables of torchrun, Open MPI, MVAPICH, MPICH, Intel MPI or SLURM."""
+    place = of_scheduler() or Placement(0, 1, 0, 1, "")
+
+    def read(torchrun: str, pmi: str, others: str, default: int) -> int:
+        return env.get_int_from_env((torchrun, pmi, f"OMPI_{others}", f"MV2_{others}"), default)
+
     return CPUInformation(
-        rank=env.get_int_from_env(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0),
-        world_size=env.get_int_from_env(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1),
-        local_rank=env.get_int_from_env(
-            ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"), 0
-        ),
-        local_world_size=env.get_int_from_env(
-            ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"), 1
-        ),
+        rank=read("RANK", "PMI_RANK", "COMM_WORLD_RANK", place.rank),
+        world_size=read("WORLD_SIZE", "PMI_SIZE", "COMM_WORLD_SIZE", place.size),
+        local_rank=read("LOCAL_RANK", "MPI_LOCALRANKID", "COMM_WORLD_LOCAL_RANK", place.local_rank),
+        local_world_size=read("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "COMM_WORLD_LOCAL_SIZE", place.local_size),
     )
 
 
@@ -131,8 +133,12 @@ def check_cuda_p2p_ib_support() -> bool:
     False for several GeForce RTX 40 cards under a driver before 550.40.07, which claims that they can: NCCL then
     hangs unless NCCL_P2P_DISABLE and NCCL_IB_DISABLE are set.
     """
-    names, count = get_gpu_info()
-    if count < 2 or not any(re.search(r"\bRTX 40\d\d\b", name) for name in names):
+    return peer_access_works(get_gpu_info()[0])
+
+
+def peer_access_works(names: list[str]) -> bool:
+    """What `check_cuda_p2p_ib_support` says, for the cards with these names: no need of torch."""
+    if len(names) < 2 or not any(re.search(r"\bRTX 40\d\d\b", name) for name in names):
         return True
     driver = get_driver_version()
     if driver is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable
 from typing import Literal, overload
 
+import torch
 from torch import nn
 
 from .forward import extract_model_from_parallel
@@ -38,3 +41,21 @@ def is_peft_model(model: nn.Module) -> bool:
     # Without peft imported nothing can be an instance of its classes.
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(extract_model_from_parallel(model), peft.PeftModel)
+
+
+def get_parameters_from_modules(
+    modules: Iterable[nn.Module] | str | None, model: nn.Module, device: torch.device | str | int
+) -> set[nn.Parameter]:
+    """The parameters of some modules of a model, moved to a device: those that a sharded model is to leave whole.
+
+    Args:
+        modules: The modules, or a regular expression that matches their whole dotted names; None: none.
+        model: Where names are looked up.
+        device: Where the modules go.
+    """
+    if modules is None:
+        return set()
+    if isinstance(modules, str):
+        wanted = re.compile(modules)
+        modules = [module for name, module in model.named_modules() if wanted.fullmatch(name)]
+    return {parameter for module in modules for parameter in module.to(device).parameters()}

@@ -7,10 +7,14 @@ import os
 import pytest
 
 from accelerate.launch import machine
-from accelerate.launch.machine import Machine, resolve
+from accelerate.launch.machine import Machine, remarks, resolve
+from accelerate.launch.plan import build
+from accelerate.runtime.place import Placement
+from accelerate.runtime.slurm import Step
 from accelerate.settings.launcher import LaunchSettings
+from tests.helpers.slurm import job, task
 
-HERE = Machine(device="cpu", devices=0, cores=8, loopback="lo", directory="/here", python=("PY", "-u"))
+HERE = Machine(device="cpu", devices=0, cores=8, interface="lo", directory="/here", python=("PY", "-u"))
 GPUS = HERE._replace(device="cuda", devices=4)
 
 
@@ -25,7 +29,7 @@ GPUS = HERE._replace(device="cuda", devices=4)
         (LaunchSettings(num_processes=2), GPUS, 2, 4),
         (LaunchSettings(cpu=True), HERE, 1, 8),
         (LaunchSettings(), HERE._replace(device="mps", devices=1), 1, 8),
-        (LaunchSettings(num_processes=16), HERE._replace(mpi_size=16), 1, 8),
+        (LaunchSettings(num_processes=16), HERE._replace(place=Placement(3, 16, 1, 2, "Open MPI")), 1, 8),
         (LaunchSettings(multi_gpu=True), GPUS._replace(devices=0), 1, 8),
     ],
 )
@@ -36,7 +40,7 @@ def test_processes_and_threads(settings: LaunchSettings, facts: Machine, process
 
 def test_facts_arrive_in_the_settings() -> None:
     resolved = resolve(LaunchSettings(), GPUS)
-    assert (resolved.device, resolved.loopback, resolved.directory) == ("cuda", "lo", "/here")
+    assert (resolved.device, resolved.interface, resolved.directory) == ("cuda", "lo", "/here")
     assert resolved.python == ("PY", "-u")
 
 
@@ -78,3 +82,80 @@ def test_a_named_device_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_the_interpreters_options(command: str, options: list[str]) -> None:
     assert machine.interpreter_options(command.split()) == options
+
+
+class TestSlurm:
+    STEP = Step(tasks=2, nodes=2, node=1, nodelist="n[1-2]", port=12345)
+    ON_NODE = GPUS._replace(step=STEP)
+
+    def test_a_task_per_node_is_a_machine_of_the_run(self) -> None:
+        resolved = resolve(LaunchSettings(), self.ON_NODE)
+        assert (resolved.machines, resolved.machine_rank, resolved.processes, resolved.processes_here) == (2, 1, 8, 4)
+        assert (resolved.main_process_ip, resolved.main_process_port) == ("n1", 12345)
+
+    def test_what_is_given_wins(self) -> None:
+        asked = LaunchSettings(machine_rank=0, main_process_ip="h", main_process_port=29600, num_processes=2)
+        resolved = resolve(asked, self.ON_NODE)
+        assert (resolved.machines, resolved.machine_rank, resolved.processes) == (2, 0, 2)
+        assert (resolved.main_process_ip, resolved.main_process_port) == ("h", 29600)
+        assert remarks(asked, self.ON_NODE) == ["machine_rank 0 is taken as given; SLURM counts this node as 1"]
+
+    def test_one_machine_is_one_machine(self) -> None:
+        asked = LaunchSettings(num_machines=1)
+        resolved = resolve(asked, self.ON_NODE)
+        assert (resolved.machines, resolved.processes, resolved.main_process_ip) == (1, 4, None)
+        assert "this SLURM step has 2 nodes, but num_machines is 1" in remarks(asked, self.ON_NODE)[0]
+
+    def test_mpirun_and_other_clouds_are_not_mixed_in(self) -> None:
+        asked = LaunchSettings().replace(mpirun=LaunchSettings().mpirun.replace(hostfile="H"))
+        assert resolve(asked, self.ON_NODE).mpirun.hostfile is None
+        assert "file for mpirun is not used" in remarks(asked, self.ON_NODE)[0]
+        assert resolve(LaunchSettings(tpu=True), self.ON_NODE).machines == 1
+
+    @pytest.mark.parametrize(
+        ("variables", "place", "step", "batch_nodes"),
+        [
+            ({}, None, None, 1),
+            (job(nodes=4), None, None, 4),
+            (task(0, [1]), None, None, 1),
+            (task(1, [1, 1]), None, (2, 2, 1), 1),
+            (task(3, [2, 2]), (3, 4, 1, 2), None, 1),
+            (task(2, [4]), (2, 4, 2, 4), None, 1),
+            # torchrun's variables of an outer run do not make this launch a rank of it
+            ({"RANK": "1", "WORLD_SIZE": "2"}, None, None, 1),
+        ],
+    )
+    def test_as_srun_and_sbatch_set_it(self, variables, place, step, batch_nodes, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+        for name in task(0, [1]):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        found = machine.look(LaunchSettings(cpu=True, num_processes=1))
+        assert (None if found.place is None else tuple(found.place[:4])) == place
+        assert (None if found.step is None else tuple(found.step[:3])) == step
+        assert found.batch_nodes == batch_nodes
+
+
+@pytest.mark.parametrize(
+    ("visible", "hidden"),
+    [(None, False), ("", True), (" ", True), ("-1", True), ("0", False), ("0,-1", False), ("GPU-8932f937", False)],
+)
+def test_a_list_of_visible_devices_may_hide_all(visible: str | None, hidden: bool) -> None:
+    assert machine._hidden(visible) is hidden
+
+
+def test_cores_of_a_rank_that_shares_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in task(1, [2], "here").items():
+        monkeypatch.setenv(name, value)
+    everything = machine.cores(bound=False)
+    assert machine.look(LaunchSettings(cpu=True)).cores == max(1, min(machine.cores(), everything // 2))
+
+
+def test_peer_access_is_left_alone_or_switched_off() -> None:
+    asked = LaunchSettings(script="s.py", num_processes=2)
+    made = build(resolve(asked, GPUS._replace(peer_access=False)))
+    assert made.environment["NCCL_P2P_DISABLE"] == made.environment["NCCL_IB_DISABLE"] == "1"
+    assert made.environment_over({"NCCL_P2P_DISABLE": "0"})["NCCL_P2P_DISABLE"] == "0"
+    assert "NCCL_P2P_DISABLE" not in build(resolve(asked, GPUS)).environment
+    assert "NCCL_P2P_DISABLE" not in build(resolve(asked.replace(num_processes=1), GPUS)).environment
+    assert machine._peer_access("cpu")

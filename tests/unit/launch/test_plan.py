@@ -47,16 +47,12 @@ REFUSED = {
 NOT_IN_A_PLAN = {
     "config_file": "read while parsing",
     "quiet": "the launcher's own lines",
+    "dry_run": "prints the plan instead of starting it",
     "multi_gpu": "one process per GPU is the default where there are several",
     "ipex": "accepted without effect, with a note",
     "use_xpu": "accepted without effect, with a note",
-    "vm": "for the start on a pod, which this version does not have",
-    "env": "for the start on a pod, which this version does not have",
-    "tpu_use_sudo": "for the start on a pod, which this version does not have",
-    "main_training_function": "for the start on TPUs, which this version does not have",
-    "aws_access_key_id": "for the start on SageMaker, which this version does not have",
-    "aws_secret_access_key": "for the start on SageMaker, which this version does not have",
-    "mpirun_ccl": "for the start with mpirun, which this version does not have",
+    "aws_access_key_id": "told to the libraries of AWS, in the launcher only",
+    "aws_secret_access_key": "told to the libraries of AWS, in the launcher only",
 }
 
 
@@ -82,9 +78,10 @@ def contexts(entry: Entry) -> list[list[str]]:
     paradigm = entry.section.enabled_by if entry.section is not None else None
     lines = [["--num_processes", "2"], ["--num_processes", "1"]]
     lines.append(["--num_processes", "4", "--num_machines", "2", "--main_process_ip", "10.0.0.1"])
-    lines.append(["--num_processes", "4", "--num_machines", "2", "--main_process_ip", "10.0.0.1", "--use_deepspeed"])
+    lines.append([*lines[-1], "--use_deepspeed", "--deepspeed_hostfile", "H"])
     lines.append(["--num_processes", "4", "--main_process_ip", "10.0.0.1"])
     lines.append(["--tpu", "--mixed_precision", "bf16"])
+    lines += [["--tpu", "--vm", "machine"], ["--tpu", "--tpu_cluster", "--vm", "machine"]]
     lines += [[*lines[0], "--parallelism_config_cp_size", "2", "--use_parallelism_config"]]
     lines += [[*lines[0], "--parallelism_config_sp_size", "2", "--use_parallelism_config"]]
     if paradigm is not None:
@@ -96,7 +93,13 @@ def contexts(entry: Entry) -> list[list[str]]:
 
 @pytest.mark.parametrize("entry", entries(LaunchSettings), ids=lambda entry: entry.dest)
 def test_a_flag_changes_the_plan(entry: Entry) -> None:
-    value = {"dynamo_backend": "inductor", "num_processes": 6, "num_machines": 2}.get(entry.dest, other_value(entry))
+    value = {
+        "mpirun_ccl": "3",
+        "dynamo_backend": "inductor",
+        "num_processes": 6,
+        "num_machines": 2,
+        "env": ("A=b",),
+    }.get(entry.dest, other_value(entry))
     if entry.dest == "machine_rank":
         value = 1
     if len(entry.option.choices) == 1:
@@ -113,7 +116,7 @@ def test_a_flag_changes_the_plan(entry: Entry) -> None:
 
 
 def _essence(made: LaunchPlan) -> tuple[Any, ...]:
-    return made.starter, made.command, made.environment
+    return made.starter, made.command, made.environment, made.beside
 
 
 @pytest.mark.parametrize(
@@ -172,8 +175,8 @@ def _essence(made: LaunchPlan) -> tuple[Any, ...]:
             "mpirun",
             "mpirun --hostfile H --npernode 2 -n 2 --bind-to socket PY s.py a",
         ),
-        ("--tpu", "tpu", "PY s.py a"),
-        ("--tpu --tpu_cluster", "tpu-pod", "PY s.py a"),
+        ("--tpu", "tpu", "PY -m accelerate.launch.on_tpu --function main s.py a"),
+        ("--tpu --num_processes 1", "tpu", "PY s.py a"),
     ],
 )
 def test_commands(flags: str, starter: str, command: str) -> None:
@@ -188,15 +191,16 @@ def test_ranks_print_without_a_buffer_and_take_the_interpreters_options() -> Non
 
 
 def test_several_cpu_processes_meet_on_the_loopback() -> None:
-    settings = parse(["--cpu", "--num_processes", "2", "s.py"]).replace(loopback="lo", threads=4)
+    settings = parse(["--cpu", "--num_processes", "2", "s.py"]).replace(interface="lo", threads=4)
     made = build(settings)
     assert made.environment["ACCELERATE_USE_CPU"] == "True"
     assert made.environment["GLOO_SOCKET_IFNAME"] == "lo" and "KMP_AFFINITY" not in made.environment
     assert made.yields >= {"GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"}
     assert "GLOO_SOCKET_IFNAME" not in build(settings.replace(num_processes=1)).environment
-    assert "GLOO_SOCKET_IFNAME" not in build(settings.replace(cpu=False, device="cuda")).environment
-    far = settings.replace(num_machines=2, main_process_ip="10.0.0.1")
-    assert "GLOO_SOCKET_IFNAME" not in build(far).environment
+    gpus = build(settings.replace(cpu=False, device="cuda")).environment
+    assert gpus["GLOO_SOCKET_IFNAME"] == gpus["NCCL_SOCKET_IFNAME"] == "lo"
+    far = build(settings.replace(num_machines=2, main_process_ip="10.0.0.1", interface="eth1", device="cuda", cpu=False))
+    assert far.environment["GLOO_SOCKET_IFNAME"] == "eth1" and "NCCL_SOCKET_IFNAME" not in far.environment
 
 
 def test_a_value_that_is_there_wins_over_a_default_only() -> None:

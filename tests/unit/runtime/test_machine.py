@@ -6,12 +6,14 @@ import logging
 import os
 import platform
 import socket
+import types
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelerate.runtime import machine
+from accelerate.runtime import machine, world
 from accelerate.settings import env
 
 
@@ -140,6 +142,23 @@ class TestNuma:
             machine.set_numa_affinity(3)
         assert os.sched_getaffinity(0) == {processors[1]}
 
+    def test_the_node_of_a_gpu_is_that_of_its_pci_address(self, nodes, allowed, tmp_path, monkeypatch):
+        processors = machine._as_ranges(allowed)
+        nodes("900-901", processors)
+        device = tmp_path / "bus/pci/devices/0001:4b:00.0"
+        device.mkdir(parents=True)
+        properties = types.SimpleNamespace(pci_domain_id=1, pci_bus_id=0x4B, pci_device_id=0)
+        # The one thing that needs a GPU: what torch says of it.
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        for written, node in (("1", 1), ("-1", None)):
+            (device / "numa_node").write_text(written + "\n")
+            assert machine._node_of_gpu(3, tmp_path) == node
+        (device / "numa_node").write_text("1\n")
+        monkeypatch.setattr(machine.probe, "is_cuda_available", lambda: True)
+        machine.set_numa_affinity(0)
+        assert os.sched_getaffinity(0) == allowed
+
     def test_nodes_that_are_not_free_to_us_are_passed_over(self, nodes, allowed):
         nodes("900-901", machine._as_ranges(allowed), "")
         with env.patch_environment(LOCAL_WORLD_SIZE=2):
@@ -149,6 +168,18 @@ class TestNuma:
         monkeypatch.setattr(machine, "_SYSFS", tmp_path)
         machine.set_numa_affinity(0)
         assert os.sched_getaffinity(0) == allowed
+
+    def test_a_process_that_joins_is_bound_if_the_launcher_was_told_so(self, nodes, allowed):
+        processors = sorted(allowed)
+        nodes(str(processors[-1]), "900")
+        world.join(cpu=True)
+        assert os.sched_getaffinity(0) == allowed
+        for _ in range(2):  # leaving and joining again does not bind again
+            world.leave()
+            with env.patch_environment(ACCELERATE_CPU_AFFINITY="1"):
+                world.join(cpu=True)
+        assert os.sched_getaffinity(0) == {processors[-1]}
+        assert machine.set_numa_affinity.cache_info().misses == 1
 
     def test_it_is_done_once_and_said_once(self, allowed, caplog):
         with caplog.at_level(logging.INFO):

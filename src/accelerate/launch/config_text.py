@@ -1,0 +1,262 @@
+"""A configuration file as text: yaml or json to a mapping, and back.
+
+Whatever the bytes are, reading gives a mapping with words as keys or one `SettingsError` that names the file and the
+place. Writing lands whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..settings.option import SettingsError, shown
+
+if TYPE_CHECKING:
+    import yaml
+
+# A configuration has a few kilobytes. What is far beyond is something else, and costs memory or the C stack.
+_LARGEST = 1 << 20
+_DEEPEST = 32
+_TOO_DEEP = f"nested more than {_DEEPEST} deep."
+_LONGEST_NUMBER = 100
+_MOST_VALUES = 100_000
+# What yaml's constructors raise for scalars that are not what they claim to be: !!int x, 2020-99-99.
+_NOT_A_VALUE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+
+
+def load(path: str) -> dict[str, Any]:
+    """The file's content, yaml or json, as a mapping.
+
+    Raises:
+        SettingsError: when it cannot be read, is neither, or is no mapping.
+    """
+    data = read(path)
+    try:
+        content = parse(data, as_json=path.endswith(".json"))
+    except ValueError as error:
+        raise SettingsError(f"configuration file {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(
+            f"configuration file {path}: expected keys and values such as `num_processes: 2`, found {shown(content)}."
+        )
+    for key in content:
+        if not isinstance(key, str):
+            raise SettingsError(f"configuration file {path}: expected a word as key, found {shown(key)}.")
+    return content
+
+
+def read(path: str) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        SettingsError: when it cannot be read, or is too large to be a configuration.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise SettingsError(f"configuration file {path} cannot be read: {error}") from None
+    if len(data) > _LARGEST:
+        raise SettingsError(
+            f"configuration file {path} is larger than {_LARGEST >> 20} MiB: is it a configuration of accelerate?"
+        )
+    return data
+
+
+def parse(data: bytes, as_json: bool = False) -> Any:
+    """What yaml or json text says; nothing for an empty file.
+
+    Raises:
+        ValueError: when it is not valid or nested too deeply, or a key stands twice in one mapping.
+    """
+    return _json(data) if as_json else _yaml(data)
+
+
+def _json(data: bytes) -> Any:
+    import json
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_twice((key, printable(key)) for key, _ in pairs)
+        return dict(pairs)
+
+    def integer(text: str) -> int | str:
+        return (
+            int(text) if len(text) <= _LONGEST_NUMBER else text
+        )  # Python refuses the largest; as text its key is told
+
+    try:
+        content = json.loads(data, object_pairs_hook=mapping, parse_int=integer)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid json: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not text in UTF-8: {error}") from None
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [part for value in level for part in _parts(value)]
+    if level:
+        raise ValueError(_TOO_DEEP)
+    return content
+
+
+def _parts(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _yaml(data: bytes) -> Any:
+    import yaml
+
+    loader_type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        _refuse_depth(data, loader_type)
+        loader = loader_type(data)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return {}
+            _weigh(node, {}, "")
+            try:
+                return loader.construct_document(node)
+            except _NOT_A_VALUE as error:
+                raise ValueError(_culprit(loader, node) or str(error)) from None
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not valid yaml: {error}") from None
+
+
+def _refuse_depth(data: bytes, loader_type: Any) -> None:
+    # The composer of libyaml's binding recurses without a limit: deep nesting would end the process.
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(data, Loader=loader_type):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError(f"line {_line(event)}: {_TOO_DEEP}")
+
+
+def _weigh(node: yaml.Node, weights: dict[int, int], path: str) -> int:
+    """How many values `node` stands for once aliases are followed; refuses keys that stand twice on the way.
+
+    Raises:
+        ValueError: when it refers to itself, a few aliases stand for a flood of values, or a number is no number
+            for a configuration.
+    """
+    import yaml
+
+    line = f"line {_line(node)}"
+    if weights.setdefault(id(node), 0):
+        return weights[id(node)]
+    weights[id(node)] = -1  # being weighed
+    inner: list[tuple[str, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        words = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        _refuse_twice(((key.tag, key.value), f"{_joined(path, key)} (line {_line(key)})") for key in words)
+        inner = [(_joined(path, key), part) for key, value in node.value for part in (key, value)]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(path, value) for value in node.value]
+    elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > _LONGEST_NUMBER:
+        raise ValueError(f"{line}: {path}: found a number of {len(node.value)} digits.")
+    total = 1
+    for name, part in inner:
+        weight = _weigh(part, weights, name)
+        if weight < 0:
+            raise ValueError(f"{line}: {name or 'the file'} refers to itself.")
+        total += weight
+        if total > _MOST_VALUES:
+            raise ValueError(f"{line}: {name or 'the file'} stands for more than {_MOST_VALUES} values.")
+    weights[id(node)] = total
+    return total
+
+
+def _line(part: yaml.Node | yaml.Event) -> int:
+    return part.start_mark.line + 1 if part.start_mark is not None else 0
+
+
+def _joined(path: str, key: yaml.Node) -> str:
+    import yaml
+
+    name = printable(key.value) if isinstance(key, yaml.ScalarNode) else "?"
+    return f"{path}.{name}" if path else name
+
+
+def printable(key: Any) -> str:
+    """A key for a message: as it is where it can be printed on one line."""
+    return key if isinstance(key, str) and key.isprintable() and len(key) <= 80 else shown(key)
+
+
+def _refuse_twice(keys: Iterable[tuple[object, str]]) -> None:
+    """Raises for the second of two equal keys, each given with the words that name it."""
+    seen: set[object] = set()
+    for key, name in keys:
+        if key in seen:
+            raise ValueError(f"key {name}: stands in it twice, keep one.")
+        seen.add(key)
+
+
+def _culprit(loader: Any, node: yaml.Node) -> str | None:
+    """The first scalar below `node` that cannot be constructed, in words."""
+    import yaml
+
+    loader.recursive_objects = {}  # the failed attempt left what it was at
+    todo: list[tuple[str, yaml.Node]] = [("", node)]
+    while todo:
+        path, node = todo.pop(0)
+        if isinstance(node, yaml.MappingNode):
+            todo += [(_joined(path, key), part) for key, value in node.value for part in (key, value)]
+        elif isinstance(node, yaml.SequenceNode):
+            todo += [(path, value) for value in node.value]
+        else:
+            try:
+                loader.construct_object(node)
+            except _NOT_A_VALUE:
+                kind = node.tag.rpartition(":")[2]
+                return f"line {_line(node)}: {path}: {shown(node.value)} cannot be read as {kind}."
+    return None
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def dump(content: Mapping[str, Any], as_json: bool = False, sort: bool = True) -> str:
+    """`content` as yaml or json.
+
+    Args:
+        content: Plain values.
+        as_json: Which of the two.
+        sort: Keys in alphabetical order, else as they come.
+    """
+    if as_json:
+        import json
+
+        return json.dumps(content, indent=2, sort_keys=sort) + "\n"
+    import yaml
+
+    return str(yaml.safe_dump(dict(content), sort_keys=sort, allow_unicode=True))
+
+
+def write(path: str | os.PathLike[str], text: str | bytes) -> None:
+    """Writes beside the target and renames: an interruption leaves no half of a file. A link's target is written.
+
+    Raises:
+        OSError: when the folder or the file cannot be written.
+    """
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    os.makedirs(folder, exist_ok=True)
+    beside = os.path.join(folder, f".{name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(target):
+            os.chmod(beside, stat.S_IMODE(os.stat(target).st_mode))
+        os.replace(beside, target)
+    finally:
+        if os.path.exists(beside):
+            os.unlink(beside)

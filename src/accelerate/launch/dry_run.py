@@ -1,0 +1,35 @@
+"""A plan as text that a shell takes: variables, then the command, quoted so that pasting it starts the same run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+
+from ..settings.launcher import LaunchSettings
+from .plan import LaunchPlan
+
+
+def as_typed(plan: LaunchPlan, settings: LaunchSettings, here: Mapping[str, str]) -> str:
+    """`plan` as one would type it: a ``NAME=value`` line for each variable, then the command.
+
+    Args:
+        plan: What would be started.
+        settings: What it was made of.
+        here: The environment that it would be typed in: what gives way to a value there is left out.
+
+    Raises:
+        SettingsError: when what the settings name cannot be read.
+    """
+    if plan.starter == "sagemaker":
+        from .sagemaker import as_text, prepare
+
+        return as_text(prepare(settings, plan.environment))
+    added = {name: value for name, value in plan.environment.items() if not (name in plan.yields and name in here)}
+    lines = [f"{name}={shlex.quote(value)}" for name, value in sorted(added.items())]
+    command = plan.command
+    if plan.starter == "torch":
+        # torch.distributed.run replaces $-macros in the script's name and arguments, and two $ stand for one.
+        start = len(command) - len(settings.script_args) - (0 if settings.no_python else 1)
+        command = [*command[:start], *(word.replace("$", "$$") for word in command[start:])]
+    typed = " \\\n".join([*lines, shlex.join(command)])
+    return " &\n".join([typed, *map(shlex.join, plan.beside), "wait"]) if plan.beside else typed
