@@ -1,0 +1,420 @@
+"""Models larger than memory: an empty skeleton, weights where there is room for them, and a forward all the same."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .hooks import (
+    AlignDevicesHook,
+    CpuOffload,
+    UserCpuOffloadHook,
+    add_hook_to_module,
+    attach_align_device_hook,
+    attach_layerwise_casting_hooks,
+    remove_hook_from_submodules,
+)
+from .hooks.dispatch import Dispatch
+from .placement.device_map import (
+    check_device_map,
+    infer_auto_device_map,
+)
+from .placement.loading import load_checkpoint_in_model, load_weights
+from .placement.memory import OFFLOADED, get_balanced_memory
+from .placement.offload import (
+    INDEX_NAME,
+    OffloadedWeightsLoader,
+    offload_state_dict,
+    save_offload_index,
+)
+from .placement.tensors import Place
+from .runtime.devices import default_kind
+from .settings import env
+
+logger = logging.getLogger(__name__)
+
+_Module = TypeVar("_Module", bound=nn.Module)
+Folder = str | os.PathLike[str]
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+# Empty models ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Modules made inside take no memory: their parameters are on the meta device.
+
+    Args:
+        include_buffers: Buffers, and tensors made in passing, too. None: as ``ACCELERATE_INIT_INCLUDE_BUFFERS``
+            says, else no.
+
+    Example:
+        ```python
+        with init_empty_weights():
+            model = nn.Sequential(*[nn.Linear(10000, 10000) for _ in range(1000)])
+        ```
+    """
+    with init_on_device(torch.device("meta"), include_buffers):
+        yield
+
+
+@contextmanager
+def init_on_device(device: torch.device, include_buffers: bool | None = None) -> Iterator[None]:
+    """Modules made inside have their parameters on a device.
+
+    Args:
+        device: Which.
+        include_buffers: As for `init_empty_weights`.
+    """
+    if include_buffers is None:
+        include_buffers = env.flag("ACCELERATE_INIT_INCLUDE_BUFFERS")
+    register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
+
+    def parameter_there(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register_parameter(module, name, param)
+        if param is not None and param.device != torch.device(device):
+            module._parameters[name] = _moved(param, torch.device(device))
+
+    def buffer_there(module: nn.Module, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        register_buffer(module, name, tensor, persistent)
+        if tensor is not None:
+            module._buffers[name] = tensor.to(device)
+
+    nn.Module.register_parameter = parameter_there  # type: ignore[method-assign,assignment]
+    if include_buffers:
+        nn.Module.register_buffer = buffer_there  # type: ignore[method-assign,assignment]
+    try:
+        with torch.device(device) if include_buffers else nullcontext():
+            yield
+    finally:
+        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+        nn.Module.register_buffer = register_buffer  # type: ignore[method-assign]
+
+
+def _moved(param: nn.Parameter, device: torch.device) -> nn.Parameter:
+    data = param.detach().to(device)
+    kept = param.__dict__
+    if type(param) is nn.Parameter:
+        moved = nn.Parameter(data, requires_grad=param.requires_grad)
+        moved.__dict__.update(kept)
+        return moved
+    made: nn.Parameter = type(param)(data, requires_grad=param.requires_grad, **kept)
+    return made
+
+
+# Whole models offloaded -----------------------------------------------------------------------------------------------
+
+
+def _default_device(model: nn.Module) -> torch.device:
+    parameter = next((p for p in model.parameters() if not p.is_meta), None)
+    return parameter.device if parameter is not None else torch.device(default_kind().name)
+
+
+def cpu_offload(
+    model: _Module,
+    execution_device: torch.device | None = None,
+    offload_buffers: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    preload_module_classes: Sequence[str] | None = None,
+) -> _Module:
+    """Keeps all weights in memory, and has each layer fetch its own for its forward.
+
+    Args:
+        model: The model; changed in place.
+        execution_device: Where it runs. None: where its parameters are.
+        offload_buffers: Offload buffers too.
+        state_dict: The weights, where they are kept already. None: the model's.
+        preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
+
+    Returns:
+        The model.
+    """
+    device = _default_device(model) if execution_device is None else execution_device
+    if state_dict is None:
+        state_dict = {name: value.to("cpu") for name, value in model.state_dict().items()}
+    return _offloaded(model, device, state_dict, offload_buffers, preload_module_classes)
+
+
+def _offloaded(
+    model: _Module,
+    device: torch.device,
+    weights: Mapping[str, torch.Tensor],
+    offload_buffers: bool,
+    preload_module_classes: Sequence[str] | None,
+) -> _Module:
+    add_hook_to_module(model, AlignDevicesHook(io_same_device=True), append=True)
+    attach_align_device_hook(
+        model,
+        execution_device=device,
+        offload=True,
+        offload_buffers=offload_buffers,
+        weights_map=weights,
+        preload_module_classes=preload_module_classes,
+    )
+    return model
+
+
+def cpu_offload_with_hook(
+    model: _Module,
+    execution_device: Place | None = None,
+    prev_module_hook: UserCpuOffloadHook | None = None,
+) -> tuple[_Module, UserCpuOffloadHook]:
+    """Keeps a model in memory until it is called; it then stays on its device until its hook is told to offload it.
+
+    Args:
+        model: The model; changed in place.
+        execution_device: Where it runs. None: this process's device.
+        prev_module_hook: The hook of the model that ran before, which is offloaded when this one is called.
+
+    Returns:
+        The model and its hook, with ``offload()`` and ``remove()``.
+
+    Example:
+        ```python
+        encoder, first = cpu_offload_with_hook(encoder, "cuda")
+        decoder, second = cpu_offload_with_hook(decoder, "cuda", prev_module_hook=first)
+        outputs = decoder(encoder(inputs))  # the encoder has left the device when the decoder comes
+        second.offload()
+        ```
+    """
+    hook = CpuOffload(execution_device=execution_device, prev_module_hook=prev_module_hook)
+    add_hook_to_module(model, hook, append=True)
+    return model, UserCpuOffloadHook(model, hook)
+
+
+def disk_offload(
+    model: _Module,
+    offload_dir: Folder,
+    execution_device: torch.device | None = None,
+    offload_buffers: bool = False,
+    preload_module_classes: Sequence[str] | None = None,
+) -> _Module:
+    """Keeps all weights on disk, and has each layer fetch its own for its forward.
+
+    Args:
+        model: The model; changed in place.
+        offload_dir: The folder; weights that are not there yet are written.
+        execution_device: Where it runs. None: where its parameters are.
+        offload_buffers: Offload buffers too.
+        preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
+
+    Returns:
+        The model.
+    """
+    device = _default_device(model) if execution_device is None else execution_device
+    if not (Path(offload_dir) / INDEX_NAME).is_file():
+        offload_state_dict(offload_dir, model.state_dict())
+    weights = OffloadedWeightsLoader(save_folder=offload_dir)
+    return _offloaded(model, device, weights, offload_buffers, preload_module_classes)
+
+
+# A device map ---------------------------------------------------------------------------------------------------------
+
+
+def dispatch_model(
+    model: _Module,
+    device_map: Mapping[str, Place],
+    main_device: torch.device | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    offload_dir: Folder | None = None,
+    offload_index: Mapping[str, Any] | None = None,
+    offload_buffers: bool = False,
+    skip_keys: str | list[str] | None = None,
+    preload_module_classes: Sequence[str] | None = None,
+    force_hooks: bool = False,
+) -> _Module:
+    """Spreads a model over devices, memory and disk as a map says, with hooks that make its forward work.
+
+    Args:
+        model: The model; changed in place. The map is kept as ``model.hf_device_map``.
+        device_map: Devices by name of module (or of a tensor directly on a larger module): a number, a device, ``"cpu"`` or
+            ``"disk"``. It must cover the whole model.
+        main_device: Where parts on ``"cpu"`` and ``"disk"`` run. None: the first device of the map that computes.
+        state_dict: The weights of parts on ``"cpu"``, where they are kept already.
+        offload_dir: A folder for the weights of parts on ``"disk"``; those not there yet are written.
+        offload_index: Where these weights are, by name, if they are in files already.
+        offload_buffers: Offload buffers too; else they stay where the part runs.
+        skip_keys: Keyword arguments of forwards that stay on their device.
+        preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
+        force_hooks: Use hooks even if all goes to one device; else the model is simply moved there.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when the map leaves something out, or parts go to disk and no place is named for them.
+        FileNotFoundError: when everything goes to disk; `disk_offload` is for that.
+    """
+    check_device_map(model, device_map)
+    where = {name: _plain(device) for name, device in device_map.items()}
+    used = set(where.values())
+    if used == {"disk"} and offload_dir is not None and offload_index is None and not force_hooks:
+        raise FileNotFoundError(
+            "the device_map sends the whole model to disk, so that no part says where it runs: use "
+            "disk_offload(model, offload_dir, execution_device), or name a device for one part."
+        )
+    if len(used) == 1 and not used & set(OFFLOADED[1:]) and not force_hooks:
+        _move_to(model, used.pop())
+    else:
+        Dispatch(model, where, main_device, offload_buffers).run(
+            state_dict, offload_dir, offload_index, skip_keys, preload_module_classes
+        )
+    model.hf_device_map = dict(device_map)  # type: ignore[assignment]  # a plain attribute
+    return model
+
+
+def _plain(device: Place) -> int | str:
+    return device if isinstance(device, (int, str)) else str(device)
+
+
+def _move_to(model: nn.Module, device: int | str) -> None:
+    if any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)):
+        raise ValueError(
+            f"{type(model).__name__} has tensors without values (device meta), which cannot be moved to {device}: load its "
+            "weights first, as load_checkpoint_and_dispatch does."
+        )
+    model.to(torch.device(device))
+
+
+def load_checkpoint_and_dispatch(
+    model: _Module,
+    checkpoint: Folder,
+    device_map: str | Mapping[str, Place] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    no_split_module_classes: Sequence[str] | None = None,
+    offload_folder: Folder | None = None,
+    offload_buffers: bool = False,
+    dtype: str | torch.dtype | None = None,
+    offload_state_dict: bool | None = None,
+    skip_keys: str | list[str] | None = None,
+    preload_module_classes: Sequence[str] | None = None,
+    force_hooks: bool = False,
+    strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
+) -> _Module:
+    """Loads weights into a (possibly empty) model and spreads it over devices, memory and disk.
+
+    Args:
+        model: The model; changed in place.
+        checkpoint: A file of weights, an index of several, or a folder with these.
+        device_map: A map by name of module; or how to make one: ``"auto"`` and ``"balanced"`` spread evenly over
+            accelerators, ``"balanced_low_0"`` leaves room on the first, ``"sequential"`` fills one after the other. None:
+            weights go where the model's are, and no hooks are used.
+        max_memory: Limits by device, for a map that is made.
+        no_split_module_classes: Names of classes whose modules stay on one device, for a map that is made.
+        offload_folder: Where weights of parts on disk are kept, if they are not in safetensors files already.
+        offload_buffers: Offload buffers too.
+        dtype: Convert floating-point weights to this.
+        offload_state_dict: Accepted; see `load_checkpoint_in_model`.
+        skip_keys: Keyword arguments of forwards that stay on their device.
+        preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
+        force_hooks: Use hooks even if all goes to one device.
+        strict: Refuse a checkpoint with names too few or too many.
+        full_state_dict: See `load_checkpoint_in_model`.
+        broadcast_from_rank0: See `load_checkpoint_in_model`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when the checkpoint does not fit, or files are missing or damaged: all in one message, before anything
+            was changed; when the map leaves something out, or is none of those that can be made.
+
+    Example:
+        ```python
+        with init_empty_weights():
+            model = GPT(config)
+        model = load_checkpoint_and_dispatch(model, "weights/", device_map="auto", no_split_module_classes=["Block"])
+        ```
+    """
+    where = _made_map(model, device_map, max_memory, no_split_module_classes, dtype, offload_buffers)
+    if where is None:
+        load_checkpoint_in_model(
+            model,
+            checkpoint,
+            dtype=dtype,
+            strict=strict,
+            full_state_dict=full_state_dict,
+            broadcast_from_rank0=broadcast_from_rank0,
+        )
+        return model
+    check_device_map(model, where)
+    index = load_weights(
+        model,
+        checkpoint,
+        device_map=where,
+        offload_folder=offload_folder,
+        dtype=dtype,
+        offload_buffers=offload_buffers,
+        strict=strict,
+    )
+    if offload_folder is not None:
+        Path(offload_folder).mkdir(parents=True, exist_ok=True)
+        save_offload_index(index, offload_folder)
+    return dispatch_model(
+        model,
+        where,
+        offload_dir=offload_folder,
+        offload_index=index if index or offload_folder is None else None,
+        offload_buffers=offload_buffers,
+        skip_keys=skip_keys,
+        preload_module_classes=preload_module_classes,
+        force_hooks=force_hooks,
+    )
+
+
+def _made_map(
+    model: nn.Module,
+    device_map: str | Mapping[str, Place] | None,
+    max_memory: Mapping[int | str, int | str] | None,
+    no_split_module_classes: Sequence[str] | None,
+    dtype: str | torch.dtype | None,
+    offload_buffers: bool,
+) -> Mapping[str, Place] | None:
+    if not isinstance(device_map, str):
+        return device_map
+    if device_map not in _MAPS:
+        raise ValueError(
+            f"device_map={device_map!r} is none of those that can be made, which are {', '.join(map(repr, _MAPS))}. For one "
+            f"device, pass a map: {{'': {device_map!r}}}."
+        )
+    if device_map != "sequential":
+        max_memory = get_balanced_memory(
+            model,
+            max_memory=max_memory,
+            no_split_module_classes=no_split_module_classes,
+            dtype=dtype,
+            low_zero=device_map == "balanced_low_0",
+        )
+    return infer_auto_device_map(
+        model,
+        max_memory=max_memory,
+        no_split_module_classes=no_split_module_classes,
+        dtype=dtype,
+        offload_buffers=offload_buffers,
+    )
+
+
+__all__ = [
+    "attach_layerwise_casting_hooks",
+    "check_device_map",
+    "cpu_offload",
+    "cpu_offload_with_hook",
+    "disk_offload",
+    "dispatch_model",
+    "infer_auto_device_map",
+    "init_empty_weights",
+    "init_on_device",
+    "load_checkpoint_and_dispatch",
+    "load_checkpoint_in_model",
+    "remove_hook_from_submodules",
+]

@@ -1,0 +1,312 @@
+"""The hook that brings inputs, and offloaded weights, to the device a module runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..placement.tensors import (
+    Place,
+    TiedMap,
+    as_parameter,
+    named_module_tensors,
+    owner_of,
+    set_module_tensor_to_device,
+)
+from ..runtime.pytree import find_device, send_to_device
+from .base import ModelHook, SequentialHook
+
+SkipKeys = str | list[str] | None
+
+
+class AlignDevicesHook(ModelHook):
+    """Brings inputs, and weights if they are offloaded, to the device that a module runs on.
+
+    Args:
+        execution_device: Where the module runs. None: inputs and weights stay where they are.
+        offload: Fetch the weights before each forward, and let go of them after it.
+        io_same_device: Send the output to the device the input came from.
+        weights_map: Where offloaded weights are fetched, by their name in the module. None: kept in memory by the hook.
+        offload_buffers: Offload buffers too; else they stay on the execution device.
+        place_submodules: Do the same for the tensors of all modules inside.
+        skip_keys: Keyword arguments (keys of mappings) that stay where they are.
+        tied_params_map: Copies of shared tensors by address and device, so that each device has one.
+    """
+
+    def __init__(
+        self,
+        execution_device: Place | None = None,
+        offload: bool = False,
+        io_same_device: bool = False,
+        weights_map: Mapping[str, torch.Tensor] | None = None,
+        offload_buffers: bool = False,
+        place_submodules: bool = False,
+        skip_keys: SkipKeys = None,
+        tied_params_map: TiedMap | None = None,
+    ) -> None:
+        self.execution_device = execution_device
+        self.offload = offload
+        self.io_same_device = io_same_device
+        self.weights_map = weights_map
+        self.offload_buffers = offload_buffers
+        self.place_submodules = place_submodules
+        self.skip_keys = skip_keys
+        self.tied_params_map = tied_params_map
+        self.input_device: torch.device | None = None
+        self.original_devices: dict[str, torch.device] = {}
+        self.param_original_devices: dict[str, torch.device] = {}
+        self.buffer_original_devices: dict[str, torch.device] = {}
+        self.tied_params_names: set[str] = set()
+        self.tied_pointers_to_remove: set[tuple[int, torch.device]] = set()
+        # What stands in for the weights between two forwards: one object each, however often they come and go.
+        self._placeholders: dict[str, torch.Tensor | None] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"AlignDevicesHook(execution_device={self.execution_device}, offload={self.offload}, "
+            f"io_same_device={self.io_same_device}, offload_buffers={self.offload_buffers}, "
+            f"place_submodules={self.place_submodules}, skip_keys={self.skip_keys!r})"
+        )
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        """Places the module's tensors: on the execution device, or offloaded."""
+        if not self.offload:
+            if self.execution_device is not None:
+                for name, _ in named_module_tensors(module, recurse=self.place_submodules):
+                    self._move(module, name, self.execution_device)
+            return module
+        tensors = dict(named_module_tensors(module, recurse=self.place_submodules))
+        buffers = {name for name, _ in module.named_buffers(recurse=self.place_submodules)}
+        self.original_devices = {name: tensor.device for name, tensor in tensors.items()}
+        self.param_original_devices = {n: device for n, device in self.original_devices.items() if n not in buffers}
+        self.buffer_original_devices = {n: device for n, device in self.original_devices.items() if n in buffers}
+        offloaded = self._offloaded_names(module)
+        if self.weights_map is None:
+            self.weights_map = {name: tensors[name].detach().to("cpu") for name in offloaded}
+        for name in offloaded:
+            if self.tied_params_map and tensors[name].data_ptr() in self.tied_params_map:
+                self.tied_params_names.add(name)
+            set_module_tensor_to_device(module, name, "meta", clear_cache=False)
+            owner, key = owner_of(module, name)
+            self._placeholders[name] = owner._parameters.get(key, owner._buffers.get(key))
+        if self.execution_device is not None:
+            for name in tensors.keys() - set(offloaded):
+                self._move(module, name, self.execution_device)
+        return module
+
+    def _move(self, module: nn.Module, name: str, device: Place) -> None:
+        owner, key = owner_of(module, name)
+        value = owner._parameters.get(key, owner._buffers.get(key))
+        if value is not None and value.is_meta:  # nothing to move; loading will place it
+            return
+        set_module_tensor_to_device(module, name, device, tied_params_map=self.tied_params_map)
+
+    def _offloaded_names(self, module: nn.Module) -> list[str]:
+        """Names of the tensors that come and go. Buffers that are in no state have nowhere to come from."""
+        return [
+            name
+            for name, _ in named_module_tensors(
+                module,
+                include_buffers=self.offload_buffers,
+                recurse=self.place_submodules,
+                remove_non_persistent=True,
+            )
+        ]
+
+    def fetch(self, name: str) -> torch.Tensor:
+        """The values of an offloaded weight, on the execution device. The one place where they come from."""
+        assert self.weights_map is not None
+        value = self.weights_map[name]
+        device = torch.device(self.execution_device) if self.execution_device is not None else value.device
+        if value.device == device:
+            return value
+        shared = self.tied_params_map.get(value.data_ptr()) if self.tied_params_map else None
+        if shared is None:
+            return value.to(device)
+        if device not in shared:
+            shared[device] = value.to(device)
+            self.tied_pointers_to_remove.add((value.data_ptr(), device))
+        return shared[device]
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Fetches offloaded weights and moves the arguments."""
+        if self.io_same_device:
+            self.input_device = find_device([args, kwargs])
+        if self.offload:
+            for name, placeholder in self._placeholders.items():
+                owner, key = owner_of(module, name)
+                value = self.fetch(name)
+                if key in owner._buffers:
+                    owner._buffers[key] = value
+                    continue
+                assert placeholder is not None
+                if value.dtype != placeholder.dtype and value.is_floating_point():
+                    value = value.to(placeholder.dtype)
+                fetched = as_parameter(value, placeholder)
+                # A gradient would be lost with the weight; and a graph would keep every weight until the end.
+                fetched.requires_grad_(False)
+                owner._parameters[key] = fetched
+                if isinstance(self.weights_map, Mapping) and type(placeholder) is not nn.Parameter:
+                    self._fetch_statistics(owner, key, name)
+        if self.execution_device is None:
+            return args, kwargs
+        return (
+            send_to_device(args, self.execution_device, skip_keys=self.skip_keys),
+            send_to_device(kwargs, self.execution_device, skip_keys=self.skip_keys),
+        )
+
+    def _fetch_statistics(self, owner: nn.Module, key: str, name: str) -> None:
+        """The row statistics of an 8-bit weight, which lie beside it under a name of their own."""
+        beside = f"{name.rpartition('.')[0]}.SCB".lstrip(".")
+        if "weight" in name and self.weights_map is not None and beside in self.weights_map:
+            owner._parameters[key].SCB = self.fetch(beside)  # type: ignore[union-attr]
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        """Lets go of offloaded weights, and sends the output to where the input came from if that is asked for."""
+        self._let_go(module)
+        if self.io_same_device and self.input_device is not None:
+            output = send_to_device(output, self.input_device, skip_keys=self.skip_keys)
+        return output
+
+    def _let_go(self, module: nn.Module) -> None:
+        for name, placeholder in self._placeholders.items():
+            owner, key = owner_of(module, name)
+            (owner._buffers if key in owner._buffers else owner._parameters)[key] = placeholder  # type: ignore[assignment]
+        for pointer, device in self.tied_pointers_to_remove:
+            if self.tied_params_map is not None:
+                self.tied_params_map.get(pointer, {}).pop(device, None)
+        self.tied_pointers_to_remove.clear()
+
+    def after_error(self, module: nn.Module) -> None:
+        """Lets go of offloaded weights."""
+        self._let_go(module)
+
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Brings offloaded weights back to the devices they had before."""
+        for name, placeholder in self._placeholders.items():
+            device = self.original_devices[name]
+            if device.type != "meta" and self.weights_map is not None:
+                owner, key = owner_of(module, name)
+                value = self.weights_map[name].to(device)
+                if key in owner._buffers:
+                    owner._buffers[key] = value
+                else:
+                    owner._parameters[key] = as_parameter(value, placeholder)
+        self._placeholders = {}
+        return module
+
+
+# Looking behind the hooks ---------------------------------------------------------------------------------------------
+
+
+def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook that fetches a module's weights, alone or among several; None where they stay."""
+    hook = module.__dict__.get("_hf_hook")
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return next((one for one in hooks if isinstance(one, AlignDevicesHook) and one.offload), None)
+
+
+def has_offloaded_params(module: nn.Module) -> bool:
+    """Whether a module has a hook that fetches its weights before each forward."""
+    return offloading_hook(module) is not None
+
+
+@contextmanager
+def align_module_device(module: nn.Module, execution_device: torch.device | None = None) -> Iterator[None]:
+    """Brings a module's own parameters to a device, fetched if they are offloaded; afterwards all is as before.
+
+    Values written to offloaded parameters on their execution device are lost with them.
+
+    Args:
+        module: The module.
+        execution_device: Where to; None: to the hook's execution device, and nowhere without a hook.
+    """
+    hook = offloading_hook(module)
+    if hook is not None:
+        usual = hook.execution_device
+        if execution_device is not None:
+            hook.execution_device = execution_device
+        try:
+            hook.pre_forward(module)
+            yield
+        finally:
+            hook.post_forward(module, None)
+            hook.execution_device = usual
+        return
+    if execution_device is None:
+        yield
+        return
+    before = dict(module.named_parameters(recurse=False))
+    try:
+        for name in before:
+            set_module_tensor_to_device(module, name, execution_device)
+        yield
+    finally:
+        for name, parameter in before.items():
+            if module._parameters[name].is_meta:  # type: ignore[union-attr]  # it has no values to bring back
+                module._parameters[name] = parameter
+            else:
+                set_module_tensor_to_device(module, name, parameter.device)
+
+
+def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state of a model of which parts are offloaded, on the CPU. Weights on disk are mapped, not read.
+
+    Args:
+        model: The model.
+
+    Raises:
+        RuntimeError: when a tensor has neither values nor a hook that knows them.
+    """
+    state = fill_offloaded(model, model.state_dict())
+    lost = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
+    if lost:
+        raise RuntimeError(
+            f"{type(model).__name__} has {len(lost)} tensors without values (device meta) and no hook that knows them, such "
+            f"as {lost[0]!r}. Load its weights first."
+        )
+    return {name: value.to("cpu") if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
+def fill_offloaded(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's state with the values of offloaded weights, mapped from where they wait, in the place of placeholders."""
+    filled = dict(state)
+    for prefix, module in model.named_modules():
+        filled.update(_fetched(module, f"{prefix}." if prefix else "", state))
+    return filled
+
+
+def get_state_dict_from_offload(
+    module: nn.Module,
+    module_name: str,
+    state_dict: Mapping[str, Any],
+    device_to_put_offload: Place = "cpu",
+) -> dict[str, Any]:
+    """A state with those entries filled in that a module's hook has to fetch.
+
+    Args:
+        module: The module.
+        module_name: Its full name with a dot, or a full name of one of its tensors.
+        state_dict: The state, with placeholders.
+        device_to_put_offload: Where fetched values go.
+
+    Returns:
+        The state as a new dictionary.
+    """
+    prefix = module_name if not module_name or module_name.endswith(".") else module_name.rpartition(".")[0] + "."
+    fetched = _fetched(module, prefix, state_dict)
+    return {**state_dict, **{name: value.to(device_to_put_offload) for name, value in fetched.items()}}
+
+
+def _fetched(module: nn.Module, prefix: str, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The values of those entries of a state that are placeholders of a module's offloaded weights."""
+    hook = offloading_hook(module)
+    if hook is None or hook.weights_map is None:
+        return {}
+    placeholders = {prefix + name: name for name in hook._placeholders}
+    wanted = {full: name for full, name in placeholders.items() if getattr(state.get(full), "is_meta", False)}
+    return {full: hook.weights_map[name] for full, name in wanted.items()}

@@ -1,0 +1,333 @@
+"""Which device each part of a model goes to: decided from sizes alone, on a model that may be empty.
+
+`place` is the arithmetic, over groups and limits; `infer_auto_device_map` cuts a model into groups and names the result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ..runtime.helpers import convert_bytes
+from .memory import OFFLOADED, Device, Limits, accelerators, get_max_memory
+from .pieces import Group, cut
+from .sizes import Dtype, Measure
+from .tree import Tree, walk
+
+logger = logging.getLogger(__name__)
+
+DeviceMap = dict[str, Device]
+_UNLIMITED = 2**63
+
+
+def infer_auto_device_map(
+    model: nn.Module,
+    max_memory: Mapping[Device, int | str] | None = None,
+    no_split_module_classes: Sequence[str] | str | None = None,
+    dtype: Dtype | None = None,
+    special_dtypes: Mapping[str, Dtype] | None = None,
+    verbose: bool = False,
+    clean_result: bool = True,
+    offload_buffers: bool = False,
+    fallback_allocation: bool = False,
+) -> DeviceMap:
+    """A device for each part of a model, filling accelerators first, then memory, then the disk.
+
+    Layers are placed in order, so that activations travel as little as they can. Tied weights go together. If not all fits
+    on the accelerators, the first keeps room for the largest layer it can run, since offloaded layers are moved there when
+    they are used. A layer larger than a device goes to the next where it fits, and those after it still fill the first.
+
+    Args:
+        model: The model; its values are not looked at, and may be on the meta device.
+        max_memory: Limits by device, as for `get_max_memory`. The disk takes what nothing else does; without limit unless
+            one is given for ``"disk"``.
+        no_split_module_classes: Names of classes whose modules stay on one device (blocks with a residual connection).
+        dtype: Count weights as if converted to this.
+        special_dtypes: Count these tensors, by name, as if converted to these.
+        verbose: Log where each part goes, and why, at level INFO.
+        clean_result: Name a module instead of its parts where all go to one device. False keeps the root's parts apart.
+        offload_buffers: Buffers of offloaded layers are offloaded too. False: they stay on the first accelerator, and room
+            is kept there.
+        fallback_allocation: Accepted; a layer that does not fit in order is always looked a place for.
+
+    Returns:
+        Devices by name of module (or of a tensor that lies directly on a larger module); ``{"": device}`` where all goes
+        to one.
+
+    Raises:
+        ValueError: when something fits nowhere: what, how large it is and what each device had left.
+
+    Example:
+        ```python
+        infer_auto_device_map(model, max_memory={0: "10GiB", "cpu": "30GiB"}, no_split_module_classes=["Block"])
+        ```
+    """
+    limits = get_max_memory(max_memory)
+    limits.setdefault("disk", _UNLIMITED)
+    tree = walk(model)
+    groups = cut(tree, no_split_module_classes, Measure(dtype, special_dtypes))
+    places = place(groups, limits, offload_buffers=offload_buffers)
+    if verbose:
+        for group, device in zip(groups, places, strict=True):
+            logger.info("%s (%s) goes to %s", ", ".join(group.names), convert_bytes(group.size), device)
+    devices = {name: device for group, device in zip(groups, places, strict=True) for name in group.names}
+    empty = {name for group in groups if group.size == 0 for name in group.names}
+    return _named(tree, devices, empty, clean_result)
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Room:
+    """What one device has left.
+
+    Attributes:
+        capacity: What it could take when empty.
+        left: What it can still take.
+        passed: The order has gone on to the next device.
+    """
+
+    capacity: int
+    left: int
+    passed: bool = False
+
+
+def place(groups: Sequence[Group], limits: Limits, *, offload_buffers: bool = True) -> list[Device]:
+    """A device for each group. Pure.
+
+    Args:
+        groups: What to place, in order.
+        limits: Bytes by device, fastest first.
+        offload_buffers: Buffers go where the rest of a group goes; else to the first device.
+
+    Raises:
+        ValueError: when a group fits nowhere.
+    """
+    fast = {device: limits[device] for device in accelerators(limits)}
+    if fast:
+        # In order first, so that nothing is sent back to a device already left; then wherever there is room.
+        for skip in (False, True):
+            found = _in_order(groups, fast, skip=skip)
+            if None not in found:
+                return [device for device in found if device is not None]
+    main = next((device for device, limit in (fast or limits).items() if limit > 0), next(iter(limits)))
+    reserve = max((group.size for group in groups if group.size <= limits[main]), default=0)
+    kept = 0  # buffers of offloaded groups, which the first device holds as well
+    while True:
+        room = {**limits, main: max(limits[main] - reserve - kept, 0)}
+        if sum(group.size for group in groups) <= limits[main]:
+            room[main] = limits[main]
+        found = _in_order(groups, room, skip=True)
+        places = [device for device in found if device is not None]
+        if len(places) < len(groups):
+            raise ValueError(_refusal(groups[found.index(None)], found, groups, limits, reserve, main))
+        if offload_buffers or not fast:
+            return places
+        needed = sum(g.buffers for g, device in zip(groups, places, strict=True) if device in OFFLOADED)
+        if needed <= kept or limits[main] <= reserve + kept:
+            if needed > kept:
+                logger.warning(
+                    "the buffers of offloaded layers take %s on device %s, which has no such room left: pass "
+                    "offload_buffers=True to offload them too.",
+                    convert_bytes(needed),
+                    main,
+                )
+            return places
+        kept = needed
+
+
+def _in_order(groups: Sequence[Group], limits: Mapping[Device, int], *, skip: bool) -> list[Device | None]:
+    """Devices in order; None for a group that fits nowhere.
+
+    Args:
+        groups: What to place.
+        limits: Bytes by device.
+        skip: A group larger than a whole device passes it by, and later ones may still go there. Else it ends the device.
+    """
+    rooms = [(device, _Room(limit, limit)) for device, limit in limits.items()]
+    places: list[Device | None] = []
+    latest: Device | None = None
+    for group in groups:
+        if group.size == 0:  # decided by its neighbours, see _named
+            places.append(latest if latest is not None else rooms[0][0])
+            continue
+        chosen: Device | None = None
+        for device, room in rooms:
+            if room.passed:
+                continue
+            if group.size <= room.left:
+                room.left -= group.size
+                chosen = latest = device
+                break
+            if not skip or group.size <= room.capacity:
+                room.passed = True
+        places.append(chosen)
+        while rooms and rooms[0][1].passed and len(rooms) > 1:
+            rooms.pop(0)
+    return places
+
+
+def _refusal(
+    group: Group, found: Sequence[Device | None], groups: Sequence[Group], limits: Limits, reserve: int, main: Device
+) -> str:
+    used = dict.fromkeys(limits, 0)
+    for placed, device in zip(groups, found, strict=True):
+        if device is not None:
+            used[device] += placed.size
+    lines = [
+        f"  {device}: {convert_bytes(limit)}, of which {convert_bytes(used[device])} taken"
+        + (f" and {convert_bytes(reserve)} kept free to run offloaded layers" if device == main and reserve else "")
+        for device, limit in limits.items()
+    ]
+    return (
+        f"{', '.join(group.names)} needs {convert_bytes(group.size)}, and no device has that much left:\n"
+        + "\n".join(lines)
+        + "\nRaise a limit in max_memory, leave out the one for 'disk' (it is without limit then), or split a class of "
+        "no_split_module_classes."
+    )
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+_NOTHING, _SEVERAL = object(), object()
+
+
+def _named(tree: Tree, devices: Mapping[str, Device], empty: set[str], clean: bool) -> DeviceMap:
+    """The map, with a module in place of its parts where all go to one device.
+
+    Args:
+        tree: The model.
+        devices: Devices of pieces.
+        empty: Pieces without a size: their neighbours decide.
+        clean: The root may take the place of its parts.
+    """
+    common: list[object] = [_NOTHING] * len(tree)
+    for here in range(len(tree) - 1, -1, -1):
+        name = tree.names[here]
+        found = [devices[name]] if name in devices and name not in empty else []
+        if name not in devices:  # pieces of its own are tensors
+            own = tree.tensor_names[tree.starts[here] : tree.starts[here + 1]]
+            found = [devices[tensor] for tensor in own if tensor in devices and tensor not in empty]
+        for device in found:
+            common[here] = _joined(common[here], device)
+        if here:
+            parent = tree.parents[here]
+            common[parent] = _joined(common[parent], common[here])
+    result: DeviceMap = {}
+    here = 0
+    while here < len(tree):
+        name, device = tree.names[here], common[here]
+        if device is _NOTHING:
+            device = next((devices[n] for n in tree.names[here : tree.ends[here]] if n in devices), _NOTHING)
+        if device is not _SEVERAL and device is not _NOTHING and (here or clean or name in devices):
+            result[name] = cast(Device, device)
+            here = tree.ends[here]
+            continue
+        own = tree.tensor_names[tree.starts[here] : tree.starts[here + 1]]
+        result.update((tensor, devices[tensor]) for tensor in own if tensor in devices)
+        here += 1
+    return result
+
+
+def _joined(one: object, other: object) -> object:
+    if one is _NOTHING or one == other:
+        return other
+    return one if other is _NOTHING else _SEVERAL
+
+
+def clean_device_map(device_map: DeviceMap, module_name: str = "") -> DeviceMap:
+    """Replaces, in place, the entries of a module's parts by one for the module where all name the same device.
+
+    Args:
+        device_map: Devices by name.
+        module_name: Where to begin.
+
+    Returns:
+        `device_map`.
+
+    Example:
+        >>> clean_device_map({"a.x": 0, "a.y": 0, "b": 1})
+        {'b': 1, 'a': 0}
+    """
+    inside: dict[str, list[str]] = {}
+    for name in device_map:
+        parts = name.split(".") if name else []
+        for depth in range(len(parts)):
+            inside.setdefault(".".join(parts[:depth]), []).append(name)
+    for module, names in sorted(inside.items(), key=lambda item: item[0].count(".") + bool(item[0])):
+        if module_name and module != module_name and not module.startswith(f"{module_name}."):
+            continue
+        present = [name for name in names if name in device_map]
+        if present and len({device_map[name] for name in present}) == 1:
+            device = device_map[present[0]]
+            for name in present:
+                del device_map[name]
+            device_map[module] = device
+    return device_map
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def device_of(name: str, device_map: Mapping[str, Device]) -> Device | None:
+    """The device of a tensor or module: its own entry's, or that of the module nearest above it; None without one."""
+    while True:
+        if name in device_map:
+            return device_map[name]
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+
+
+def check_device_map(model: nn.Module, device_map: Mapping[str, Device | torch.device]) -> None:
+    """Checks that a device map covers a model.
+
+    Raises:
+        ValueError: naming every tensor that it leaves out; one that shares a covered tensor's memory counts as covered.
+    """
+    plain: dict[str, Device] = {name: str(device) for name, device in device_map.items()}
+    covered: set[int] = set()
+    missing: dict[str, int] = {}
+    for name, tensor in walk(model).named_tensors():
+        if device_of(name, plain) is None:
+            missing[name] = id(tensor)
+        else:
+            covered.add(id(tensor))
+    names = [name for name, tensor in missing.items() if tensor not in covered]
+    if names:
+        raise ValueError(
+            f"the device_map does not say where these go: {', '.join(names)}. Add an entry for each, or for a module that "
+            "holds it; infer_auto_device_map makes a map that covers everything."
+        )
+
+
+def check_tied_parameters_in_config(model: nn.Module) -> bool:
+    """Whether the model's own configuration, as transformers' models have one, says that it ties weights."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return False
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    output = getattr(model, "get_output_embeddings", None)
+    ties_words = bool(getattr(text, "tie_word_embeddings", False)) and callable(output) and output() is not None
+    ties_coder = bool(getattr(config, "is_encoder_decoder", False) and getattr(config, "tie_encoder_decoder", False))
+    return ties_words or ties_coder or any(hasattr(module, "_tie_weights") for module in model.modules())
+
+
+def check_tied_parameters_on_same_device(
+    tied_params: Iterable[Sequence[str]], device_map: Mapping[str, Device]
+) -> None:
+    """Warns of tied parameters that a device map separates: each device then holds a copy of its own."""
+    for names in tied_params:
+        places = {name: device_of(name, device_map) for name in names}
+        if len(set(places.values())) > 1:
+            logger.warning(
+                "tied parameters are on different devices: %s. They share one tensor, so put them on one device.",
+                places,
+            )

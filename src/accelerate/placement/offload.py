@@ -1,0 +1,210 @@
+"""Weights on disk: written one file each, or read in place from the safetensors files they came in.
+
+Reading maps the file into memory: no copy is made until somebody writes, and the system may drop pages that are not used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .tensors import set_module_tensor_to_device
+
+Folder = str | os.PathLike[str]
+Index = MutableMapping[str, Any]
+
+INDEX_NAME = "index.json"
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def offload_weight(weight: torch.Tensor, weight_name: str, offload_folder: Folder, index: Index | None = None) -> Any:
+    """Writes one tensor to ``<folder>/<name>.dat`` and notes its dtype and shape.
+
+    Args:
+        weight: The tensor.
+        weight_name: Its name.
+        offload_folder: Where; the folder must be there.
+        index: Where dtype and shape are noted; None: nowhere.
+
+    Returns:
+        `index`.
+    """
+    values = weight.detach().cpu().contiguous()
+    data: Any = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
+    (Path(offload_folder) / f"{weight_name}.dat").write_bytes(data)
+    if index is not None:
+        index[weight_name] = {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
+    return index
+
+
+def save_offload_index(index: Mapping[str, Any] | None, offload_folder: Folder) -> None:
+    """Adds entries to ``<folder>/index.json``; with none, does nothing."""
+    if not index:
+        return
+    path = Path(offload_folder) / INDEX_NAME
+    known = read_offload_index(offload_folder) if path.is_file() else {}
+    unfinished = path.with_suffix(".incomplete")
+    unfinished.write_text(json.dumps({**known, **index}, indent=2), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_offload_index(offload_folder: Folder) -> dict[str, Any]:
+    """What `save_offload_index` wrote."""
+    found: dict[str, Any] = json.loads((Path(offload_folder) / INDEX_NAME).read_text(encoding="utf-8"))
+    return found
+
+
+def offload_state_dict(save_dir: Folder, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Writes every tensor of a state to a folder, with an index.
+
+    Args:
+        save_dir: The folder; made if it is not there.
+        state_dict: The tensors.
+    """
+    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    index: dict[str, Any] = {}
+    for name, tensor in state_dict.items():
+        offload_weight(tensor, name, save_dir, index)
+    save_offload_index(index, save_dir)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def load_offloaded_weight(weight_file: Folder, weight_info: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor in a ``.dat`` file, over a memory map.
+
+    Args:
+        weight_file: The file.
+        weight_info: Its entry in the index: ``dtype`` and ``shape``.
+
+    Raises:
+        RuntimeError: when the file is not there or shorter than the entry says.
+    """
+    shape, dtype = weight_info["shape"], getattr(torch, weight_info["dtype"])
+    count = torch.Size(shape).numel()
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(str(weight_file), shared=False, size=count, dtype=dtype).reshape(shape)
+
+
+def load_offloaded_weights(model: nn.Module, index: Mapping[str, Any] | None, offload_folder: Folder) -> None:
+    """Gives a model the weights that an index lists, on the CPU.
+
+    Args:
+        model: The model.
+        index: Entries as `offload_weight` makes them; with none, nothing is done.
+        offload_folder: Where the files are.
+    """
+    if not index:
+        return
+    weights = OffloadedWeightsLoader(save_folder=offload_folder, index=index)
+    for name in index:
+        set_module_tensor_to_device(model, name, "cpu", value=weights[name])
+
+
+class PrefixedDataset(Mapping[str, Any]):
+    """The part of a mapping whose keys begin with a prefix, seen without it.
+
+    Args:
+        dataset: The whole mapping.
+        prefix: The prefix, with its dot.
+    """
+
+    def __init__(self, dataset: Mapping[str, Any], prefix: str) -> None:
+        self.dataset = dataset
+        self.prefix = prefix
+
+    def __getitem__(self, key: str) -> Any:
+        return self.dataset[f"{self.prefix}{key}"]
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix(self.prefix) for key in self.dataset if key.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
+    """Weights in memory and on disk under one roof; those on disk are mapped when they are asked for.
+
+    Args:
+        state_dict: Weights in memory.
+        save_folder: A folder with ``.dat`` files and an index.
+        index: The index; None: the folder's. An entry with a ``safetensors_file`` is read there, as ``weight_name`` if it
+            has one, and converted to ``dtype`` if it has that.
+        device: Where weights from safetensors files go; None: they stay mapped on the CPU.
+
+    Raises:
+        ValueError: without any of the three.
+    """
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        save_folder: Folder | None = None,
+        index: Mapping[str, Any] | None = None,
+        device: Any = None,
+    ) -> None:
+        if state_dict is None and save_folder is None and index is None:
+            raise ValueError("OffloadedWeightsLoader needs a state_dict, a save_folder or an index to read from.")
+        self.state_dict = {} if state_dict is None else state_dict
+        self.save_folder = save_folder
+        self.index = read_offload_index(save_folder) if index is None and save_folder is not None else (index or {})
+        self.all_keys = [*self.state_dict, *(name for name in self.index if name not in self.state_dict)]
+        self.device = device
+        self._files: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key in self.state_dict:
+            return self.state_dict[key]
+        info = self.index[key]
+        if info.get("safetensors_file") is not None:
+            return self._from_safetensors(info["safetensors_file"], info.get("weight_name", key), info.get("dtype"))
+        if self.save_folder is None:
+            raise KeyError(f"{key} is in a .dat file, and no save_folder says where that is.")
+        return load_offloaded_weight(Path(self.save_folder) / f"{key}.dat", info)
+
+    def _from_safetensors(self, file: str, name: str, dtype: str | None) -> torch.Tensor:
+        if file not in self._files:
+            from safetensors import safe_open
+
+            # Kept open: reading the header anew for each tensor would cost more than most tensors.
+            self._files[file] = safe_open(file, framework="pt", device="cpu")
+        tensor: torch.Tensor = self._files[file].get_tensor(name)
+        wanted = None if dtype is None else getattr(torch, dtype.removeprefix("torch."))
+        return tensor.to(device=self.device, dtype=wanted)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.all_keys)
+
+    def __len__(self) -> int:
+        return len(self.all_keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}  # open files stay with the process
+
+
+def extract_submodules_state_dict(
+    state_dict: Mapping[str, torch.Tensor], submodule_names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """The entries of a state that belong to some modules (or are the tensors named).
+
+    Args:
+        state_dict: The whole state.
+        submodule_names: Dotted names.
+    """
+    names = list(submodule_names)
+    return {
+        key: value
+        for key, value in state_dict.items()
+        if any(not name or key == name or key.startswith(f"{name}.") for name in names)
+    }
