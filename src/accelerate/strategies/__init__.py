@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
 from ..settings.enums import DistributedType
 from .base import Bundle, RunSettings, Strategy
+
+if TYPE_CHECKING:
+    from ..parallelism_config import ParallelismConfig
+    from ..settings.arguments import Plugins
 
 __all__ = ["STRATEGIES", "Bundle", "RunSettings", "Strategy", "choose"]
 
@@ -27,24 +32,58 @@ STRATEGIES: dict[DistributedType, str] = {
     DistributedType.MULTI_XPU: _DDP,
     DistributedType.MULTI_HPU: _DDP,
     DistributedType.MULTI_NEURON: _DDP,
+    DistributedType.FSDP: "accelerate.strategies.fsdp2:FullyShard",
 }
 
 
-def choose(kind: DistributedType) -> type[Strategy]:
+# What asks for a way of distributing, for the message.
+_ASKED_BY = {
+    DistributedType.DEEPSPEED: "deepspeed_plugin (--use_deepspeed)",
+    DistributedType.MEGATRON_LM: "megatron_lm_plugin (--use_megatron_lm)",
+}
+
+
+def choose(
+    kind: DistributedType, mesh: ParallelismConfig | None = None, plugins: Plugins | None = None
+) -> type[Strategy]:
     """The strategy class for a way of distributing.
+
+    Args:
+        kind: The way.
+        mesh: The sizes of the device mesh, which the strategy must serve.
+        plugins: How it is to be done, which the strategy must be able to.
 
     Raises:
         ValueError: when neither this version nor an installed distribution has one.
     """
+    found = _installed(kind) or _ours(kind)
+    if plugins is not None:
+        found.check_settings(plugins)
+    beyond = [] if mesh is None else [name for name in mesh.active_mesh_dims if name not in found.dimensions]
+    if beyond:
+        sizes = ", ".join(f"{name}_size={getattr(mesh, f'{name}_size')}" for name in beyond)
+        why = _NEEDS_FSDP if beyond == ["dp_shard"] else _NOT_YET
+        raise ValueError(f"parallelism_config (--use_parallelism_config) asks for {sizes}: {why}")
+    return found
+
+
+def _installed(kind: DistributedType) -> type[Strategy] | None:
     for entry in entry_points(group="accelerate.strategies", name=kind.value):
         strategy: type[Strategy] = entry.load()
         return strategy
-    try:
-        module, name = STRATEGIES[kind].split(":")
-    except KeyError:
-        raise ValueError(
-            f"distributed type {kind.value} is not part of this version, which has "
-            f"{', '.join(known.value for known in STRATEGIES)}."
-        ) from None
+    return None
+
+
+def _ours(kind: DistributedType) -> type[Strategy]:
+    if kind not in STRATEGIES:
+        raise ValueError(f"{_ASKED_BY.get(kind, 'the device')} asks for distributed type {kind.value}: {_NOT_YET}")
+    module, name = STRATEGIES[kind].split(":")
     found: type[Strategy] = getattr(importlib.import_module(module), name)
     return found
+
+
+_NOT_YET = (
+    "that is not part of this version, which trains on one process, on data-parallel ranks (DDP) and fully sharded "
+    "(FSDP 2)."
+)
+_NEEDS_FSDP = "shards are what fully sharded training has: pass fsdp_plugin as well (--use_fsdp --fsdp_version 2)."

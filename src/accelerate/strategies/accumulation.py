@@ -153,8 +153,9 @@ class GlobalMean:
         for gradient in gradients:
             if gradient.is_sparse:
                 gradient.mul_(factor.to(gradient.device))
-            else:
-                by_device.setdefault(gradient.device, []).append(gradient)
+            else:  # of a sharded gradient, this rank's part
+                own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+                by_device.setdefault(gradient.device, []).append(own)
         for device, dense in by_device.items():
             torch._foreach_mul_(dense, factor.to(device))
         self._state.divided = bool(gradients)

@@ -24,8 +24,12 @@ from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ..checkpointing import Entry
     from ..precision import Precision
+    from ..settings.arguments import Plugins
+    from ..settings.fsdp import FullyShardedDataParallelPlugin
     from ..settings.handlers import DistributedDataParallelKwargs, TorchDynamoPlugin
 
 _UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
@@ -67,6 +71,8 @@ class RunSettings:
         split_batches: A loader's batch is split over the processes.
         ddp: Arguments for DistributedDataParallel.
         dynamo: How models are compiled.
+        fsdp: How models are sharded.
+        mesh: The device mesh.
         prepare_loader: Turns a loader, and whether to move its batches, into this rank's prepared loader.
     """
 
@@ -78,6 +84,8 @@ class RunSettings:
     split_batches: bool = False
     ddp: DistributedDataParallelKwargs | None = None
     dynamo: TorchDynamoPlugin | None = None
+    fsdp: FullyShardedDataParallelPlugin | None = None
+    mesh: DeviceMesh | None = None
 
 
 class Strategy:
@@ -92,10 +100,20 @@ class Strategy:
     optimizer_class: ClassVar[type[AcceleratedOptimizer]] = AcceleratedOptimizer
     scheduler_class: ClassVar[type[AcceleratedScheduler]] = AcceleratedScheduler
     supports_local_sgd: ClassVar[bool] = True
+    dimensions: ClassVar[frozenset[str]] = frozenset({"dp_replicate"})
+    """Of the device mesh, those in which this way of distributing can divide a run."""
 
     def __init__(self, world: World, settings: RunSettings) -> None:
         self.world = world
         self.settings = settings
+
+    @classmethod
+    def check_settings(cls, plugins: Plugins) -> None:
+        """Every "you can't" of the plugins, before the run is joined.
+
+        Raises:
+            ValueError: saying what this version does not have.
+        """
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 

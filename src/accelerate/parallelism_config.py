@@ -1,0 +1,275 @@
+"""`ParallelismConfig`: in how many dimensions a run is divided, and how large each is.
+
+The sizes multiply to the number of processes. Neighbouring ranks share tensors (``tp``), then sequences (``sp``, ``cp``),
+then the shards of one replica (``dp_shard``), then come the replicas (``dp_replicate``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from .settings import env
+from .settings.launched import resolve
+from .settings.parallel import (
+    DeepSpeedSequenceParallelConfig,
+    TorchContextParallelConfig,
+    TorchTensorParallelConfig,
+    logger,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .settings.parallel import TorchTensorParallelPlugin
+
+# The dimensions, outermost first: ranks of the last are neighbours, on one machine if they can be.
+DIMENSIONS = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
+# Dimensions that are one for some purpose -> their common name.
+_FLATTENED = {
+    "dp": ("dp_replicate", "dp_shard"),
+    "dp_shard_cp": ("dp_shard", "cp"),
+    "dp_cp": ("dp_replicate", "dp_shard", "cp"),
+}
+_HANDLERS = {"tp": TorchTensorParallelConfig, "cp": TorchContextParallelConfig, "sp": DeepSpeedSequenceParallelConfig}
+
+
+@dataclass(repr=False)
+class ParallelismConfig:
+    """The sizes of the device mesh. One left None is read from the launcher's ``PARALLELISM_CONFIG_*`` variables, else 1.
+
+    Raises:
+        ValueError: for sizes below 1, unknown backends, or dimensions that exclude each other.
+
+    Example:
+        >>> config = ParallelismConfig(dp_shard_size=2, tp_size=2)
+        >>> config.total_size, config.active_mesh_dims
+        (4, ['dp_shard', 'tp'])
+    """
+
+    dp_replicate_size: int | None = None
+    """Replicas of the model, whose gradients are averaged."""
+    dp_shard_size: int | None = None
+    """Ranks that each hold a shard of one replica."""
+    tp_size: int | None = None
+    """Ranks that share each layer's tensors."""
+    cp_size: int | None = None
+    """Ranks that share each sequence, exchanging keys and values."""
+    cp_backend: Literal["torch"] | None = None
+    """Who does that: ``torch``."""
+    sp_size: int | None = None
+    """Ranks that share each sequence, exchanging heads."""
+    sp_backend: Literal["deepspeed"] | None = None
+    """Who does that: ``deepspeed``."""
+    tp_handler: TorchTensorParallelConfig | None = None
+    """Details; None: the defaults, where `tp_size` is above 1."""
+    cp_handler: TorchContextParallelConfig | None = None
+    """Details; None: the defaults, where `cp_size` is above 1."""
+    sp_handler: DeepSpeedSequenceParallelConfig | None = None
+    """Details; None: the defaults, where `sp_size` is above 1."""
+
+    device_mesh: ClassVar[DeviceMesh | None] = None  # an instance's own once it has been built
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name.endswith(("_size", "_backend")):
+                given = getattr(self, field.name)
+                setattr(self, field.name, resolve(given, field.name, f"parallelism_config_{field.name}"))
+        for name, kind in _HANDLERS.items():
+            handler = getattr(self, f"{name}_handler")
+            if handler is not None and not isinstance(handler, kind):
+                raise ValueError(f"{name}_handler={handler!r}: expected an instance of {kind.__name__}.")
+            if handler is None and self._enabled(name):
+                setattr(self, f"{name}_handler", kind())
+            elif handler is not None and not self._enabled(name):
+                logger.warning("%s_handler has no effect: %s_size is 1.", name, name)
+        if self.cp_enabled and self.sp_enabled:
+            raise ValueError(
+                f"cp_size={self.cp_size} and sp_size={self.sp_size} would both cut the sequence: set one of them to 1."
+            )
+
+    def __repr__(self) -> str:
+        shown = (*_SHOWN, "total_size", "tp_handler", "cp_handler")
+        values = {name: f"\t{name}={getattr(self, name)}" for name in shown}
+        sizes = ",\n".join(values[name] for name in (*_SHOWN, "total_size"))
+        return f"ParallelismConfig(\n {sizes}\n{values['tp_handler']},\n{values['cp_handler']})\n"
+
+    # Sizes -----------------------------------------------------------------------------------------------------------
+
+    def _size(self, dimension: str) -> int:
+        size: int = getattr(self, f"{dimension}_size")
+        return size
+
+    def _enabled(self, dimension: str) -> bool:
+        return self._size(dimension) > 1
+
+    def _among(self, *dimensions: str) -> list[str]:
+        return [name for name in dimensions if self._enabled(name)]
+
+    @property
+    def total_size(self) -> int:
+        """How many processes the mesh has."""
+        return self.data_parallel_size * self.non_data_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many ranks read data of their own, were there no other dimension."""
+        return self._size("dp_replicate") * self._size("dp_shard")
+
+    @property
+    def non_data_parallel_size(self) -> int:
+        """How many ranks work on the same data."""
+        return self._size("tp") * self._size("cp") * self._size("sp")
+
+    @property
+    def dp_replicate_enabled(self) -> bool:
+        """Whether there are several replicas."""
+        return self._enabled("dp_replicate")
+
+    @property
+    def dp_shard_enabled(self) -> bool:
+        """Whether a replica is sharded."""
+        return self._enabled("dp_shard")
+
+    @property
+    def tp_enabled(self) -> bool:
+        """Whether tensors are shared."""
+        return self._enabled("tp")
+
+    @property
+    def cp_enabled(self) -> bool:
+        """Whether sequences are shared, keys and values exchanged."""
+        return self._enabled("cp")
+
+    @property
+    def sp_enabled(self) -> bool:
+        """Whether sequences are shared, heads exchanged."""
+        return self._enabled("sp")
+
+    # Dimensions ------------------------------------------------------------------------------------------------------
+
+    @property
+    def active_mesh_dims(self) -> list[str]:
+        """The dimensions of more than one rank, outermost first."""
+        return self._among(*DIMENSIONS)
+
+    @property
+    def dp_dim_names(self) -> list[str]:
+        """Those over which data is divided."""
+        return self._among(*_FLATTENED["dp"])
+
+    @property
+    def non_dp_dim_names(self) -> list[str]:
+        """Those whose ranks work on the same data."""
+        return self._among("tp", "cp", "sp")
+
+    @property
+    def dp_shard_cp_dim_names(self) -> list[str]:
+        """Those over which parameters are sharded; the mesh has them as ``dp_shard_cp``."""
+        return self._among(*_FLATTENED["dp_shard_cp"])
+
+    @property
+    def dp_cp_dim_names(self) -> list[str]:
+        """Those over which a loss is averaged; the mesh has them as ``dp_cp``."""
+        return self._among(*_FLATTENED["dp_cp"])
+
+    @property
+    def fsdp_dim_names(self) -> list[str]:
+        """What `fully_shard` is given of the mesh: replicas, if there are several, and shards."""
+        return [*self._among("dp_replicate"), *(["dp_shard_cp"] if self.dp_shard_cp_dim_names else [])]
+
+    # Mesh ------------------------------------------------------------------------------------------------------------
+
+    def _get_mesh(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Names and sizes of the mesh's dimensions."""
+        names = tuple(self.active_mesh_dims)
+        return names, tuple(map(self._size, names))
+
+    def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
+        """Lays the ranks of the default process group out in the dimensions. Collective: every rank calls it.
+
+        Args:
+            device_type: The kind of device, ``"cuda"`` or ``"cpu"``.
+
+        Returns:
+            The mesh, with ``dp``, ``dp_shard_cp`` and ``dp_cp`` as far as they have ranks; None for one process.
+
+        Raises:
+            ValueError: when the sizes do not multiply to the number of processes.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self.check_world_size(_world_size())
+        names, sizes = self._get_mesh()
+        if not names:
+            return None
+        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+        for common, parts in _FLATTENED.items():
+            if active := tuple(self._among(*parts)):
+                mesh[active]._flatten(common)
+        return mesh
+
+    def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
+        """The mesh, built when it is first asked for with a kind of device.
+
+        Raises:
+            ValueError: when it is not there and `device_type` is None, or is there for another kind of device.
+        """
+        if self.device_mesh is None:
+            if device_type is None:
+                raise ValueError("the device mesh is not built yet: name the kind of device, get_device_mesh('cuda').")
+            self.__dict__["device_mesh"] = self.build_device_mesh(device_type)
+        mesh = self.device_mesh
+        if mesh is not None and device_type not in (None, mesh.device_type):
+            raise ValueError(f"the device mesh is one of {mesh.device_type!r} devices, not of {device_type!r}.")
+        return mesh
+
+    def check_world_size(self, processes: int) -> None:
+        """Compares the sizes with the number of processes.
+
+        Raises:
+            ValueError: showing the arithmetic.
+        """
+        if self.total_size != processes:
+            product = " x ".join(f"{name}_size {self._size(name)}" for name in self.active_mesh_dims) or "every size 1"
+            raise ValueError(
+                f"the device mesh has {product} = {self.total_size} ranks, but {processes} processes take part: make the "
+                "sizes multiply to the number of processes (accelerate launch --num_processes)."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as values that json can hold, without the mesh."""
+        return dataclasses.asdict(self)
+
+
+def requested(
+    given: ParallelismConfig | None = None, plugin: TorchTensorParallelPlugin | None = None
+) -> ParallelismConfig | None:
+    """The configuration given, else the one that the launcher's variables or the older plugin ask for.
+
+    Raises:
+        TypeError: when `given` is no such configuration.
+        ValueError: when it and `plugin` contradict each other.
+    """
+    if given is not None and not isinstance(given, ParallelismConfig):
+        raise TypeError(f"parallelism_config must be an instance of ParallelismConfig, found {given!r}.")
+    if given is None and env.flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        given = ParallelismConfig()
+    if plugin is None or plugin.tp_size == 1:
+        return given
+    if given is not None and given.tp_size != plugin.tp_size:
+        raise ValueError(
+            f"torch_tp_plugin has tp_size={plugin.tp_size}, but parallelism_config has tp_size={given.tp_size}: leave "
+            "torch_tp_plugin out."
+        )
+    return given if given is not None else ParallelismConfig(tp_size=plugin.tp_size)
+
+
+_SHOWN = tuple(field.name for field in dataclasses.fields(ParallelismConfig) if not field.name.endswith("_handler"))
+
+
+def _world_size() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
