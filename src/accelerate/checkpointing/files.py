@@ -263,8 +263,15 @@ _SAFE_DTYPES = {
 }
 
 
-def write_safetensors(state: Mapping[str, torch.Tensor], writer: FileWriter) -> None:
+def write_safetensors(
+    state: Mapping[str, torch.Tensor], writer: FileWriter, values: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Writes tensors in the safetensors format, straight from their memory.
+
+    Args:
+        state: The tensors.
+        writer: The file.
+        values: Where to take the values from, one tensor after the other, when `state` has none (device meta).
 
     Raises:
         ValueError: for a value that the format cannot hold.
@@ -283,7 +290,7 @@ def write_safetensors(state: Mapping[str, torch.Tensor], writer: FileWriter) -> 
     writer.write(struct.pack("<Q", len(text)) + text)
     for name in wide_first:
         if state[name].numel():
-            writer.write(_bytes_of(state[name]))
+            writer.write(_bytes_of(state[name] if values is None else values[name]))
 
 
 def _checked(name: str, value: Any) -> torch.Tensor:

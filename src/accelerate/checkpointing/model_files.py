@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..hooks import fill_offloaded
 from ..runtime import world
+from ..runtime.forward import extract_model_from_parallel
+from ..runtime.helpers import convert_file_size_to_int as size_in_bytes
 from ..settings.enums import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -105,7 +109,8 @@ def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: 
     if not isinstance(f, (str, os.PathLike)):
         _save_to_file(obj, f, safe_serialization)
         return
-    write_whole(Path(f), obj, safe_serialization)
+    write = write_safetensors if safe_serialization else write_torch
+    write_whole(Path(f), lambda writer: write(obj, writer))
 
 
 def _save_to_file(obj: Any, file: Any, safe: bool) -> None:
@@ -115,14 +120,10 @@ def _save_to_file(obj: Any, file: Any, safe: bool) -> None:
         torch.save(obj, file)
 
 
-def write_whole(path: Path, state: Any, safe: bool) -> None:
+def write_whole(path: Path, write: Callable[[FileWriter], None]) -> None:
     """Writes a file beside its place, and moves it there when it is whole and on disk."""
     unfinished = path.with_name(path.name + ".incomplete")
     unfinished.unlink(missing_ok=True)
-
-    def write(writer: FileWriter) -> None:
-        (write_safetensors if safe else write_torch)(state, writer)
-
     try:
         write_file(unfinished, path.name, write)
         os.replace(unfinished, path)
@@ -153,23 +154,6 @@ def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
 
 
 # A model, in pieces ---------------------------------------------------------------------------------------------------
-
-_UNITS = {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
-
-
-def size_in_bytes(size: int | str) -> int:
-    """``"10GB"``, ``"1KiB"`` or a number, in bytes.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(size, int):
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", size.upper())
-    if found is None:
-        raise ValueError(f"expected a size such as '10GB', '500MB', '1GiB' or a number of bytes; got {size!r}.")
-    return int(float(found[1]) * _UNITS[found[2]])
-
 
 def split(state: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
     """Names of a state in groups of at most `limit` bytes. A tensor larger than that is alone; tied ones stay together."""
@@ -211,6 +195,7 @@ def save_model(
     Raises:
         RuntimeError: when a tensor lies on the meta device and has no values to save.
     """
+    state = fill_offloaded(extract_model_from_parallel(model), state)
     empty = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
     if empty:
         raise RuntimeError(
@@ -219,45 +204,49 @@ def save_model(
         )
     state = clean_state_dict_for_safetensors(state) if safe else state
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    pattern, index_name, single = (
-        (SAFE_WEIGHTS_PATTERN_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-        if safe
-        else (WEIGHTS_PATTERN_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
-    )
-    groups = split(tensors, size_in_bytes(max_shard_size))
-    if len(groups) < 2:
-        contents = {single: state}
-    else:
-        rest = {name: value for name, value in state.items() if name not in tensors}
-        suffixes = [f"-{number:05d}-of-{len(groups):05d}" for number in range(1, len(groups) + 1)]
-        contents = {
-            pattern.format(suffix=suffix): {name: tensors[name] for name in group}
-            for suffix, group in zip(suffixes, groups, strict=True)
-        }
-        contents[next(reversed(contents))].update(rest)
+    groups = split(tensors, size_in_bytes(max_shard_size)) or [[]]
+    names = piece_names(len(groups), safe)
+    contents = {name: {key: tensors[key] for key in group} for name, group in zip(names, groups, strict=True)}
+    rest = {key: value for key, value in state.items() if key not in tensors}
+    contents[names[-1]].update(rest)
     folder.mkdir(parents=True, exist_ok=True)
+    write = write_safetensors if safe else write_torch
     for name, content in contents.items():
-        write_whole(folder / name, content, safe)
-    if len(contents) > 1:
-        _write_index(folder / index_name, contents, tensors)
+        write_whole(folder / name, functools.partial(write, content))
+    finish_pieces(folder, contents, tensors, safe)
+    return names
+
+
+def piece_names(count: int, safe: bool) -> list[str]:
+    """The names of the files that hold a model's weights in `count` pieces."""
+    if count < 2:
+        return [SAFE_WEIGHTS_NAME if safe else WEIGHTS_NAME]
+    pattern = SAFE_WEIGHTS_PATTERN_NAME if safe else WEIGHTS_PATTERN_NAME
+    return [pattern.format(suffix=f"-{number:05d}-of-{count:05d}") for number in range(1, count + 1)]
+
+
+def finish_pieces(
+    folder: Path, pieces: Mapping[str, Iterable[str]], tensors: Mapping[str, torch.Tensor], safe: bool
+) -> None:
+    """Writes the index of pieces that are all there, if they are several, and removes those of an earlier call.
+
+    Args:
+        folder: Where the pieces are.
+        pieces: The names of the tensors in each file.
+        tensors: The tensors, with or without values.
+        safe: Whether the files are safetensors.
+    """
+    index_name = SAFE_WEIGHTS_INDEX_NAME if safe else WEIGHTS_INDEX_NAME
+    if len(pieces) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in without_aliases(tensors).values())
+        places = {name: file for file, names in pieces.items() for name in names}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n"
+        write_whole(folder / index_name, lambda writer: _write_text(writer, text))
+    pattern = SAFE_WEIGHTS_PATTERN_NAME if safe else WEIGHTS_PATTERN_NAME
     stale = re.compile(re.escape(pattern).replace(re.escape("{suffix}"), r"(-\d{5}-of-\d{5})?"))
     for path in folder.iterdir():
-        if path.name not in contents and (
-            stale.fullmatch(path.name) or (path.name == index_name and len(contents) == 1)
-        ):
+        if path.name not in pieces and (stale.fullmatch(path.name) or (path.name == index_name and len(pieces) == 1)):
             path.unlink()
-    return list(contents)
-
-
-def _write_index(path: Path, contents: dict[str, dict[str, Any]], tensors: dict[str, torch.Tensor]) -> None:
-    total = sum(tensor.numel() * tensor.element_size() for tensor in without_aliases(tensors).values())
-    places = {name: file for file, content in contents.items() for name in content}
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n"
-    unfinished = path.with_name(path.name + ".incomplete")
-    unfinished.unlink(missing_ok=True)
-    write_file(unfinished, path.name, lambda writer: _write_text(writer, text))
-    os.replace(unfinished, path)
-    sync_folder(path.parent)
 
 
 def _write_text(writer: FileWriter, text: str) -> None:

@@ -41,7 +41,7 @@ def _start(words: parse.Words) -> int:
     from ..launch.run import launch
 
     settings, file = parse.of_words(words)
-    return launch(settings, configured=file is not None)
+    return launch(settings, file.path if file is not None else None)
 
 
 def launch_command(args: argparse.Namespace) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Collection
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from ..settings.launcher import DISTRIBUTED, HARDWARE, PARADIGM, LaunchSettings
 from ..settings.option import Entry, Section, entries
@@ -13,16 +15,19 @@ from ..settings.sections import RESOURCES
 _ALWAYS_SHOWN = ("General", HARDWARE, RESOURCES, PARADIGM, DISTRIBUTED)
 
 
-def format_help(given: Collection[str] = ()) -> str:
-    """The help text: the groups that matter for everybody, and those that `given` flags (by ``dest``) turn on."""
+def format_help(given: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """The help text: the groups that matter for everybody, and those that flags on the line turn on.
+
+    Args:
+        given: Values of the flags on the line, by ``dest``.
+    """
     width = _terminal_width()
     lines = ["usage: accelerate launch [flags] script.py [arguments of the script]", ""]
     hidden: dict[str, str] = {}
     group = ""
     for entry in sorted(entries(LaunchSettings), key=lambda entry: _order(entry.group)):
-        enabled_by = entry.section.enabled_by if entry.section is not None else None
-        if entry.group not in _ALWAYS_SHOWN and enabled_by not in given and not _any_of(entry.section, given):
-            hidden[entry.group] = f"--{enabled_by}" + (" FILE" if enabled_by == "mpirun_hostfile" else "")
+        if entry.group not in _ALWAYS_SHOWN and not _matters(entry.section, given):
+            hidden[entry.group] = _turned_on_by(entry.section)
             continue
         if entry.group != group:
             group = entry.group
@@ -34,8 +39,21 @@ def format_help(given: Collection[str] = ()) -> str:
     return "\n".join([*lines, "", "Flags may be written with dashes. A flag wins over the configuration file."])
 
 
-def _any_of(section: Section | None, given: Collection[str]) -> bool:
+def _matters(section: Section | None, given: Mapping[str, Any]) -> bool:
+    """Whether a group is turned on, or one of its flags is on the line already."""
+    if section is not None and section.enabled_by in given:
+        return True
+    if section is not None and section.key == "fp8_config" and given.get("mixed_precision") == "fp8":
+        return True
     return any(entry.section is section and entry.dest in given for entry in entries(LaunchSettings))
+
+
+def _turned_on_by(section: Section | None) -> str:
+    """The flag that turns a group on, as one types it."""
+    name = section.enabled_by if section is not None else None
+    entry = next(entry for entry in entries(LaunchSettings) if entry.dest == name)
+    value = entry.option.choices[0] if entry.option.choices else "FILE" if name == "mpirun_hostfile" else "WORD"
+    return entry.flags[0] if entry.option.switch else f"{entry.flags[0]} {value}"
 
 
 def _order(group: str) -> int:
@@ -55,7 +73,13 @@ def _line(entry: Entry, width: int) -> list[str]:
     wrapped = textwrap.wrap(text, max(20, width - 30))
     if len(spelling) < 29:
         return [f"{spelling:<30}{wrapped[0]}", *(" " * 30 + line for line in wrapped[1:])]
-    return [spelling, *(" " * 30 + line for line in wrapped)]
+    flags = [spelling] if len(spelling) <= width else _broken(spelling.strip(), width)
+    return [*flags, *(" " * 30 + line for line in wrapped)]
+
+
+def _broken(spelling: str, width: int) -> list[str]:
+    """A line of spellings that is too long, broken between them."""
+    return textwrap.wrap(spelling, width, initial_indent="  ", subsequent_indent="      ", break_long_words=False)
 
 
 def _terminal_width() -> int:

@@ -1,45 +1,175 @@
-"""``accelerate to-fsdp2``: turns a configuration file for FSDP 1 into one for FSDP 2; not in this version yet."""
+"""``accelerate to-fsdp2``: turns a configuration file for FSDP 1 into one for FSDP 2, and says what has no counterpart."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from .parsers import add, make_parser, not_yet
+from ..launch import config_file
+from ..launch.config_text import dump, load, read, write
+from ..launch.parse import choose
+from ..settings.enums import FSDP_SHARDING_STRATEGY
+from ..settings.option import Entry, SettingsError
+from .parsers import add, make_parser
+
+# Whether the strategy frees gathered parameters after the forward.
+_RESHARDS = {
+    "FULL_SHARD": True,
+    "SHARD_GRAD_OP": False,
+    "NO_SHARD": False,
+    "HYBRID_SHARD": True,
+    "HYBRID_SHARD_ZERO2": False,
+}
+# What more there is to say about a strategy.
+_STRATEGY_NOTES = {
+    "NO_SHARD": "FSDP 2 always shards; to keep whole replicas, use distributed_type MULTI_GPU instead",
+    "HYBRID_SHARD": "replicas across nodes are asked for by parallelism_config_dp_replicate_size",
+    "HYBRID_SHARD_ZERO2": "replicas across nodes are asked for by parallelism_config_dp_replicate_size",
+}
+# Options without a counterpart, and why.
+_DROPPED = {
+    "fsdp_backward_prefetch": "FSDP 2 always gathers the next unit before the gradients of this one are reduced",
+    "fsdp_forward_prefetch": "FSDP 2 is told per module, by set_modules_to_forward_prefetch",
+    "fsdp_sync_module_states": "FSDP 2 broadcasts where cpu_ram_efficient_loading asks for it, and nowhere else",
+    "fsdp_use_orig_params": "FSDP 2 keeps the original parameters always",
+}
+
+
+class Conversion(NamedTuple):
+    """A content for FSDP 2.
+
+    Attributes:
+        content: The new content; the old one where there was nothing to convert.
+        notes: What was done, and what has no counterpart, a line each.
+        converted: Whether anything was.
+    """
+
+    content: dict[str, Any]
+    notes: tuple[str, ...]
+    converted: bool
+
+
+def convert(content: Mapping[str, Any], path: str) -> Conversion:
+    """A file's content for FSDP 2.
+
+    Args:
+        content: As `launch.config_text.load` gives it.
+        path: For the messages.
+
+    Raises:
+        SettingsError: when the content cannot be understood.
+    """
+    understood = config_file.understand(content, path)
+    old = content.get("fsdp_config") or {}
+    if understood.values.get("fsdp_version") == 2:
+        return Conversion(dict(content), ("is for FSDP 2 already",), False)
+    if "use_fsdp" not in choose({}, understood) and not old:
+        return Conversion(dict(content), ("is not about FSDP: there is nothing to convert",), False)
+    table = config_file.tables()[1]["fsdp_config"]
+    section: dict[str, Any] = {}
+    notes = ["fsdp_version is 2"]
+    for key, value in old.items():
+        name, new, note = _converted(table[key], value)
+        if name is not None:
+            section[name] = new
+        if note is not None:
+            notes.append(f"{key}: {note}")
+    section.setdefault("fsdp_version", 2)
+    if list(old) == sorted(old):
+        section = dict(sorted(section.items()))
+    return Conversion({**content, "fsdp_config": section}, tuple(notes), True)
+
+
+def _converted(entry: Entry, value: Any) -> tuple[str | None, Any, str | None]:
+    """An option's key and value in FSDP 2 (no key: it has none), and what to say about it."""
+    if entry.dest == "fsdp_version":
+        return entry.key, 2, None
+    if entry.dest in _DROPPED:
+        return None, None, f"dropped: {_DROPPED[entry.dest]}"
+    if value is not None and entry.dest in ("fsdp_sharding_strategy", "fsdp_reshard_after_forward"):
+        strategy = str(entry.convert(value, entry.dest))
+        strategy = FSDP_SHARDING_STRATEGY[int(strategy) - 1] if strategy.isdigit() else strategy
+        if strategy in _RESHARDS:
+            note = f"{strategy} is fsdp_reshard_after_forward: {str(_RESHARDS[strategy]).lower()}"
+            more = _STRATEGY_NOTES.get(strategy)
+            return "fsdp_reshard_after_forward", _RESHARDS[strategy], f"{note}; {more}" if more else note
+    if entry.dest == "fsdp_state_dict_type" and str(value).upper() == "LOCAL_STATE_DICT":
+        return entry.key, "SHARDED_STATE_DICT", "FSDP 2 has no LOCAL_STATE_DICT: SHARDED_STATE_DICT instead"
+    return entry.key, value, None
+
+
+def convert_config_to_fsdp2(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a configuration file for FSDP 1, turned into one for FSDP 2.
+
+    Raises:
+        ValueError: when it cannot be understood.
+    """
+    return convert(config, "given").content
+
+
+# The command ---------------------------------------------------------------------------------------------------------
 
 
 def to_fsdp2_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The command's parser."""
     parser = make_parser(
         "to-fsdp2",
-        "Turns a configuration file for FSDP 1 into one for FSDP 2. This version does not have the command yet.",
+        "Turns a configuration file for FSDP 1 into one for FSDP 2, and says what has no counterpart there.",
         subparsers,
     )
-    add(parser, "--config_file", help="the file to convert")
-    add(parser, "--overwrite", action="store_true", help="write over it")
-    add(parser, "--output_file", help="file for the result")
+    add(parser, "--config_file", required=True, help="the file to convert")
+    add(parser, "--overwrite", action="store_true", help="write over it, or over the output file")
+    add(parser, "--output_file", help="file for the result (.json for json)")
     parser.set_defaults(func=to_fsdp2_command)
     return parser
 
 
 def to_fsdp2_command(args: argparse.Namespace) -> None:
-    """Says that this version does not have the command.
+    """Converts the file.
 
     Raises:
-        SystemExit: always, with code 2.
+        SystemExit: with code 2 when a file cannot be read, understood or written.
     """
-    raise SystemExit(not_yet("to-fsdp2"))
+    try:
+        _run(args.config_file, args.output_file, args.overwrite)
+    except (SettingsError, OSError) as error:
+        print(f"accelerate to-fsdp2: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run(source: str, output: str | None, overwrite: bool) -> None:
+    from .config.rewrite import rewritten
+
+    target = source if output is None else output
+    if output is None and not overwrite:
+        raise SettingsError("where to? Give --output_file FILE, or --overwrite to change the file itself.")
+    if os.path.exists(target) and not overwrite:
+        raise SettingsError(f"{target} exists already: give another --output_file, or --overwrite.")
+    content, notes, converted = convert(load(source), source)
+    data, kept_comments = read(source), True
+    as_json = target.endswith(".json")
+    if as_json != source.endswith(".json"):
+        write(target, dump(content, as_json, sort=False))
+        kept_comments = b"#" not in data
+    elif converted:
+        text, kept_comments = rewritten(data, content, as_json)
+        write(target, text)
+    elif target != source:
+        write(target, data)
+    print(f"{source} {notes[0]}" if not converted else f"converted {source} to {target}:")
+    for note in notes if converted else ():
+        print(f"  {note}")
+    if not kept_comments:
+        print("comments in the file could not be kept")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `accelerate_cli.main`."""
-    words = sys.argv[1:] if argv is None else argv
-    if "-h" in words or "--help" in words:
-        to_fsdp2_command_parser().print_help()
-        return 0
-    return not_yet("to-fsdp2")
+    to_fsdp2_command(to_fsdp2_command_parser().parse_args(sys.argv[1:] if argv is None else list(argv)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,49 +1,88 @@
-"""``accelerate tpu-config``: runs commands on a pod of TPUs; not in this version yet."""
+"""``accelerate tpu-config``: runs commands on every worker of a TPU, through gcloud's ssh."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .parsers import add, make_parser, not_yet
+from ..settings.option import SettingsError
+from .parsers import add, make_parser
 
 
 def tpu_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The command's parser."""
-    parser = make_parser(
-        "tpu-config", "Runs commands on a pod of TPUs. This version does not have the command yet.", subparsers
-    )
-    add(parser, "--config_file", help="configuration file instead of the default one")
-    add(parser, "--tpu_name", help="name of the TPU")
-    add(parser, "--tpu_zone", help="zone of the TPU")
-    add(parser, "--use_alpha", action="store_true", help="use gcloud alpha")
-    add(parser, "--command_file", help="file with commands to run")
-    add(parser, "--command", action="append", nargs="+", help="a command to run, may be repeated")
-    add(parser, "--install_accelerate", action="store_true", help="install accelerate on the pod")
-    add(parser, "--accelerate_version", default="latest", help="the version to install")
-    add(parser, "--debug", action="store_true", help="show the command instead of running it")
+    parser = make_parser("tpu-config", "Runs commands on every worker of a TPU, through gcloud's ssh.", subparsers)
+    where: Any = parser.add_argument_group("Config Arguments", "What `accelerate config` can keep in a file.")
+    add(where, "--config_file", help="configuration file instead of the default one")
+    add(where, "--tpu_name", help="name of the TPU (default: the file's)")
+    add(where, "--tpu_zone", help="zone of the TPU (default: the file's)")
+    what: Any = parser.add_argument_group("TPU Arguments", "What runs there.")
+    add(what, "--use_alpha", action="store_true", help="use gcloud alpha")
+    add(what, "--command_file", help="file with commands to run")
+    add(what, "--command", action="append", nargs="+", help="a command to run, may be repeated")
+    add(what, "--install_accelerate", action="store_true", help="install accelerate first")
+    add(what, "--accelerate_version", default="latest", help="the version to install: latest, dev, or a number")
+    add(what, "--debug", action="store_true", help="print the command instead of running it")
     parser.set_defaults(func=tpu_command_launcher)
     return parser
 
 
-def tpu_command_launcher(args: argparse.Namespace) -> None:
-    """Says that this version does not have the command.
+def command(args: argparse.Namespace) -> list[str]:
+    """gcloud's command line for `args` and the configuration file they lead to.
+
+    Flags that say what to run replace what the file says about it; a flag for the name or the zone replaces that key.
 
     Raises:
-        SystemExit: always, with code 2.
+        SettingsError: when something is missing, or cannot be read.
     """
-    raise SystemExit(not_yet("tpu-config"))
+    from ..launch import tpu
+    from ..launch.config_file import find
+    from ..settings.clouds import TpuCommandSettings
+    from ..settings.option import build
+
+    file = find(args.config_file)
+    kept = build(TpuCommandSettings, file.values if file is not None else {})
+    path, commands = kept.command_file, kept.commands
+    if args.command_file is not None or args.command is not None:
+        path, commands = args.command_file, tuple(" ".join(words) for words in args.command or ())
+    listed = [*([tpu.read_commands(path)] if path is not None else []), *commands]
+    script = tpu.remote_script(listed, args.accelerate_version if args.install_accelerate else None)
+    return tpu.tpu_command(args.tpu_name or kept.tpu_name, args.tpu_zone or kept.tpu_zone, script, args.use_alpha)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command, or prints it; the exit code."""
+    from ..launch.tpu import run_remotely
+
+    try:
+        words = command(args)
+        if args.debug:
+            print(shlex.join(words))
+            return 0
+        return run_remotely([words])
+    except SettingsError as error:
+        print(f"accelerate tpu-config: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def tpu_command_launcher(args: argparse.Namespace) -> None:
+    """Runs what `args`, from `tpu_command_parser`, describe.
+
+    Raises:
+        SystemExit: with the exit code, unless it is 0.
+    """
+    if code := run(args):
+        raise SystemExit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `accelerate_cli.main`."""
-    words = sys.argv[1:] if argv is None else argv
-    if "-h" in words or "--help" in words:
-        tpu_command_parser().print_help()
-        return 0
-    return not_yet("tpu-config")
+    return run(tpu_command_parser().parse_args(None if argv is None else list(argv)))
 
 
 if __name__ == "__main__":
