@@ -6,9 +6,10 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
+CLOUDS := .venv-clouds
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench crash docs clean
+.PHONY: help demo test clouds lint format bench crash docs clean
 
 # A .venv that was moved or copied still points to the place where it was made: install again.
 MOVED := $(shell [ ! -e $(VENV)/.place ] || [ "$$(cat $(VENV)/.place)" = "$$(pwd -P)" ] || rm -f $(VENV)/.ready-*)
@@ -21,6 +22,8 @@ demo: $(VENV)/.ready-examples  ## train a small network on handwritten digits, o
 
 test: $(VENV)/.ready-test  ## run the tests (TESTS=tests/unit for a part), and say what was skipped and why
 	@"$(PY)" -m pytest -rs $(TESTS)
+
+clouds: $(CLOUDS)/.ready  ## install SageMaker's SDK and an AWS to test against into .venv-clouds; `make test` finds it
 
 lint: $(VENV)/.ready-quality  ## check style, format and types
 	@"$(PY)" -m ruff check .
@@ -42,9 +45,16 @@ docs: $(VENV)/.ready-docs  ## build the documentation into site/
 	@echo "site/index.html"
 
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(CLOUDS) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 
 # One stamp for each extra: the second run finds it newer than what it depends on, and installs nothing.
 $(VENV)/.ready-%: pyproject.toml setup.cfg constraints.txt tools/install.sh
 	@sh tools/install.sh "$(PYTHON)" "$(VENV)" "$*"
+	@touch "$@"
+
+# An environment of its own: the SDK and this project want different versions of the same packages.
+$(CLOUDS)/.ready: tests/clouds/requirements.txt
+	@echo "making $(CLOUDS)"
+	@"$(PYTHON)" -m venv --clear "$(CLOUDS)"
+	@"$(CLOUDS)/bin/python" -m pip --disable-pip-version-check --no-input --quiet --quiet install --requirement "$<"
 	@touch "$@"

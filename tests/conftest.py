@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers.ranks import RankPool
 from tests.helpers.reset import reset_singletons
+
+# pytest --hypothesis-profile=thorough: where a test's number of examples is a matter of patience
+settings.register_profile("thorough", max_examples=2000)
 
 # A shell starts its background jobs with Ctrl-C ignored, and every child inherits that: tests that interrupt one would wait.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -9,6 +9,7 @@ from accelerate import local_sgd as local_sgd
 from accelerate import logging as logging
 from accelerate import memory_utils as memory_utils
 from accelerate import optimizer as optimizer
+from accelerate import parallelism_config as parallelism_config
 from accelerate import scheduler as scheduler
 from accelerate import state as state
 from accelerate import test_utils as test_utils
@@ -18,11 +19,14 @@ from accelerate.accelerator import Accelerator as Accelerator
 from accelerate.data_loader import skip_first_batches as skip_first_batches
 from accelerate.launchers import debug_launcher as debug_launcher
 from accelerate.launchers import notebook_launcher as notebook_launcher
+from accelerate.parallelism_config import ParallelismConfig as ParallelismConfig
 from accelerate.runtime.memory import find_executable_batch_size as find_executable_batch_size
 from accelerate.runtime.probe import is_rich_available as is_rich_available
 from accelerate.runtime.rng import synchronize_rng_states as synchronize_rng_states
+from accelerate.settings.deepspeed import DeepSpeedPlugin as DeepSpeedPlugin
 from accelerate.settings.enums import DDPCommunicationHookType as DDPCommunicationHookType
 from accelerate.settings.enums import DistributedType as DistributedType
+from accelerate.settings.fsdp import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
 from accelerate.settings.handlers import AutocastKwargs as AutocastKwargs
 from accelerate.settings.handlers import DataLoaderConfiguration as DataLoaderConfiguration
 from accelerate.settings.handlers import DistributedDataParallelKwargs as DistributedDataParallelKwargs
@@ -32,3 +36,14 @@ from accelerate.settings.handlers import ProfileKwargs as ProfileKwargs
 from accelerate.state import PartialState as PartialState
 
 __version__: str
+from accelerate import big_modeling as big_modeling
+from accelerate import hooks as hooks
+from accelerate.big_modeling import cpu_offload as cpu_offload
+from accelerate.big_modeling import cpu_offload_with_hook as cpu_offload_with_hook
+from accelerate.big_modeling import disk_offload as disk_offload
+from accelerate.big_modeling import dispatch_model as dispatch_model
+from accelerate.big_modeling import init_empty_weights as init_empty_weights
+from accelerate.big_modeling import init_on_device as init_on_device
+from accelerate.big_modeling import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
+from accelerate.placement.device_map import infer_auto_device_map as infer_auto_device_map
+from accelerate.placement.loading import load_checkpoint_in_model as load_checkpoint_in_model

@@ -17,6 +17,7 @@ import torch
 from . import data_loader as loading
 from .checkpointing import CheckpointMethods
 from .optimizer import AcceleratedOptimizer
+from .parallelism_config import requested
 from .precision import choose as choose_precision
 from .runtime import collectives, world
 from .runtime.memory import release_memory
@@ -35,7 +36,7 @@ from .settings.handlers import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from .state import AcceleratorState, GradientState, PartialState
+from .state import AcceleratorState, GradientState, PartialState, is_initialized
 from .strategies import Bundle, RunSettings, Strategy
 from .strategies import choose as choose_strategy
 from .strategies.accumulation import GlobalMean, MicroStep, StepCounter
@@ -45,6 +46,12 @@ from .tracking import GeneralTracker, filter_trackers, start_trackers
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from .parallelism_config import ParallelismConfig
+    from .settings.deepspeed import DeepSpeedPlugin
+    from .settings.fsdp import FullyShardedDataParallelPlugin
+    from .settings.megatron import MegatronLMPlugin
+    from .settings.parallel import TorchTensorParallelPlugin
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,10 @@ class Accelerator(CheckpointMethods):
         gradient_accumulation_steps: Micro-steps per update; 1 takes the launcher's choice.
         cpu: Use the CPU even where an accelerator is at hand.
         dataloader_config: How data is shared between the processes.
+        deepspeed_plugin: DeepSpeed in detail; several by name, of which the first is in use.
+        fsdp_plugin: Fully sharded training in detail.
+        torch_tp_plugin: Older place of `ParallelismConfig.tp_size`.
+        megatron_lm_plugin: Megatron-LM in detail.
         rng_types: Random number generators to synchronise at the start of each epoch.
         log_with: Trackers: names, `LoggerType` members, or instances of `GeneralTracker`.
         project_dir: Where checkpoints and logs go.
@@ -70,6 +81,8 @@ class Accelerator(CheckpointMethods):
         kwargs_handlers: How autocast, DDP, the gradient scaler, the process group and the profiler are set up.
         dynamo_backend: Compile models with this backend of ``torch.compile``.
         dynamo_plugin: The same in detail.
+        deepspeed_plugins: The same as `deepspeed_plugin`.
+        parallelism_config: The sizes of the device mesh.
         schedule_per_update: Schedulers step once an update, whatever the number of processes. By default an update of N
             processes counts N steps, since it consumes N batches.
         kwarg_handlers: Older spelling of `kwargs_handlers`.
@@ -97,10 +110,10 @@ class Accelerator(CheckpointMethods):
         gradient_accumulation_steps: int = 1,
         cpu: bool = False,
         dataloader_config: DataLoaderConfiguration | None = None,
-        deepspeed_plugin: Any = None,
-        fsdp_plugin: Any = None,
-        torch_tp_plugin: Any = None,
-        megatron_lm_plugin: Any = None,
+        deepspeed_plugin: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
+        fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
+        torch_tp_plugin: TorchTensorParallelPlugin | None = None,
+        megatron_lm_plugin: MegatronLMPlugin | None = None,
         rng_types: list[str | RNGType] | None = None,
         log_with: Any = None,
         project_dir: str | os.PathLike[str] | None = None,
@@ -110,19 +123,14 @@ class Accelerator(CheckpointMethods):
         kwargs_handlers: list[KwargsHandler] | None = None,
         dynamo_backend: DynamoBackend | str | None = None,
         dynamo_plugin: TorchDynamoPlugin | None = None,
-        deepspeed_plugins: Any = None,
-        parallelism_config: Any = None,
+        deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
+        parallelism_config: ParallelismConfig | None = None,
         *,
         schedule_per_update: bool = False,
         kwarg_handlers: list[KwargsHandler] | None = None,
     ) -> None:
-        arguments.refuse_later_features(
-            deepspeed_plugin=deepspeed_plugin or deepspeed_plugins,
-            fsdp_plugin=fsdp_plugin,
-            torch_tp_plugin=torch_tp_plugin,
-            megatron_lm_plugin=megatron_lm_plugin,
-            parallelism_config=parallelism_config,
-        )
+        engines = arguments.one_of(deepspeed_plugin=deepspeed_plugin, deepspeed_plugins=deepspeed_plugins)
+        distribution = _distribution(fsdp_plugin, engines, megatron_lm_plugin, torch_tp_plugin, parallelism_config)
         self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
         if project_dir is not None and self.project_dir is None:
             self.project_configuration.set_directories(project_dir)
@@ -140,6 +148,7 @@ class Accelerator(CheckpointMethods):
             cpu=cpu,
             dynamo_plugin=dynamo,
             _from_accelerator=True,
+            **distribution,
             **(self.init_handler.to_kwargs() if self.init_handler is not None else {}),
         )
         self.gradient_state = GradientState(plugin)
@@ -158,8 +167,11 @@ class Accelerator(CheckpointMethods):
             split_batches=self.dataloader_config.split_batches,
             ddp=self.ddp_handler,
             dynamo=dynamo,
+            fsdp=getattr(self.state, "fsdp_plugin", None),
+            mesh=self.torch_device_mesh,
         )
-        self.strategy: Strategy = choose_strategy(self.distributed_type)(world.current(), settings)
+        strategy = choose_strategy(self.distributed_type, self.parallelism_config)
+        self.strategy: Strategy = strategy(world.current(), settings)
         self.precision = precision
         self.scaler = precision.scaler
         self.native_amp = self.mixed_precision in ("fp16", "bf16")
@@ -255,14 +267,15 @@ class Accelerator(CheckpointMethods):
         return self.mixed_precision == "fp8"
 
     @property
-    def deepspeed_plugin(self) -> Any:
+    def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
         """The DeepSpeed plugin in use, or None."""
         return self.state.deepspeed_plugin
 
     @property
-    def parallelism_config(self) -> Any:
+    def parallelism_config(self) -> ParallelismConfig | None:
         """The sizes of the device mesh, or None."""
-        return self.state.parallelism_config
+        sizes: ParallelismConfig | None = self.state.parallelism_config
+        return sizes
 
     @property
     def torch_device_mesh(self) -> Any:
@@ -854,3 +867,23 @@ class Accelerator(CheckpointMethods):
 def _append_new(known: list[Any], item: Any) -> None:
     if not any(item is other for other in known):
         known.append(item)
+
+
+def _distribution(fsdp: Any, deepspeed: Any, megatron: Any, tensor_parallel: Any, sizes: Any) -> dict[str, Any]:
+    """What the state is told of plugins and mesh: those given, and in a new run those that the launcher asks for.
+
+    Raises:
+        TypeError: for what is no such plugin.
+        ValueError: for what contradicts itself, or no strategy can do: before the run is joined.
+    """
+    plugins = arguments.plugins(fsdp, deepspeed, megatron, tensor_parallel, launched=not is_initialized())
+    if not is_initialized():
+        sizes = requested(sizes, tensor_parallel)
+        choose_strategy(plugins.kind or DistributedType.NO, sizes, plugins)
+    return {
+        "fsdp_plugin": plugins.fsdp,
+        "deepspeed_plugin": plugins.deepspeed,
+        "megatron_lm_plugin": plugins.megatron,
+        "torch_tp_plugin": plugins.tensor_parallel,
+        "parallelism_config": sizes,
+    }

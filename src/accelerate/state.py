@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from .parallelism_config import requested
 from .runtime import devices, partition, world
-from .settings import env
+from .settings import arguments, env
 from .settings.enums import DistributedType, PrecisionType
 
 if TYPE_CHECKING:
+    from .parallelism_config import ParallelismConfig
+    from .settings.arguments import Plugins
+    from .settings.deepspeed import DeepSpeedPlugin
     from .settings.handlers import GradientAccumulationPlugin
 
 
@@ -61,6 +65,17 @@ def _only_if(condition: Callable[[], bool], function: Callable[..., Any]) -> Cal
         return function(*args, **kwargs) if condition() else None
 
     return wrapped
+
+
+def _described(state: Any) -> str:
+    backend = f"  Backend: {state.backend}" if state.backend else ""
+    return (
+        f"Distributed environment: {state.distributed_type}{backend}\n"
+        f"Num processes: {state.num_processes}\n"
+        f"Process index: {state.process_index}\n"
+        f"Local process index: {state.local_process_index}\n"
+        f"Device: {state.device}\n"
+    )
 
 
 class PartialState(_Shared):
@@ -127,14 +142,7 @@ class PartialState(_Shared):
         self.fork_launched = here.fork_launched
 
     def __repr__(self) -> str:
-        backend = f"  Backend: {self.backend}" if self.backend else ""
-        return (
-            f"Distributed environment: {self.distributed_type}{backend}\n"
-            f"Num processes: {self.num_processes}\n"
-            f"Process index: {self.process_index}\n"
-            f"Local process index: {self.local_process_index}\n"
-            f"Device: {self.device}\n"
-        )
+        return _described(self)
 
     @staticmethod
     def _reset_state() -> None:
@@ -318,30 +326,57 @@ class AcceleratorState(_Shared):
         wanted = None if mixed_precision is None else str(mixed_precision).lower()
         if wanted is not None and wanted not in PrecisionType:
             raise ValueError(f"mixed_precision={mixed_precision!r} is unknown: choose from {PrecisionType.list()}.")
+        given = (fsdp_plugin, deepspeed_plugin, megatron_lm_plugin, torch_tp_plugin)
         if self.initialized:
-            self._check_unchanged(cpu, wanted)
+            self._check_unchanged(cpu, wanted, arguments.plugins(*given, launched=False), parallelism_config)
             return
+        plugins = arguments.plugins(*given)
+        sizes = requested(parallelism_config, torch_tp_plugin)
+        if wanted is None:
+            wanted = env.choice("ACCELERATE_MIXED_PRECISION", PrecisionType.list(), "no")
+        wanted = plugins.set_mixed_precision(wanted)
         partial = PartialState(cpu, **kwargs)
         if cpu and partial.device.type != "cpu":
             raise ValueError(_ALREADY.format(setting="cpu=True"))
-        if wanted is None:
-            wanted = env.choice("ACCELERATE_MIXED_PRECISION", PrecisionType.list(), "no")
+        mesh = sizes.get_device_mesh(partial.device.type) if sizes is not None else None
         self.__dict__.update(partial.__dict__)
         self._mixed_precision = wanted
         self.dynamo_plugin = dynamo_plugin
-        self.deepspeed_plugins = deepspeed_plugin
+        self.deepspeed_plugins = plugins.deepspeed
         self.torch_tp_plugin = torch_tp_plugin
-        self.parallelism_config = parallelism_config
-        self.device_mesh = None
+        self.parallelism_config = sizes
+        self.device_mesh = mesh
+        if plugins.kind is not None:
+            self.distributed_type = plugins.kind
+        if plugins.fsdp is not None:
+            self.fsdp_plugin = plugins.fsdp
+        if plugins.megatron is not None:
+            self.megatron_lm_plugin = plugins.megatron
+        if plugins.deepspeed is not None:
+            self.select_deepspeed_plugin(next(iter(plugins.deepspeed)))
 
-    def _check_unchanged(self, cpu: bool, mixed_precision: str | None) -> None:
+    def _check_unchanged(
+        self, cpu: bool, mixed_precision: str | None, plugins: Plugins, parallelism_config: ParallelismConfig | None
+    ) -> None:
         if cpu and self.device.type != "cpu":
             raise ValueError(_ALREADY.format(setting="cpu=True"))
         if mixed_precision is not None and mixed_precision != self._mixed_precision:
             raise ValueError(_ALREADY.format(setting=f"mixed_precision={mixed_precision!r}"))
+        here = self.__dict__
+        given = {
+            "fsdp_plugin": (plugins.fsdp, here.get("fsdp_plugin")),
+            "deepspeed_plugins": (plugins.deepspeed, here.get("deepspeed_plugins")),
+            "megatron_lm_plugin": (plugins.megatron, here.get("megatron_lm_plugin")),
+            "parallelism_config": (parallelism_config, here.get("parallelism_config")),
+        }
+        for name, (new, there) in given.items():
+            if new is not None and new != there:
+                raise ValueError(_ALREADY.format(setting=f"this {name}"))
 
     def __repr__(self) -> str:
-        return repr(PartialState()) + f"\nMixed precision type: {self.mixed_precision}\n"
+        text = _described(self) + f"\nMixed precision type: {self.mixed_precision}\n"
+        plugin = self.deepspeed_plugin
+        return text if plugin is None else text + f"ds_config: {plugin.deepspeed_config}\n"
 
     def __getattr__(self, name: str) -> Any:
         # distributed_type, device …: PartialState's, unless a strategy has refined them here; likewise its methods.
@@ -369,17 +404,33 @@ class AcceleratorState(_Shared):
         return plugin is not None and plugin.fsdp_version == 2
 
     @property
-    def deepspeed_plugin(self) -> Any:
+    def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
         """The DeepSpeed plugin in use, or None."""
-        return self.__dict__.get("deepspeed_plugins")
+        plugins: dict[str, DeepSpeedPlugin] = self.__dict__.get("deepspeed_plugins") or {}
+        return next((plugin for plugin in plugins.values() if plugin.selected), None)
 
     def select_deepspeed_plugin(self, name: str | None = None) -> None:
-        """Makes the named DeepSpeed plugin the one in use."""
-        raise ValueError(f"cannot select the DeepSpeed plugin {name!r}: this run has none.")
+        """Makes the named DeepSpeed plugin the one in use.
 
-    def get_deepspeed_plugin(self, name: str) -> Any:
-        """The named DeepSpeed plugin."""
-        raise ValueError(f"there is no DeepSpeed plugin {name!r}: this run has none.")
+        Raises:
+            ValueError: when the run has none of that name.
+        """
+        chosen = self.get_deepspeed_plugin(name)
+        for plugin in (self.deepspeed_plugins or {}).values():
+            plugin._unselect()
+        chosen.select(_from_accelerator_state=True)
+
+    def get_deepspeed_plugin(self, name: str | None) -> DeepSpeedPlugin:
+        """The named DeepSpeed plugin.
+
+        Raises:
+            ValueError: when the run has none of that name.
+        """
+        plugins: dict[str, DeepSpeedPlugin] = self.__dict__.get("deepspeed_plugins") or {}
+        if name not in plugins:
+            has = f"it has {', '.join(map(repr, plugins))}" if plugins else "it was started without DeepSpeed"
+            raise ValueError(f"this run has no DeepSpeed plugin {name!r}: {has}.")
+        return plugins[name]
 
     def destroy_process_group(self, group: Any = None) -> None:
         """See `PartialState.destroy_process_group`."""

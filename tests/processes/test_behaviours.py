@@ -25,8 +25,7 @@ CASES = json.loads((Path(__file__).parents[1] / "data" / "accelerator_behaviours
 DECIDED = {
     "Accelerator.bad_rng": (ValueError, "an unknown generator would only fail at the first epoch: refused at once"),
     "Accelerator.bad_handler": (TypeError, "a user's mistake, not an invariant"),
-    "Accelerator.fsdp_bad": (ValueError, "FSDP comes with a later version; until then any plugin is refused"),
-    "Accelerator.deepspeed_missing": (ValueError, "DeepSpeed comes with a later version"),
+    "Accelerator.deepspeed_missing": (TypeError, "a plugin is made without DeepSpeed, so its type is what is wrong"),
 }
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.settings import env
+from accelerate.settings.deepspeed import DeepSpeedPlugin
 from accelerate.settings.enums import DistributedType
+from accelerate.settings.fsdp import FullyShardedDataParallelPlugin
 from accelerate.settings.handlers import (
     AutocastKwargs,
     DataLoaderConfiguration,
@@ -25,6 +27,9 @@ from accelerate.settings.handlers import (
     ProfileKwargs,
     TorchDynamoPlugin,
 )
+from accelerate.settings.megatron import MegatronLMPlugin
+from accelerate.settings.parallel import TorchTensorParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 
 
@@ -274,11 +279,40 @@ def test_bad_settings_say_what_is_wrong():
         Accelerator(cpu=True, dispatch_batches=True)
     with pytest.raises(ValueError, match=r"rng_types=\['zz'\]"):
         Accelerator(cpu=True, rng_types=["zz"])
-    with pytest.raises(ValueError, match="fsdp_plugin: sharded"):
+    with pytest.raises(TypeError, match="fsdp_plugin must be an instance of FullyShardedDataParallelPlugin"):
         Accelerator(cpu=True, fsdp_plugin=object())
-    env.publish({"ACCELERATE_USE_DEEPSPEED": "true"})
-    with pytest.raises(ValueError, match="ACCELERATE_USE_DEEPSPEED"):
-        Accelerator(cpu=True)
+    with pytest.raises(ValueError, match="deepspeed_plugin and deepspeed_plugins are both given"):
+        Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(), deepspeed_plugins={"a": DeepSpeedPlugin()})
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "message"),
+    [
+        (
+            {"fsdp_plugin": FullyShardedDataParallelPlugin},
+            "FSDP",
+            "fsdp_version=1 is not part of this version.*--fsdp_version 2",
+        ),
+        ({"deepspeed_plugin": DeepSpeedPlugin}, "DEEPSPEED", r"deepspeed_plugin \(--use_deepspeed\).*not part of this"),
+        ({"megatron_lm_plugin": MegatronLMPlugin}, "MEGATRON_LM", r"megatron_lm_plugin \(--use_mega.*not part of this"),
+        ({"parallelism_config": lambda: ParallelismConfig(tp_size=2)}, None, "asks for tp_size=2.*not part of this"),
+        ({"torch_tp_plugin": lambda: TorchTensorParallelPlugin(tp_size=2)}, None, "asks for tp_size=2.*not part of"),
+    ],
+)
+def test_what_this_version_cannot_train_with_is_refused_before_anything_changes(given, variable, message, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        Accelerator(cpu=True, **{name: make() for name, make in given.items()})
+    assert not AcceleratorState._shared_state and not PartialState._shared_state
+    if variable is not None:  # as the launcher asks for it
+        monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+        with pytest.raises(ValueError, match=message):
+            Accelerator(cpu=True)
+        assert not AcceleratorState._shared_state
+
+
+def test_a_mesh_of_one_process_is_none():
+    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig())
+    assert accelerator.parallelism_config.total_size == 1 and accelerator.torch_device_mesh is None
 
 
 def test_older_spellings_are_taken():

@@ -12,23 +12,43 @@ import importlib
 from .tqdm import tqdm as tqdm
 
 _HOMES: dict[str, tuple[str, ...]] = {
-    "checkpointing": (
-        "clean_state_dict_for_safetensors",
-        "load",
-        "save",
-    ),
+    "checkpointing": ("clean_state_dict_for_safetensors", "load", "save"),
+    "checkpointing.fsdp_files": ("load_fsdp_model", "load_fsdp_optimizer", "save_fsdp_model", "save_fsdp_optimizer"),
+    "checkpointing.merge": ("merge_fsdp_weights",),
     "commands.config.default": ("write_basic_config",),
+    "hooks": ("align_module_device", "has_offloaded_params"),
     "launch.documented": (
         "PrepareForLaunch",
         "prepare_deepspeed_cmd_env",
         "prepare_multi_gpu_env",
+        "prepare_sagemager_args_inputs",
         "prepare_simple_launcher_cmd_env",
         "prepare_tpu",
     ),
-    "precision.helpers": (
-        "get_grad_scaler",
-        "get_mixed_precision_context_manager",
+    "parallelism_config": ("ParallelismConfig",),
+    "placement.checkpoints": ("load_state_dict",),
+    "placement.device_map": (
+        "check_device_map",
+        "check_tied_parameters_in_config",
+        "check_tied_parameters_on_same_device",
+        "infer_auto_device_map",
     ),
+    "placement.loading": ("load_checkpoint_in_model",),
+    "placement.memory": ("get_balanced_memory", "get_max_memory"),
+    "placement.offload": (
+        "OffloadedWeightsLoader",
+        "PrefixedDataset",
+        "extract_submodules_state_dict",
+        "load_offloaded_weight",
+        "load_offloaded_weights",
+        "offload_state_dict",
+        "offload_weight",
+        "save_offload_index",
+    ),
+    "placement.sizes": ("calculate_maximum_sizes", "compute_module_sizes", "dtype_byte_size", "get_max_layer_size"),
+    "placement.tensors": ("id_tensor_storage", "named_module_tensors", "set_module_tensor_to_device"),
+    "placement.tied": ("find_tied_parameters", "retie_parameters"),
+    "precision.helpers": ("get_grad_scaler", "get_mixed_precision_context_manager"),
     "runtime.collectives": (
         "CannotPadNestedTensorWarning",
         "GatheredParameters",
@@ -41,12 +61,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "pad_input_tensors",
         "reduce",
     ),
-    "runtime.forward": (
-        "extract_model_from_parallel",
-        "is_compiled_module",
-    ),
+    "runtime.forward": ("extract_model_from_parallel", "is_compiled_module"),
     "runtime.helpers": (
         "convert_bytes",
+        "convert_file_size_to_int",
         "get_pretty_name",
         "merge_dicts",
         "recursive_getattr",
@@ -62,14 +80,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "is_port_in_use",
         "set_numa_affinity",
     ),
-    "runtime.memory": (
-        "find_executable_batch_size",
-        "release_memory",
-    ),
-    "runtime.modules": (
-        "get_module_children_bottom_up",
-        "is_peft_model",
-    ),
+    "runtime.memory": ("find_executable_batch_size", "release_memory"),
+    "runtime.modules": ("get_module_children_bottom_up", "is_peft_model"),
     "runtime.probe": (
         "compare_versions",
         "deepspeed_required",
@@ -155,12 +167,10 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "send_to_device",
         "slice_tensors",
     ),
-    "runtime.rng": (
-        "set_seed",
-        "synchronize_rng_state",
-        "synchronize_rng_states",
-    ),
+    "runtime.rng": ("set_seed", "synchronize_rng_state", "synchronize_rng_states"),
     "runtime.verify": ("DistributedOperationException",),
+    "runtime.xla_install": ("install_xla",),
+    "settings.deepspeed": ("DeepSpeedPlugin", "DummyOptim", "DummyScheduler", "get_active_deepspeed_plugin"),
     "settings.enums": (
         "MITA_PROFILING_AVAILABLE_PYTORCH_VERSION",
         "MODEL_NAME",
@@ -201,11 +211,11 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "purge_accelerate_environment",
         "str_to_bool",
     ),
-    "settings.fp8": (
-        "AORecipeKwargs",
-        "FP8RecipeKwargs",
-        "MSAMPRecipeKwargs",
-        "TERecipeKwargs",
+    "settings.fp8": ("AORecipeKwargs", "FP8RecipeKwargs", "MSAMPRecipeKwargs", "TERecipeKwargs"),
+    "settings.fsdp": (
+        "FullyShardedDataParallelPlugin",
+        "disable_fsdp_ram_efficient_loading",
+        "enable_fsdp_ram_efficient_loading",
     ),
     "settings.handlers": (
         "AutocastKwargs",
@@ -219,20 +229,28 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "ProjectConfiguration",
         "TorchDynamoPlugin",
     ),
-    "strategies.compile": (
-        "compile_regions",
-        "has_compiled_regions",
+    "settings.megatron": ("MegatronLMDummyScheduler", "MegatronLMPlugin"),
+    "settings.parallel": (
+        "DeepSpeedSequenceParallelConfig",
+        "TorchContextParallelConfig",
+        "TorchTensorParallelConfig",
+        "TorchTensorParallelPlugin",
     ),
+    "strategies.compile": ("compile_regions", "has_compiled_regions"),
 }
 _EXPORTS = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = (
     "constants",
     "dataclasses",
+    "deepspeed",
     "environment",
+    "fsdp_utils",
     "imports",
     "launch",
+    "megatron_lm",
     "memory",
     "modeling",
+    "offload",
     "operations",
     "other",
     "random",

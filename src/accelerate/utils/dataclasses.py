@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..runtime.modules import get_module_class_from_name
 from ..runtime.pytree import TensorInformation
+from ..settings.deepspeed import DeepSpeedPlugin
 from ..settings.enums import (
     BaseEnum,
     ComputeEnvironment,
@@ -19,6 +20,7 @@ from ..settings.enums import (
     SageMakerDistributedType,
 )
 from ..settings.fp8 import AORecipeKwargs, FP8RecipeKwargs, MSAMPRecipeKwargs, TERecipeKwargs
+from ..settings.fsdp import FullyShardedDataParallelPlugin
 from ..settings.handlers import (
     AutocastKwargs,
     DataLoaderConfiguration,
@@ -31,6 +33,13 @@ from ..settings.handlers import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
+from ..settings.megatron import MegatronLMPlugin
+from ..settings.parallel import (
+    DeepSpeedSequenceParallelConfig,
+    TorchContextParallelConfig,
+    TorchTensorParallelConfig,
+    TorchTensorParallelPlugin,
+)
 
 __all__ = [
     "AORecipeKwargs",
@@ -40,18 +49,22 @@ __all__ = [
     "CustomDtype",
     "DDPCommunicationHookType",
     "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
+    "DeepSpeedSequenceParallelConfig",
     "DistributedDataParallelKwargs",
     "DistributedType",
     "DynamoBackend",
     "EnumWithContains",
     "FP8BackendType",
     "FP8RecipeKwargs",
+    "FullyShardedDataParallelPlugin",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
     "InitProcessGroupKwargs",
     "KwargsHandler",
     "LoggerType",
     "MSAMPRecipeKwargs",
+    "MegatronLMPlugin",
     "PrecisionType",
     "ProfileKwargs",
     "ProjectConfiguration",
@@ -59,6 +72,9 @@ __all__ = [
     "SageMakerDistributedType",
     "TERecipeKwargs",
     "TensorInformation",
+    "TorchContextParallelConfig",
     "TorchDynamoPlugin",
+    "TorchTensorParallelConfig",
+    "TorchTensorParallelPlugin",
     "get_module_class_from_name",
 ]

@@ -6,6 +6,7 @@ from ..launch.documented import (
     PrepareForLaunch,
     prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,
+    prepare_sagemager_args_inputs,
     prepare_simple_launcher_cmd_env,
     prepare_tpu,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "PrepareForLaunch",
     "prepare_deepspeed_cmd_env",
     "prepare_multi_gpu_env",
+    "prepare_sagemager_args_inputs",
     "prepare_simple_launcher_cmd_env",
     "prepare_tpu",
 ]

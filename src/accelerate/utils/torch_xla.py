@@ -1,0 +1,7 @@
+"""Installing torch_xla."""
+
+from __future__ import annotations
+
+from ..runtime.xla_install import install_xla
+
+__all__ = ["install_xla"]
