@@ -3,13 +3,14 @@
     python benchmarks/checkpoint.py --parameters 100 --repeats 3
 
 Both sides end with the data on disk (fsync). Times are the best of the repeats, taken in turn, so that a busy machine
-disturbs both. Loads are measured with the files in the page cache ("warm") and, where the cache can be dropped, without.
+disturbs both. Each load has a new process, as a resumed run has, with the files in the page cache ("warm") or out of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -48,14 +49,26 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def evict(folder: Path) -> None:
-    """Drops a folder's files from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+def files_of(path: Path) -> list[Path]:
+    """A file, or the files of a folder."""
+    return [path] if path.is_file() else [below for below in path.rglob("*") if below.is_file()]
+
+
+def warm(path: Path) -> None:
+    """Brings files into the page cache."""
+    for file in files_of(path):
+        with open(file, "rb", buffering=0) as opened:
+            while opened.read(2**20):
+                pass
+
+
+def evict(path: Path) -> None:
+    """Drops files from the page cache."""
+    for file in files_of(path):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -98,16 +111,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=100, help="millions of parameters")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--load", type=Path, help="load this checkpoint once and print the memory it took")
+    parser.add_argument("--load", type=Path, help="only load this file or checkpoint; print seconds and memory")
     chosen = parser.parse_args()
     if chosen.load:
         load_once(chosen.load, chosen.parameters)
         return
+    load_average = os.getloadavg()[0]
     scratch = Path(tempfile.mkdtemp(prefix="checkpoint-"))
     try:
         measure(scratch, chosen.parameters, chosen.repeats)
     finally:
         shutil.rmtree(scratch)
+    print(f"load average before and after, on {os.cpu_count()} cores: {load_average:.1f}, {os.getloadavg()[0]:.1f}")
 
 
 def measure(scratch: Path, millions: int, repeats: int) -> None:
@@ -116,33 +131,33 @@ def measure(scratch: Path, millions: int, repeats: int) -> None:
     model, optimizer = accelerator.prepare(*build(millions))
     raw, ours = scratch / "raw", scratch / "ours"
     raw.mkdir()
-    state = sum(p.numel() * p.element_size() for p in model.parameters()) * 3
 
     def save_raw() -> None:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, raw / "all.pt")
         sync(raw / "all.pt")
 
-    def load_raw() -> None:
-        found = torch.load(raw / "all.pt", weights_only=True)
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
-
     rows: dict[str, list[float]] = {}
+    memory: list[float] = []
 
     def take(name: str, action: Callable[[], Any]) -> None:
         rows.setdefault(name, []).append(timed(action))
+
+    def load(name: str, path: Path, prepare: Callable[[Path], None]) -> None:
+        prepare(path)
+        command = [sys.executable, "-W", "ignore", __file__, "--parameters", str(millions), "--load", str(path)]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        rows.setdefault(name, []).append(found["seconds"])
+        if path == ours:
+            memory.append(found["memory"])
 
     for _ in range(repeats):
         take("torch.save", save_raw)
         take("save_state", lambda: accelerator.save_state(ours))
         take("blocked by save_state(asynchronous=True)", lambda: accelerator.save_state(ours, asynchronous=True))
         accelerator.wait_for_checkpoint()
-        take("torch.load, warm", load_raw)
-        take("load_state, warm", lambda: accelerator.load_state(ours))
-        evict(scratch)
-        take("torch.load, cold", load_raw)
-        evict(scratch)
-        take("load_state, cold", lambda: accelerator.load_state(ours))
+        for state, prepare in (("warm", warm), ("cold", evict)):
+            load(f"torch.load, {state}", raw / "all.pt", prepare)
+            load(f"load_state, {state}", ours, prepare)
     best = {name: min(times) for name, times in rows.items()}
     beside = {
         "save_state": "torch.save",
@@ -150,27 +165,35 @@ def measure(scratch: Path, millions: int, repeats: int) -> None:
         "load_state, warm": "torch.load, warm",
         "load_state, cold": "torch.load, cold",
     }
-    print(f"{state / 1e9:.2f} GB of state (parameters and Adam's), best of {repeats}")
+    print(f"{state_size(model) / 1e9:.2f} GB of state (parameters and Adam's), best of {repeats}")
     for name, seconds in best.items():
         other = beside.get(name)
         ratio = f"{seconds / best[other]:5.2f} of {other}" if other else ""
         print(f"{name:42} {seconds:7.2f} s  {ratio}")
-    # A process of its own: memory that this one has given back and kept would hide what a load takes.
-    command = [sys.executable, "-W", "ignore", __file__, "--parameters", str(millions), "--load", str(ours)]
-    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="")
+    print(f"anonymous memory at the peak of a load, weights included: {max(memory):.2f} times the state")
 
 
-def load_once(folder: Path, millions: int) -> None:
-    """Loads a checkpoint into a fresh run and prints the memory it took."""
+def state_size(model: nn.Module) -> int:
+    """Bytes of parameters and Adam's two moments."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) * 3
+
+
+def load_once(path: Path, millions: int) -> None:
+    """Loads into a fresh run, a checkpoint with `load_state` and a file with `torch.load`; prints seconds and memory."""
     accelerator = Accelerator(cpu=True)
     before = PeakAnonymous.now()
-    model, _ = accelerator.prepare(*build(millions, stepped=False))
+    model, optimizer = build(millions, stepped=False)
+
+    def load_raw() -> None:
+        found = torch.load(path, weights_only=True)
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+
+    if path.is_dir():
+        model, optimizer = accelerator.prepare(model, optimizer)
     with PeakAnonymous() as memory:
-        accelerator.load_state(folder)
-    state = sum(p.numel() * p.element_size() for p in model.parameters()) * 3
-    print(
-        f"anonymous memory at the peak of a load, weights included: {(memory.peak - before) / state:.2f} times the state"
-    )
+        seconds = timed(load_raw if path.is_file() else lambda: accelerator.load_state(path))
+    print(json.dumps({"seconds": seconds, "memory": (memory.peak - before) / state_size(model)}))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,6 @@ def test_every_command_has_help_under_all_its_names(name: str, accelerate: Run) 
     "words",
     [
         ["config", "update"],
-        ["estimate-memory", "bert-base-cased"],
-        ["merge-weights", "a", "b"],
         ["to-fsdp2"],
     ],
     ids=" ".join,
@@ -85,18 +83,6 @@ def test_a_configuration_without_questions(accelerate: Run, tmp_path: Path) -> N
     assert other.returncode == 0 and (tmp_path / "mine.yaml").exists()
     wrong = accelerate("config", "default", "--mixed_precision", "fp15")
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
-
-
-def test_env_reports_what_a_report_needs(accelerate: Run, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
-    done = accelerate("env", "--config_file", "c.yaml", CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stderr
-    labels = [line[2:].split(":")[0] for line in done.stdout.splitlines() if line.startswith("- ")]
-    observed = next(case for case in CASES if case["name"] == "cli.env")["output"]["bullet_labels"]
-    assert labels == [*observed[:-1], "`Accelerate` config passed"]
-    assert "\t- num_processes: 2" in done.stdout and "\t- distributed_type: MULTI_CPU" in done.stdout
-    missing = accelerate("env", "--config_file", "nothing.yaml")
-    assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1
 
 
 def test_the_check_of_the_set_up(accelerate: Run, tmp_path: Path) -> None:

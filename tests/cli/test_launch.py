@@ -152,7 +152,7 @@ def test_what_was_chosen_is_one_line(accelerate: Run, script: Write) -> None:
         (["--tpu", "--tpu_cluster", "s.py"], "which TPU? Missing is tpu_name and tpu_zone"),
         (["--mpirun_hostfile", "hosts", "--num_processes", "2", "s.py"], "cannot start a run on mpirun yet"),
         (["--use_deepspeed", "--num_machines", "2", "--num_processes", "2", "s.py"], "DeepSpeed's own launcher yet"),
-        (["--config_file", "aws.yaml", "s.py"], "needs its SDK: pip install \"accelerate[sagemaker]\""),
+        (["--config_file", "aws.yaml", "s.py"], 'needs its SDK: pip install "accelerate[sagemaker]"'),
         (["--mixed_precision", "fp8", "--fp8_backend", "msamp", "s.py"], "needs msamp, which is not installed"),
     ],
 )

@@ -48,14 +48,14 @@ class Aws:
         (folder / "code" / "requirements.txt").write_text("accelerate\n")
 
     def start(
-        self, *words: str, flags: tuple[str, ...] = (), keys: bool = True, **changes: Any
+        self, *words: str, flags: tuple[str, ...] = (), keys: bool = True, status: str = "Completed", **changes: Any
     ) -> subprocess.Popen[str]:
         (self.folder / "aws.yaml").write_text(yaml.safe_dump({**FILE, **changes}))
         report = self.folder / "report.json"
         report.unlink(missing_ok=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         environment |= {"PYTHONPATH": str(ROOT / "src"), "HOME": str(self.folder), "PYTHONUNBUFFERED": "1"}
-        environment["AWS_EC2_METADATA_DISABLED"] = "true"
+        environment |= {"AWS_EC2_METADATA_DISABLED": "true", "JOB_STATUS": status}
         if keys:
             environment |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
         command = [str(PYTHON), str(ROOT / "tests" / "clouds" / "aws.py"), str(report)]
@@ -158,8 +158,16 @@ def test_a_refusal_is_one_line_and_code_2(changes: dict[str, Any], message: str,
 
 
 @pytest.mark.slow
+def test_a_job_that_fails_is_one_line_and_code_1(aws: Aws) -> None:
+    done, _ = aws.launch(distributed_type="NO", status="Failed")
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("accelerate launch: ")]
+    assert done.returncode == 1 and "the job did not end well" in said and "the script raised" in said
+    assert "You can find your model data" not in done.stdout
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_the_watching_and_says_how_to_end_the_job(aws: Aws) -> None:
-    process = aws.start(distributed_type="NO")
+    process = aws.start(distributed_type="NO", status="InProgress")
     assert process.stdout is not None
     try:
         for line in iter(process.stdout.readline, ""):
@@ -168,7 +176,8 @@ def test_ctrl_c_ends_the_watching_and_says_how_to_end_the_job(aws: Aws) -> None:
         name = ""
         while not name:  # the SDK notes the name on stderr, then waits for the job
             assert process.stderr is not None
-            name = process.stderr.readline().partition("Creating training-job with name: ")[2].strip()
+            said = process.stderr.readline() or pytest.fail("no job was started")
+            name = said.partition("Creating training-job with name: ")[2].strip()
         shown = ""
         while not shown.endswith("Starting"):
             shown += process.stdout.read(1) or pytest.fail("the job is not watched")

@@ -1,12 +1,14 @@
 """Runs `accelerate` with AWS played by moto: ``python aws.py REPORT WORD…``, with the interpreter of `make clouds`.
 
-REPORT, a json file, receives what SageMaker was asked for, what it says about the job, and what was uploaded.
+REPORT, a json file, receives what SageMaker was asked for, what it says about the job, and what was uploaded. The
+variable JOB_STATUS says what becomes of a job: Completed, Failed or InProgress.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 from pathlib import Path
@@ -14,10 +16,22 @@ from typing import Any
 
 import boto3
 from moto import mock_aws
+from moto.sagemaker.models import FakeTrainingJob
 
 from accelerate.commands.accelerate_cli import main
 
 AWS: dict[str, Any] = {"region_name": "us-east-1", "aws_access_key_id": "ours", "aws_secret_access_key": "ours"}
+
+
+made = FakeTrainingJob.__init__
+
+
+def make(job: Any, **values: Any) -> None:
+    """Makes moto's training job, which would always be completed at once."""
+    made(job, **values)
+    job.training_job_status = os.environ.get("JOB_STATUS", "Completed")
+    if job.training_job_status == "Failed":
+        job.failure_reason = "AlgorithmError: the script raised"
 
 
 def uploaded(uri: str) -> dict[str, str]:
@@ -39,6 +53,7 @@ def described(name: str) -> dict[str, Any]:
 def run(words: list[str]) -> dict[str, Any]:
     """The exit code, and each job that was asked for."""
     requests: list[dict[str, Any]] = []
+    FakeTrainingJob.__init__ = make
     with mock_aws(config={"core": {"mock_credentials": False}}):
         boto3.client("iam", **AWS).create_role(RoleName="trainer", AssumeRolePolicyDocument="{}")
         boto3.setup_default_session()

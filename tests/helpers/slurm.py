@@ -1,4 +1,4 @@
-"""The variables that SLURM gives: to a task of a step (``srun``), and to a batch script."""
+"""The variables that SLURM gives to a task of a step (``srun``) and to a batch script, as seen with SLURM 22.05.8."""
 
 from __future__ import annotations
 

@@ -160,7 +160,10 @@ def _only_rank_0_has_weights() -> list[float]:
     with torch.device("cpu" if accelerator.is_main_process else "meta"):
         torch.manual_seed(7)
         model = Tiny()
+        model.register_buffer("mask", torch.tensor([True, False]))  # a type that not every backend carries
+    model.layers[0].down.weight.data = model.layers[0].down.weight.data.t().contiguous().t()  # nor every layout
     model = accelerator.prepare(model)
+    assert model.mask.tolist() == [True, False] and model.head.weight is model.embedding.weight
     tokens = torch.arange(8).view(2, 4)
     return model(tokens).detach().flatten().tolist()
 
@@ -225,6 +228,9 @@ def _refused() -> list[str]:
         accelerator.prepare(model, optimizer)
     said.append(str(caught.value))
     assert not isinstance(next(model.parameters()), DTensor)  # nothing has changed
+    with refuse() as caught, torch.device("meta" if accelerator.is_main_process else "cpu"):
+        accelerator.prepare(Tiny())
+    said.append(str(caught.value))
     model = accelerator.prepare(nn.Sequential(Block(2)))
     with refuse(SaveError) as caught:
         accelerator.save_state("nowhere")
@@ -249,6 +255,7 @@ def test_what_is_refused_says_why(run_ranks):
     wanted = [
         "SGD holds parameters of a model that has not been prepared",
         "AdamW has stepped already",
+        "parameter 'embedding.weight' is on the meta device of rank 0",
         "checkpoints of fully sharded training are not part of this version",
         "join_uneven_inputs does not work with fully sharded training",
         "'embedding.weight' is shared with 'head.weight', which is in another unit",

@@ -293,6 +293,11 @@ def test_bad_settings_say_what_is_wrong():
             "FSDP",
             "fsdp_version=1 is not part of this version.*--fsdp_version 2",
         ),
+        (
+            {"fsdp_plugin": lambda: FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)},
+            None,
+            "cpu_offload is not",
+        ),
         ({"deepspeed_plugin": DeepSpeedPlugin}, "DEEPSPEED", r"deepspeed_plugin \(--use_deepspeed\).*not part of this"),
         ({"megatron_lm_plugin": MegatronLMPlugin}, "MEGATRON_LM", r"megatron_lm_plugin \(--use_mega.*not part of this"),
         ({"parallelism_config": lambda: ParallelismConfig(tp_size=2)}, None, "asks for tp_size=2.*not part of this"),
@@ -308,6 +313,11 @@ def test_what_this_version_cannot_train_with_is_refused_before_anything_changes(
         with pytest.raises(ValueError, match=message):
             Accelerator(cpu=True)
         assert not AcceleratorState._shared_state
+
+
+def test_sharding_needs_a_process_group():
+    with pytest.raises(ValueError, match=r"needs a process group.*accelerate launch --use_fsdp --fsdp_version 2"):
+        Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
 
 
 def test_a_mesh_of_one_process_is_none():

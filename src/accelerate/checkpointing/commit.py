@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import manifest as manifests
-from .files import FileRecord, record_of, sync_folder, write_file
+from .disk import FileRecord, record_of, sync_folder, write_file
 from .names import is_ours
 
 INCOMPLETE = ".incomplete"

@@ -194,7 +194,7 @@ class StoredFolder:
         with open(self.folder / piece.file, "rb") as file:
             part = _Part(file, piece.start, piece.length)
             try:
-                return torch.load(part, map_location="cpu", weights_only=True)
+                return torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
             except pickle.UnpicklingError as error:
                 text = "it holds something else than tensors and plain data, which is not loaded"
                 raise self._damaged(name, piece, text) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import files
+from .disk import FileRecord, FileWriter, write_file
 from .errors import Problem
 
 Check = Callable[[Any], list[Problem]]
@@ -23,7 +24,7 @@ Check = Callable[[Any], list[Problem]]
 class FileFormat:
     """How a state becomes a file: ``write(state, writer)``, ``read(path, **options)``."""
 
-    write: Callable[[Any, files.FileWriter], None]
+    write: Callable[[Any, FileWriter], None]
     read: Callable[..., Any]
     takes_options: bool = False
 
@@ -82,6 +83,6 @@ class Part:
     state: Any
     format: FileFormat
 
-    def write(self, folder: Path) -> files.FileRecord:
+    def write(self, folder: Path) -> FileRecord:
         """Writes the file below `folder`, on disk when this returns."""
-        return files.write_file(folder / self.path, self.path, lambda writer: self.format.write(self.state, writer))
+        return write_file(folder / self.path, self.path, lambda writer: self.format.write(self.state, writer))

@@ -1,181 +1,22 @@
-"""One file: written once, synced, with checksums of its stretches; read without running code, and without copying.
+"""The formats of files: how a state becomes bytes, and how it is read without running code.
 
 Tensors are written from where they lie and read through a memory map. `torch.save`'s own CRC is left out: the manifest
-has one for every stretch of `STRETCH` bytes, so that one big file is checked by several threads.
+has checksums.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
-import os
 import struct
-import sys
 import threading
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-STRETCH = 64 * 2**20
-"""Bytes that one checksum covers."""
-_PIECE = 2**20
-_BLOCK = 8 * 2**20
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size and checksums of one file.
-
-    Attributes:
-        path: Path in the checkpoint, with slashes.
-        size: Bytes.
-        sums: CRC-32 of each `STRETCH` bytes, as 8 hexadecimal digits.
-    """
-
-    path: str
-    size: int
-    sums: tuple[str, ...]
-
-
-class FileWriter:
-    """A new file, as `torch.save` and others write to it; counts bytes and keeps checksums.
-
-    Large buffers are summed on a thread of its own while they are written.
-
-    Args:
-        path: Where; it must not exist.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._sum = 0
-        self._summed = 0
-        self._sums: list[str] = []
-        self._started = 0
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        """Writes all of a bytes-like object."""
-        view = memoryview(data)
-        if view.format != "B" or view.ndim != 1:
-            view = view.cast("B")
-        if len(view) < _PIECE:
-            self._add_up(view)
-            self._put(view)
-        else:
-            # Both are done when this returns: the memory may be another's then.
-            helper = threading.Thread(target=self._add_up, args=(view,), name="checkpoint sums")
-            helper.start()
-            try:
-                self._put(view)
-            finally:
-                helper.join()
-        return len(view)
-
-    def _put(self, view: memoryview) -> None:
-        start = 0
-        while start < len(view):
-            start += os.write(self._descriptor, view[start : start + _BLOCK])
-        self.size += len(view)
-        if self.size - self._started >= STRETCH:
-            _start_writeback(self._descriptor, self._started, self.size - self._started)
-            self._started = self.size
-
-    def _add_up(self, view: memoryview) -> None:
-        start = 0
-        while start < len(view):
-            end = min(len(view), start + STRETCH - self._summed % STRETCH)
-            self._sum = zlib.crc32(view[start:end], self._sum)
-            self._summed += end - start
-            start = end
-            if self._summed % STRETCH == 0:
-                self._close_stretch()
-
-    def _close_stretch(self) -> None:
-        self._sums.append(f"{self._sum:08x}")
-        self._sum = 0
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def finish(self, path: str) -> FileRecord:
-        """Syncs the file to disk; returns its record under the name it has in the checkpoint."""
-        os.fsync(self._descriptor)
-        if self.size % STRETCH or not self.size:
-            self._close_stretch()
-        return FileRecord(path, self.size, tuple(self._sums))
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._descriptor)
-
-
-@functools.cache
-def _sync_file_range() -> Any:
-    call = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
-    if call is not None:
-        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    return call
-
-
-def _start_writeback(descriptor: int, start: int, count: int) -> None:
-    """Has the disk begin with what was written, so that the sync at the end finds most of it done. No more than a hint."""
-    call = _sync_file_range()
-    if call is not None:
-        call(descriptor, start, count, 2)  # SYNC_FILE_RANGE_WRITE
-
-
-def write_file(path: Path, name: str, write: Callable[[FileWriter], None]) -> FileRecord:
-    """Makes a new file with what `write` writes, on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = FileWriter(path)
-    try:
-        write(writer)
-        return writer.finish(name)
-    finally:
-        writer.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings a folder's list of names to disk. (Systems that cannot open a folder have nothing like it.)"""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def record_of(path: Path, name: str) -> FileRecord:
-    """The record of a file that somebody else wrote; it is synced to disk as well."""
-    sums = []
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-        for start in range(0, max(size, 1), STRETCH):
-            sums.append(sum_of_stretch(file.fileno(), start))
-    return FileRecord(name, size, tuple(sums))
-
-
-def sum_of_stretch(descriptor: int, start: int) -> str:
-    """The checksum of one stretch of an open file."""
-    total = 0
-    for offset in range(start, start + STRETCH, _PIECE):
-        piece = os.pread(descriptor, _PIECE, offset)
-        if not piece:
-            break
-        total = zlib.crc32(piece, total)
-    return f"{total:08x}"
-
-
-# Formats ------------------------------------------------------------------------------------------------------------
+from .disk import FileWriter
 
 
 def write_torch(state: Any, writer: FileWriter) -> None:

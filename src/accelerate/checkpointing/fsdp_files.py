@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ..runtime import world
 from ..runtime.forward import extract_model_from_parallel
 from ..settings.enums import FSDP_MODEL_NAME, OPTIMIZER_NAME
+from .dcp import StoredFolder
 from .files import read_torch, write_torch
 from .model_files import write_whole
 
@@ -154,6 +155,7 @@ def _read(wanted: dict[str, Any], kind: str, folder: Path, name: str, index: int
         state: dict[str, Any] = read_torch(_file(folder, name, index))
         return state
     shards = folder / f"{name}_{index}"
+    StoredFolder(shards)  # torch would run code from a description; this refuses one that has any
     dcp.load({kind: wanted}, checkpoint_id=shards)
     return wanted
 

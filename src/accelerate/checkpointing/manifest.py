@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .disk import STRETCH, FileRecord, FileWriter, sum_of_stretch
 from .errors import Problem
-from .files import STRETCH, FileRecord, FileWriter, sum_of_stretch
 from .parallel import in_parallel
 
 NAME = "manifest.json"

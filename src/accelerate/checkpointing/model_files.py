@@ -26,7 +26,8 @@ from ..settings.enums import (
     WEIGHTS_NAME,
     WEIGHTS_PATTERN_NAME,
 )
-from .files import FileWriter, read_safetensors, read_torch, sync_folder, write_file, write_safetensors, write_torch
+from .disk import FileWriter, sync_folder, write_file
+from .files import read_safetensors, read_torch, write_safetensors, write_torch
 
 logger = logging.getLogger(__name__)  # usable before a process knows its rank
 
@@ -154,6 +155,7 @@ def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
 
 
 # A model, in pieces ---------------------------------------------------------------------------------------------------
+
 
 def split(state: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
     """Names of a state in groups of at most `limit` bytes. A tensor larger than that is alone; tied ones stay together."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..settings.enums import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from .copying import copy_all, fits, is_plain
 from .entries import SAFETENSORS, TORCH, Entry
 from .errors import Problem
 from .model_files import shared_names, without_aliases
@@ -49,7 +51,17 @@ def model_entry(
 def _load_model(model: nn.Module | None, saved: dict[str, Any], options: dict[str, Any]) -> None:
     assert model is not None
     # What is missing has been found fit: it shares its memory with what is there, or the caller allows it.
-    model.load_state_dict(saved, **{**options, "strict": False})
+    model.load_state_dict(
+        saved if options.get("assign") else _copied_into(model, saved), **{**options, "strict": False}
+    )
+
+
+def _copied_into(model: nn.Module, saved: dict[str, Any]) -> dict[str, Any]:
+    """The state, of which tensors that could be copied to their place at once are those in their place."""
+    live = model.state_dict(keep_vars=True)
+    copied = {name: live[name] for name, value in saved.items() if fits(live.get(name), value)}
+    copy_all((target, saved[name]) for name, target in copied.items())
+    return {**saved, **copied}
 
 
 def _check_model(path: str, model: nn.Module | None, saved: Any) -> list[Problem]:
@@ -166,41 +178,35 @@ def _expected_shape(optimizer: Any, parameter: torch.Tensor, name: str) -> torch
 
 def _owned(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """The state in memory of its own: that of the live state where it fits, so that there are never two of them."""
-    state = dict(saved["state"])
+    own: dict[int, torch.Tensor] = {}
+    pairs = []
     for key, parameter in _places(optimizer, saved):
-        if isinstance(state.get(key), dict):
-            live = optimizer.state.get(parameter, {})
-            state[key] = {name: _into(live.get(name), value) for name, value in state[key].items()}
-    return {**saved, "state": _cloned(state), "param_groups": _cloned(saved["param_groups"])}
+        live, values = optimizer.state.get(parameter, {}), saved["state"].get(key)
+        for name, value in values.items() if isinstance(values, dict) else ():
+            target = live.get(name)
+            if is_plain(value) and id(value) not in own:
+                own[id(value)] = target.detach() if fits(target, value) else torch.empty_like(value)
+                pairs.append((own[id(value)], value))
+            elif isinstance(value, torch.Tensor) and _takes(target, value):
+                own[id(value)] = target.detach().copy_(value)
+    copy_all(pairs)
+    return {**saved, "state": _cloned(saved["state"], own), "param_groups": _cloned(saved["param_groups"])}
 
 
-class _Own:
-    """A tensor that is ours already."""
-
-    __slots__ = ("tensor",)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+def _takes(live: Any, value: torch.Tensor) -> bool:
+    """Whether the live tensor can take a value that lies elsewhere or in another order."""
+    alike = isinstance(live, torch.Tensor) and live.shape == value.shape and live.dtype == value.dtype
+    return alike and live.is_contiguous() and not live.is_meta
 
 
-def _into(live: Any, value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    fits = isinstance(live, torch.Tensor) and live.shape == value.shape and live.dtype == value.dtype
-    if fits and live.is_contiguous() and not live.is_meta:
-        return _Own(live.detach().copy_(value))
-    return _Own(value.clone())
-
-
-def _cloned(tree: Any) -> Any:
-    if isinstance(tree, _Own):
-        return tree.tensor
+def _cloned(tree: Any, own: Mapping[int, torch.Tensor] = MappingProxyType({})) -> Any:
+    """A tree with tensors of its own: those of `own`, by the identity of the original, and else copies."""
     if isinstance(tree, torch.Tensor):
-        return tree.clone()
+        return own[id(tree)] if id(tree) in own else tree.clone()
     if isinstance(tree, dict):
-        return {key: _cloned(value) for key, value in tree.items()}
+        return {key: _cloned(value, own) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(_cloned(value) for value in tree)
+        return type(tree)(_cloned(value, own) for value in tree)
     return tree
 
 

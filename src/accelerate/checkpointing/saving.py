@@ -21,9 +21,10 @@ from ..logging import get_logger
 from ..runtime.transport import Collectives
 from ..runtime.world import World
 from .commit import commit, discard, stage
+from .copying import copy_all, is_plain, room_for
+from .disk import FileRecord
 from .entries import Entry, Part
 from .errors import SaveError
-from .files import FileRecord
 from .finding import is_whole
 from .joint import together
 from .names import numbered_folders
@@ -116,11 +117,15 @@ def capture(entries: Sequence[Entry], disk: Disk, *, copy: bool) -> list[Part]:
 
 def _copied(tree: Any) -> Any:
     seen: dict[int, torch.Tensor] = {}
+    pairs = []
 
     def walk(node: Any) -> Any:
         if isinstance(node, torch.Tensor):
             # Tied tensors stay tied: they are written once.
-            if id(node) not in seen:
+            if id(node) not in seen and is_plain(node):
+                seen[id(node)] = room_for(node)
+                pairs.append((seen[id(node)], node))
+            elif id(node) not in seen:
                 seen[id(node)] = node.detach().to("cpu", copy=True)
             return seen[id(node)]
         if isinstance(node, dict):
@@ -129,7 +134,9 @@ def _copied(tree: Any) -> Any:
             return type(node)(walk(value) for value in node)
         return node
 
-    return walk(tree)
+    whole = walk(tree)
+    copy_all(pairs)
+    return whole
 
 
 @dataclass(frozen=True)

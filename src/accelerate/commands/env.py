@@ -1,27 +1,54 @@
-"""``accelerate env``: versions, devices and configuration, ready to paste into a report."""
+"""``accelerate env``: versions, devices and configuration, ready to paste into a report.
+
+What is broken is reported, never a reason not to report the rest.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..launch import config_file
+from ..settings import env
 from ..settings.option import SettingsError
 from .parsers import add, make_parser
 
 if TYPE_CHECKING:
     from ..runtime.devices import DeviceKind
 
+_PACKAGES = (
+    *("aim", "bitsandbytes", "clearml", "comet_ml", "datasets", "deepspeed", "diffusers", "dvclive", "flash-attn"),
+    *("huggingface_hub", "intel_extension_for_pytorch", "megatron-core", "mlflow", "mpi4py", "msgspec", "peft"),
+    *("psutil", "pyyaml", "questionary", "rich", "safetensors", "sagemaker", "sentence-transformers", "swanlab"),
+    *("tensorboard", "timm", "tokenizers", "torch_npu", "torch_xla", "torchao", "torchdata", "torchvision", "trackio"),
+    *("transformer_engine", "transformers", "triton", "trl", "wandb"),
+)
+# Variables that change what a run does, by how their names begin.
+_PREFIXES = (
+    *("ACCELERATE_", "DEEPSPEED_", "FSDP_", "MEGATRON_", "PARALLELISM_CONFIG_", "HF_", "TRANSFORMERS_", "AWS_"),
+    *("TORCH", "PYTORCH_", "NCCL_", "GLOO_", "CCL_", "TP_", "UCX_", "OMP_", "KMP_", "MKL_", "MASTER_", "RANK"),
+    *("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "SLURM_", "OMPI_", "PMI_", "MPI_"),
+    *("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "ZE_", "XLA_", "PJRT_", "TPU_", "USE_TORCH_XLA", "CONDA_DEFAULT_ENV"),
+    *("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHASHSEED", "XDG_CACHE_HOME", "TOKENIZERS_", "WANDB_", "COMET_", "MLFLOW_"),
+)
+_SECRET_WORDS = frozenset(
+    {"AUTH", "CREDENTIAL", "CREDENTIALS", "KEY", "KEYS", "PASS", "PASSWORD", "PASSWD", "SECRET", "TOKEN", "TOKENS"}
+)
+_MASK = "(set, not shown)"
+
 
 def env_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """The command's parser."""
     parser = make_parser("env", "Shows versions, devices and configuration, for a report.", subparsers)
     add(parser, "--config_file", help="configuration file to show instead of the default one")
-    parser.set_defaults(func=env_command)
+    add(parser, "--json", action="store_true", help="print JSON")
+    parser.set_defaults(func=env_command, json=False)
     return parser
 
 
@@ -29,66 +56,168 @@ def env_command(args: argparse.Namespace) -> dict[str, Any]:
     """Prints the report and returns it by label.
 
     Raises:
-        SettingsError: when the configuration file named does not exist or cannot be read.
+        SettingsError: after the report, when the configuration file does not exist or cannot be read.
     """
-    report = _report(args.config_file)
-    print("\nTo report a problem, copy the lines below and fill in what you did and saw.\n")
-    for label, value in report.items():
-        if isinstance(value, Mapping):
-            print(f"- {label}:")
-            print("\n".join(f"\t- {key}: {inner}" for key, inner in value.items()))
-        else:
-            print(f"- {label}: {value}")
+    configuration, error = _configuration(args.config_file)
+    report = _report(args.config_file, configuration)
+    if args.json:
+        import json
+
+        print(json.dumps({_slug(label): value for label, value in report.items()}, indent=2))
+    else:
+        print("\nTo report a problem, copy the lines below and fill in what you did and saw.\n")
+        _print_lines(report)
+    if error is not None:
+        raise error
     return report
 
 
-def _report(path: str | None) -> dict[str, Any]:
-    configuration = _configuration(path)  # first: a mistake here should not wait for torch
+def _print_lines(report: Mapping[str, Any]) -> None:
+    for label, value in report.items():
+        if isinstance(value, Mapping):
+            print(f"- {label}:" if value else f"- {label}: none")
+            for key, inner in value.items():
+                print(f"\t- {key}: {inner}")
+        else:
+            print(f"- {label}: {value}")
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+
+
+def _report(path: str | None, configuration: Mapping[str, Any] | str) -> dict[str, Any]:
     import shutil
 
-    import numpy
-    import psutil
-    import torch
-
-    from .. import __version__
-    from ..runtime.devices import default_kind
-
-    kind = default_kind()
     report: dict[str, Any] = {
-        "`Accelerate` version": __version__,
+        "`Accelerate` version": _or_why(_own_version),
         "Platform": platform.platform(),
         "`accelerate` bash location": shutil.which("accelerate") or f"not on the PATH (this is {sys.argv[0]})",
         "Python version": platform.python_version(),
-        "Numpy version": numpy.__version__,
-        "PyTorch version": torch.__version__,
-        "PyTorch accelerator": _accelerator(kind),
-        "System RAM": f"{psutil.virtual_memory().total / 1024**3:.2f} GB",
+        "Numpy version": _or_why(lambda: _import("numpy").__version__),
+        "PyTorch version": _or_why(lambda: _import("torch").__version__),
+        "PyTorch accelerator": _or_why(_accelerator),
+        "System RAM": _or_why(_memory),
     }
-    if (name := _device_name(kind)) is not None:
-        report["GPU type" if kind.name == "cuda" else f"{kind.name.upper()} type"] = name
+    devices = _devices()
+    if devices:
+        kind = report["PyTorch accelerator"].split()[0]
+        report["GPU type" if kind == "CUDA" else f"{kind} type"] = next(iter(devices.values())).split(",")[0]
     report["`Accelerate` default config" if path is None else "`Accelerate` config passed"] = configuration
+    if devices:
+        report["Devices"] = devices
+    report["CPU cores"] = _or_why(_cores)
+    report["Environment variables"] = variables()
+    report["Optional packages"] = _packages()
     return report
 
 
-def _accelerator(kind: DeviceKind) -> str:
+def _or_why(look: Callable[[], Any]) -> str:
+    """What `look` finds, or why it finds nothing."""
+    try:
+        return str(look())
+    except Exception as error:  # noqa: BLE001 - a report of something broken is what this command is for
+        return f"unknown ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
+def _import(name: str) -> Any:
+    import importlib
+
+    return importlib.import_module(name)
+
+
+def _own_version() -> str:
+    from .. import __version__
+
+    return __version__
+
+
+def _kind() -> DeviceKind:
+    from ..runtime.devices import default_kind
+
+    return default_kind()
+
+
+def _accelerator() -> str:
+    kind = _kind()
     return "N/A" if kind.name == "cpu" else f"{kind.name.upper()} ({kind.count()})"
 
 
-def _device_name(kind: DeviceKind) -> str | None:
-    module = None if kind.name in ("cpu", "mps", "xla") else kind.torch_module()
-    return str(module.get_device_name()) if module is not None and hasattr(module, "get_device_name") else None
+def _memory() -> str:
+    import psutil
+
+    return f"{psutil.virtual_memory().total / 1024**3:.2f} GB"
 
 
-def _configuration(path: str | None) -> dict[str, Any] | str:
-    if path is None:
-        path = config_file.default_path()
-        if not os.path.isfile(path):
-            return "Not found"
-    elif not os.path.isfile(path):
-        raise SettingsError(f"configuration file {path} does not exist.")
-    from .config.config_args import load_config_from_file
+def _cores() -> str:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{usable} usable of {os.cpu_count()}"
 
-    return load_config_from_file(path).to_dict()
+
+def _devices() -> dict[str, str]:
+    """Name and memory of each device of the default kind, by its number."""
+    try:
+        kind = _kind()
+        module = None if kind.name in ("cpu", "mps", "xla") else kind.torch_module()
+        if module is None or not hasattr(module, "get_device_name"):
+            return {}
+        return {f"{kind.name}:{n}": _or_why(functools.partial(_device, module, n)) for n in range(kind.count())}
+    except Exception as error:  # noqa: BLE001 - as above
+        return {"unknown": f"{type(error).__name__}: {error}"}
+
+
+def _device(module: Any, number: int) -> str:
+    properties = module.get_device_properties(number)
+    memory = getattr(properties, "total_memory", None)
+    name = str(module.get_device_name(number))
+    return name if memory is None else f"{name}, {memory / 1024**3:.2f} GB"
+
+
+def _configuration(path: str | None) -> tuple[dict[str, Any] | str, SettingsError | None]:
+    """The configuration, and what is wrong with it."""
+    try:
+        if path is None:
+            path = config_file.default_path()
+            if not os.path.isfile(path):
+                return "Not found", None
+        elif not os.path.isfile(path):
+            raise SettingsError(f"configuration file {path} does not exist.")
+        from .config.config_args import load_config_from_file
+
+        content = load_config_from_file(path).to_dict()
+        return {key: _MASK if _is_secret(key) else value for key, value in content.items()}, None
+    except SettingsError as error:
+        return f"cannot be used: {error}", error
+
+
+def variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The variables that change what a run does; of those that look like secrets only that they are set.
+
+    Args:
+        environment: Instead of this process's.
+    """
+    found = env.snapshot() if environment is None else environment
+    return {
+        name: _MASK if _is_secret(name) else re.sub(r"://[^/@\s]+@", "://***@", value)
+        for name, value in sorted(found.items())
+        if name.startswith(_PREFIXES)
+    }
+
+
+def _is_secret(name: str) -> bool:
+    return not _SECRET_WORDS.isdisjoint(re.split(r"[^A-Z0-9]+", name.upper()))
+
+
+def _packages() -> dict[str, str]:
+    from importlib import metadata
+
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -140,29 +141,26 @@ def follow(args: argparse.Namespace) -> tuple[str, dict[str, StepMemory]]:
     Raises:
         EstimateError: when the step cannot be followed.
     """
+    import torch
+
     from .estimate_step import CannotFollow, follow_step
 
-    source = find(args.model_name, args.library_name)
-    name = ""
-
-    def model() -> Any:
-        nonlocal name
-        made = make(source, args.trust_remote_code, with_head=True)
-        name = type(made).__name__
-        return made
-
+    with torch.device("meta"):
+        model = make(find(args.model_name, args.library_name), args.trust_remote_code, with_head=True).float()
+    name = type(model).__name__
+    batch, tokens = _batch(args)
     steps = {}
     for dtype, label in (("float32", "float32"), ("float16", "mixed float16")):
         if dtype in args.dtypes:
             try:
-                steps[label] = follow_step(
-                    model, args.batch_size or 1, args.sequence_length or _SEQUENCE_LENGTH, mixed=dtype != "float32"
-                )
+                steps[label] = follow_step(model, batch, tokens, mixed=dtype != "float32")
             except CannotFollow as error:
-                raise EstimateError(
-                    f"a training step of {name or args.model_name} cannot be followed: {error}"
-                ) from error
+                raise EstimateError(f"a training step of {name} cannot be followed: {error}") from error
     return name, steps
+
+
+def _batch(args: argparse.Namespace) -> tuple[int, int]:
+    return args.batch_size or 1, args.sequence_length or _SEQUENCE_LENGTH
 
 
 def create_ascii_table(headers: list[str], rows: list[list[Any]], title: str) -> str:
@@ -215,7 +213,7 @@ def estimate_command(args: argparse.Namespace) -> None:
     _print_table(f"Memory usage for loading {args.model_name}", headers, table)
     if wanted:
         name, steps = follow(args)
-        batch, tokens = args.batch_size or 1, args.sequence_length or _SEQUENCE_LENGTH
+        batch, tokens = _batch(args)
         fields = ("weights", "gradients", "optimizer", "activations", "peak")
         table = [[label, *(shown(getattr(step, field)) for field in fields)] for label, step in steps.items()]
         headers = ["precision", "Weights", "Gradients", "Adam", "Activations", "Peak"]
@@ -258,8 +256,8 @@ def _print_json(
     if step is not None:
         content["training_step"] = {
             "class": step[0],
-            "batch_size": args.batch_size or 1,
-            "sequence_length": args.sequence_length or _SEQUENCE_LENGTH,
+            "batch_size": _batch(args)[0],
+            "sequence_length": _batch(args)[1],
             "precisions": {label: dataclasses.asdict(memory) for label, memory in step[1].items()},
         }
     print(json.dumps(content, indent=2))
@@ -268,6 +266,7 @@ def _print_json(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `accelerate_cli.main`."""
     args = estimate_command_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # our message says it in a line
     env.publish(
         {"TRANSFORMERS_VERBOSITY": env.get("TRANSFORMERS_VERBOSITY", "error")}
     )  # its remarks are about training

@@ -224,8 +224,8 @@ def _make_transformers(source: Source, trust: bool, token: str | None, with_head
         names = [name for name in config.architectures or () if hasattr(transformers, name)]
     if not names or names[0].startswith("AutoModel"):
         maker = getattr(transformers, names[0] if names else "AutoModel")
-        return maker.from_config(config, trust_remote_code=trust)  # type: ignore[no-any-return]
-    return getattr(transformers, names[0])(config)  # type: ignore[no-any-return]
+        return maker.from_config(config, trust_remote_code=trust)
+    return getattr(transformers, names[0])(config)
 
 
 def _make_timm(source: Source) -> nn.Module:
@@ -233,10 +233,10 @@ def _make_timm(source: Source) -> nn.Module:
 
     if source.path is None:
         name = add_timm_hub_prefix(source.name) if "/" in source.name else source.name
-        return timm.create_model(name, pretrained=False)  # type: ignore[no-any-return]
+        return timm.create_model(name, pretrained=False)
     config = _read(source.path)
     if "architecture" not in config:
         raise EstimateError(f"{source.path} is no configuration of timm's: it has no key architecture.")
     options = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
     options.update(config.get("model_args") or {})
-    return timm.create_model(config["architecture"], pretrained=False, **options)  # type: ignore[no-any-return]
+    return timm.create_model(config["architecture"], pretrained=False, **options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,11 @@ class CannotFollow(RuntimeError):
     """A step depends on values, or takes inputs that nobody described: its memory cannot be found."""
 
 
-def follow_step(make_model: Callable[[], nn.Module], batch_size: int, sequence_length: int, mixed: bool) -> StepMemory:
+def follow_step(model: nn.Module, batch_size: int, sequence_length: int, mixed: bool) -> StepMemory:
     """Follows the second of two training steps: from then on Adam has its state.
 
     Args:
-        make_model: Makes the model; it is called where tensors have no values.
+        model: On the meta device; it stays as it is.
         batch_size: Samples in a batch.
         sequence_length: Tokens in a sample, for models of text.
         mixed: Whether the forward runs in a 16-bit format (autocast).
@@ -53,12 +53,14 @@ def follow_step(make_model: Callable[[], nn.Module], batch_size: int, sequence_l
     Raises:
         CannotFollow: when the step cannot be run without values.
     """
+    import copy
+
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    model = copy.deepcopy(model).train()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _Tracker() as tracker:
-            model = make_model().train()
-            tracker.making = False
+            _give_storage(model)
             weights = tracker.live
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -77,6 +79,21 @@ def follow_step(make_model: Callable[[], nn.Module], batch_size: int, sequence_l
         text = str(error).strip().split("\n")[0][:200]
         raise CannotFollow(f"{type(error).__name__}: {text}") from error
     return StepMemory(weights, gradients, states, tracker.most_loose, tracker.peak)
+
+
+def _give_storage(model: nn.Module) -> None:
+    """Puts tensors that count as the CPU's in the place of those of the meta device, tied ones as one. Kernels that look at
+    the device are chosen as in a real step then."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in list(table.items()):
+                if isinstance(tensor, torch.Tensor):
+                    if id(tensor) not in made:
+                        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        learns = tensor.requires_grad
+                        made[id(tensor)] = nn.Parameter(empty, learns) if isinstance(tensor, nn.Parameter) else empty
+                    table[name] = made[id(tensor)]  # type: ignore[assignment]  # whatever it holds
 
 
 def _step(
@@ -149,13 +166,11 @@ class _Tracker(TorchDispatchMode):
         held: Those of them that are weights, gradients and the optimizer's.
         peak: The most there were, since `restart`.
         most_loose: The most there were beside `held`.
-        making: Whether the model is still being made.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.held = self.peak = self.most_loose = 0
-        self.making = True
         self._known: set[int] = set()
 
     def restart(self) -> None:
@@ -168,8 +183,6 @@ class _Tracker(TorchDispatchMode):
         self.held += _bytes(tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.making and func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # some initialisations look at a value; which it is does not matter
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):

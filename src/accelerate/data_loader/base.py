@@ -31,6 +31,8 @@ from .samplers import (
     get_sampler,
     samples_drawn,
 )
+from .seeding import SampleSeeds, seeded
+from .workers import Outlasting
 
 if TYPE_CHECKING:
     from .plan import DataPlan
@@ -121,6 +123,8 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     _reseeds: bool = False
     """Whether `synchronized_generator` is the loader's own, to be seeded at the start of each epoch."""
     synchronized_generator: torch.Generator | None = None
+    _sample_seeds: SampleSeeds | None = None
+    """Where samples are read with random states of their own."""
 
     def __new__(cls, *args: Any, use_stateful_dataloader: bool = False, **kwargs: Any) -> DataLoaderAdapter:
         return super().__new__(stateful_class(cls) if use_stateful_dataloader else cls)
@@ -243,6 +247,12 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             if ours or (self.iteration != told and getattr(taker, "epoch", told) == told):
                 self._tell(taker, self.iteration)
 
+        if self._sample_seeds is not None:
+            self._sample_seeds.begin(self.iteration, agree=self._all_ranks_read())
+
+    def _all_ranks_read(self) -> bool:
+        return True
+
     def _finish_epoch(self) -> None:
         self.iteration += 1
         if isinstance(self._origin, DataLoaderAdapter):
@@ -290,14 +300,18 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         return self.skip_batches
 
     def _get_iterator(self) -> Any:
-        if not is_marked(self.dataset):
-            return super()._get_iterator()
-        collate_fn = self.collate_fn
-        self.collate_fn = Unmark(collate_fn)  # only the iterator is to see it
+        # What only the iterator is to see.
+        dataset, collate_fn, worker_init_fn = self.dataset, self.collate_fn, self.worker_init_fn
         try:
+            if is_marked(dataset):
+                self.collate_fn = Unmark(collate_fn)
+            if self._sample_seeds is not None:
+                self.__dict__["dataset"] = seeded(dataset, self._sample_seeds)  # torch refuses the plain assignment
+            if self.num_workers:
+                self.worker_init_fn = Outlasting(worker_init_fn)
             return super()._get_iterator()
         finally:
-            self.collate_fn = collate_fn
+            self.__dict__["dataset"], self.collate_fn, self.worker_init_fn = dataset, collate_fn, worker_init_fn
 
     def torch_iterator(self) -> Any:
         """A pass over the underlying loader, nothing added."""

@@ -124,6 +124,9 @@ class DataLoaderDispatcher(DataLoaderAdapter):
     def _batches_a_step(self) -> int:
         return 1 if self.split_batches else self.ranks.count
 
+    def _all_ranks_read(self) -> bool:
+        return False
+
     def _raw_skips(self) -> int:
         return self.skip_batches * self._batches_a_step()
 

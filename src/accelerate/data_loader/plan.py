@@ -43,6 +43,7 @@ from .samplers import (
     drawn_from,
     get_sampler,
 )
+from .seeding import SampleSeeds
 from .shard import DataLoaderShard, SkipDataLoader
 
 logger = get_logger(__name__)
@@ -110,10 +111,11 @@ class DataPlan:
         drop_last: An incomplete last batch is left out.
         split_batches, even_batches: As in `DataLoaderConfiguration`.
         shuffle: Where the order comes from.
-        data_seed: The seed of a `SeedableRandomSampler`; None: torch's default seed.
+        data_seed: The seed of a `SeedableRandomSampler` and of `seed_samples`; None: torch's default seed.
         rng_types: Random states to take over from rank 0 at the start of each epoch.
         put_on_device: Move batches to the device.
         non_blocking, stateful: As in `DataLoaderConfiguration`.
+        seed_samples: Random numbers drawn while a sample is read are a function of seed, epoch and index.
         slice_fn: How a dispatcher cuts batches; None: by rows.
         arguments: Arguments of torch's loader that are taken over.
         notes: What the user should know of it; `build` logs them.
@@ -134,6 +136,7 @@ class DataPlan:
     put_on_device: bool
     non_blocking: bool
     stateful: bool
+    seed_samples: bool
     slice_fn: Callable[..., Any] | None
     arguments: tuple[tuple[str, Any], ...]
     notes: tuple[str, ...]
@@ -175,6 +178,7 @@ class DataPlan:
                 device=moves_to, rng_types=self.rng_types, synchronized_generator=generator, **common
             )
         prepared._reseeds = self.shuffle is Shuffle.GENERATOR
+        prepared._sample_seeds = SampleSeeds(self.data_seed) if self.seed_samples else None
         prepared._plan = self
         if self.source is not Source.STREAM:
             self._answer_like_original(prepared)
@@ -340,6 +344,7 @@ def plan_data(
         put_on_device=put_on_device,
         non_blocking=config.non_blocking,
         stateful=stateful,
+        seed_samples=stateful and source is not Source.STREAM and _seeds_samples(loader, config),
         slice_fn=slice_fn,
         arguments=kept_arguments(loader, stateful),
         notes=tuple(notes),
@@ -380,6 +385,13 @@ def _shuffle_of(loader: DataLoader[Any], seedable: bool, own: bool) -> Shuffle:
         return Shuffle.SEEDABLE
     undetermined = isinstance(sampler, _DRAWING) and not isinstance(sampler, SeedableRandomSampler)
     return Shuffle.GENERATOR if undetermined and sampler.generator is None and own else Shuffle.KEPT
+
+
+def _seeds_samples(loader: DataLoader[Any], config: DataLoaderConfiguration) -> bool:
+    if config.seed_samples is not None:
+        return config.seed_samples
+    # In the training process it costs more, and random states are resumed there anyway.
+    return config.use_seedable_sampler and loader.num_workers > 0
 
 
 def kept_arguments(loader: DataLoader[Any], stateful: bool) -> tuple[tuple[str, Any], ...]:

@@ -13,6 +13,8 @@ from .shard import DataLoaderShard, SkipDataLoader
 
 ITERATION = "_iteration"
 """Key of the number of epochs gone through, beside torchdata's own."""
+SAMPLE_SEED = "_sample_seed"
+"""Key of the seed that samples are read with."""
 
 
 class _Stateful:
@@ -29,7 +31,8 @@ class _Stateful:
             state = StatefulDataLoader.state_dict(self)
         else:  # not begun: torchdata would begin now, and draw seeds
             state = self.next_iter_state or {}
-        return {**state, ITERATION: self.iteration}
+        seeds = {} if self._sample_seeds is None else {SAMPLE_SEED: self._sample_seeds.seed}
+        return {**state, ITERATION: self.iteration, **seeds}
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         """Resumes behind the batch that `state_dict` was taken at; takes effect at the next iteration.
@@ -39,6 +42,9 @@ class _Stateful:
         """
         state = dict(state_dict)
         self.iteration = state.pop(ITERATION, self.iteration)
+        seed = state.pop(SAMPLE_SEED, None)
+        if seed is not None and self._sample_seeds is not None:
+            self._sample_seeds.seed = seed
         self._noted = None
         self.next_iter_state = None
         StatefulDataLoader.load_state_dict(self, _with_position(state))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..placement.tensors import (
     Place,
@@ -21,6 +22,10 @@ from ..runtime.pytree import find_device, send_to_device
 from .base import ModelHook, SequentialHook
 
 SkipKeys = str | list[str] | None
+
+# Tied weights stay tied: a parameter has one placeholder however many modules hold it, and one parameter comes back for it.
+_PLACEHOLDERS = WeakIdKeyDictionary()
+_RESTORED = WeakIdKeyDictionary()
 
 
 class AlignDevicesHook(ModelHook):
@@ -63,7 +68,7 @@ class AlignDevicesHook(ModelHook):
         self.tied_params_names: set[str] = set()
         self.tied_pointers_to_remove: set[tuple[int, torch.device]] = set()
         # What stands in for the weights between two forwards: one object each, however often they come and go.
-        self._placeholders: dict[str, torch.Tensor | None] = {}
+        self._placeholders: dict[str, torch.Tensor] = {}
 
     def __repr__(self) -> str:
         return (
@@ -90,13 +95,24 @@ class AlignDevicesHook(ModelHook):
         for name in offloaded:
             if self.tied_params_map and tensors[name].data_ptr() in self.tied_params_map:
                 self.tied_params_names.add(name)
-            set_module_tensor_to_device(module, name, "meta", clear_cache=False)
-            owner, key = owner_of(module, name)
-            self._placeholders[name] = owner._parameters.get(key, owner._buffers.get(key))
+            self._placeholders[name] = self._placeholder(module, name, tensors[name])
+        self._let_go(module)
         if self.execution_device is not None:
             for name in tensors.keys() - set(offloaded):
                 self._move(module, name, self.execution_device)
         return module
+
+    def _placeholder(self, module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor in _PLACEHOLDERS:
+            known: torch.Tensor = _PLACEHOLDERS[tensor]
+            return known
+        set_module_tensor_to_device(module, name, "meta", clear_cache=False)
+        owner, key = owner_of(module, name)
+        placeholder = owner._buffers[key] if key in owner._buffers else owner._parameters[key]
+        assert placeholder is not None
+        if placeholder is not tensor:  # else it would keep itself alive
+            _PLACEHOLDERS[tensor] = placeholder
+        return placeholder
 
     def _move(self, module: nn.Module, name: str, device: Place) -> None:
         owner, key = owner_of(module, name)
@@ -143,14 +159,13 @@ class AlignDevicesHook(ModelHook):
                 if key in owner._buffers:
                     owner._buffers[key] = value
                     continue
-                assert placeholder is not None
                 if value.dtype != placeholder.dtype and value.is_floating_point():
                     value = value.to(placeholder.dtype)
                 fetched = as_parameter(value, placeholder)
                 # A gradient would be lost with the weight; and a graph would keep every weight until the end.
                 fetched.requires_grad_(False)
                 owner._parameters[key] = fetched
-                if isinstance(self.weights_map, Mapping) and type(placeholder) is not nn.Parameter:
+                if type(placeholder) is not nn.Parameter:
                     self._fetch_statistics(owner, key, name)
         if self.execution_device is None:
             return args, kwargs
@@ -191,11 +206,12 @@ class AlignDevicesHook(ModelHook):
             device = self.original_devices[name]
             if device.type != "meta" and self.weights_map is not None:
                 owner, key = owner_of(module, name)
-                value = self.weights_map[name].to(device)
                 if key in owner._buffers:
-                    owner._buffers[key] = value
-                else:
-                    owner._parameters[key] = as_parameter(value, placeholder)
+                    owner._buffers[key] = self.weights_map[name].to(device)
+                    continue
+                if placeholder not in _RESTORED:
+                    _RESTORED[placeholder] = as_parameter(self.weights_map[name].to(device), placeholder)
+                owner._parameters[key] = _RESTORED[placeholder]
         self._placeholders = {}
         return module
 

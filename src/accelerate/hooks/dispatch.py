@@ -51,7 +51,7 @@ class Dispatch:
     ) -> None:
         """Attaches the hooks; arguments as for `dispatch_model`."""
         tied = find_tied_parameters(self._model)
-        check_tied_parameters_on_same_device(tied, dict(self._where))
+        check_tied_parameters_on_same_device(tied, self._where)
         offloaded = {name: device in self._waiting for name, device in self._where.items()}
         devices = {name: self._main if offloaded[name] else device for name, device in self._where.items()}
         weights = self._weights(state_dict, offload_dir, offload_index, tied)
@@ -70,10 +70,10 @@ class Dispatch:
         retie_parameters(self._model, [group for group in still if len(group) > 1 and self._same_device(group)])
 
     def _is_offloaded(self, name: str) -> bool:
-        return device_of(name, dict(self._where)) in self._waiting
+        return device_of(name, self._where) in self._waiting
 
     def _same_device(self, names: list[str]) -> bool:
-        return len({device_of(name, dict(self._where)) for name in names}) == 1
+        return len({device_of(name, self._where) for name in names}) == 1
 
     def _weights(
         self,
@@ -86,7 +86,7 @@ class Dispatch:
         if not set(self._where.values()) & set(self._waiting):
             return None
         own = self._model.state_dict()
-        on_disk = [name for name in own if device_of(name, dict(self._where)) == "disk"]
+        on_disk = [name for name in own if device_of(name, self._where) == "disk"]
         if on_disk and offload_dir is None and offload_index is None:
             raise ValueError(
                 f"the device_map sends {', '.join(n for n, d in self._where.items() if d == 'disk')} to disk: pass an "

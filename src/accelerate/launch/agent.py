@@ -5,20 +5,23 @@ Ours says who was started, ends ranks sooner, and keeps an eye on the other mach
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import sys
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..settings.option import SettingsError
 from .console import say
 from .meeting import Meeting, number
-from .neighbours import Neighbours
+from .neighbours import Elsewhere, Neighbours
 from .plan import LaunchPlan
+from .verdict import STOPPED
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -26,8 +29,14 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.launcher.api import LaunchConfig
 
+    _Base = LocalElasticAgent
+else:
+    _Base = object
+
 # How long ranks may take to end once another has failed: time to close files, not to wait for the one that is gone.
 GRACE_SECONDS = 5
+# How long when somebody asked them to stop, or has asked another one that has saved by now: they save.
+SAVING_SECONDS = 60.0
 # torch's own names and, where ours is longer, why: a machine must not count as gone for being slow.
 _SILENCE = {"keep_alive_interval": 5, "keep_alive_max_attempt": 12}
 
@@ -67,6 +76,8 @@ def configuration(plan: LaunchPlan, log_dir: str) -> LaunchConfig:
         config: LaunchConfig = config_from_args(arguments)[0]
     except ValueError as error:
         raise SettingsError(f"torch.distributed.run refuses an option: {error}") from None
+    except OSError as error:
+        raise SettingsError(f"--log_dir {arguments.log_dir} cannot be made: {error.strerror}.") from None
     return config
 
 
@@ -103,68 +114,102 @@ def make(spec: WorkerSpec, config: LaunchConfig, observer: Observer, meeting: Me
         observer: Who is told.
         meeting: Where the machines have met; None for a single one.
     """
-    from torch.distributed.elastic.agent.server.api import WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-    silence = 1.0
+    class Agent(_Ours, LocalElasticAgent):
+        pass
+
+    made = Agent(spec=spec, logs_specs=config.logs_specs, start_method=config.start_method)  # type: ignore[arg-type]  # made by config_from_args
+    made.observer, made.meeting = observer, meeting
     for name, default in _SILENCE.items():
-        silence *= number(config.rdzv_configs, name, default=default)
+        made.silence *= number(config.rdzv_configs, name, default=default)
+    return made
 
-    class Agent(LocalElasticAgent):
-        _patient = False
 
-        def _rendezvous(self, worker_group: Any) -> None:
-            super()._rendezvous(worker_group)
-            if meeting is None:
-                return
-            rank, count = worker_group.group_rank, worker_group.group_world_size
-            begun = spec.max_restarts - self._remaining_restarts
-            name, most = _agree(worker_group.store, rank, count, begun)
-            # A restart counts on all machines, or their ranks would look for each other in different places.
-            self._remaining_restarts = max(0, spec.max_restarts - most)
-            observer.met(Neighbours(lambda: _prefixed(name, meeting), rank, count, meeting.me, meeting.holder, silence))
+class _Ours(_Base):
+    """Where our agent differs from torch's, which `make` puts behind it, as importing it imports torch."""
 
-        def _monitor_workers(self, worker_group: Any) -> Any:
-            result = super()._monitor_workers(worker_group)
-            waits = meeting is not None and meeting.terms.backend == "c10d" and self._remaining_restarts > 0
-            if observer.neighbours is not None and result.state == WorkerState.HEALTHY and not waits:
-                observer.neighbours.look()  # where torch may wait for another machine in its place, it shall
-            return result
+    observer: Observer
+    meeting: Meeting | None
+    silence = 1.0
+    exit_codes: Sequence[int | None] = ()  # of the ranks, after the last shutdown
+    _patient = False
+    _since = 0.0  # when another machine ended
 
-        def _exit_barrier(self) -> None:
-            if observer.neighbours is not None:
-                observer.neighbours.finish()
+    def _rendezvous(self, worker_group: Any) -> None:
+        super()._rendezvous(worker_group)
+        meeting = self.meeting
+        if meeting is None:
+            return
+        rank, count = worker_group.group_rank, worker_group.group_world_size
+        restarts = worker_group.spec.max_restarts
+        name, begun = _agree(worker_group.store, rank, count, restarts - self._remaining_restarts)
+        # A restart counts on all machines, or their ranks would look for each other in different places.
+        self._remaining_restarts = max(0, restarts - begun)
+        connect = functools.partial(_prefixed, name, meeting)
+        self.observer.met(Neighbours(connect, rank, count, meeting.me, meeting.holder, self.silence))
 
-        def _start_workers(self, worker_group: Any) -> dict[int, Any]:
-            ids: dict[int, Any] = super()._start_workers(worker_group)
-            observer.started(list(ids.values()))
-            context: Any = self._pcontext
-            close: Callable[..., None] = context._close
-            files = {pid: context.error_files[local_rank] for local_rank, pid in ids.items()}
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        result = super()._monitor_workers(worker_group)
+        if result.failures and all(failure.exitcode == STOPPED for failure in result.failures.values()):
+            self._remaining_restarts = 0  # it did what it was asked to
+        # Where torch may wait for another machine in the place of one that is gone, it shall.
+        replaceable = self.meeting is not None and self.meeting.terms.backend == "c10d" and self._remaining_restarts > 0
+        if self.observer.neighbours is not None and _is_healthy(result) and not replaceable:
+            self._look_around(self.observer.neighbours)
+        return result
 
-            def close_soon(death_sig: signal.Signals, timeout: int = 30) -> None:
-                if not self._patient:
-                    observer.before_ending(files)
-                    timeout = min(timeout, GRACE_SECONDS)
-                close(death_sig=death_sig, timeout=timeout)
+    def _look_around(self, neighbours: Neighbours) -> None:
+        try:
+            neighbours.look()
+        except Elsewhere as elsewhere:
+            self._since = self._since or time.monotonic()
+            saving = elsewhere.end.code == STOPPED and time.monotonic() - self._since < SAVING_SECONDS
+            if not saving:
+                raise
 
-            context._close = close_soon
-            return ids
+    def _exit_barrier(self) -> None:
+        if self.observer.neighbours is not None:
+            self.observer.neighbours.finish()
 
-        def _shutdown(self, *args: Any, **kwargs: Any) -> None:
-            # Told to stop by somebody: ranks may take their time, to save a checkpoint for instance.
-            self._patient = True
-            super()._shutdown(*args, **kwargs)
+    def _start_workers(self, worker_group: Any) -> dict[int, Any]:
+        ids: dict[int, Any] = super()._start_workers(worker_group)
+        self.observer.started(list(ids.values()))
+        context: Any = self._pcontext
+        close: Callable[..., None] = context._close
+        files = {pid: context.error_files[local_rank] for local_rank, pid in ids.items()}
 
-        def _restart_workers(self, worker_group: Any) -> None:
-            elsewhere = worker_group.state == WorkerState.HEALTHY
-            which = "a rank on another machine failed" if elsewhere else "a rank failed"
-            left = self._remaining_restarts - elsewhere
-            say(f"{which}; starting all ranks again ({left} more restart{'' if left == 1 else 's'})", observer.quiet)
-            super()._restart_workers(worker_group)
-            self._patient = False
+        def close_soon(death_sig: signal.Signals, timeout: int = 30) -> None:
+            if not self._patient:
+                self.observer.before_ending(files)
+                timeout = min(timeout, GRACE_SECONDS)
+            close(death_sig=death_sig, timeout=timeout)
 
-    return Agent(spec=spec, logs_specs=config.logs_specs, start_method=config.start_method)  # type: ignore[arg-type]  # made by config_from_args
+        context._close = close_soon
+        return ids
+
+    def _shutdown(self, death_sig: signal.Signals | None = None, timeout: float = 30) -> None:
+        # Told to stop by somebody: ranks may take their time, to save a checkpoint for instance.
+        self._patient = True
+        if death_sig is signal.SIGTERM:
+            timeout = max(timeout, SAVING_SECONDS)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice: to us, and to our process group
+        super()._shutdown(death_sig or signal.SIGTERM, int(timeout))
+        context: Any = self._pcontext
+        handlers = context.subprocess_handlers.values() if context is not None else ()
+        self.exit_codes = [handler.proc.poll() for handler in handlers]
+
+    def _restart_workers(self, worker_group: Any) -> None:
+        elsewhere = _is_healthy(worker_group)
+        which = "a rank on another machine failed" if elsewhere else "a rank failed"
+        left = self._remaining_restarts - elsewhere
+        say(f"{which}; starting all ranks again ({left} more restart{'' if left == 1 else 's'})", self.observer.quiet)
+        super()._restart_workers(worker_group)
+        self._patient = False
+
+
+def _is_healthy(group: Any) -> bool:
+    return str(group.state.name) == "HEALTHY"
 
 
 def _agree(store: Store, rank: int, count: int, begun: int) -> tuple[str, int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.network import LOOPBACK, listen
+from ..runtime.network import listen
+from ..runtime.place import LOOPBACK
 
 if TYPE_CHECKING:
     import socket

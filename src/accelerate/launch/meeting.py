@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from .. import __version__
 from ..runtime import network
+from ..runtime.place import LOOPBACK
 from ..settings.option import SettingsError
 from .console import say
 
@@ -152,7 +153,7 @@ class Meeting:
     def connect(self) -> TCPStore:
         """Another connection to the store, for another thread."""
         here = self.serves and not self.own
-        loopback = "::1" if ":" in self.address else network.LOOPBACK
+        loopback = "::1" if ":" in self.address else LOOPBACK
         return _tcp_store(loopback if here else self.address, self.terms.port, _STORE_SECONDS)
 
     def _serve(self) -> TCPStore:
@@ -168,7 +169,7 @@ class Meeting:
                 f"{self.me} cannot listen on {self.where}: {reason}. Choose another port with --main_process_port, the "
                 "same on all machines."
             ) from None
-        address = self.address if self.own else ("::1" if ":" in self.address else network.LOOPBACK)
+        address = self.address if self.own else ("::1" if ":" in self.address else LOOPBACK)
         store = _tcp_store(
             address, self.terms.port, _STORE_SECONDS, is_master=True, master_listen_fd=listening.detach()
         )

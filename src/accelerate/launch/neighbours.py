@@ -123,6 +123,7 @@ class Neighbours(threading.Thread):
         while self._ended < self._count:
             self.look()
             time.sleep(_QUICK_SECONDS)
+        self.look()
 
     def tell(self, end: End) -> None:
         """Tells the others how the ranks here ended."""
@@ -200,12 +201,13 @@ class Neighbours(threading.Thread):
             self._post[0](store)
             self._post.popleft()
         self.again = self.again or store.check(["again"])
-        self._ended, self._left = store.add("ended", 0), store.add("left", 0)
+        ended, self._left = store.add("ended", 0), store.add("left", 0)
         if store.check(["bad"]):
             for rank in range(self._count):
                 if rank not in self._ends and store.check([f"end/{rank}"]):
                     end = End(*json.loads(store.get(f"end/{rank}")))
-                    self._ends |= {rank: end} if end.code else {}
+                    self._ends = {**self._ends, **({rank: end} if end.code else {})}  # others read it meanwhile
+        self._ended = ended  # only now: how they ended is known
         for rank in range(1, self._count if self._rank == 0 else 1):
             self._watch(store, rank)
 

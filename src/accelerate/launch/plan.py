@@ -326,7 +326,8 @@ def _agent_arguments(settings: LaunchSettings) -> list[str]:
         if settings.same_network and settings.rdzv_backend == "static":
             arguments += ["--master_addr", str(settings.main_process_ip), "--master_port", str(port)]
         else:
-            arguments += ["--rdzv_endpoint", f"{settings.main_process_ip}:{port}"]
+            address = str(settings.main_process_ip)
+            arguments += ["--rdzv_endpoint", f"[{address}]:{port}" if ":" in address else f"{address}:{port}"]
     for entry in entries(LaunchSettings):
         if entry.dest in _AGENT_OPTIONS and (value := entry.get(settings)) != entry.option.default:
             arguments += [f"--{entry.dest}", str(value)]

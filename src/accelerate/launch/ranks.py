@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..runtime.place import DEFAULT_PORT
 from ..settings import env
 from ..settings.launcher import LaunchSettings
+from ..settings.option import SettingsError
 from . import agent, verdict
 from .console import say
 from .guard import SETTLE_SECONDS, Deaths, Guard, kill, lost_a_peer
@@ -93,7 +94,7 @@ class _Ranks:
             result = started.run()
             ended = self._judge(result)
         except SignalException as stopped:
-            ended = verdict.of_signal(stopped.sigval)
+            ended = verdict.of_signal(stopped.sigval, started.exit_codes)
         except Elsewhere as error:
             ended = self._judge_elsewhere(error.end)
         except (RendezvousError, DistError) as error:
@@ -119,9 +120,7 @@ class _Ranks:
                 say(f"{f'port {wanted} is taken, ' if wanted else ''}using port {handler.port}", self.quiet)
             return handler
         if self.meeting is None:
-            from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
-
-            return get_rendezvous_handler(_parameters(config))
+            return _known_to_torch(config)
         return Rounds(self.meeting) if config.rdzv_backend == "static" else _elastic(config, self.meeting)
 
     def _gather(self) -> Meeting | None:
@@ -170,17 +169,22 @@ class _Ranks:
         """A rank has ended badly, and the agent is about to end the others.
 
         A rank that leaves takes its connections down before it is gone, and its peers can fail faster than it ends:
-        they are not the cause, and the cause must not be ended before it has said its exit code.
+        they are not the cause, and the cause must not be ended before it has said its exit code. A rank that has saved
+        because it was asked to stop is no cause either: the others are about to do the same.
 
         Args:
             error_files: Process id -> where the rank notes its error.
         """
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while self.deaths is not None and self.deaths.able and time.monotonic() < deadline:
+        since = time.monotonic()
+        while self.deaths is not None and self.deaths.able and len(self.deaths.times) < len(error_files):
             dead = [pid for pid in list(self.deaths.times) if self.statuses.get(pid) != 0]
-            if len(self.deaths.times) == len(error_files) or not all(
-                lost_a_peer(verdict.noted(error_files[pid])) for pid in dead
-            ):
+            if all(self.statuses.get(pid) == verdict.STOPPED for pid in dead):
+                patience = agent.SAVING_SECONDS
+            elif all(lost_a_peer(verdict.noted(error_files[pid])) for pid in dead):
+                patience = SETTLE_SECONDS
+            else:
+                break
+            if time.monotonic() - since > patience:
                 break
             time.sleep(0.02)
         self.ending_since = time.time_ns()
@@ -221,6 +225,19 @@ class _Ranks:
 
 def _of(end: End) -> Verdict:
     return Verdict(end.line, end.code, lost_a_peer=True)
+
+
+def _known_to_torch(config: LaunchConfig) -> Any:
+    """One of torch's other rendezvous: etcd, or one that a package adds."""
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    try:
+        return get_rendezvous_handler(_parameters(config))
+    except (ImportError, ValueError, RendezvousError) as error:
+        raise SettingsError(
+            f"--rdzv_backend {config.rdzv_backend}: {error} (static and c10d need no other package.)"
+        ) from None
 
 
 def _parameters(config: LaunchConfig, local_address: str | None = None) -> Any:

@@ -319,16 +319,20 @@ def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
     estimator: Any = None
     try:
         estimator = HuggingFace(**job.estimator)
-        estimator.fit(inputs=job.inputs)
+        # Not waiting inside `fit`: the SDK's telemetry, around it, swallows a Ctrl-C.
+        estimator.fit(inputs=job.inputs, wait=False)
+        if estimator.latest_training_job is None:
+            raise KeyboardInterrupt
+        estimator.latest_training_job.wait()
     except UnexpectedStatusException as error:
         say(f"the job did not end well: {_first_line(error)}")
         return 1
     except (BotoCoreError, ClientError, ValueError, ImportError, OSError) as error:
         raise SettingsError(f"Amazon SageMaker: {_first_line(error)}") from None
     except KeyboardInterrupt:
-        name = getattr(estimator, "_current_job_name", None)
-        stop = f"; `aws sagemaker stop-training-job --training-job-name {name}` ends it" if name else ""
-        say(f"no longer watching; a job that has started goes on{stop}")
+        started = getattr(estimator, "latest_training_job", None)
+        stop = f"`aws sagemaker stop-training-job --training-job-name {started.name}` ends it" if started else ""
+        say(f"no longer watching, but the job goes on: {stop}" if started else "interrupted before a job was started")
         return 130
     tell(f"\nYou can find your model data at: {estimator.model_data}")
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,10 @@ from .guard import lost_a_peer
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+# What a script exits with when it has saved because it was asked to stop (`accelerate.checkpointing.EXIT_CODE`).
+STOPPED = 75
+_SAVED = " (it was asked to stop and has saved: start it again)"
 
 _LIKELY: dict[int, str] = {
     signal.SIGKILL: " (by a person, or for want of memory)",
@@ -64,8 +68,15 @@ def of_failures(
     return Verdict(line, failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, lost)
 
 
-def of_signal(number: signal.Signals) -> Verdict:
-    """The verdict when the launcher was told to end."""
+def of_signal(number: signal.Signals, codes: Sequence[int | None] = ()) -> Verdict:
+    """The verdict when the launcher was told to end.
+
+    Args:
+        number: The signal.
+        codes: The ranks' exit codes.
+    """
+    if STOPPED in codes and all(code in (0, STOPPED) for code in codes):
+        return Verdict(f"stopped by {number.name}; all ranks have saved: start it again", STOPPED)
     return Verdict("interrupted" if number == signal.SIGINT else f"stopped by {number.name}", 128 + int(number))
 
 
@@ -92,7 +103,8 @@ def _moment(failure: ProcessFailure, deaths: Mapping[int, int]) -> float:
 
 def _how(exitcode: int) -> str:
     if exitcode >= 0:
-        return f"exited with code {exitcode}"
+        stopped = _SAVED if exitcode == STOPPED else ""
+        return f"exited with code {exitcode}{stopped}"
     try:
         name = signal.Signals(-exitcode).name
     except ValueError:

@@ -74,12 +74,11 @@ def load_state_dict(
     from .device_map import device_of
 
     file = open_weights(Path(checkpoint_file))
-    plain: dict[str, Any] = dict(device_map or {})
     state = {}
     for name in file.shapes:
-        device = device_of(name, plain)
+        device = device_of(name, device_map or {})
         tensor = file[name]
-        state[name] = tensor if device in (None, "cpu", "disk") else tensor.to(device)
+        state[name] = tensor if device is None or device in ("cpu", "disk") else tensor.to(device)
     return state
 
 

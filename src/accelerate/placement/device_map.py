@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -211,11 +211,11 @@ def _named(tree: Tree, devices: Mapping[str, Device], empty: set[str], clean: bo
     common: list[object] = [_NOTHING] * len(tree)
     for here in range(len(tree) - 1, -1, -1):
         name = tree.names[here]
-        found = [devices[name]] if name in devices and name not in empty else []
+        placed = [devices[name]] if name in devices and name not in empty else []
         if name not in devices:  # pieces of its own are tensors
             own = tree.tensor_names[tree.starts[here] : tree.starts[here + 1]]
-            found = [devices[tensor] for tensor in own if tensor in devices and tensor not in empty]
-        for device in found:
+            placed = [devices[tensor] for tensor in own if tensor in devices and tensor not in empty]
+        for device in placed:
             common[here] = _joined(common[here], device)
         if here:
             parent = tree.parents[here]
@@ -223,11 +223,11 @@ def _named(tree: Tree, devices: Mapping[str, Device], empty: set[str], clean: bo
     result: DeviceMap = {}
     here = 0
     while here < len(tree):
-        name, device = tree.names[here], common[here]
-        if device is _NOTHING:
-            device = next((devices[n] for n in tree.names[here : tree.ends[here]] if n in devices), _NOTHING)
-        if device is not _SEVERAL and device is not _NOTHING and (here or clean or name in devices):
-            result[name] = cast(Device, device)
+        name, found = tree.names[here], common[here]
+        if found is _NOTHING:
+            found = next((devices[n] for n in tree.names[here : tree.ends[here]] if n in devices), _NOTHING)
+        if isinstance(found, (int, str)) and (here or clean or name in devices):
+            result[name] = found
             here = tree.ends[here]
             continue
         own = tree.tensor_names[tree.starts[here] : tree.starts[here + 1]]
@@ -276,7 +276,10 @@ def clean_device_map(device_map: DeviceMap, module_name: str = "") -> DeviceMap:
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-def device_of(name: str, device_map: Mapping[str, Device]) -> Device | None:
+_Place = TypeVar("_Place", bound="int | str | torch.device")
+
+
+def device_of(name: str, device_map: Mapping[str, _Place]) -> _Place | None:
     """The device of a tensor or module: its own entry's, or that of the module nearest above it; None without one."""
     while True:
         if name in device_map:
@@ -292,11 +295,10 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Device | torch.d
     Raises:
         ValueError: naming every tensor that it leaves out; one that shares a covered tensor's memory counts as covered.
     """
-    plain: dict[str, Device] = {name: str(device) for name, device in device_map.items()}
     covered: set[int] = set()
     missing: dict[str, int] = {}
     for name, tensor in walk(model).named_tensors():
-        if device_of(name, plain) is None:
+        if device_of(name, device_map) is None:
             missing[name] = id(tensor)
         else:
             covered.add(id(tensor))

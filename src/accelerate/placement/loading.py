@@ -189,8 +189,7 @@ class _Job:
     def _device(self, name: str, present: torch.Tensor | None) -> Place:
         if self.device_map is None:
             return "cpu" if present is None or present.is_meta else present.device
-        plain: dict[str, Any] = dict(self.device_map)
-        device = device_of(name, plain)
+        device = device_of(name, self.device_map)
         if device is None:
             raise ValueError(
                 f"the device_map does not say where {name} goes: add an entry for it, or for a module of it."

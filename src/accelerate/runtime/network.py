@@ -11,7 +11,6 @@ import ipaddress
 import socket
 import time
 
-LOOPBACK = "127.0.0.1"
 # How long a name server that cannot be asked is asked again.
 _NAME_SECONDS = 5.0
 # Reasons for which another attempt to connect would end in the same way.

@@ -279,6 +279,7 @@ class DataLoaderConfiguration:
 
     Raises:
         ImportError: with `use_stateful_dataloader` where torchdata is not installed.
+        ValueError: with `seed_samples` and without `use_stateful_dataloader`.
     """
 
     split_batches: bool = False
@@ -295,8 +296,15 @@ class DataLoaderConfiguration:
     """Copy batches to the device without waiting; worth it with ``pin_memory=True``."""
     use_stateful_dataloader: bool = False
     """Build loaders on torchdata's `StatefulDataLoader`, which can save its position."""
+    seed_samples: bool | None = None
+    """Seed torch, numpy and Python before each sample is read, from the seed, the epoch and its index. None: in workers, with
+    `use_stateful_dataloader` and `use_seedable_sampler`; True needs `use_stateful_dataloader`."""
 
     def __post_init__(self) -> None:
+        if self.seed_samples and not self.use_stateful_dataloader:
+            raise ValueError(
+                "seed_samples=True needs use_stateful_dataloader=True, which keeps the seed with the position."
+            )
         if not self.use_stateful_dataloader:
             return
         try:

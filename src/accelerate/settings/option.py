@@ -227,7 +227,9 @@ class Entry(NamedTuple):
         for choice in self.option.choices:
             if str(choice).lower() == text.lower():
                 return choice
-        raise SettingsError(f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {shown(value)}.")
+        raise SettingsError(
+            f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {shown(value)}."
+        )
 
 
 def shown(value: Any) -> str:

@@ -1,8 +1,7 @@
 """Fully sharded training with torch's `fully_shard` (FSDP, version 2): each rank holds a shard of every parameter.
 
 A unit is gathered for its forward and backward and freed again; gradients are averaged and sharded as backward produces
-them. Parameters are replaced when a model is prepared, so optimizers made before are
-given the new ones.
+them. Parameters are replaced when a model is prepared, so optimizers made before are given the new ones.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -50,21 +49,18 @@ class FullyShard(Strategy):
         plugin = plugins.fsdp
         if plugin is None:
             return
-        missing = {
-            "fsdp_version=1 is": plugin.fsdp_version == 1,
-            "cpu_offload is": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-            "activation_checkpointing_offload is": plugin.activation_checkpointing_offload,
-        }
-        for what, asked in missing.items():
+        if plugin.fsdp_version == 1:
+            raise ValueError(
+                "fsdp_version=1 is not part of this version: use fsdp_version=2 (--fsdp_version 2; `accelerate to-fsdp2` "
+                "converts a file)."
+            )
+        offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        for name, asked in (
+            ("cpu_offload", offloads),
+            ("activation_checkpointing_offload", plugin.activation_checkpointing_offload),
+        ):
             if asked:
-                instead = (
-                    " Use fsdp_version=2 (--fsdp_version 2; `accelerate to-fsdp2` converts a file)."
-                    if "=1" in what
-                    else ""
-                )
-                raise ValueError(
-                    f"{what} not part of this version, which has fully sharded training as version 2.{instead}"
-                )
+                raise ValueError(f"{name} is not part of fully sharded training in this version: leave it out.")
 
     def __init__(self, world: World, settings: RunSettings) -> None:
         super().__init__(world, settings)
@@ -87,7 +83,10 @@ class FullyShard(Strategy):
     # Prepare ---------------------------------------------------------------------------------------------------------
 
     def check(self, bundle: Bundle) -> None:
+        # What is on the meta device gets its memory here, so only rank 0 is asked about it.
+        super().check(replace(bundle, on_device=frozenset()))
         check_device_map(bundle.models.values())
+        self._check_weights(bundle.models.values())
         if bundle.models and self.plugin.activation_checkpointing and self.plugin.auto_wrap_policy is None:
             raise ValueError(
                 "activation_checkpointing recomputes unit by unit, and there are none: set auto_wrap_policy "
@@ -110,15 +109,28 @@ class FullyShard(Strategy):
                     "the same call, or before."
                 )
 
+    def _check_weights(self, models: Iterable[nn.Module]) -> None:
+        """Every rank starts from the weights of rank 0, so that one must have them. Collective."""
+        lacking = next((name for model in models for name, param in model.named_parameters() if param.is_meta), None)
+        said = [lacking]
+        self.world.collectives.broadcast_object_list(said)
+        if said[0] is not None:
+            raise ValueError(
+                f"parameter {said[0]!r} is on the meta device of rank 0 and holds no values: load the weights there before "
+                "`prepare`; the other ranks receive them."
+            )
+
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         if isinstance(model, FSDPModule):  # sharded by the user
             self.settings.precision.wrap_forward(model)
             return model
         model = self.settings.precision.convert(model)
         policy = self._policy()
-        if policy.param_dtype is not None:  # the optimizer steps in float32, whatever the weights were loaded in
-            _upcast(model)
-        _same_everywhere(model, self.world.device, on_device)
+        # Under mixed precision the optimizer steps in float32, whatever the weights were loaded in.
+        _make_plain(model, upcast=policy.param_dtype is not None)
+        _give_memory(model, self.world.device)
+        model.to(self.world.device)
+        self._same_everywhere(model)
         before = dict(model.named_parameters(remove_duplicate=False))
         ignored = self._ignored(model)
         for unit in (*self._units(model), model):
@@ -141,6 +153,16 @@ class FullyShard(Strategy):
         for group in inner.param_groups:
             group["params"] = [self._replaced.get(param, param) for param in group["params"]]
         return super().prepare_optimizer(optimizer, on_device)
+
+    def _same_everywhere(self, model: nn.Module) -> None:
+        """Gives every rank the values of rank 0."""
+        if self.world.size == 1:
+            return
+        for value in {id(value): value.data for value in (*model.parameters(), *model.buffers())}.values():
+            sent = value.contiguous()
+            self.world.collectives.broadcast(sent)
+            if sent is not value:
+                value.copy_(sent)
 
     def _policy(self) -> MixedPrecisionPolicy:
         policy = self.plugin.mixed_precision_policy
@@ -235,41 +257,41 @@ def _shards(mesh: DeviceMesh | None, world: World) -> DeviceMesh:
 
 def _check_sharing(model: nn.Module, found: Iterable[nn.Module]) -> None:
     """A parameter belongs to one unit: two would gather and free it under each other's feet."""
-    owner: dict[nn.Parameter, nn.Module] = {}
-    owned: dict[nn.Parameter, str] = {}
-    names = {module: name for name, module in model.named_modules()}
-    for unit in (*found, model):
-        for name, param in unit.named_parameters(prefix=names[unit], remove_duplicate=False):
-            first = owner.setdefault(param, unit)
-            path = owned.setdefault(param, name)
-            inside = names[unit] == "" or names[first].startswith(f"{names[unit]}.")
-            if first is not unit and not (inside and name.startswith(f"{names[first]}.")):
+    unit_of: dict[nn.Module, nn.Module] = {}
+    for unit in (*found, model):  # inner ones come first
+        for module in unit.modules():
+            unit_of.setdefault(module, unit)
+    first: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    for name, module in model.named_modules():
+        for key, param in module.named_parameters(prefix=name, recurse=False):
+            unit, path = first.setdefault(param, (unit_of[module], key))
+            if unit is not unit_of[module]:
                 raise ValueError(
-                    f"parameter {path!r} is shared with {name!r}, which is in another unit: choose units that hold both "
+                    f"parameter {path!r} is shared with {key!r}, which is in another unit: choose units that hold both "
                     "(auto_wrap_policy, transformer_cls_names_to_wrap)."
                 )
 
 
-def _upcast(model: nn.Module) -> None:
+def _make_plain(model: nn.Module, upcast: bool) -> None:
+    """Gives parameters the layout that can be sharded, and those that are trained float32 with `upcast`."""
     for param in model.parameters():
-        if param.requires_grad and param.is_floating_point() and param.dtype != torch.float32:
+        if upcast and param.requires_grad and param.dtype in (torch.float16, torch.bfloat16):
             param.data = param.data.float()
+        if not param.is_contiguous():
+            param.data = param.data.contiguous()
 
 
-def _same_everywhere(model: nn.Module, device: torch.device, moves: bool) -> None:
-    """Gives every rank the values of rank 0, and memory to what is on the meta device."""
+def _give_memory(model: nn.Module, device: torch.device) -> None:
+    """Puts what is on the meta device on `device`, with any values; tied parameters stay tied."""
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and tensor.is_meta:
-                fresh: torch.Tensor = torch.empty_like(tensor, device=device)
-                if isinstance(tensor, nn.Parameter):
-                    torch.utils.swap_tensors(tensor, nn.Parameter(fresh, tensor.requires_grad))
-                else:
-                    module._buffers[name] = fresh
-    if moves:
-        model.to(device)
-    for value in {id(value): value for value in (*model.parameters(), *model.buffers())}.values():
-        dist.broadcast(value.data, src=0)
+            if tensor is None or not tensor.is_meta:
+                continue
+            fresh = torch.empty_like(tensor, device=device)
+            if isinstance(tensor, nn.Parameter):
+                torch.utils.swap_tensors(tensor, nn.Parameter(fresh, tensor.requires_grad))
+            else:
+                module._buffers[name] = fresh
 
 
 def _checkpoint(unit: nn.Module) -> None:

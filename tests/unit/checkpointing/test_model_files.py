@@ -16,7 +16,8 @@ from torch import nn
 
 from accelerate import Accelerator
 from accelerate.checkpointing import clean_state_dict_for_safetensors, load, save
-from accelerate.checkpointing.files import FileWriter, read_safetensors, write_file, write_safetensors
+from accelerate.checkpointing.disk import STRETCH, FileWriter, record_of, write_file
+from accelerate.checkpointing.files import read_safetensors, write_safetensors
 from accelerate.checkpointing.model_files import size_in_bytes, split
 
 
@@ -164,12 +165,14 @@ def test_what_safetensors_cannot_hold(tmp_path: Path, value: Any) -> None:
 
 
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, data: original(descriptor, data[: max(1, len(data) // 3)]))
-    content = os.urandom(5000)
+    original = os.pwrite
+    monkeypatch.setattr(
+        os, "pwrite", lambda descriptor, data, place: original(descriptor, data[: max(1, len(data) // 3)], place)
+    )
+    content = os.urandom(3 * STRETCH + 5000)
 
     def write(writer: FileWriter) -> None:
         writer.write(content)
 
     record = write_file(tmp_path / "f", "f", write)
-    assert (tmp_path / "f").read_bytes() == content and record.size == 5000
+    assert (tmp_path / "f").read_bytes() == content and record == record_of(tmp_path / "f", "f")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +182,21 @@ def test_buffers_are_offloaded_when_asked() -> None:
     assert all(buffer.is_meta for buffer in net.buffers())
     assert torch.equal(net(x), before)
     remove_hook_from_submodules(net)
+    assert torch.equal(net(x), before)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_tied_weights_stay_tied(tmp_path: Path, where: str) -> None:
+    net, x = Tied().eval(), torch.randn(3, 4)
+    before = net(x)
+    if where == "memory":
+        accelerate.cpu_offload(net, CPU)
+    else:
+        accelerate.disk_offload(net, tmp_path, CPU)
+    assert net.emb.weight.is_meta and net.head.weight is net.emb.weight
+    assert torch.equal(net(x), before)
+    remove_hook_from_submodules(net)
+    assert net.head.weight is net.emb.weight and not net.emb.weight.is_meta
     assert torch.equal(net(x), before)
 
 

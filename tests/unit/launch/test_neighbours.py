@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -53,6 +54,14 @@ def test_a_failure_is_told(make: Make) -> None:
     second.tell(End("machine 1", "machine 1: rank 1 exited with code 3", 3))
     assert wait_for_trouble(first) == End("machine 1", "machine 1: rank 1 exited with code 3", 3)
     with pytest.raises(Elsewhere, match="rank 1 exited with code 3"):
+        first.finish()
+
+
+def test_the_last_to_end_may_end_badly(make: Make) -> None:
+    first, second = make(0), make(1)
+    timer = threading.Timer(0.3, second.tell, [End("machine 1", "machine 1: exited with code 3", 3)])
+    timer.start()
+    with pytest.raises(Elsewhere, match="exited with code 3"):
         first.finish()
 
 

@@ -199,7 +199,9 @@ def test_several_cpu_processes_meet_on_the_loopback() -> None:
     assert "GLOO_SOCKET_IFNAME" not in build(settings.replace(num_processes=1)).environment
     gpus = build(settings.replace(cpu=False, device="cuda")).environment
     assert gpus["GLOO_SOCKET_IFNAME"] == gpus["NCCL_SOCKET_IFNAME"] == "lo"
-    far = build(settings.replace(num_machines=2, main_process_ip="10.0.0.1", interface="eth1", device="cuda", cpu=False))
+    far = build(
+        settings.replace(num_machines=2, main_process_ip="10.0.0.1", interface="eth1", device="cuda", cpu=False)
+    )
     assert far.environment["GLOO_SOCKET_IFNAME"] == "eth1" and "NCCL_SOCKET_IFNAME" not in far.environment
 
 
@@ -257,3 +259,9 @@ def test_building_is_a_function_of_the_settings(flags: list[str]) -> None:
     assert build(settings) == build(LaunchSettings(script=words.script))
     assert repr(settings) == before
     assert choose(settings) == "python"
+
+
+def test_an_address_of_version_6_stands_in_brackets() -> None:
+    words = ["--num_machines", "2", "--num_processes", "2", "--rdzv_backend", "c10d", "--main_process_ip"]
+    assert "[fd77::1]:29500" in plan([*words, "fd77::1", "s.py"]).command
+    assert "first:29500" in plan([*words, "first", "s.py"]).command

@@ -1,4 +1,4 @@
-"""Random trees of modules: a map covers each tensor once and keeps to its limits; an offloaded forward is the resident one."""
+"""Random trees of modules: a map covers each tensor once and keeps its limits; an offloaded forward is the resident one."""
 
 from __future__ import annotations
 

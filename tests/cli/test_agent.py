@@ -1,0 +1,82 @@
+"""The options of torch's agent, through real launches on one machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, left_over
+
+Write = Callable[[str], str]
+Start = Callable[..., subprocess.Popen[str]]
+TWO = ("launch", "--cpu", "--num_processes", "2")
+RANK = "import os, sys, time\nrank = int(os.environ['RANK'])\n"
+
+
+def test_both_streams_go_to_the_screen_and_to_files(accelerate: Run, script: Write, tmp_path: Path) -> None:
+    name = script(
+        f"{RANK}print('out', rank, os.environ['ROLE_NAME'], flush=True)\nprint('err', rank, file=sys.stderr, flush=True)\n"
+    )
+    done = accelerate(*TWO, "--tee", "3", "--log_dir", "logs", "--role", "teacher", "--monitor_interval", "0.5", name)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"[teacher{rank}]:out {rank} teacher" for rank in (0, 1)]
+    assert sorted(line for line in done.stderr.splitlines() if "]:" in line) == [
+        f"[teacher{rank}]:err {rank}" for rank in (0, 1)
+    ]
+    files = {path.relative_to(tmp_path / "logs"): path.read_text() for path in (tmp_path / "logs").rglob("*.log")}
+    assert {(path.parts[2], path.name): text for path, text in files.items()} == {
+        (rank, f"{stream}.log"): text
+        for rank in "01"
+        for stream, text in (("stdout", f"out {rank} teacher\n"), ("stderr", f"err {rank}\n"))
+    }
+
+
+def test_debug_shows_the_agents_own_account_and_quiet_nothing(accelerate: Run, script: Write) -> None:
+    name = script(f"{RANK}sys.exit(3 if rank else 0)\n")
+    told = accelerate(*TWO, "--debug", name)
+    assert told.returncode == 3 and "torch/distributed/elastic" in told.stderr
+    plain = accelerate(*TWO, name)
+    assert re.fullmatch(r"accelerate launch: rank 1 \(pid \d+\) exited with code 3\n", plain.stderr)
+    quiet = accelerate(*TWO, "-q", name)
+    assert (quiet.returncode, quiet.stderr) == (3, "")
+
+
+@pytest.mark.slow
+def test_a_script_that_has_saved_on_request_is_not_started_again(
+    accelerate: Run, script: Write, tmp_path: Path
+) -> None:
+    # Rank 0 is still saving when rank 1 has left.
+    name = script(f"{RANK}time.sleep(0 if rank else 1.5)\nos.write(1, b'saved %d\\n' % rank)\nsys.exit(75)\n")
+    done = accelerate(*TWO, "--max_restarts", "2", name)
+    assert done.returncode == 75
+    assert sorted(done.stdout.splitlines()) == ["saved 0", "saved 1"]
+    assert "exited with code 75 (it was asked to stop and has saved: start it again)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tee", "9"], "torch.distributed.run refuses an option: 9 does not match"),
+        (["--log_dir", "/proc/nosuch"], "--log_dir /proc/nosuch cannot be made"),
+        (
+            ["--rdzv_conf", "soon"],
+            "torch.distributed.run refuses an option: The rendezvous configuration option 'soon'",
+        ),
+        (["--num_machines", "2", "--main_process_ip", "::1", "--rdzv_backend", "nosuch"], "--rdzv_backend nosuch: "),
+        (
+            ["--num_machines", "2", "--main_process_ip", "::1", "--rdzv_conf", "timeout=x"],
+            "expected a number, found 'x'.",
+        ),
+    ],
+)
+def test_what_the_agent_cannot_use_is_one_line_and_code_2(
+    words: list[str], message: str, accelerate: Run, script: Write
+) -> None:
+    done = accelerate(*TWO, *words, script("print('started')"))
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
