@@ -37,8 +37,10 @@ format: $(VENV)/.ready-quality  ## put imports and format in order
 bench: $(VENV)/.ready-test  ## measure what the wrappers cost beside raw PyTorch
 	@"$(PY)" benchmarks/overhead.py
 
-crash: $(VENV)/.ready-test  ## kill saves at 200 system calls and load what is left (needs strace)
-	@"$(PY)" -W ignore -m tests.helpers.crash --points 200
+crash: $(VENV)/.ready-test  ## kill and damage checkpoints in thousands of ways and load what is left (needs strace)
+	@"$(PY)" -W ignore -m tests.helpers.crash --points 208
+	@"$(PY)" -W ignore -m tests.helpers.crash --points 108 --ranks 2
+	@"$(PY)" -W ignore -m tests.helpers.corruption
 
 docs: $(VENV)/.ready-docs  ## build the documentation into site/
 	@"$(PY)" -m mkdocs build --strict --quiet

@@ -1,4 +1,4 @@
-"""A handful of the points of `make crash`: saves killed with SIGKILL at system calls."""
+"""A handful of the points of `make crash`: saves killed with SIGKILL at system calls, of one rank and of two."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ pytest.importorskip("torchdata.stateful_dataloader")
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_a_save_killed_at_system_calls_leaves_a_whole_checkpoint() -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.crash", "--points", "8"]
+@pytest.mark.parametrize(("ranks", "points"), [(1, 8), (2, 5)])
+def test_a_save_killed_at_system_calls_leaves_a_whole_checkpoint(ranks: int, points: int) -> None:
+    how = ["--points", str(points), "--ranks", str(ranks)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.crash", *how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     if "attach" in done.stderr and "not permitted" in done.stderr:
         pytest.skip("this machine does not let one process trace another")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ..logging import get_logger
 from ..runtime import world
 from ..runtime.transport import Collectives, TorchCollectives
+from .errors import SaveError
 from .saving import Job
 
 logger = get_logger(__name__)
@@ -35,7 +36,7 @@ class BackgroundWriter:
         if everyone.size == 1:
             return everyone
         if self._group is None or self._group[0] is not everyone:
-            group = dist.new_group(backend="gloo")
+            group = _new_group()
             self._group = (everyone, TorchCollectives(torch.device("cpu"), group))
             world.at_exit(self._release)
         return self._group[1]
@@ -76,3 +77,14 @@ class BackgroundWriter:
             self._thread.join()
         if self._error is not None:
             logger.error(f"the last checkpoint was not saved: {self._error}", main_process_only=False)
+
+
+def _new_group() -> dist.ProcessGroup:
+    try:
+        group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    except Exception as error:
+        raise SaveError(
+            f"saving in the background cannot begin: the other processes do not answer ({error}). One of them has probably "
+            "ended."
+        ) from error
+    return group

@@ -68,13 +68,14 @@ def commit(
     write_file(staging / manifests.NAME, manifests.NAME, whole.write)
     for folder in {(staging / name).parent for name in present} | {staging}:
         sync_folder(folder)
-    if target.exists():
-        os.rename(staging, beside(target, COMMITTED))
+    place = beside(target, COMMITTED) if target.exists() else target
+    os.rename(staging, place)
+    try:
         sync_folder(target.parent)
-        settle(target)
-    else:
-        os.rename(staging, target)
-        sync_folder(target.parent)
+    except OSError:  # it may not be on disk, and must not be taken for saved
+        os.rename(place, staging)
+        raise
+    settle(target)
 
 
 def settle(target: Path) -> bool:

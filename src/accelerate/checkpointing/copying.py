@@ -51,7 +51,23 @@ def as_bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-def room_for(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory for a copy of a plain tensor. (From numpy, which asks for huge pages: a fourth of the time.)"""
-    memory = np.empty(tensor.numel() * tensor.element_size(), dtype=np.uint8)
-    return torch.from_numpy(memory).view(tensor.dtype).reshape(tensor.shape)
+class Room:
+    """Memory for copies that is used again by the next ones: fresh memory takes longer to get than to fill."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[torch.Tensor]] = {}
+        self._used: list[torch.Tensor] = []
+
+    def clear(self) -> None:
+        """Takes all of it back; what the last copies had no use for is given up."""
+        self._free = {}
+        for memory in self._used:
+            self._free.setdefault(len(memory), []).append(memory)
+        self._used = []
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory for a copy of a plain tensor."""
+        size = tensor.numel() * tensor.element_size()
+        memory = self._free[size].pop() if self._free.get(size) else torch.empty(size, dtype=torch.uint8)
+        self._used.append(memory)
+        return memory.view(tensor.dtype).reshape(tensor.shape)

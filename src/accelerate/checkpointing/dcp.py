@@ -213,6 +213,10 @@ def _first_line(error: Exception) -> str:
 
 def _description(folder: Path) -> Any:
     path = folder / DESCRIPTION
+    if not folder.is_dir():
+        raise LoadError(
+            f"{folder}: there is no such folder.", [Problem(str(folder), "missing", "there is no such folder")]
+        )
     if not path.is_file():
         raise LoadError(
             f"{folder} holds no sharded checkpoint: there is no file {DESCRIPTION} in it.{_nearby(folder)}",
@@ -232,8 +236,6 @@ def _description(folder: Path) -> Any:
 
 
 def _nearby(folder: Path) -> str:
-    if not folder.is_dir():
-        return " There is no such folder."
     found = sorted(path.parent.name for path in folder.glob(f"*/{DESCRIPTION}"))
     return f" Name one of the folders in it: {', '.join(found)}." if found else ""
 

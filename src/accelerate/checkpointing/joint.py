@@ -55,6 +55,11 @@ def together(
     raise failure(f"{doing} failed: {where}") from cause
 
 
+def of_the_first(collectives: Collectives, doing: str, value: _T, failure: type[CheckpointError]) -> _T:
+    """Rank 0's value, on every rank. Arguments and errors as for `together`."""
+    return together(collectives, doing, lambda: value, failure)[0]
+
+
 def _describe(error: Exception) -> str:
     if isinstance(error, CheckpointError) and not isinstance(error, LoadError):
         return str(error)

@@ -26,11 +26,12 @@ class LoadReport:
     """What a load did.
 
     Attributes:
-        folder: The checkpoint.
+        folder: The checkpoint; of one at a URL, where it was read on its way.
         problems: What did not fit and was left out (``strict=False``).
         passed_over: Newer folders that were not taken, each with the reasons.
         world_size: Number of processes that saved it; None where that is not recorded.
         number: Its number, as the manifest has it.
+        url: Where it is, if not in a folder.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class LoadReport:
     passed_over: list[tuple[Path, list[Problem]]] = field(default_factory=list)
     world_size: int | None = None
     number: int | None = None
+    url: str | None = None
 
 
 def find(world: World, project: Path) -> tuple[Path | None, list[tuple[Path, list[Problem]]]]:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..logging import get_logger
 from ..runtime import world
-from . import model_files
+from . import model_files, remote
 from .loading import LoadReport
 from .preemption import StopRequest
 from .progress import Run
@@ -58,7 +58,7 @@ class CheckpointMethods:
         *,
         asynchronous: bool = False,
         **save_model_func_kwargs: Any,
-    ) -> Path:
+    ) -> Path | str:
         """Saves the whole state of the run: models, optimizers, schedulers, scaler, random states, positions of stateful
         loaders, accumulated gradients and registered objects. All processes call this together.
 
@@ -66,15 +66,15 @@ class CheckpointMethods:
         before is untouched until then. Each file's size and checksum are kept with it.
 
         Args:
-            output_dir: The folder. None: numbered below ``project_dir/checkpoints``, of which
-                ``ProjectConfiguration.total_limit`` are kept.
+            output_dir: The folder, or a URL such as ``s3://bucket/run/step_100`` (extra ``remote``). None: numbered below
+                ``project_dir/checkpoints``, of which ``ProjectConfiguration.total_limit`` are kept.
             safe_serialization: Models as safetensors; else as `torch.save` writes them.
             asynchronous: Return when the state has been copied, and write it meanwhile. The next save or load,
                 `wait_for_checkpoint`, `end_training` and the end of the process wait for it; a failure is raised there.
             **save_model_func_kwargs: For engines that save models themselves.
 
         Returns:
-            The checkpoint's folder.
+            The checkpoint's folder, or its URL.
 
         Raises:
             SaveError: on every process, when any could not write its part; nothing that was there has changed.
@@ -97,7 +97,7 @@ class CheckpointMethods:
         Everything is checked before anything is changed: checksums, what is missing, what is extra, shapes.
 
         Args:
-            input_dir: The folder. None: the newest valid one below ``project_dir/checkpoints``.
+            input_dir: The folder, or a URL. None: the newest valid one below ``project_dir/checkpoints``.
             load_kwargs: For `torch.load`. Code in files never runs.
             strict: Refuse a checkpoint that does not fit as a whole; False loads what fits and reports the rest.
             **load_model_func_kwargs: For the models' ``load_state_dict``.
@@ -204,7 +204,7 @@ class CheckpointMethods:
 
         Args:
             obj: What to save.
-            f: A path or an open binary file.
+            f: A path, a URL or an open binary file.
             safe_serialization: As safetensors: `obj` is then a dictionary of tensors.
         """
         model_files.save(
@@ -225,13 +225,21 @@ class CheckpointMethods:
 
         Args:
             model: A prepared model, or any other.
-            save_directory: The folder. When that is a file, an error is logged and nothing saved.
+            save_directory: The folder, or a URL. When that is a file, an error is logged and nothing saved.
             max_shard_size: Largest size of a file, such as ``"5GB"``.
             safe_serialization: As safetensors; else as `torch.save` writes them.
 
         Raises:
             RuntimeError: when tensors have no values (device meta).
         """
+        if remote.is_url(save_directory):
+            whole = self.get_state_dict(model)
+            if self.should_save_model:
+                remote.save_folder(
+                    str(save_directory),
+                    lambda folder: model_files.save_model(model, whole, folder, max_shard_size, safe_serialization),
+                )
+            return
         folder = Path(os.path.expanduser(save_directory))
         if folder.is_file():
             logger.error(f"save_model needs a folder, and {folder} is a file: nothing was saved.")

@@ -26,6 +26,7 @@ from ..settings.enums import (
     WEIGHTS_NAME,
     WEIGHTS_PATTERN_NAME,
 )
+from . import remote
 from .disk import FileWriter, sync_folder, write_file
 from .files import read_safetensors, read_torch, write_safetensors, write_torch
 
@@ -98,7 +99,7 @@ def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: 
 
     Args:
         obj: What to save.
-        f: A path, or a file opened for writing in binary mode.
+        f: A path, a URL, or a file opened for writing in binary mode.
         save_on_each_node: The first process of each machine saves.
         safe_serialization: As safetensors: `obj` is then a dictionary of tensors. Else as `torch.save` does.
     """
@@ -109,6 +110,10 @@ def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: 
         obj = clean_state_dict_for_safetensors(obj)
     if not isinstance(f, (str, os.PathLike)):
         _save_to_file(obj, f, safe_serialization)
+        return
+    if remote.is_url(f):
+        with remote.opened(str(f)) as file:
+            _save_to_file(obj, file, safe_serialization)
         return
     write = write_safetensors if safe_serialization else write_torch
     write_whole(Path(f), lambda writer: write(obj, writer))

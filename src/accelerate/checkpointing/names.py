@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -64,6 +65,26 @@ def is_shared(name: str) -> bool:
 def is_ours(name: str) -> bool:
     """Whether a file has the name of any part of a checkpoint."""
     return is_shared(name) or _OF_RANKS.fullmatch(name) is not None
+
+
+_HOLDS = {
+    PROGRESS_NAME: "where the run stands",
+    SCALER_NAME: "gradient scaler",
+    f"{OPTIMIZER_NAME}*.bin": "optimizer",
+    f"{SCHEDULER_NAME}*.bin": "learning rate scheduler",
+    f"{SAMPLER_NAME}*.bin": "order of a loader",
+    f"{LOADER_NAME}*.bin": "position of a loader",
+    f"{MODEL_NAME}*.bin": "weights",
+    f"{SAFE_MODEL_NAME}*.safetensors": "weights",
+    f"{CUSTOM_NAME}_*.pkl": "registered object",
+    f"{RNG_STATE_NAME}_*.pkl": "random states of a process",
+    f"{GRADIENTS_NAME}_*.bin": "gradients of a process",
+}
+
+
+def describe(name: str) -> str:
+    """What a file of a checkpoint holds, by its name."""
+    return next((text for pattern, text in _HOLDS.items() if fnmatch.fnmatchcase(name, pattern)), "")
 
 
 def number_of(folder: Path) -> int | None:

@@ -21,14 +21,15 @@ from ..logging import get_logger
 from ..runtime.transport import Collectives
 from ..runtime.world import World
 from .commit import commit, discard, stage
-from .copying import copy_all, is_plain, room_for
+from .copying import Room, copy_all, is_plain
 from .disk import FileRecord
 from .entries import Entry, Part
 from .errors import SaveError
 from .finding import is_whole
-from .joint import together
+from .joint import of_the_first, together
 from .names import numbered_folders
 from .parallel import in_parallel
+from .remote import Outgoing
 
 logger = get_logger(__name__)
 
@@ -68,7 +69,7 @@ def open_staging(world: World, target: Path, save_on_each_node: bool) -> Disk:
     """
     comm = world.collectives
     token = uuid.uuid4().hex
-    name, token = comm.broadcast_object_list([str(target), token])
+    name, token = of_the_first(comm, f"preparing {target}", (str(target), token), SaveError)
     target = Path(name)
     staging = target.with_name(target.name + ".incomplete")
 
@@ -98,24 +99,26 @@ def open_staging(world: World, target: Path, save_on_each_node: bool) -> Disk:
     return Disk(target, staging, commits=leads, shared=shares, group=first if alone else 0)
 
 
-def capture(entries: Sequence[Entry], disk: Disk, *, copy: bool) -> list[Part]:
+def capture(entries: Sequence[Entry], disk: Disk, room: Room | None) -> list[Part]:
     """This rank's parts of a checkpoint.
 
     Args:
         entries: All entries.
         disk: What this rank writes.
-        copy: Copy tensors, so that the training may change them while they are written.
+        room: Copy tensors to there, so that the training may change them while they are written.
     """
+    if room is not None:
+        room.clear()
     parts = []
     for entry in entries:
         if entry.everywhere or disk.shared:
             state = entry.capture()
             if state is not None:
-                parts.append(Part(entry.path, _copied(state) if copy else state, entry.format))
+                parts.append(Part(entry.path, state if room is None else _copied(state, room), entry.format))
     return parts
 
 
-def _copied(tree: Any) -> Any:
+def _copied(tree: Any, room: Room) -> Any:
     seen: dict[int, torch.Tensor] = {}
     pairs = []
 
@@ -123,7 +126,7 @@ def _copied(tree: Any) -> Any:
         if isinstance(node, torch.Tensor):
             # Tied tensors stay tied: they are written once.
             if id(node) not in seen and is_plain(node):
-                seen[id(node)] = room_for(node)
+                seen[id(node)] = room.like(node)
                 pairs.append((seen[id(node)], node))
             elif id(node) not in seen:
                 seen[id(node)] = node.detach().to("cpu", copy=True)
@@ -151,6 +154,7 @@ class Job:
         step, number: For the manifest.
         project: Where the limit applies; None where it does not.
         limit: How many numbered checkpoints are kept; None: all.
+        outgoing: Where the checkpoint goes from there; None: it stays.
     """
 
     world: World
@@ -161,9 +165,10 @@ class Job:
     number: int
     project: Path | None = None
     limit: int | None = None
+    outgoing: Outgoing | None = None
 
     def run(self) -> None:
-        """Writes, commits and prunes.
+        """Writes, commits, sends and prunes.
 
         Raises:
             SaveError: on every rank. The checkpoint is not there then, and what was there before is.
@@ -172,16 +177,23 @@ class Job:
         try:
             written = together(comm, f"writing {disk.target}", self._write, SaveError)
             together(comm, f"committing {disk.target}", lambda: self._commit(written), SaveError)
+            if self.outgoing is not None:
+                together(comm, f"sending the checkpoint to {self.outgoing.url}", self._send, SaveError)
         except SaveError:
             abandon(disk)
             raise
-        if self.project is not None and self.limit is not None and disk.commits:
-            prune(self.project, self.limit, disk.target)
-        comm.barrier()
+        finally:
+            if self.outgoing is not None and disk.commits:
+                self.outgoing.clean()
+        together(comm, f"removing older checkpoints than {disk.target}, which is there,", self._prune, SaveError)
 
     def _write(self) -> tuple[int, list[FileRecord]]:
         largest_first = sorted(self.parts, key=lambda part: _bytes(part.state), reverse=True)
         return self.disk.group, in_parallel(lambda part: part.write(self.disk.staging), largest_first, _THREADS)
+
+    def _send(self) -> None:
+        if self.outgoing is not None and self.disk.commits:
+            self.outgoing.deliver()
 
     def _commit(self, written: Sequence[tuple[int, list[FileRecord]]]) -> None:
         if not self.disk.commits:
@@ -196,6 +208,10 @@ class Job:
             step=self.step,
             number=self.number,
         )
+
+    def _prune(self) -> None:
+        if self.project is not None and self.limit is not None and self.disk.commits:
+            prune(self.project, self.limit, self.disk.target)
 
 
 def _bytes(tree: Any) -> int:

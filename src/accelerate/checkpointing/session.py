@@ -12,12 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..settings.handlers import ProjectConfiguration
 from ..state import GradientState
-from . import loading, progress
+from . import loading, progress, remote
 from .background import BackgroundWriter
+from .copying import Room
 from .entries import Entry
 from .errors import LoadError, SaveError, listed
 from .finding import is_whole
-from .joint import check_called_by_all, together
+from .joint import check_called_by_all, of_the_first, together
 from .names import FOLDER, NUMBERED, model_file, number_of, numbered_folders
 from .objects import custom_entry, scaler_entry, scheduler_entry
 from .progress import Run
@@ -40,10 +41,13 @@ class Checkpoints:
         self._strategy = strategy
         self._project = project
         self._writer = BackgroundWriter()
+        self._room = Room()
         self.save_hooks: OrderedDict[int, PreHook] = OrderedDict()
         self.load_hooks: OrderedDict[int, PreHook] = OrderedDict()
+        self.boundaries: OrderedDict[int, Callable[[], None]] = OrderedDict()
+        """What all ranks do together before a save, to have one state: those that train apart average."""
 
-    def add_hook(self, hooks: OrderedDict[int, PreHook], hook: PreHook) -> RemovableHandle:
+    def add_hook(self, hooks: OrderedDict[int, Callable[..., None]], hook: Callable[..., None]) -> RemovableHandle:
         """Adds a hook; the handle removes it."""
         handle = RemovableHandle(hooks)
         hooks[handle.id] = hook
@@ -55,19 +59,24 @@ class Checkpoints:
 
     # Save ------------------------------------------------------------------------------------------------------------
 
-    def save(self, output_dir: str | os.PathLike[str] | None, safe: bool, asynchronous: bool) -> Path:
+    def save(self, output_dir: str | os.PathLike[str] | None, safe: bool, asynchronous: bool) -> Path | str:
         """See `Accelerator.save_state`."""
         run = self._run()
         comm = run.world.collectives
         check_called_by_all(comm, "save_state")
         self.wait()
-        target = self._named(run, output_dir)
+        for agree in self.boundaries.values():
+            agree()
+        outgoing = remote.Outgoing(run.world, str(output_dir)) if remote.is_url(output_dir) else None
+        target = self._named(run, output_dir) if outgoing is None else outgoing.folder
         collectives = self._writer.collectives() if asynchronous else comm
         disk = open_staging(run.world, target, self._project.save_on_each_node)
         # Ranks may differ in the folder they asked for; rank 0's counts.
         target = disk.target
 
         def take() -> list[Any]:
+            if outgoing is not None:
+                outgoing.check(disk.group)
             weights = [self._strategy.model_state(model) for model in run.models]
             for hook in self.save_hooks.values():
                 hook(run.models, weights, str(disk.staging))
@@ -75,7 +84,7 @@ class Checkpoints:
                 *self._strategy.entries([], run.optimizers, weights=weights, safe=safe),
                 *self._others(run, run.world.size),
             ]
-            parts.extend(capture(entries, disk, copy=asynchronous))
+            parts.extend(capture(entries, disk, self._room if asynchronous else None))
             return []
 
         parts: list[Any] = []
@@ -83,8 +92,10 @@ class Checkpoints:
             together(comm, f"taking the state for {target}", take, SaveError)
         except SaveError:
             abandon(disk)
+            if outgoing is not None:
+                outgoing.clean()
             raise
-        project = self._project_folder()
+        project = self._project_folder() if outgoing is None else None
         job = Job(
             run.world,
             collectives,
@@ -94,13 +105,14 @@ class Checkpoints:
             number=self._project.iteration,
             project=project if project is not None and target.parent == project / FOLDER else None,
             limit=self._project.total_limit,
+            outgoing=outgoing,
         )
         if asynchronous:
             self._writer.start(job)
         else:
             job.run()
         self._project.iteration += 1
-        return target
+        return target if outgoing is None else outgoing.url
 
     def _others(self, run: Run, saved_world_size: int) -> list[Entry]:
         """The entries besides models and optimizers; random states last, since everything else may draw from them."""
@@ -121,6 +133,11 @@ class Checkpoints:
 
     def _project_folder(self) -> Path | None:
         folder = self._project.project_dir
+        if remote.is_url(folder):
+            raise ValueError(
+                f"project_dir={folder!r} is a URL, and checkpoints are numbered below local folders only: choose one, or "
+                "name each checkpoint, as in save_state('s3://bucket/run/step_100') and load_state of the same."
+            )
         return None if folder is None else Path(os.path.expanduser(folder))
 
     def _named(self, run: Run, output_dir: str | os.PathLike[str] | None) -> Path:
@@ -133,7 +150,8 @@ class Checkpoints:
                 "ProjectConfiguration(automatic_checkpoint_naming=True) number the checkpoints below it."
             )
         target = project / FOLDER / f"{NUMBERED}{self._project.iteration}"
-        (taken,) = run.world.collectives.broadcast_object_list([target.is_dir() and is_whole(target)])
+        is_taken = target.is_dir() and is_whole(target)
+        taken = of_the_first(run.world.collectives, f"preparing {target}", is_taken, SaveError)
         if taken:
             raise ValueError(
                 f"{target} exists already. Go on from the newest checkpoint with `accelerator.resume()`, which also counts "
@@ -163,8 +181,15 @@ class Checkpoints:
         run = self._run()
         check_called_by_all(run.world.collectives, "load_state")
         self.wait()
+        if remote.is_url(input_dir):
+            report: loading.LoadReport = remote.fetch(
+                run.world, str(input_dir), lambda folder: self._load(run, folder, verified=False, **options)
+            )
+            report.url = str(input_dir)
+            return report
         if input_dir is not None:
-            (name,) = run.world.collectives.broadcast_object_list([os.path.expanduser(input_dir)])
+            name = os.path.expanduser(input_dir)
+            name = of_the_first(run.world.collectives, f"opening {name}", name, LoadError)
             return self._load(run, Path(name), verified=False, **options)
         project = self._project_folder()
         if project is None:
@@ -221,8 +246,8 @@ class Checkpoints:
         return entries
 
     def _count_on(self, folder: Path) -> None:
-        project = self._project_folder()
-        if project is None or number_of(folder) is None or folder.resolve().parent != (project / FOLDER).resolve():
+        project = self._project_folder() if number_of(folder) is not None else None
+        if project is None or folder.resolve().parent != (project / FOLDER).resolve():
             return
         numbers = [number_of(other) for other in numbered_folders(project)]
         self._project.iteration = max(number for number in numbers if number is not None) + 1

@@ -31,25 +31,28 @@ def checkpoint_command(args: argparse.Namespace) -> int:
 def _verify(folder: Path) -> int:
     from ..checkpointing import manifest as manifests
     from ..checkpointing.finding import problems_of
+    from ..checkpointing.names import describe
 
     problems = problems_of(folder)
     try:
         manifest = manifests.read(folder)
     except (OSError, ValueError):
         manifest = None
+    print(folder)
     if manifest is not None:
-        versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
-        print(f"{folder}\nsaved {manifest.saved_at} by {manifest.world_size} process(es), {versions}\n")
-        wrong = {problem.file: problem for problem in problems}
-        width = max(len(record.path) for record in manifest.files)
-        for record in manifest.files:
-            state = f"{wrong[record.path].kind}: {wrong[record.path].text}" if record.path in wrong else "ok"
-            print(f"  {record.path:<{width}}  {_size(record.size):>9}  {state}")
+        print(f"  saved     {_when(manifest.saved_at)}, step {manifest.step}, {_processes(manifest.world_size)}")
+        print(f"  versions  {', '.join(f'{name} {version}' for name, version in sorted(manifest.versions.items()))}\n")
+        wrong = {problem.file: f"{problem.kind}: {problem.text}" for problem in problems}
+        files = [
+            (file.path, describe(file.path), _size(file.size), wrong.pop(file.path, "ok")) for file in manifest.files
+        ]
+        rest = [(name, describe(name), "", text) for name, text in wrong.items()]
+        _print_table(("file", "holds", "size", "state"), [*files, *rest], right={2})
     elif not problems:
-        print(f"{folder}\nno manifest (another release saved it): its files can be read, and cannot be verified")
+        print("  no manifest (another release saved it): its files can be read, and cannot be verified")
     for problem in problems if manifest is None else ():
-        print(problem, file=sys.stderr)
-    print(f"\n{'whole' if not problems else f'{len(problems)} problem(s)'}")
+        print(f"  {problem}")
+    print(f"\n{'whole' if not problems else f'not whole: {len(problems)} problem(s)'}")
     return 1 if problems else 0
 
 
@@ -62,14 +65,35 @@ def _list(project: Path) -> int:
     if not folders:
         print(f"there are no checkpoints in {project / 'checkpoints'}", file=sys.stderr)
         return 1
+    rows = []
     for folder in folders:
         try:
             manifest = manifests.read(folder)
-            facts = f"{manifest.saved_at}  {manifest.world_size:>5}  {_size(sum(f.size for f in manifest.files)):>9}"
+            size = _size(sum(file.size for file in manifest.files))
+            facts = (_when(manifest.saved_at), str(manifest.step), str(manifest.world_size), size)
         except (OSError, ValueError):
-            facts = f"{'no manifest':<25}  {'?':>5}  {'?':>9}"
-        print(f"{folder.name:<16}  {facts}  {'whole' if is_whole(folder) else 'not whole'}")
+            facts = ("no manifest", "?", "?", "?")
+        rows.append((folder.name, *facts, "whole" if is_whole(folder) else "not whole"))
+    _print_table(("checkpoint", "saved", "step", "processes", "size", "state"), rows, right={2, 3, 4})
     return 0
+
+
+def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: set[int]) -> None:
+    widths = [max(len(row[column]) for row in (headers, *rows)) for column in range(len(headers))]
+    for row in (headers, ["-" * width for width in widths], *rows):
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _when(moment: str) -> str:
+    return moment.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _processes(count: int) -> str:
+    return f"by {count} process{'' if count == 1 else 'es'}"
 
 
 def _size(count: float) -> str:
