@@ -43,8 +43,8 @@ class Digits(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image = self.images[index]
         if self.shifted:
-            # Whichever process reads the sample, and resumed or not, these are the same numbers: the loader seeds them by its
-            # own seed, the epoch and the index.
+            # Whichever process reads the sample, and resumed or not, these are the same numbers: the loader seeds them by
+            # its own seed, the epoch and the index.
             down, right = torch.randint(0, 3, (2,)).tolist()
             image = nn.functional.pad(image, (1, 1, 1, 1))[:, down : down + 8, right : right + 8]
         return image, self.labels[index]

@@ -15,6 +15,7 @@ import torch
 from .runtime import collectives
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from typing_extensions import Self
 
     from .accelerator import Accelerator
@@ -28,6 +29,9 @@ class LocalSGD:
 
     Gradient accumulation goes on as usual: a step counts when it has used its gradients. Buffers (batch norm's running
     statistics) are not averaged, nor is the optimizer's state. All processes must take the same number of steps.
+
+    Within the block `save_state` averages first, since a checkpoint holds one model, and the count to the next average
+    begins anew: there, and in the run that resumes. Each process's optimizer goes on from rank 0's then.
 
     Attributes:
         num_steps: Optimizer steps taken so far.
@@ -72,12 +76,16 @@ class LocalSGD:
         self.num_steps = 0
         self.model_sync_obj: AbstractContextManager[None] | None = None
         self._trained: set[int] = set()
+        self._averaged_at = 0
+        self._at_saving: RemovableHandle | None = None
 
     def __enter__(self) -> Self:
         if self.enabled:
             self._trained = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
             self.model_sync_obj = self.accelerator.no_sync(self.model)
             self.model_sync_obj.__enter__()
+            checkpoints = self.accelerator._checkpoints
+            self._at_saving = checkpoints.add_hook(checkpoints.boundaries, self._average)
         return self
 
     def __exit__(
@@ -88,6 +96,9 @@ class LocalSGD:
     ) -> None:
         if self.model_sync_obj is None:
             return
+        if self._at_saving is not None:
+            self._at_saving.remove()
+            self._at_saving = None
         try:
             if kind is None:  # after an exception the peers may be anywhere: to average would be to wait for them
                 self._average()
@@ -100,10 +111,11 @@ class LocalSGD:
         if not self.accelerator.sync_gradients:  # accumulating: the optimizer has not moved
             return
         self.num_steps += 1
-        if self.enabled and self.num_steps % self.local_sgd_steps == 0:
+        if self.enabled and self.num_steps - self._averaged_at >= self.local_sgd_steps:
             self._average()
 
     def _average(self) -> None:
+        self._averaged_at = self.num_steps
         with torch.no_grad():
             for parameters in _buffers_of(self._trained_parameters()):
                 flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,11 @@ Write = Callable[[str], str]
 Start = Callable[..., subprocess.Popen[str]]
 TWO = ("launch", "--cpu", "--num_processes", "2")
 RANK = "import os, sys, time\nrank = int(os.environ['RANK'])\n"
+
+
+def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What was said on stderr, but for a line that another program's use of the usual port leads to."""
+    return [line for line in done.stderr.splitlines() if "29500 is taken" not in line]
 
 
 def test_both_streams_go_to_the_screen_and_to_files(accelerate: Run, script: Write, tmp_path: Path) -> None:
@@ -40,7 +47,8 @@ def test_debug_shows_the_agents_own_account_and_quiet_nothing(accelerate: Run, s
     told = accelerate(*TWO, "--debug", name)
     assert told.returncode == 3 and "torch/distributed/elastic" in told.stderr
     plain = accelerate(*TWO, name)
-    assert re.fullmatch(r"accelerate launch: rank 1 \(pid \d+\) exited with code 3\n", plain.stderr)
+    (line,) = lines_of(plain)
+    assert re.fullmatch(r"accelerate launch: rank 1 \(pid \d+\) exited with code 3", line)
     quiet = accelerate(*TWO, "-q", name)
     assert (quiet.returncode, quiet.stderr) == (3, "")
 
@@ -55,7 +63,44 @@ def test_a_script_that_has_saved_on_request_is_not_started_again(
     assert done.returncode == 75
     assert sorted(done.stdout.splitlines()) == ["saved 0", "saved 1"]
     assert "exited with code 75 (it was asked to stop and has saved: start it again)" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and left_over(tmp_path) == []
+    assert len(lines_of(done)) == 1 and left_over(tmp_path) == []
+
+
+def test_a_single_process_is_started_again_too(accelerate: Run, script: Write) -> None:
+    name = script(
+        "import os, signal, sys\nfrom accelerate import PartialState\n"
+        "if int(os.environ['TORCHELASTIC_RESTART_COUNT']) < 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "print('there', PartialState().num_processes)\n"
+    )
+    done = accelerate(
+        "launch", "--cpu", "--num_processes", "1", "--max_restarts", "2", "--monitor_interval", "0.1", name
+    )
+    assert (done.returncode, done.stdout) == (0, "there 1\n"), done.stderr
+    assert done.stderr.count("a rank failed; starting all ranks again") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "line"), [("SIGTERM", "stopped by SIGTERM; all ranks have"), ("SIGUSR1", "asked to")]
+)
+def test_a_signal_to_the_launcher_leaves_ranks_the_time_to_save(
+    start: Start, script: Write, tmp_path: Path, number: str, line: str
+) -> None:
+    # Longer than ranks get when another has failed; and the signal comes twice.
+    name = script(
+        f"{RANK}import signal\nhandler = lambda *_: asked.append(1)\nasked = []\nsignal.signal(signal.{number}, handler)\n"
+        "os.write(1, b'ready\\n')\nwhile not asked: time.sleep(0.05)\n"
+        "time.sleep(7)\nos.write(1, b'saved\\n')\nsys.exit(75)\n"
+    )
+    process = start(*TWO, "--max_restarts", "2", name)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.send_signal(getattr(signal, number))
+    time.sleep(0.5)
+    process.send_signal(getattr(signal, number))
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out.splitlines()) == (75, ["saved"] * 2), errors
+    assert line in errors.splitlines()[-1] and "again" in errors and left_over(tmp_path) == []
 
 
 @pytest.mark.parametrize(

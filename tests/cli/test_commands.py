@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,30 @@ def test_every_command_has_help_under_all_its_names(name: str, accelerate: Run) 
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        ["config", "update"],
-        ["to-fsdp2"],
+        (["config", "update"], "default_config.yaml does not exist. `accelerate config` writes one."),
+        (["config", "nothing"], "invalid choice: 'nothing'"),
+        (["to-fsdp2"], "to-fsdp2: the following arguments are required: --config_file"),
+        (["checkpoint"], "required: action"),
+        (["config", "explain", "--config_file", "none.yaml"], "none.yaml does not exist"),
     ],
-    ids=" ".join,
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
 )
-def test_what_this_version_does_not_have_is_said(words: list[str], accelerate: Run) -> None:
+def test_what_cannot_be_done_is_one_line_and_code_2(words: list[str], message: str, accelerate: Run) -> None:
     done = accelerate(*words)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "this version of accelerate does not" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [[name] for name in COMMANDS] + [["config", name] for name in ("default", "update", "explain")],
+)
+def test_help_shows_one_spelling_in_80_columns(name: list[str], accelerate: Run) -> None:
+    shown = accelerate(*name, "--help").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not re.search(r"--[a-z]+-[a-z]+", shown) and "%%" not in shown
 
 
 def test_a_configuration_without_questions(accelerate: Run, tmp_path: Path) -> None:

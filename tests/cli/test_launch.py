@@ -134,6 +134,15 @@ def test_what_was_chosen_is_one_line(accelerate: Run, script: Write) -> None:
     assert done.stderr.startswith("accelerate launch: 1 process on ") and len(done.stderr.splitlines()) == 1
     assert accelerate("launch", "-q", name).stderr == ""
     assert accelerate("launch", "--num_processes", "1", name).stderr == ""
+    assert max(map(len, done.stderr.splitlines())) <= 80
+
+
+def test_devices_that_are_not_there_are_named(accelerate: Run, script: Write) -> None:
+    done = accelerate("launch", "--multi_gpu", script(""), CUDA_VISIBLE_DEVICES="-1")
+    assert done.returncode == 0 and done.stderr.splitlines() == [
+        "accelerate launch: found no cuda device: without one, processes use the CPU",
+        "accelerate launch: 1 process on the CPU, mixed precision no (see -h to change)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +159,13 @@ def test_what_was_chosen_is_one_line(accelerate: Run, script: Write) -> None:
         (["--config_file", "untyped.yaml", "s.py"], "untyped.yaml: distributed_type"),
         (["--tpu", "--num_processes", "1", "s.py"], "TPUs need torch_xla"),
         (["--tpu", "--tpu_cluster", "s.py"], "which TPU? Missing is tpu_name and tpu_zone"),
-        (["--mpirun_hostfile", "hosts", "--num_processes", "2", "s.py"], "cannot start a run on mpirun yet"),
-        (["--use_deepspeed", "--num_machines", "2", "--num_processes", "2", "s.py"], "DeepSpeed's own launcher yet"),
+        (
+            ["--mpirun_hostfile", "hosts", "--mpirun_ccl", "many", "s.py"],
+            "the number of oneCCL's threads, found 'many'",
+        ),
+        (["--use_deepspeed", "--num_machines", "2", "s.py"], "launcher pdsh need a file of hosts"),
+        (["--use_deepspeed", "--use_fsdp", "s.py"], "use_deepspeed and use_fsdp contradict each other"),
+        (["--config_file", "broken.yaml", "s.py"], "broken.yaml: is not valid yaml: line 2, column 1: did not find"),
         (["--config_file", "aws.yaml", "s.py"], 'needs its SDK: pip install "accelerate[sagemaker]"'),
         (["--mixed_precision", "fp8", "--fp8_backend", "msamp", "s.py"], "needs msamp, which is not installed"),
     ],
@@ -161,11 +175,18 @@ def test_what_cannot_be_used_is_one_line_and_code_2(
 ) -> None:
     script("print('started')", "s.py")
     (tmp_path / "bad.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: many\n")
+    (tmp_path / "broken.yaml").write_text("num_processes: [\n")
     (tmp_path / "untyped.yaml").write_text("num_processes: 1\n")
     (tmp_path / "aws.yaml").write_text("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: NO\n")
     done = accelerate("launch", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_script_is_not_blamed_on_the_file(accelerate: Run, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("distributed_type: NO\n")
+    done = accelerate("launch", "--config_file", "c.yaml")
+    assert done.returncode == 2 and "which script?" in done.stderr and "c.yaml" not in done.stderr
 
 
 def test_the_help_shows_what_matters(accelerate: Run) -> None:

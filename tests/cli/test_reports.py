@@ -103,6 +103,6 @@ def test_shards_are_merged(accelerate: Run, tmp_path: Path) -> None:
     )
     assert done.returncode == 0 and (tmp_path / "out" / "pytorch_model.bin").exists()
     done = accelerate("merge-weights", "pytorch_model_fsdp_0/", "out")
-    assert done.returncode == 2 and "There is no such folder." in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2 and "0: there is no such folder." in done.stderr and len(done.stderr.splitlines()) == 1
     done = accelerate("merge-weights", "pytorch_model_fsdp_0/", "out", "--max_shard_size", "much")
     assert done.returncode == 2 and "'much'" in done.stderr

@@ -138,7 +138,7 @@ def test_a_worker_that_is_killed_has_all_start_again(runs: Runs, unbroken: tuple
     ranks = [
         child
         for child in psutil.Process(process.pid).children()
-        if any(word.endswith("resumable.py") for word in child.cmdline())
+        if str(EXAMPLE) in child.cmdline() and "launch" not in child.cmdline()
     ]
     assert len(ranks) == 2
     ranks[1].kill()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -15,10 +17,16 @@ from accelerate.settings.handlers import DataLoaderConfiguration, GradientAccumu
 
 
 class Counting(Dataset[Any]):
-    """Samples that carry their index, and a record of which were fetched in this process."""
+    """Samples that carry their index, and a record of which were fetched in this process.
 
-    def __init__(self, length: int) -> None:
+    Args:
+        length: How many.
+        augmented: Add to each sample what the generators of torch, numpy and Python give.
+    """
+
+    def __init__(self, length: int, augmented: bool = False) -> None:
         self.length = length
+        self.augmented = augmented
         self.fetched: list[int] = []
 
     def __len__(self) -> int:
@@ -27,7 +35,10 @@ class Counting(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.fetched.append(index)
         generator = torch.Generator().manual_seed(index)
-        return torch.tensor(index), torch.randn(6, generator=generator)
+        sample = torch.randn(6, generator=generator)
+        if self.augmented:
+            sample = sample + torch.rand(6) + np.random.rand() + random.random()
+        return torch.tensor(index), sample
 
 
 class Stream(IterableDataset[Any]):
@@ -55,6 +66,7 @@ class Recipe:
         accumulation: Micro-steps per update.
         precision: ``no``, ``bf16`` or ``fp16``.
         seedable: Shuffle by seed and epoch.
+        augmented: Samples have something random added when they are read.
         stream, dispatch: What the loader reads, and how.
         limit: `total_limit`.
     """
@@ -67,6 +79,7 @@ class Recipe:
     accumulation: int = 1
     precision: str = "no"
     seedable: bool = True
+    augmented: bool = False
     stream: bool = False
     dispatch: bool | None = None
     limit: int | None = None
@@ -114,7 +127,7 @@ class Training:
         model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=60)
-        data = Stream(recipe.length) if recipe.stream else Counting(recipe.length)
+        data = Stream(recipe.length) if recipe.stream else Counting(recipe.length, recipe.augmented)
         loader: Any = DataLoader(
             data,
             batch_size=recipe.total_batch // accelerator.num_processes,

@@ -48,6 +48,9 @@ SLOWER: list[tuple[int, dict[str, Any]]] = [
         {"accumulation": 4, "precision": "fp16"},
         {"stream": True},
         {"dispatch": True},
+        {"precision": "bf16", "workers": 2, "augmented": True},
+        {"precision": "fp16", "workers": 2, "augmented": True, "accumulation": 4},
+        {"augmented": True},
     )
 ]
 CASES = [*BITWISE, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWER)]

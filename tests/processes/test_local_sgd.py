@@ -222,3 +222,33 @@ def test_one_process_just_counts() -> None:
         local.step()
     assert local.num_steps == 1
     assert torch.equal(flat(model), before)
+
+
+def saved_on_the_way(folder: str, resume: bool) -> tuple[list[bool], list[float]]:
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    model = small_model()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    if resume:
+        accelerator.load_state(folder)
+    alike: list[bool] = []
+    with LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=4) as local:
+        for step in range(3 if resume else 0, 9):
+            accelerator.backward(loss_of(model, rank, step))
+            optimizer.step()
+            optimizer.zero_grad()
+            local.step()
+            if step == 2 and not resume:
+                accelerator.save_state(folder)
+            everyone = gather(flat(model)[None])
+            alike.append(torch.equal(everyone[rank], everyone[0]))
+    assert not accelerator._checkpoints.boundaries
+    return alike, flat(model).tolist()
+
+
+def test_a_save_averages_and_the_count_begins_anew(run_ranks: RunRanks, tmp_path: Any) -> None:
+    whole = run_ranks(2, saved_on_the_way, str(tmp_path / "c"), False)
+    resumed = run_ranks(2, saved_on_the_way, str(tmp_path / "c"), True)
+    for rank in (0, 1):
+        assert whole[rank][0] == [rank == 0 or step in (2, 6) for step in range(9)]
+        assert resumed[rank] == (whole[rank][0][3:], whole[rank][1])

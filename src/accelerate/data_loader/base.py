@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..runtime import devices
 from ..runtime.pytree import send_to_device
 from ..state import GradientState
+from . import workers
 from .deal import Round
 from .iterable import Counted, IterableDatasetShard, Unmark, is_marked
 from .order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder, Track
@@ -32,7 +33,6 @@ from .samplers import (
     samples_drawn,
 )
 from .seeding import SampleSeeds, seeded
-from .workers import Outlasting
 
 if TYPE_CHECKING:
     from .plan import DataPlan
@@ -308,8 +308,11 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             if self._sample_seeds is not None:
                 self.__dict__["dataset"] = seeded(dataset, self._sample_seeds)  # torch refuses the plain assignment
             if self.num_workers:
-                self.worker_init_fn = Outlasting(worker_init_fn)
-            return super()._get_iterator()
+                self.worker_init_fn = workers.Outlasting(worker_init_fn)
+            iterator = super()._get_iterator()
+            if self.num_workers:
+                workers.note(iterator)
+            return iterator
         finally:
             self.__dict__["dataset"], self.collate_fn, self.worker_init_fn = dataset, collate_fn, worker_init_fn
 

@@ -1,19 +1,22 @@
 """Workers outlast a request to stop: SIGTERM often goes to all processes of a run, and the run still needs its workers.
 
-They end with their process, as they always do. Without this, a run that is asked to stop fails for want of a worker
-instead of saving.
+Without this, a run that is asked to stop fails for want of a worker instead of saving. In return the process ends its
+workers itself when it ends: Python's way of doing so is the same signal.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
+from weakref import WeakSet
 
-# A worker that hangs must not keep its process, which ends it by the same signal, for ever.
-PATIENCE_SECONDS = 600.0
+_iterators: WeakSet[Any] = WeakSet()
+_workers: list[Any] = []
 
 
 class Outlasting:
@@ -27,23 +30,40 @@ class Outlasting:
         self.init = init
 
     def __call__(self, worker_id: int) -> None:
-        if hasattr(signal, "SIGTERM") and threading.current_thread() is threading.main_thread():
-            _outlast(os.getppid())
+        if threading.current_thread() is threading.main_thread():
+            parent = os.getppid()
+
+            def handle(number: int, frame: FrameType | None) -> None:
+                if os.getppid() != parent:
+                    os._exit(0)
+
+            # A handler of Python's: programs that the worker starts do not inherit it.
+            signal.signal(signal.SIGTERM, handle)
         if self.init is not None:
             self.init(worker_id)
 
 
-def _outlast(parent: int) -> None:
-    """Handles SIGTERM. By a handler of Python's, which programs that the worker starts do not inherit."""
-    waiting = threading.Event()
+def note(iterator: Any) -> None:
+    """Has the workers of an iterator ended with this process.
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getppid() != parent:
-            os._exit(0)
-        if not waiting.is_set():
-            waiting.set()
-            timer = threading.Timer(PATIENCE_SECONDS, os._exit, (0,))
-            timer.daemon = True
-            timer.start()
+    Args:
+        iterator: torch's or torchdata's iterator over several processes.
+    """
+    _workers[:] = [*_running(), *iterator._workers]
+    _iterators.add(iterator)
+    atexit.unregister(_end_all)
+    atexit.register(_end_all)  # runs before multiprocessing's, which would wait for the workers
 
-    signal.signal(signal.SIGTERM, handle)
+
+def _running() -> list[Any]:
+    """The workers of this process; one that was forked from another knows that one's."""
+    return [worker for worker in _workers if worker._parent_pid == os.getpid() and worker.is_alive()]
+
+
+def _end_all() -> None:
+    if not _running():
+        return
+    for iterator in list(_iterators):
+        iterator._shutdown_workers()
+    for worker in _running():  # they hang
+        worker.kill()

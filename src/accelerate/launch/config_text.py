@@ -57,7 +57,7 @@ def read(path: str) -> bytes:
         with open(path, "rb") as file:
             data = file.read(_LARGEST + 1)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise SettingsError(f"configuration file {path} cannot be read: {error}") from None
+        raise SettingsError(f"configuration file {path} cannot be read: {getattr(error, 'strerror', error)}.") from None
     if len(data) > _LARGEST:
         raise SettingsError(
             f"configuration file {path} is larger than {_LARGEST >> 20} MiB: is it a configuration of accelerate?"
@@ -125,7 +125,15 @@ def _yaml(data: bytes) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ValueError(f"is not valid yaml: {error}") from None
+        raise ValueError(f"is not valid yaml: {_place_of(error)}") from None
+
+
+def _place_of(error: yaml.YAMLError) -> str:
+    """What is wrong with a text, and where: yaml's own words tell where the block around it begins as well."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error).replace('in "<byte string>", ', "at ")
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
 
 
 def _refuse_depth(data: bytes, loader_type: Any) -> None:

@@ -337,10 +337,10 @@ class Meeting:
         Returns:
             The outcome of the meeting: `text`, unless there has been another before.
         """
+        if self.store is None:  # torch may have been interrupted while it was imported: it bears no second time
+            return text
         import torch.distributed as dist
 
-        if self.store is None:
-            return text
         try:
             outcome = self.store.compare_set(f"{KEY}/outcome", "", text).decode()
         except dist.DistError:  # it is called off already: the store has gone

@@ -121,6 +121,16 @@ def build(settings: LaunchSettings) -> LaunchPlan:
     )
 
 
+def check_named(settings: LaunchSettings) -> None:
+    """Looks whether anything is to be started.
+
+    Raises:
+        SettingsError: when the command line names no script.
+    """
+    if not settings.script:
+        raise SettingsError("which script? Write it after the launcher's flags: accelerate launch [flags] script.py")
+
+
 def check(settings: LaunchSettings) -> None:
     """Compares settings with each other.
 
@@ -128,8 +138,7 @@ def check(settings: LaunchSettings) -> None:
         SettingsError: when they contradict each other.
     """
     machines, processes, rank = settings.machines, settings.processes, settings.machine_rank or 0
-    if not settings.script:
-        raise SettingsError("which script? Write it after the launcher's flags: accelerate launch [flags] script.py")
+    check_named(settings)
     if settings.module and settings.no_python:
         raise SettingsError("--module and --no_python contradict each other: give one of them.")
     if processes % machines:
@@ -170,8 +179,8 @@ def choose(settings: LaunchSettings) -> str:
         return "torch" if settings.deepspeed.deepspeed_multinode_launcher == "standard" else "deepspeed"
     if settings.mpirun.hostfile is not None:
         return "mpirun"
-    # The engines need a process group, even of one.
-    grouped = settings.use_deepspeed or settings.use_fsdp or settings.use_megatron_lm
+    # The engines need a process group, even of one; and who becomes the script cannot start it again.
+    grouped = settings.use_deepspeed or settings.use_fsdp or settings.use_megatron_lm or settings.max_restarts > 0
     return "torch" if grouped or settings.processes > 1 or settings.machines > 1 else "python"
 
 

@@ -7,10 +7,12 @@ code becomes the launcher's. No process outlives the launcher.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.place import DEFAULT_PORT
@@ -44,6 +46,7 @@ def run(plan: LaunchPlan, settings: LaunchSettings) -> int:
     guard = Guard()  # forked while this process is small and has one thread
     try:
         env.publish(plan.environment_over(env.snapshot()))
+        _import_torch()
         with tempfile.TemporaryDirectory(prefix="accelerate_") as scratch:
             return _Ranks(plan, settings, guard, scratch).run()
     except KeyboardInterrupt:
@@ -54,6 +57,25 @@ def run(plan: LaunchPlan, settings: LaunchSettings) -> int:
         return 1
     finally:
         guard.release()
+
+
+def _import_torch() -> None:
+    """Imports torch's agent; Ctrl-C waits so long: raised within an import, it may be swallowed or end torch badly."""
+    pressed: list[int] = []
+    waiting = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if waiting:
+        signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        import torch.distributed.run  # noqa: F401
+    finally:
+        if waiting:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+# `Accelerator.stop_on` has a script save when one of these comes.
+_HANDED_ON = ("SIGUSR1", "SIGUSR2")
 
 
 class _Ranks:
@@ -90,6 +112,9 @@ class _Ranks:
         from torch.distributed.elastic.rendezvous import RendezvousError
 
         ended = Verdict("", 0)
+        for name in _HANDED_ON:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._hand_on)
         try:
             result = started.run()
             ended = self._judge(result)
@@ -108,6 +133,12 @@ class _Ranks:
             kill(self.running)
         self._take_leave(ended)
         return ended
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        """Sends ranks a signal that says nothing to a launcher; schedulers can be told to send it."""
+        for group in list(self.running):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(group, number)
 
     # How ranks meet ----------------------------------------------------------------------------------------------------
 

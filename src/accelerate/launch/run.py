@@ -14,8 +14,8 @@ from ..settings import env
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
 from .console import say
-from .machine import look, remarks, resolve
-from .plan import LaunchPlan, build, choose
+from .machine import Machine, look, remarks, resolve
+from .plan import LaunchPlan, build, check_named, choose
 from .programs import become
 
 _FP8_PACKAGES = {"te": "transformer_engine", "ao": "torchao", "msamp": "msamp"}
@@ -34,6 +34,7 @@ def launch(settings: LaunchSettings, file: str | None = None) -> int:
     Raises:
         SettingsError: when the settings cannot be used here.
     """
+    check_named(settings)  # which has nothing to do with the file
     try:
         machine = look(settings)
         resolved = resolve(settings, machine)
@@ -43,8 +44,10 @@ def launch(settings: LaunchSettings, file: str | None = None) -> int:
     check_script(resolved)
     if resolved.dry_run:
         return _print(plan, resolved)
+    check_engines(resolved)
     check_packages(resolved)
-    for line in (*plan.notes, *remarks(settings, machine), *(() if file is not None else _choices(settings, resolved))):
+    chosen = _choices(settings, resolved, machine) if file is None else []
+    for line in (*plan.notes, *remarks(settings, machine), *_absent(settings, machine, plan), *chosen):
         say(line, resolved.quiet)
     return start(plan, resolved)
 
@@ -84,6 +87,17 @@ def check_script(settings: LaunchSettings) -> None:
         check_function(settings)
 
 
+def check_engines(settings: LaunchSettings) -> None:
+    """Says beforehand what every rank would say: the work is shared in one way.
+
+    Raises:
+        SettingsError: when more than one was asked for.
+    """
+    asked = [name for name in ("use_deepspeed", "use_fsdp", "use_megatron_lm") if getattr(settings, name)]
+    if len(asked) > 1:
+        raise SettingsError(f"{' and '.join(asked)} contradict each other: choose one of them.")
+
+
 def check_packages(settings: LaunchSettings) -> None:
     """Looks whether the libraries that the settings ask for are installed, without importing them.
 
@@ -106,7 +120,8 @@ def check_packages(settings: LaunchSettings) -> None:
         backend = settings.fp8.backend
         wanted = [_FP8_PACKAGES[backend]] if backend is not None else list(_FP8_PACKAGES.values())
         if not any(find_spec(package) is not None for package in wanted):
-            raise SettingsError(f"mixed precision fp8 needs {' or '.join(wanted)}, which is not installed.")
+            libraries = f"one of {', '.join(wanted)}, and none" if len(wanted) > 1 else f"{wanted[0]}, which"
+            raise SettingsError(f"mixed precision fp8 needs {libraries} is not installed.")
 
 
 def _program(name: str) -> str:
@@ -118,15 +133,20 @@ def _program(name: str) -> str:
     return path
 
 
-def _choices(asked: LaunchSettings, resolved: LaunchSettings) -> list[str]:
+def _absent(asked: LaunchSettings, machine: Machine, plan: LaunchPlan) -> list[str]:
+    """That processes on this machine will not find the devices that they were asked to use."""
+    if plan.starter not in ("python", "torch") or not asked.multi_gpu or machine.device != "cpu":
+        return []
+    return [f"found no {asked.device} device: without one, processes use the CPU"]
+
+
+def _choices(asked: LaunchSettings, resolved: LaunchSettings, machine: Machine) -> list[str]:
     """What was chosen where nobody chose: one line, not one warning a value."""
     if asked.num_processes is not None or resolved.placed_by or resolved.num_processes is None:
         return []
-    count, kind = resolved.processes, "cpu" if resolved.on_cpu else resolved.device
-    processes = f"{count} process{'' if count == 1 else 'es'}"
-    where = "the CPU" if kind == "cpu" else kind
-    precision = resolved.mixed_precision or "no"
-    return [f"{processes} on {where}, mixed precision {precision} (other choices: flags, or `accelerate config`)"]
+    processes = f"{resolved.processes} process{'' if resolved.processes == 1 else 'es'}"
+    where = "the CPU" if machine.device == "cpu" else machine.device
+    return [f"{processes} on {where}, mixed precision {resolved.mixed_precision or 'no'} (see -h to change)"]
 
 
 def _in_place(plan: LaunchPlan, settings: LaunchSettings) -> int:

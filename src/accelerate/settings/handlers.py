@@ -297,8 +297,8 @@ class DataLoaderConfiguration:
     use_stateful_dataloader: bool = False
     """Build loaders on torchdata's `StatefulDataLoader`, which can save its position."""
     seed_samples: bool | None = None
-    """Seed torch, numpy and Python before each sample is read, from the seed, the epoch and its index. None: in workers, with
-    `use_stateful_dataloader` and `use_seedable_sampler`; True needs `use_stateful_dataloader`."""
+    """Seed torch, numpy and Python before each sample is read, from the seed, the epoch and its index. None: in workers,
+    with `use_stateful_dataloader` and `use_seedable_sampler`; True needs `use_stateful_dataloader`."""
 
     def __post_init__(self) -> None:
         if self.seed_samples and not self.use_stateful_dataloader:

@@ -199,7 +199,7 @@ class Entry(NamedTuple):
         if isinstance(value, bool):
             true, false = self.section.truth if self.section is not None else ("true", "false")
             return true if value else false
-        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return spelt(value)
 
     def convert(self, value: Any, where: str) -> Any:
         """Turns text from the command line, or a value from a file, into the option's type.
@@ -230,6 +230,13 @@ class Entry(NamedTuple):
         raise SettingsError(
             f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {shown(value)}."
         )
+
+
+def spelt(value: Any) -> str:
+    """`value` as one writes it on the command line or in a file."""
+    if isinstance(value, tuple):
+        return ",".join(map(spelt, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def shown(value: Any) -> str:

@@ -48,3 +48,10 @@ def test_a_note_that_says_nothing(text: str, tmp_path: Path) -> None:
 def test_signals() -> None:
     assert verdict.of_signal(signal.SIGINT) == verdict.Verdict("interrupted", 130)
     assert verdict.of_signal(signal.SIGTERM) == verdict.Verdict("stopped by SIGTERM", 143)
+
+
+def test_a_launcher_that_was_stopped_says_whether_ranks_had_saved() -> None:
+    saved = verdict.Verdict("stopped by SIGTERM; all ranks have saved: start it again", 75)
+    assert verdict.of_signal(signal.SIGTERM, [75, 75]) == verdict.of_signal(signal.SIGTERM, [0, 75]) == saved
+    for codes in ([75, -15], [75, None], [0, 0], [1, 75], []):
+        assert verdict.of_signal(signal.SIGTERM, codes) == verdict.Verdict("stopped by SIGTERM", 143)

@@ -183,6 +183,7 @@ class TestDataLoaderConfiguration:
             "data_seed": None,
             "non_blocking": False,
             "use_stateful_dataloader": False,
+            "seed_samples": None,
         }
 
     def test_stateful_loaders_without_torchdata(self, tmp_path):

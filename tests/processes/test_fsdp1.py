@@ -1,0 +1,305 @@
+"""FSDP 1 on real ranks: the same as one process, whatever is sharded and however; and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.checkpointing.errors import SaveError
+from accelerate.runtime import world
+from accelerate.state import AcceleratorState
+from accelerate.strategies.fsdp1 import _mesh
+from tests.helpers import sharding
+from tests.helpers.sharding import STEPS, Block, Tiny, train
+
+# The version and what the launcher asks for by default.
+plugin = functools.partial(sharding.plugin, 1, use_orig_params=True)
+
+
+def _train(fields: dict[str, Any], **more: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
+    return train(1, {"use_orig_params": True, **fields}, **more)
+
+
+@pytest.fixture(scope="module")
+def alone(rank_pool) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """What one process comes to."""
+    found: tuple[dict[str, torch.Tensor], list[float]] = rank_pool.run(1, train, 1, None)[0]
+    assert len(found[1]) == STEPS and max(found[1]) > 0.5  # clipping has something to do
+    return found
+
+
+_REPLICAS = {"sizes": {"dp_replicate_size": 2, "dp_shard_size": 2}}
+CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "on one rank": (1, {}, {}),
+    "FULL_SHARD": (2, {}, {}),
+    "SHARD_GRAD_OP": (2, {"sharding_strategy": "SHARD_GRAD_OP"}, {}),
+    "NO_SHARD": (2, {"sharding_strategy": "NO_SHARD"}, {}),
+    "HYBRID_SHARD on one machine": (2, {"sharding_strategy": "HYBRID_SHARD"}, {}),
+    "HYBRID_SHARD": (4, {"sharding_strategy": "HYBRID_SHARD"}, _REPLICAS),
+    "HYBRID_SHARD_ZERO2": (4, {"sharding_strategy": "HYBRID_SHARD_ZERO2"}, _REPLICAS),
+    "the exact mean": (2, {}, {"items": True}),
+    "activations recomputed": (2, {"activation_checkpointing": True}, {}),
+    "as one unit": (2, {"auto_wrap_policy": "no_wrap", "transformer_cls_names_to_wrap": None}, {}),
+    "gathered ahead": (2, {"forward_prefetch": True, "backward_prefetch": "BACKWARD_POST"}, {}),
+    "nothing ahead": (2, {"backward_prefetch": "NO_PREFETCH"}, {}),
+    "compiled": (2, {}, {"compiled": True}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sharded_training_is_training(name, run_ranks, alone):
+    ranks, fields, more = CASES[name]
+    results = run_ranks(ranks, _train, fields, **more)
+    state, norms = results[0]
+    assert state.keys() == alone[0].keys()
+    for key, value in alone[0].items():
+        torch.testing.assert_close(state[key], value, rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
+    for _, found in results:
+        assert found == pytest.approx(alone[1], abs=1e-10)
+
+
+# Flat parameters -----------------------------------------------------------------------------------------------------
+
+
+def _flat(strategy: str | None) -> tuple[dict[str, torch.Tensor], list[float], list[int]]:
+    """Ten steps of a model whose units are one parameter each, and one of which is frozen; one group for each unit."""
+    fields = {"sharding_strategy": strategy, "use_orig_params": False}
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(**fields) if strategy else None)
+    torch.manual_seed(accelerator.process_index * bool(strategy))
+    model = nn.Sequential(*[Block(5) for _ in range(3)]).double()
+    model[1].requires_grad_(False)
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "lr": 1e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    norms = []
+    for step in range(10):
+        inputs = torch.rand(4, 5, dtype=torch.double, generator=torch.Generator().manual_seed(step))
+        mine = inputs[accelerator.process_index :: accelerator.num_processes]
+        accelerator.backward(model(mine).pow(2).mean())
+        norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = accelerator.get_state_dict(model)
+    return state, norms, [len(group["params"]) for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+def test_an_optimizer_follows_to_flat_parameters(strategy, run_ranks):
+    expected, norms, _ = run_ranks(1, _flat, None)[0]
+    results = run_ranks(2, _flat, strategy)
+    for key, value in expected.items():
+        torch.testing.assert_close(results[0][0][key], value, rtol=0, atol=1e-10)
+    for _, found, sizes in results:
+        assert found == pytest.approx(norms, abs=1e-10) and sizes == [1, 1]
+
+
+# What a rank holds ---------------------------------------------------------------------------------------------------
+
+
+def _held(use_orig_params: bool) -> tuple[float, float, float]:
+    """Of the model's bytes, those that this rank holds in parameters, in gradients and in each moment of the optimizer."""
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(use_orig_params=use_orig_params))
+    model = nn.Sequential(*[Block(64) for _ in range(4)])
+    whole = sum(param.nbytes for param in model.parameters())
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    accelerator.backward(model(torch.rand(2, 64)).sum())
+    gradients = sum(param.grad.nbytes for param in model.parameters() if param.grad is not None)
+    optimizer.step()
+    storages = {param.untyped_storage().data_ptr(): param.untyped_storage().nbytes() for param in model.parameters()}
+    moments = sum(v.nbytes for state in optimizer.state.values() for k, v in state.items() if k.startswith("exp_avg"))
+    return sum(storages.values()) / whole, gradients / whole, moments / (2 * whole)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_a_rank_holds_its_share(use_orig_params, run_ranks):
+    for found in run_ranks(4, _held, use_orig_params):
+        assert max(found) <= 0.27 and min(found) > 0.2
+
+
+def _only_rank_0_has_weights() -> tuple[list[float], bool]:
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(cpu_ram_efficient_loading=True))
+    with torch.device("cpu" if accelerator.is_main_process else "meta"):
+        torch.manual_seed(7)
+        model = Tiny()
+        model.register_buffer("mask", torch.tensor([True, False]))  # a type that not every backend carries
+    model = accelerator.prepare(model)
+    inner = accelerator.unwrap_model(model)
+    assert inner.mask.tolist() == [True, False] and inner.head.weight is inner.embedding.weight
+    return model(torch.arange(8).view(2, 4)).detach().flatten().tolist(), type(inner) is Tiny
+
+
+def test_ranks_without_weights_receive_them(run_ranks):
+    torch.manual_seed(7)
+    expected = Tiny()(torch.arange(8).view(2, 4)).detach().flatten().tolist()
+    for found, unwrapped in run_ranks(2, _only_rank_0_has_weights):
+        assert found == pytest.approx(expected, abs=1e-6) and unwrapped
+
+
+# Number formats ------------------------------------------------------------------------------------------------------
+
+
+def _in_half(precision: str) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
+    accelerator = Accelerator(cpu=True, mixed_precision=precision, fsdp_plugin=plugin())
+    model = Tiny().to(torch.bfloat16)  # a part of it frozen
+    seen: set[torch.dtype] = set()
+    model.layers[1].register_forward_hook(lambda *found: seen.add(found[2].dtype))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    out = model(torch.arange(8).view(2, 4))
+    accelerator.backward(out.pow(2).mean())
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    trained = [param for param in model.parameters() if param.grad is not None]
+    return {p.dtype for p in trained} | {out.dtype}, {p.grad.dtype for p in trained}, seen
+
+
+@pytest.mark.parametrize(("precision", "computed"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_and_steps_are_float32(precision, computed, run_ranks):
+    floats = {torch.float32}
+    assert run_ranks(2, _in_half, precision) == [(floats, floats, {computed})] * 2
+
+
+def _overflow() -> tuple[bool, float, bool]:
+    """One rank's gradients overflow: both skip the step, and train on with the same scale."""
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", fsdp_plugin=plugin())
+    seen: set[torch.dtype] = set()
+    model = nn.Sequential(Block(4), Block(4)).to(torch.bfloat16)
+    model[0].register_forward_hook(lambda *found: seen.add(found[2].dtype))
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    factors = [float("inf") if accelerator.is_local_main_process else 1.0, 1.0]
+    skipped = []
+    for factor in factors:
+        out = model(torch.ones(2, 4))
+        accelerator.backward(out.mean() * factor)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        skipped.append(optimizer.step_was_skipped)
+        optimizer.zero_grad()
+    finite = all(bool(param.isfinite().all()) for param in model.parameters())
+    kinds = {param.dtype for param in model.parameters()} | {out.dtype}
+    assert kinds == {torch.float32} and seen == {torch.float16}
+    return skipped == [True, False], accelerator.scaler.get_scale(), finite
+
+
+def test_ranks_agree_on_an_overflow(run_ranks):
+    results = run_ranks(2, _overflow)
+    assert [(agreed, finite) for agreed, _, finite in results] == [(True, True)] * 2
+    assert results[0][1] == results[1][1] == 32768.0
+
+
+# Several models, whole parts, held back ---------------------------------------------------------------------------------
+
+
+def _several() -> tuple[bool, list[float], bool]:
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(ignored_modules="0"))
+    torch.manual_seed(3)
+    first, second, fixed = nn.Sequential(Block(4), Block(4)), nn.Sequential(Block(4), Block(4)), nn.Sequential(Block(4))
+    plain = copy.deepcopy((first, second))
+    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()])
+    first, second, optimizer = accelerator.prepare(first, second, optimizer)
+    fixed = accelerator.prepare_model(fixed.requires_grad_(False), evaluation_mode=True)
+    inputs = torch.rand(2, 4)
+    with accelerator.no_sync(first), accelerator.no_sync(second):
+        loss = second(first(inputs)).pow(2).sum() + fixed(inputs).sum()
+        with accelerator.trigger_sync_in_backward(first), accelerator.trigger_sync_in_backward(second):
+            accelerator.backward(loss)
+    params = [*first.parameters(), *second.parameters()]
+    norms = [float(accelerator.clip_grad_norm_(params, 1e9, kind)) for kind in (2, float("inf"), 1)]
+    plain[1](plain[0](inputs)).pow(2).sum().backward()
+    expected = [
+        float(nn.utils.clip_grad_norm_([*plain[0].parameters(), *plain[1].parameters()], 1e9, kind))
+        for kind in (2, float("inf"), 1)
+    ]
+    optimizer.step()
+    inner = accelerator.unwrap_model(first)
+    return norms == pytest.approx(expected, rel=1e-5), norms, type(inner) is nn.Sequential
+
+
+def test_several_models_and_whole_parts(run_ranks):
+    for same, norms, unwrapped in run_ranks(2, _several):
+        assert same and unwrapped, norms
+
+
+# Refusals --------------------------------------------------------------------------------------------------------------
+
+
+def _refused() -> list[str]:
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def refused(kind: type[Exception] = ValueError) -> Iterator[None]:
+        with pytest.raises(kind) as caught:
+            yield
+        said.append(str(caught.value))
+
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin())
+    with refused():
+        accelerator.prepare(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
+    model = nn.Sequential(Block(2))
+    with refused():
+        model[0].norm.double()
+        accelerator.prepare(model)
+    assert not isinstance(model[0], FullyShardedDataParallel)  # nothing has changed
+    with refused(), torch.device("meta" if accelerator.is_main_process else "cpu"):
+        accelerator.prepare(Tiny())
+    model = accelerator.prepare(nn.Sequential(Block(2)))
+    with refused(SaveError):
+        accelerator.save_state("nowhere")
+    with refused(), accelerator.join_uneven_inputs([model]):
+        pass
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(use_orig_params=False))
+    with refused():
+        accelerator.prepare(Tiny())
+    model = nn.Sequential(Block(2))
+    with refused():
+        accelerator.prepare(model, torch.optim.AdamW(sharding.groups(model)))
+    AcceleratorState._reset_state()
+    replicas = ParallelismConfig(dp_replicate_size=2)
+    with refused():
+        Accelerator(cpu=True, fsdp_plugin=plugin(sharding_strategy="HYBRID_SHARD"), parallelism_config=replicas)
+    AcceleratorState._reset_state()
+    with refused():
+        Accelerator(cpu=True, fsdp_plugin=plugin(), parallelism_config=replicas)
+    alone = dataclasses.replace(world.current(), local_size=1)  # as if each rank were on a machine of its own
+    with refused():
+        _mesh(None, alone, ShardingStrategy.HYBRID_SHARD)
+    dist.barrier()
+    return said
+
+
+def test_what_is_refused_says_why(run_ranks):
+    wanted = [
+        "SGD holds parameters of a model that has not been prepared",
+        "a unit of FSDP 1 has parameters of one number format, but",
+        "parameter 'embedding.weight' is on the meta device of rank 0",
+        "checkpoints of fully sharded training are not part of this version",
+        "join_uneven_inputs does not work with fully sharded training",
+        "is trained and 'layers.0.up.weight' is frozen, and both are in one unit: set use_orig_params=True",
+        "are in one unit, but not in one parameter group of AdamW: set use_orig_params=True",
+        "sharding_strategy HYBRID_SHARD needs dp_replicate_size and dp_shard_size above 1",
+        "sharding_strategy FULL_SHARD goes with dp_shard_size alone",
+        "sharding_strategy HYBRID_SHARD with one process a machine has nothing to shard",
+    ]
+    for said in run_ranks(2, _refused):
+        for message, expected in zip(said, wanted, strict=True):
+            assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"cpu_offload": True}, "cpu_offload"), ({"param_init_fn": nn.Module.train}, "param_init_fn")],
+)
+def test_what_this_version_does_not_have_is_refused_at_once(fields, named):
+    with pytest.raises(ValueError, match=f"{named} is not part of fully sharded training"):
+        Accelerator(cpu=True, fsdp_plugin=plugin(**fields))
