@@ -170,7 +170,7 @@ class Accelerator(CheckpointMethods):
             fsdp=getattr(self.state, "fsdp_plugin", None),
             mesh=self.torch_device_mesh,
         )
-        strategy = choose_strategy(self.distributed_type, self.parallelism_config)
+        strategy = choose_strategy(self.distributed_type, self.parallelism_config, fsdp=settings.fsdp)
         self.strategy: Strategy = strategy(world.current(), settings)
         self.precision = precision
         self.scaler = precision.scaler
@@ -649,7 +649,8 @@ class Accelerator(CheckpointMethods):
     @contextmanager
     def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
         """A context whose backward synchronises gradients though its forwards ran under `no_sync`."""
-        strategy = choose_strategy(AcceleratorState().distributed_type)
+        state = AcceleratorState()
+        strategy = choose_strategy(state.distributed_type, fsdp=getattr(state, "fsdp_plugin", None))
         with strategy.sync_in_backward(model):
             yield
 

@@ -190,11 +190,12 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.Asy
 
 
 def strategy_classes(tree: ast.Module) -> list[str]:
-    """The classes of a module that derive from a Strategy: such a module is a backend."""
+    """The classes of a module that derive from a Strategy: such a module is a backend. One named so is a base of them."""
     return [
         node.name
         for node in tree.body
         if isinstance(node, ast.ClassDef)
+        and not node.name.endswith("Strategy")
         and any(dotted(base).split(".")[-1].endswith("Strategy") for base in node.bases)
     ]
 

@@ -47,7 +47,7 @@ def estimate_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     parser = make_parser(
         "estimate-memory",
         "Estimates the memory that a model needs: its largest layer, all of it, and weights, gradients and state when it is "
-        "trained with Adam. The weights are not downloaded. Inference takes up to 20%% more than the model.",
+        "trained with Adam. The weights are not downloaded. Inference takes up to 20% more than the model.",
         subparsers,
     )
     add(parser, "model_name", help="a model on the Hub, a folder, or a config.json")
@@ -63,7 +63,8 @@ def estimate_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         nargs="+",
         default=list(_SHRINKS),
         choices=list(_SHRINKS),
-        help="number formats to show (all)",
+        metavar="DTYPE",
+        help=f"number formats to show: {', '.join(_SHRINKS)} (all)",
     )
     add(
         parser,
@@ -135,8 +136,9 @@ def _rows(model: Any, dtypes: Sequence[str]) -> list[list[Any]]:
     return rows
 
 
-def follow(args: argparse.Namespace) -> tuple[str, dict[str, StepMemory]]:
-    """The memory of a training step with the batch that `args` describe: the model's class, and a figure for each precision.
+def follow(args: argparse.Namespace) -> tuple[str, str, dict[str, StepMemory]]:
+    """The memory of a training step with the batch that `args` describe: the model's class, the batch in
+    words, and a figure for each precision.
 
     Raises:
         EstimateError: when the step cannot be followed.
@@ -156,7 +158,8 @@ def follow(args: argparse.Namespace) -> tuple[str, dict[str, StepMemory]]:
                 steps[label] = follow_step(model, batch, tokens, mixed=dtype != "float32")
             except CannotFollow as error:
                 raise EstimateError(f"a training step of {name} cannot be followed: {error}") from error
-    return name, steps
+    of_text = getattr(model, "main_input_name", None) == "input_ids"
+    return name, f"batch size {batch}" + (f", {tokens} tokens each" if of_text else ""), steps
 
 
 def _batch(args: argparse.Namespace) -> tuple[int, int]:
@@ -212,12 +215,11 @@ def estimate_command(args: argparse.Namespace) -> None:
     headers = ["dtype", "Largest Layer", "Total Size", "Training using Adam"]
     _print_table(f"Memory usage for loading {args.model_name}", headers, table)
     if wanted:
-        name, steps = follow(args)
-        batch, tokens = _batch(args)
+        name, batch, steps = follow(args)
         fields = ("weights", "gradients", "optimizer", "activations", "peak")
         table = [[label, *(shown(getattr(step, field)) for field in fields)] for label, step in steps.items()]
         headers = ["precision", "Weights", "Gradients", "Adam", "Activations", "Peak"]
-        _print_table(f"A training step of {name}, batch size {batch}, {tokens} tokens each", headers, table)
+        _print_table(f"A training step of {name}, {batch}", headers, table)
 
 
 def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -237,7 +239,7 @@ def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str
 
 
 def _print_json(
-    args: argparse.Namespace, rows: list[list[Any]], step: tuple[str, dict[str, StepMemory]] | None
+    args: argparse.Namespace, rows: list[list[Any]], step: tuple[str, str, dict[str, StepMemory]] | None
 ) -> None:
     import dataclasses
     import json
@@ -258,7 +260,7 @@ def _print_json(
             "class": step[0],
             "batch_size": _batch(args)[0],
             "sequence_length": _batch(args)[1],
-            "precisions": {label: dataclasses.asdict(memory) for label, memory in step[1].items()},
+            "precisions": {label: dataclasses.asdict(memory) for label, memory in step[2].items()},
         }
     print(json.dumps(content, indent=2))
 

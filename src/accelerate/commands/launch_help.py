@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..settings.launcher import DISTRIBUTED, HARDWARE, PARADIGM, LaunchSettings
-from ..settings.option import Entry, Section, entries
+from ..settings.option import Entry, Section, entries, spelt
 from ..settings.sections import RESOURCES
 
 _ALWAYS_SHOWN = ("General", HARDWARE, RESOURCES, PARADIGM, DISTRIBUTED)
@@ -69,7 +69,7 @@ def _line(entry: Entry, width: int) -> list[str]:
     if not entry.option.switch:
         spelling += f" {choices}" if choices and len(choices) < 40 else value
         text += f" ({choices.replace('|', ', ')})" if len(choices) >= 40 else ""
-        text += f" (default {entry.render(entry.option.default)})" if entry.option.default not in (None, "", ()) else ""
+        text += f" (default {spelt(entry.option.default)})" if entry.option.default not in (None, "", ()) else ""
     wrapped = textwrap.wrap(text, max(20, width - 30))
     if len(spelling) < 29:
         return [f"{spelling:<30}{wrapped[0]}", *(" " * 30 + line for line in wrapped[1:])]

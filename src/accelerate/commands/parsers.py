@@ -1,4 +1,7 @@
-"""What the small subcommands share: a parser that takes dashes for underscores, and the answer to what is not there."""
+"""What the small subcommands share: a parser that takes dashes for underscores, and whose errors are one line.
+
+Help and messages show each flag in the documented spelling only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def add_argument(self, *spellings: str, **options: Any) -> argparse.Action:
-        return super().add_argument(*with_dashes(spellings), **options)
+        return _shown_as(spellings, super().add_argument(*with_dashes(spellings), **options))
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -40,10 +43,10 @@ def add(parser: argparse.ArgumentParser, *spellings: str, **options: Any) -> Non
     if isinstance(parser, CommandParser):
         parser.add_argument(*spellings, **options)
     else:
-        parser.add_argument(*with_dashes(spellings), **options)
+        _shown_as(spellings, parser.add_argument(*with_dashes(spellings), **options))
 
 
-def not_yet(name: str) -> int:
-    """Says that this version does not have the command; the exit code."""
-    print(f"accelerate {name}: this version of accelerate does not have this command yet.", file=sys.stderr)
-    return 2
+def _shown_as(spellings: tuple[str, ...], action: argparse.Action) -> argparse.Action:
+    if action.option_strings:
+        action.option_strings = list(spellings)  # what help and messages show; the parser knows the others by now
+    return action

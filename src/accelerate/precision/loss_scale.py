@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ class LossScaler(torch.amp.GradScaler):
     torch wants `update` called once, after all optimizers of an iteration have stepped; a wrapper around one optimizer
     cannot know when that is. Here a step only notes that it happened, and the factor is updated before the next loss is
     scaled, or its state read.
+
+    Attributes:
+        agree: Adds up over the ranks what each found in its gradients, where they hold different pieces of them.
     """
 
+    agree: Callable[[torch.Tensor], None] | None = None
     _stepped = False
 
     def settle(self) -> None:
@@ -48,6 +53,14 @@ class LossScaler(torch.amp.GradScaler):
         """Divides the optimizer's gradients by the factor; once an update, however often it is called."""
         if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             super().unscale_(optimizer)
+            if self.agree is not None:
+                self._agree(self.agree, optimizer)
+
+    def _agree(self, add: Callable[[torch.Tensor], None], optimizer: torch.optim.Optimizer) -> None:
+        assert self._scale is not None, "unscaling made one"
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        # A rank may hold no piece of what has gradients.
+        add(found.setdefault(self._scale.device, torch.zeros(1, device=self._scale.device)))
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """See torch; the factor is updated later."""

@@ -61,3 +61,9 @@ def test_flags_that_turn_groups_on_are_shown_as_one_types_them() -> None:
     for text in shown("").partition("turns it on:")[2].split("\n\n")[0].strip().splitlines():
         typed = text.strip()[:26]
         assert split([*typed.replace("FILE", "f").replace("WORD", "w").split(), "s.py"]).script == "s.py", typed
+
+
+def test_defaults_are_spelt_as_one_types_them() -> None:
+    text = shown(" ".join(GROUPS))
+    assert "(default false)" in text and "true,false,true (default false,false,false)" in text
+    assert "False" not in text and "True" not in text

@@ -12,6 +12,7 @@ from ...launch import config_file
 from ...settings.enums import ComputeEnvironment, DistributedType
 from ...settings.launcher import LaunchSettings
 from ...settings.option import SettingsError, entries
+from ..parsers import add
 
 default_config_file = config_file.default_path()
 
@@ -69,12 +70,15 @@ def default_command_parser(parser: Any, parents: list[argparse.ArgumentParser]) 
     made: argparse.ArgumentParser = parser.add_parser(
         "default", parents=parents, description=description, help="write a file for this machine, without questions"
     )
-    made.add_argument(
-        "--config_file", "--config-file", dest="save_location", default=default_config_file, help="the file to write"
+    add(
+        made,
+        "--config_file",
+        dest="save_location",
+        metavar="CONFIG_FILE",
+        default=default_config_file,
+        help="the file to write instead of the default one",
     )
-    made.add_argument(
-        "--mixed_precision", "--mixed-precision", choices=("no", "fp16", "bf16"), default="no", help="number format"
-    )
+    add(made, "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="number format")
     made.set_defaults(func=default_config_command)
     return made
 

@@ -12,7 +12,7 @@ from ...launch import parse
 from ...launch.config_file import ConfigFile
 from ...settings import env
 from ...settings.launcher import LaunchSettings
-from ...settings.option import Entry, SettingsError, entries
+from ...settings.option import Entry, SettingsError, entries, spelt
 
 if TYPE_CHECKING:
     from ...launch.machine import Machine
@@ -23,13 +23,14 @@ description = "Shows what a launch with these flags would use, and where each va
 _USAGE = """\
 usage: accelerate config explain [--all] [--json] [flags of launch] [script]
 
-{description}
+Shows what a launch with these flags would use, and where each value comes
+from; starts nothing.
 
   --all       values that nobody chose as well
   --json      for programs
   -h, --help  this text
 
-What `accelerate launch` would start, as a shell takes it: accelerate launch --dry_run."""
+`accelerate launch --dry_run` prints the command, as a shell takes it."""
 _OWN = ("--all", "--json", "-h", "--help")
 _NAME, _VALUE, _SOURCE = 29, 20, 27  # widths of the columns; 80 with what is between them
 _NOBODY = "default"
@@ -110,7 +111,7 @@ def _row(
     if name is not None and name in here and (name in plan.yields or name not in plan.environment):
         return Row(entry, here[name], "variable", name)
     if name is not None and name in plan.yields:
-        return Row(entry, plan.environment[name], "machine")
+        return Row(entry, entry.convert(plan.environment[name], name), "machine")
     return Row(entry, value, _NOBODY)
 
 
@@ -176,7 +177,7 @@ def _text(row: Row) -> str:
     value = _public(row)
     if value is None or value == ():
         return "-"
-    return str(value).lower() if isinstance(value, bool) else row.entry.render(value)
+    return spelt(value)
 
 
 def _public(row: Row) -> Any:
@@ -229,7 +230,7 @@ def explain_command(args: argparse.Namespace) -> None:
     """
     own = {word for word in args.words if word in _OWN}
     if own & {"-h", "--help"}:
-        print(_USAGE.format(description=description))
+        print(_USAGE)
         return
     try:
         found = explain([word for word in args.words if word not in own])

@@ -119,7 +119,7 @@ class ArrowKeys:
 
     def __call__(self, prompt: Prompt) -> Any:
         if prompt.choices:
-            choices = [self.questionary.Choice(choice.label, value=choice.value) for choice in prompt.choices]
+            choices = [self.questionary.Choice(_titled(choice), value=choice.value) for choice in prompt.choices]
             marked = next((choice for choice in choices if choice.value == prompt.default), choices[0])
             question = self.questionary.select(_fill(prompt.text), choices, default=marked, use_jk_keys=False)
         else:
@@ -151,6 +151,11 @@ def prompter() -> Prompter:
         print(_NO_QUESTIONARY)
         return Numbered(typed=True)
     return ArrowKeys(questionary)
+
+
+def _titled(choice: Choice) -> str:
+    """What stands on a choice's line; a stage or a version is a number, and shown as well."""
+    return f"{choice.number}: {choice.label}" if isinstance(choice.value, int) else choice.label
 
 
 def _bracketed(prompt: Prompt) -> str:

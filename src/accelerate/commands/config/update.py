@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ...launch import config_file
 from ...launch.config_text import load, read, write
 from ...settings.enums import FSDP_SHARDING_STRATEGY
-from ...settings.option import Entry, SettingsError
+from ...settings.option import Entry, SettingsError, spelt
 from ..parsers import add
 
 description = "Brings a configuration file of an earlier release up to date, and says what was changed."
@@ -75,7 +75,7 @@ def migrated(content: Mapping[str, Any], path: str) -> Update:
     for key, value in _defaults(understood.compute_environment).items():
         if key not in made:
             made[key] = value
-            changes.append(f"{key}: added, {_spelt(value)} is the default")
+            changes.append(f"{key}: added, {spelt(value)} is the default")
     if list(content) == sorted(content):
         made = {key: made[key] for key in sorted(made)}
     return Update(made, tuple(changes))
@@ -109,10 +109,6 @@ def _defaults(compute_environment: str) -> dict[str, Any]:
     kind = SageMakerConfig if compute_environment == "AMAZON_SAGEMAKER" else ClusterConfig
     found = {field.name: field.default for field in fields(kind) if field.default not in (MISSING, None, "", -1)}
     return BaseConfig.process_config(found)
-
-
-def _spelt(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def update_config(args: argparse.Namespace) -> Path:

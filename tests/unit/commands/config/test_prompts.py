@@ -99,6 +99,24 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_stages_and_versions_show_their_number_among_the_arrows() -> None:
+    shown: list[Any] = []
+
+    class Questionary:
+        @staticmethod
+        def Choice(title: str, value: Any) -> Choice:  # questionary's own name
+            return Choice(value, title, 0)
+
+        @staticmethod
+        def select(text: str, choices: list[Choice], **_: Any) -> Any:
+            shown.append([choice.label for choice in choices])
+            return type("Question", (), {"unsafe_ask": lambda self: choices[0].value})()
+
+    asked = prompts.ArrowKeys(Questionary)
+    assert asked(STAGE) == 1 and asked(KIND) == "NO"
+    assert shown == [["1: optimizer", "2: gradients"], ["No distributed training", "multi-GPU", "TPU"]]
+
+
 def test_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(prompter(), Numbered)
     monkeypatch.setattr(sys, "stdin", Terminal())
