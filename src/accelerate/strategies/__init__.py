@@ -16,6 +16,7 @@ from .base import Bundle, RunSettings, Strategy
 if TYPE_CHECKING:
     from ..parallelism_config import ParallelismConfig
     from ..settings.arguments import Plugins
+    from ..settings.fsdp import FullyShardedDataParallelPlugin
 
 __all__ = ["STRATEGIES", "Bundle", "RunSettings", "Strategy", "choose"]
 
@@ -34,6 +35,8 @@ STRATEGIES: dict[DistributedType, str] = {
     DistributedType.MULTI_NEURON: _DDP,
     DistributedType.FSDP: "accelerate.strategies.fsdp2:FullyShard",
 }
+# Of a way that comes in versions, those with a file of their own.
+_VERSIONS = {(DistributedType.FSDP, 1): "accelerate.strategies.fsdp1:FlatShards"}
 
 
 # What asks for a way of distributing, for the message.
@@ -44,7 +47,10 @@ _ASKED_BY = {
 
 
 def choose(
-    kind: DistributedType, mesh: ParallelismConfig | None = None, plugins: Plugins | None = None
+    kind: DistributedType,
+    mesh: ParallelismConfig | None = None,
+    plugins: Plugins | None = None,
+    fsdp: FullyShardedDataParallelPlugin | None = None,
 ) -> type[Strategy]:
     """The strategy class for a way of distributing.
 
@@ -52,11 +58,12 @@ def choose(
         kind: The way.
         mesh: The sizes of the device mesh, which the strategy must serve.
         plugins: How it is to be done, which the strategy must be able to.
+        fsdp: Of the plugins, the one that says which version; for a run whose plugins have been checked.
 
     Raises:
         ValueError: when neither this version nor an installed distribution has one.
     """
-    found = _installed(kind) or _ours(kind)
+    found = _installed(kind) or _ours(kind, fsdp if plugins is None else plugins.fsdp)
     if plugins is not None:
         found.check_settings(plugins)
     beyond = [] if mesh is None else [name for name in mesh.active_mesh_dims if name not in found.dimensions]
@@ -74,16 +81,17 @@ def _installed(kind: DistributedType) -> type[Strategy] | None:
     return None
 
 
-def _ours(kind: DistributedType) -> type[Strategy]:
+def _ours(kind: DistributedType, fsdp: FullyShardedDataParallelPlugin | None) -> type[Strategy]:
     if kind not in STRATEGIES:
         raise ValueError(f"{_ASKED_BY.get(kind, 'the device')} asks for distributed type {kind.value}: {_NOT_YET}")
-    module, name = STRATEGIES[kind].split(":")
+    version = None if fsdp is None else fsdp.fsdp_version
+    module, name = _VERSIONS.get((kind, version or 2), STRATEGIES[kind]).split(":")
     found: type[Strategy] = getattr(importlib.import_module(module), name)
     return found
 
 
 _NOT_YET = (
     "that is not part of this version, which trains on one process, on data-parallel ranks (DDP) and fully sharded "
-    "(FSDP 2)."
+    "(FSDP)."
 )
-_NEEDS_FSDP = "shards are what fully sharded training has: pass fsdp_plugin as well (--use_fsdp --fsdp_version 2)."
+_NEEDS_FSDP = "shards are what fully sharded training has: pass fsdp_plugin as well (--use_fsdp)."

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.strategies.fsdp2 import _check_sharing, units
+from accelerate.strategies.sharding import check_sharing, units
 
 
 class Layer(nn.Sequential):
@@ -45,11 +45,11 @@ def test_by_size_a_list_of_layers_is_passed_over():
 
 def test_what_two_units_share():
     built = model()
-    _check_sharing(built, [built.layers[0], built.layers[1]])
+    check_sharing(built, [built.layers[0], built.layers[1]])
     built.first = nn.Linear(4, 4)
     built.first.weight = built.layers[0][1].weight
     with pytest.raises(
         ValueError, match=r"'first.weight' is shared with 'layers.0.1.weight', which is in another unit"
     ):
-        _check_sharing(built, [built.layers[0]])
-    _check_sharing(built, [])
+        check_sharing(built, [built.layers[0]])
+    check_sharing(built, [])
