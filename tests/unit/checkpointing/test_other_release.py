@@ -1,0 +1,68 @@
+"""Checkpoints that release 1.15 of the original wrote are read as they are.
+
+tests/data/checkpoints_of_1.15 was made by running that release in an environment of its own: ten steps of the model
+below on one process, saved twice. facts.json is what its objects held afterwards, and the random numbers that came next.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+DATA = Path(__file__).resolve().parents[2] / "data" / "checkpoints_of_1.15"
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(10, 4)
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.head = torch.nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+class Counter:
+    seen = torch.tensor(0)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.seen = state["seen"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_everything_is_taken_over(form: str, tmp_path: Path) -> None:
+    facts = json.loads((DATA / "facts.json").read_text())
+    shutil.copytree(DATA / form, tmp_path / "checkpoint")
+    set_seed(7)
+    accelerator = Accelerator(cpu=True)
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    loader = torch.utils.data.DataLoader(torch.arange(40) % 10, batch_size=4, shuffle=True)
+    counter = Counter()
+    accelerator.register_for_checkpointing(counter)
+    model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    accelerator.load_state(tmp_path / "checkpoint")
+    following = [torch.rand(1).item(), random.random(), float(np.random.rand())]
+    state = optimizer.state_dict()["state"][0]
+    assert model.head.weight is model.embedding.weight
+    assert {
+        "weight": model.embedding.weight.tolist(),
+        "mean": model.norm.running_mean.tolist(),
+        "moment": state["exp_avg_sq"].tolist(),
+        "steps": int(state["step"]),
+        "lr": scheduler.get_last_lr()[0],
+        "seen": int(counter.seen),
+        "next": following,
+    } == facts
