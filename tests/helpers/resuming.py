@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import random
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from accelerate import Accelerator
-from accelerate.settings.handlers import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.settings.handlers import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 
 class Counting(Dataset[Any]):
@@ -118,6 +124,7 @@ class Training:
                 data_seed=7 if recipe.seedable else None,
                 dispatch_batches=recipe.dispatch,
             ),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=60))],
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=recipe.accumulation, sync_with_dataloader=False
             ),

@@ -81,7 +81,7 @@ class BackgroundWriter:
 
 def _new_group() -> dist.ProcessGroup:
     try:
-        group: dist.ProcessGroup = dist.new_group(backend="gloo")
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=world.current().timeout)
     except Exception as error:
         raise SaveError(
             f"saving in the background cannot begin: the other processes do not answer ({error}). One of them has probably "
