@@ -94,7 +94,7 @@ def test_an_exception_of_the_first_does_not_leave_the_others_waiting(tmp_path):
     assert [code for _, code in outputs] == [0, 0]
 
 
-ENDS_WITHOUT_GOODBYE = """
+ENDS = """
 import atexit, glob
 def threads_of_groups():
     names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
@@ -102,20 +102,32 @@ def threads_of_groups():
 atexit.register(threads_of_groups)
 import torch
 from accelerate.accelerator import Accelerator
-accelerator = Accelerator(cpu=True)
+from accelerate.utils import FullyShardedDataParallelPlugin
+accelerator = Accelerator(cpu=True, fsdp_plugin={plugin})
 model = torch.nn.Linear(4, 4)
 model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
 for _ in range(5):
     accelerator.backward(model(torch.ones(2, 4)).sum())
     optimizer.step()
     optimizer.zero_grad()
+group = torch.distributed.group.WORLD
 atexit.register(print, "bye")
+{goodbye}
 """
 
 
-def test_a_script_that_just_ends_leaves_cleanly(tmp_path):
+@pytest.mark.parametrize(
+    ("plugin", "goodbye"),
+    [
+        ("None", ""),
+        ("None", "accelerator.end_training()"),
+        ("FullyShardedDataParallelPlugin(fsdp_version=1)", ""),
+        ("FullyShardedDataParallelPlugin(fsdp_version=2)", ""),
+    ],
+)
+def test_a_script_that_just_ends_leaves_cleanly(tmp_path, plugin, goodbye):
     # A group that outlives its leaving still has threads while the interpreter ends, and aborts it now and then.
-    outputs = run_script(ENDS_WITHOUT_GOODBYE, tmp_path)
+    outputs = run_script(ENDS.format(plugin=plugin, goodbye=goodbye), tmp_path)
     assert outputs == [("bye\n0\n", 0), ("bye\n0\n", 0)]
 
 

@@ -10,6 +10,7 @@ import atexit
 import datetime
 import importlib
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from ..settings.enums import DistributedType
 from . import devices, machine, rendezvous
 from . import place as places
 from .place import Placement
+from .release import let_go
 from .transport import Collectives, TorchCollectives, XlaCollectives
 
 if TYPE_CHECKING:
@@ -183,11 +185,15 @@ def leave(group: ProcessGroup | None = None) -> None:
         for release in _when_leaving:
             release()
     if dist.is_available() and dist.is_initialized():
+        served = [group] if group is not None else list(dist.distributed_c10d._world.pg_map)
+        _left.update(each for each in served if "gloo" in dist.get_backend_config(each))
         dist.destroy_process_group(group)
     if group is None:
         forget()
 
 
+_left: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+"""Groups of gloo that were left, as long as something refers to them."""
 _when_leaving: list[Callable[[], object]] = []
 
 
@@ -265,10 +271,6 @@ def _initialise(
     if "nccl" in backend:
         _avoid_broken_peer_access()
     store = rendezvous.meet(place, init_method, limit)
-    # Its functions take the default group as a default argument, bound on import. DDP imports it: after the group was
-    # made, the group would live as long as the interpreter, and its threads abort the process as it ends now and then.
-    import torch.distributed.nn.functional  # noqa: F401
-
     dist.init_process_group(
         backend,
         store=store,
@@ -307,10 +309,11 @@ def _leave_at_exit() -> None:
 
 def _leave() -> None:
     leave()
+    if _left:
+        let_go(list(_left))
 
 
 def _run_at_exit() -> None:
-    # A gloo group that something still refers to when the interpreter is taken down ends its threads too late, and the
-    # process aborts now and then after all work is done. Whoever holds one lets go first.
+    # First those whose hold on a group only they know how to give up.
     while _at_exit:
         _at_exit.pop()()
