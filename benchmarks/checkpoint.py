@@ -2,8 +2,10 @@
 
     python benchmarks/checkpoint.py --parameters 100 --repeats 3
 
-Both sides end with the data on disk (fsync). Times are the best of the repeats, taken in turn, so that a busy machine
-disturbs both. Each load has a new process, as a resumed run has, with the files in the page cache ("warm") or out of it.
+Both sides end with the data on disk (fsync), and both write to a name that is new, or replace what they wrote before. Rows
+are taken in turn, so that a busy machine disturbs all; each waits until the disk has dealt with the one before, and what a
+save leaves to the system to tidy up is not counted, on either side. Each load has a new process, as a resumed run has, with
+the files in the page cache ("warm") or out of it. So has the first asynchronous save, which gets memory for the copy.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import gc
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -106,80 +109,130 @@ class PeakAnonymous:
         return 0
 
 
+BESIDE = {
+    "save_state, new name": "torch.save, new name",
+    "save_state, replacing": "torch.save, replacing",
+    "blocked by the first asynchronous save": "save_state, replacing",
+    "blocked by a later one": "save_state, replacing",
+    "load_state, warm": "torch.load, warm",
+    "load_state, cold": "torch.load, cold",
+}
+"""What each row is compared with."""
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=100, help="millions of parameters")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--load", type=Path, help="only load this file or checkpoint; print seconds and memory")
+    parser.add_argument("--first", type=Path, help="only save to this folder in the background; print seconds blocked")
     chosen = parser.parse_args()
     if chosen.load:
         load_once(chosen.load, chosen.parameters)
-        return
-    load_average = os.getloadavg()[0]
-    scratch = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    try:
-        measure(scratch, chosen.parameters, chosen.repeats)
-    finally:
-        shutil.rmtree(scratch)
-    print(f"load average before and after, on {os.cpu_count()} cores: {load_average:.1f}, {os.getloadavg()[0]:.1f}")
+    elif chosen.first:
+        save_once(chosen.first, chosen.parameters)
+    else:
+        scratch = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+        load_average = os.getloadavg()[0]
+        try:
+            Benchmark(scratch, chosen.parameters).run(chosen.repeats)
+        finally:
+            shutil.rmtree(scratch)
+        print(f"load average before and after, on {os.cpu_count()} cores: {load_average:.1f}, {os.getloadavg()[0]:.1f}")
 
 
-def measure(scratch: Path, millions: int, repeats: int) -> None:
-    """Runs all rows and prints the table."""
-    accelerator = Accelerator(cpu=True)
-    model, optimizer = accelerator.prepare(*build(millions))
-    raw, ours = scratch / "raw", scratch / "ours"
-    raw.mkdir()
+class Benchmark:
+    """All rows.
 
-    def save_raw() -> None:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, raw / "all.pt")
-        sync(raw / "all.pt")
+    Args:
+        scratch: A folder for what is written.
+        millions: Parameters of the model.
+    """
 
-    rows: dict[str, list[float]] = {}
-    memory: list[float] = []
+    def __init__(self, scratch: Path, millions: int) -> None:
+        self.scratch = scratch
+        self.millions = millions
+        self.accelerator = Accelerator(cpu=True)
+        self.model, self.optimizer = self.accelerator.prepare(*build(millions))
+        self.raw, self.ours = scratch / "all.pt", scratch / "ours"
+        self.rows: dict[str, list[float]] = {}
+        self.memory: list[float] = []
 
-    def take(name: str, action: Callable[[], Any]) -> None:
-        rows.setdefault(name, []).append(timed(action))
+    def run(self, repeats: int) -> None:
+        """Takes the rows and prints them."""
+        self.save_raw(self.raw)
+        self.accelerator.save_state(self.ours, asynchronous=True)
+        self.accelerator.wait_for_checkpoint()
+        for _ in range(repeats):
+            self.save()
+            self.load()
+        print(f"{state_size(self.model) / 1e9:.2f} GB of state (parameters and Adam's); best and median of {repeats}")
+        for name, times in self.rows.items():
+            print(f"{name:40} {min(times):7.2f} {statistics.median(times):7.2f} s  {self.compared(name)}")
+        print(f"anonymous memory at the peak of a load, weights included: {max(self.memory):.2f} times the state")
 
-    def load(name: str, path: Path, prepare: Callable[[Path], None]) -> None:
-        prepare(path)
-        command = [sys.executable, "-W", "ignore", __file__, "--parameters", str(millions), "--load", str(path)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        rows.setdefault(name, []).append(found["seconds"])
-        if path == ours:
-            memory.append(found["memory"])
+    def compared(self, name: str) -> str:
+        """A row beside its other one, by the best times and by the medians."""
+        if name not in BESIDE:
+            return ""
+        own, other = self.rows[name], self.rows[BESIDE[name]]
+        medians = statistics.median(own) / statistics.median(other)
+        return f"{min(own) / min(other):5.2f} {medians:5.2f} of {BESIDE[name]}"
 
-    for repeat in range(repeats + 1):
-        # The first save in the background gets memory, which later ones use again.
-        blocked = "blocked by save_state(asynchronous=True)" if repeat else "blocked by the first of these"
-        take(blocked, lambda: accelerator.save_state(ours, asynchronous=True))
-        accelerator.wait_for_checkpoint()
-        if not repeat:
-            continue
-        take("torch.save", save_raw)
-        take("save_state", lambda: accelerator.save_state(ours))
+    def take(self, name: str, action: Callable[[], Any]) -> None:
+        """Measures a row once."""
+        os.sync()
+        time.sleep(0.5)
+        self.rows.setdefault(name, []).append(timed(action))
+
+    def save_raw(self, path: Path) -> None:
+        """What one would do without us."""
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+        sync(path)
+
+    def save(self) -> None:
+        """The rows of saving."""
+        new_file, new_folder = self.scratch / "new.pt", self.scratch / "new"
+        self.take("torch.save, new name", lambda: self.save_raw(new_file))
+        new_file.unlink()
+        self.take("save_state, new name", lambda: self.accelerator.save_state(new_folder))
+        shutil.rmtree(new_folder)
+        self.take("torch.save, replacing", lambda: self.save_raw(self.raw))
+        self.take("save_state, replacing", lambda: self.accelerator.save_state(self.ours))
+        first = self.alone("--first", self.ours)
+        self.rows.setdefault("blocked by the first asynchronous save", []).append(first["seconds"])
+        self.take("blocked by a later one", lambda: self.accelerator.save_state(self.ours, asynchronous=True))
+        self.accelerator.wait_for_checkpoint()
+
+    def load(self) -> None:
+        """The rows of loading."""
         for state, prepare in (("warm", warm), ("cold", evict)):
-            load(f"torch.load, {state}", raw / "all.pt", prepare)
-            load(f"load_state, {state}", ours, prepare)
-    best = {name: min(times) for name, times in rows.items()}
-    beside = {
-        "save_state": "torch.save",
-        "blocked by save_state(asynchronous=True)": "save_state",
-        "load_state, warm": "torch.load, warm",
-        "load_state, cold": "torch.load, cold",
-    }
-    print(f"{state_size(model) / 1e9:.2f} GB of state (parameters and Adam's), best of {repeats}")
-    for name, seconds in best.items():
-        other = beside.get(name)
-        ratio = f"{seconds / best[other]:5.2f} of {other}" if other else ""
-        print(f"{name:42} {seconds:7.2f} s  {ratio}")
-    print(f"anonymous memory at the peak of a load, weights included: {max(memory):.2f} times the state")
+            for name, path in (("torch.load", self.raw), ("load_state", self.ours)):
+                prepare(path)
+                found = self.alone("--load", path)
+                self.rows.setdefault(f"{name}, {state}", []).append(found["seconds"])
+                if path == self.ours:
+                    self.memory.append(found["memory"])
+
+    def alone(self, option: str, path: Path) -> dict[str, float]:
+        """Measures in a new process."""
+        command = [sys.executable, "-W", "ignore", __file__, "--parameters", str(self.millions), option, str(path)]
+        found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return found
 
 
 def state_size(model: nn.Module) -> int:
     """Bytes of parameters and Adam's two moments."""
     return sum(p.numel() * p.element_size() for p in model.parameters()) * 3
+
+
+def save_once(path: Path, millions: int) -> None:
+    """Saves in the background, for the first time in this process; prints the seconds that it blocks."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(*build(millions))
+    print(json.dumps({"seconds": timed(lambda: accelerator.save_state(path, asynchronous=True))}))
+    accelerator.wait_for_checkpoint()
 
 
 def load_once(path: Path, millions: int) -> None:

@@ -2,6 +2,7 @@
 
 python -m tests.helpers.corruption             every byte of small files flipped, every length truncated to
 python -m tests.helpers.corruption --most 20   20 places of each file
+python -m tests.helpers.corruption --fresh     loaded into a run that has not begun, whose optimizer has no state yet
 """
 
 from __future__ import annotations
@@ -36,19 +37,21 @@ def main() -> None:
     """Tries all damages and prints how many were reported; exits with 1 if any was not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=8192, help="places tried in each file")
+    parser.add_argument("--fresh", action="store_true", help="load into a run that has not begun")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        outcome = corrupt(Path(scratch), chosen.most)
+        outcome = corrupt(Path(scratch), chosen.most, chosen.fresh)
     print(json.dumps(outcome))
     sys.exit(outcome["tried"] != outcome["reported"] or outcome["executed"])
 
 
-def corrupt(scratch: Path, most: int) -> dict[str, Any]:
+def corrupt(scratch: Path, most: int, fresh: bool = False) -> dict[str, Any]:
     """Saves a small run and loads it with each damage.
 
     Args:
         scratch: An empty folder.
         most: Places tried in each file; of larger ones, as many evenly spread.
+        fresh: Load into a run that has not begun, and not into the one that saved.
 
     Returns:
         How many damages of each kind were tried, how many were reported as they must be, and whether code ran.
@@ -61,7 +64,10 @@ def corrupt(scratch: Path, most: int) -> dict[str, Any]:
     intact = scratch / "intact"
     shutil.copytree(folder, intact)
     Bomb.target = str(scratch / "executed")
-    run.train(2)
+    if fresh:
+        run = Training.start(Recipe(str(scratch / "project")))
+    else:
+        run.train(2)
     before = snapshot(run)
     kinds: Counter[str] = Counter()
     reported = 0

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import manifest as manifests
-from .disk import FileRecord, record_of, sync_folder, write_file
-from .names import is_ours
+from .disk import FileRecord, record_of, room_made_later, sync_folder, wait_for_room, write_file
+from .names import files_of, folders_of_shards
 
 INCOMPLETE = ".incomplete"
 COMMITTED = ".committed"
@@ -39,6 +39,7 @@ def stage(target: Path) -> Path:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; a checkpoint is a folder")
     settle(target)
+    wait_for_room()
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (beside(target, DELETED), beside(target, INCOMPLETE)):
         _remove(leftover)
@@ -95,12 +96,9 @@ def settle(target: Path) -> bool:
         return True
     if (committed / manifests.NAME).exists():
         new = manifests.read(committed)
-        for name in sorted(_files_of(target) - new.paths - {manifests.NAME}):
-            (target / name).unlink()
-        for name in (*sorted(new.paths), manifests.NAME):
-            if (committed / name).exists():
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(committed / name, target / name)
+        old = _files_of(target)
+        with room_made_later(target / name for name in old):
+            _replace(committed, target, new.paths, old)
         for folder in {(target / name).parent for name in new.paths} | {target}:
             sync_folder(folder)
     _remove(committed)
@@ -108,13 +106,25 @@ def settle(target: Path) -> bool:
     return True
 
 
+def _replace(committed: Path, target: Path, new: frozenset[str], old: set[str]) -> None:
+    for name in sorted(old - new - {manifests.NAME}):
+        (target / name).unlink()
+    for shards in folders_of_shards(target):
+        if not any(shards.iterdir()):
+            shards.rmdir()
+    for name in (*sorted(new), manifests.NAME):
+        if (committed / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(committed / name, target / name)
+
+
 def _files_of(folder: Path) -> set[str]:
     """The files of a folder that belong to the checkpoint in it: by its manifest, else by their names."""
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     try:
-        return present & manifests.read(folder).paths
+        known = manifests.read(folder).paths
     except (OSError, ValueError):
-        return {name for name in present if is_ours(name)}
+        return files_of(folder)
+    return {name for name in known if (folder / name).is_file()}
 
 
 def discard(target: Path) -> None:
@@ -122,7 +132,8 @@ def discard(target: Path) -> None:
     doomed = beside(target, DELETED)
     _remove(doomed)
     os.rename(target, doomed)
-    _remove(doomed)
+    with room_made_later([path for path in doomed.rglob("*") if path.is_file()]):
+        _remove(doomed)
 
 
 def _remove(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bytes to disk and back: a new file in stretches, each with its checksum, several on their way at once.
+"""Bytes to disk: a new file in stretches, each with its checksum, several on their way at once; old files out of the way.
 
 Whole stretches bypass the page cache where the system can (O_DIRECT): a checkpoint is not read again soon, and filling the
 cache with it costs more time than the disk needs. The rest goes the ordinary way, and one sync covers both.
@@ -12,7 +12,8 @@ import os
 import queue
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ STRETCH = 8 * 2**20
 _PIECE = 2**20
 _THREADS = 2
 _BUFFERS = 2 * _THREADS
-_DIRECT = getattr(os, "O_DIRECT", None)
+DIRECT: int | None = getattr(os, "O_DIRECT", None)
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class FileWriter:
             raise self.error
 
     def _open_direct(self) -> None:
-        if _DIRECT is not None:
+        if DIRECT is not None:
             try:
-                self._direct = os.open(self._path, os.O_WRONLY | _DIRECT)
+                self._direct = os.open(self._path, os.O_WRONLY | DIRECT)
             except OSError as error:  # a file system that has no such thing
                 if error.errno != errno.EINVAL:
                     raise
@@ -193,6 +194,40 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_making_room: list[threading.Thread] = []
+
+
+@contextmanager
+def room_made_later(files: Iterable[Path]) -> Iterator[None]:
+    """Of files that are removed or replaced in the block, a thread gives the room back, which takes the system a while.
+
+    They are held open until then, so that nothing is left of them whenever the process ends.
+    """
+    descriptors = []
+    for path in files:
+        try:
+            descriptors.append(os.open(path, os.O_RDONLY))
+        except OSError:  # not there, or not to be opened: it is removed at once
+            continue
+
+    def close() -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    try:
+        yield
+    finally:
+        thread = threading.Thread(target=close, name="checkpoint remover", daemon=True)
+        _making_room.append(thread)
+        thread.start()
+
+
+def wait_for_room() -> None:
+    """Returns when files that were removed have given their room back."""
+    while _making_room:
+        _making_room.pop().join()
 
 
 def record_of(path: Path, name: str) -> FileRecord:

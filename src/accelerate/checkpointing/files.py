@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from .disk import FileWriter
+from .checked import CheckedFile
+from .disk import FileRecord, FileWriter
 
 
 def write_torch(state: Any, writer: FileWriter) -> None:
@@ -50,16 +51,31 @@ def _without_crc() -> Iterator[None]:
                 torch.serialization.set_crc32_options(_crc_before)
 
 
-def read_torch(path: Path, **kwargs: Any) -> Any:
+def read_torch(path: Path, *, record: FileRecord | None = None, **kwargs: Any) -> Any:
     """What `torch.save` wrote: tensors on the CPU, over a memory map. Never runs code from the file.
 
+    Args:
+        path: The file.
+        record: Compare the file with it meanwhile; tensors have memory of their own then.
+        **kwargs: For `torch.load`.
+
     Raises:
+        DamagedError: where the file is not as its record says.
         pickle.UnpicklingError: where the file holds a type that is not allowed.
         RuntimeError, EOFError …: where it is no such file.
     """
     kwargs = {"map_location": "cpu", "mmap": True, **kwargs}
     kwargs.pop("weights_only", None)
     with torch.serialization.safe_globals(_numpy_types()):
+        if record is not None:
+            with CheckedFile(path, record) as file:
+                try:
+                    state = torch.load(file, weights_only=True, **{**kwargs, "mmap": False})  # type: ignore[arg-type]
+                except Exception:
+                    file.check_rest()  # a damaged file is told to be that, whatever torch made of it
+                    raise
+                file.check_rest()
+                return state
         try:
             return torch.load(path, weights_only=True, **kwargs)
         except RuntimeError as error:

@@ -116,7 +116,7 @@ def _of(value: Any) -> str:
 # Optimizers ---------------------------------------------------------------------------------------------------------
 
 # Their states have the shape of the parameter; others (factored ones, LBFGS) may have any.
-_SHAPED_LIKE_PARAMETERS = {
+SHAPED_LIKE_PARAMETERS = {
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
 }
@@ -125,11 +125,13 @@ _SHAPED_LIKE_PARAMETERS = {
 def optimizer_entry(index: int, optimizer: Any) -> Entry:
     """The state of one optimizer (the prepared one)."""
     path = numbered(OPTIMIZER_NAME, index, ".bin")
+    untouched = not any(optimizer.state.values())
     return Entry(
         path,
         capture=optimizer.state_dict,
-        load=lambda saved: optimizer.load_state_dict(_owned(optimizer, saved)),
+        load=lambda saved: optimizer.load_state_dict(saved if untouched else _owned(optimizer, saved)),
         check=lambda saved: _check_optimizer(path, optimizer, saved),
+        kept=untouched,
     )
 
 
@@ -139,7 +141,7 @@ def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
     groups, live_groups = saved["param_groups"], optimizer.param_groups
     sizes, live_sizes = ([len(group["params"]) for group in some] for some in (groups, live_groups))
     if sizes != live_sizes:
-        text = f"its groups have {sizes} parameters, and {live_sizes} in {type(_inner(optimizer)).__name__}"
+        text = f"its groups have {sizes} parameters, and {live_sizes} in {type(innermost(optimizer)).__name__}"
         return [Problem(path, "shape", text)]
     problems = []
     for key, parameter in _places(optimizer, saved):
@@ -157,7 +159,7 @@ def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
     return problems
 
 
-def _inner(optimizer: Any) -> Any:
+def innermost(optimizer: Any) -> Any:
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     return optimizer
@@ -173,7 +175,7 @@ def _expected_shape(optimizer: Any, parameter: torch.Tensor, name: str) -> torch
     live = optimizer.state.get(parameter, {}).get(name)
     if isinstance(live, torch.Tensor):
         return live.shape
-    return parameter.shape if type(_inner(optimizer)) in _SHAPED_LIKE_PARAMETERS else None
+    return parameter.shape if type(innermost(optimizer)) in SHAPED_LIKE_PARAMETERS else None
 
 
 def _owned(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 tests/data/checkpoints_of_1.15 was made by running that release in an environment of its own: ten steps of the model
 below on one process, saved twice. facts.json is what its objects held afterwards, and the random numbers that came next.
+In `sharded`, three steps of another model on two processes with fsdp_version=2; sharded.torch is what torch said of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from accelerate import Accelerator
+from accelerate.checkpointing import LoadError
 from accelerate.utils import set_seed
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "checkpoints_of_1.15"
@@ -66,3 +68,40 @@ def test_everything_is_taken_over(form: str, tmp_path: Path) -> None:
         "seen": int(counter.seen),
         "next": following,
     } == facts
+
+
+class Normed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l1 = torch.nn.Linear(3, 5)
+        self.l2 = torch.nn.Linear(5, 3)
+        self.norm = torch.nn.BatchNorm1d(3)
+
+
+def test_shards_of_two_processes_are_taken_over_by_one(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "sharded", tmp_path / "checkpoint")
+    weights, states = torch.load(DATA / "sharded.torch", weights_only=True)
+    accelerator = Accelerator(cpu=True)
+    model = Normed()
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    accelerator.load_state(tmp_path / "checkpoint")
+    found = model.state_dict()
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], value) for name, value in weights.items())
+    state = optimizer.state_dict()
+    for number, (name, _) in enumerate(model.named_parameters()):
+        for key, value in states["state"][name].items():
+            assert torch.equal(state["state"][number][key], value)
+    assert state["param_groups"][0]["lr"] == states["param_groups"][0]["lr"] == scheduler.get_last_lr()[0]
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "sharded", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "optimizer_0" / "__1_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"/data/0") + 75] ^= 1  # behind what fills the space in front of the first tensor
+    path.write_bytes(content)
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(LoadError, match="optimizer_0/__1_0.distcp: corrupt"):
+        accelerator.load_state(tmp_path / "checkpoint")

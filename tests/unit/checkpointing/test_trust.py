@@ -30,8 +30,9 @@ def restore(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
 
 
-def test_every_damage_is_reported_and_nothing_changes(tmp_path: Path) -> None:
-    outcome = corrupt(tmp_path, most=12)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_every_damage_is_reported_and_nothing_changes(tmp_path: Path, fresh: bool) -> None:
+    outcome = corrupt(tmp_path, most=12, fresh=fresh)
     assert outcome["tried"] == outcome["reported"] > 250
     assert set(outcome["kinds"]) == {"flip", "truncate", "append", "zeros", "bomb", "delete", "folder", "swap"}
     assert not outcome["executed"]
