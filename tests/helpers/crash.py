@@ -45,13 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--sharded", action="store_true", help="two ranks, each with its shards (FSDP 2)")
     chosen = parser.parse_args()
-    outcome = crash(chosen.points, chosen.ranks)
+    outcome = crash(chosen.points, 2 if chosen.sharded else chosen.ranks, chosen.sharded)
     print(json.dumps(outcome))
     sys.exit(outcome["lost"] > 0)
 
 
-def crash(points: int, ranks: int = 1) -> dict[str, Any]:
+def crash(points: int, ranks: int = 1, sharded: bool = False) -> dict[str, Any]:
     """Kills `points` saves, spread over the calls of each mode and, of several ranks, each of them and all.
 
     Returns:
@@ -63,7 +64,7 @@ def crash(points: int, ranks: int = 1) -> dict[str, Any]:
     tally: Counter[str] = Counter()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        bench: Bench | Pair = Bench(Path(scratch)) if ranks == 1 else Pair(Path(scratch))
+        bench: Bench | Pair = Bench(Path(scratch)) if ranks == 1 else Pair(Path(scratch), sharded)
         kinds = [(mode, who) for mode in bench.modes for who in bench.victims]
         share = -(-points // len(kinds))
         for mode, who in kinds[: -(-points // share)]:
@@ -76,6 +77,7 @@ def crash(points: int, ranks: int = 1) -> dict[str, Any]:
                 tally[bench.try_point(mode, who, call, number)] += 1
     return {
         "ranks": ranks,
+        "sharded": sharded,
         "points": tally["points"],
         "killed": tally["old"] + tally["new"] + tally["lost"],
         "old": tally["old"],
@@ -322,9 +324,10 @@ class Pair(Folders):
     modes = TOGETHER
     victims = ("rank 0", "rank 1", "both")
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, sharded: bool) -> None:
         import torch
 
+        self.sharded = sharded
         for module in INHERITED:
             importlib.import_module(module)
         assert threading.active_count() == 1
@@ -339,8 +342,9 @@ class Pair(Folders):
             return note("old", run)
 
         def note(name: str, run: Any) -> int:
+            weights = run.weights()
             if run.accelerator.is_main_process:
-                torch.save(run.weights(), scratch / name)
+                torch.save(weights, scratch / name)
             return 0
 
         assert forked(self._ranks(first)) == [0, 0]
@@ -359,7 +363,7 @@ class Pair(Folders):
 
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-            run = Training.start(Recipe(str(self.project), limit=1))
+            run = Training.start(Recipe(str(self.project), limit=1, sharded=self.sharded))
             run.accelerator.register_for_checkpointing(Ballast())
             if resumed:
                 run.accelerator.resume()

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.settings.handlers import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
@@ -75,6 +76,7 @@ class Recipe:
         augmented: Samples have something random added when they are read.
         stream, dispatch: What the loader reads, and how.
         limit: `total_limit`.
+        sharded: Ranks hold shards (FSDP 2).
     """
 
     folder: str
@@ -89,6 +91,7 @@ class Recipe:
     stream: bool = False
     dispatch: bool | None = None
     limit: int | None = None
+    sharded: bool = False
 
 
 @dataclass
@@ -115,6 +118,7 @@ class Training:
         accelerator = Accelerator(
             cpu=True,
             mixed_precision=recipe.precision,
+            fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if recipe.sharded else None,
             project_config=ProjectConfiguration(
                 project_dir=recipe.folder, automatic_checkpoint_naming=True, total_limit=recipe.limit
             ),
@@ -169,5 +173,7 @@ class Training:
         return self
 
     def weights(self) -> torch.Tensor:
-        """All parameters, in one vector."""
-        return torch.cat([p.detach().flatten().float() for p in self.accelerator.unwrap_model(self.model).parameters()])
+        """All parameters, in one vector. Collective, where they are sharded."""
+        params = [p.detach() for p in self.accelerator.unwrap_model(self.model).parameters()]
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in params]
+        return torch.cat([p.flatten().float() for p in whole])

@@ -20,6 +20,7 @@ import torch
 
 from .errors import LoadError, Problem, listed
 from .parallel import in_parallel
+from .pieces import Box, overlap, part_of
 
 DESCRIPTION = ".metadata"
 """The file that says which tensors there are, and where each piece of them lies."""
@@ -171,16 +172,33 @@ class StoredFolder:
         """
         entry = self.entries[name]
         result = torch.empty(entry.shape, dtype=entry.dtype)
-        for piece in entry.pieces:
-            part = self._load(name, piece)
-            target = result
-            for dimension, (start, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
-                target = target.narrow(dimension, start, size)
-            if not isinstance(part, torch.Tensor) or (part.shape, part.dtype) != (target.shape, result.dtype):
-                found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
-                raise self._damaged(name, piece, f"expected {result.dtype} {tuple(target.shape)}, found {found}")
-            target.copy_(part)
+        self.fill(name, (0,) * len(entry.shape), result)
         return result
+
+    def fill(self, name: str, offsets: tuple[int, ...], target: torch.Tensor) -> None:
+        """Reads a part of a tensor, one piece after the other.
+
+        Args:
+            name: The tensor.
+            offsets: Where the part begins.
+            target: Where it goes; its shape says how far the part goes.
+
+        Raises:
+            LoadError: when a piece is damaged.
+        """
+        wanted = Box(offsets, tuple(target.shape))
+        for piece in self.entries[name].pieces:
+            shared = overlap(wanted, piece.offsets, piece.sizes)
+            if shared is not None:
+                part = part_of(self._tensor_of(name, piece), shared, piece.offsets)
+                part_of(target, shared, offsets).copy_(part)
+
+    def _tensor_of(self, name: str, piece: Piece) -> torch.Tensor:
+        part, dtype = self._load(name, piece), self.entries[name].dtype
+        if not isinstance(part, torch.Tensor) or (tuple(part.shape), part.dtype) != (piece.sizes, dtype):
+            found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
+            raise self._damaged(name, piece, f"expected {dtype} {piece.sizes}, found {found}")
+        return part
 
     def value(self, name: str) -> Any:
         """Reads a value that is no tensor; one that is more than plain data is refused.

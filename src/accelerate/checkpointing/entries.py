@@ -1,4 +1,4 @@
-"""What is in a checkpoint: a list of `Entry` values, one a file. Saving and loading walk the same list.
+"""What is in a checkpoint: a list of `Entry` values, one a file or a folder of the ranks' files, to save and to load.
 
     save:  capture (nothing written yet) -> write, on this thread or in the background
     load:  read and check every entry -> only then load them
@@ -16,15 +16,19 @@ from typing import Any
 from . import files
 from .disk import FileRecord, FileWriter, write_file
 from .errors import Problem
+from .shards import Place
 
 Check = Callable[[Any], list[Problem]]
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How a state becomes a file: ``write(state, writer)``, ``read(path, **options)``."""
+    """How a state becomes a file: ``write(state, writer)``, ``read(path, **options)``.
 
-    write: Callable[[Any, FileWriter], None]
+    Of a folder in which each rank writes a file, ``write`` returns what is to be said of that file in the folder.
+    """
+
+    write: Callable[[Any, FileWriter], list[Place] | None]
     read: Callable[..., Any]
     takes_options: bool = False
 
@@ -44,11 +48,14 @@ class Entry:
     """One part of a checkpoint: a state in a file.
 
     Attributes:
-        path: The file's path in the checkpoint.
+        path: The file's path in the checkpoint; to load, it may be a folder.
         capture: Gives the state, with references to live tensors; None: there is nothing to save this time.
         load: Puts a state that was read, and found to fit, in its place.
         check: What does not fit, found without changing anything.
         everywhere: Each rank has its own (the path names the rank); else rank 0 saves and all ranks load it.
+        collective: All ranks take part in `capture`, whoever saves the state.
+        fresh: What `capture` gives is memory of its own, that nothing changes.
+        kept: `load` keeps the tensors it is given, so that they are read into memory of their own.
         required: A checkpoint without it is incomplete.
         format: How it is written and read.
         partial: Makes what fits of a state that does not fit as a whole; None: it is left out as a whole.
@@ -60,6 +67,9 @@ class Entry:
     load: Callable[[Any], None]
     check: Check = no_check
     everywhere: bool = False
+    collective: bool = False
+    fresh: bool = False
+    kept: bool = False
     required: bool = True
     format: FileFormat = TORCH
     partial: Callable[[Any], Any] | None = None
@@ -83,6 +93,18 @@ class Part:
     state: Any
     format: FileFormat
 
-    def write(self, folder: Path) -> FileRecord:
+    def write(self, folder: Path) -> Written:
         """Writes the file below `folder`, on disk when this returns."""
-        return write_file(folder / self.path, self.path, lambda writer: self.format.write(self.state, writer))
+        said: list[list[Place] | None] = []
+        record = write_file(
+            folder / self.path, self.path, lambda writer: said.append(self.format.write(self.state, writer))
+        )
+        return Written(record, said[0] or [])
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: its record, and what is to be said of it in its folder."""
+
+    record: FileRecord
+    places: list[Place]

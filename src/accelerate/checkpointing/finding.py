@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import manifest as manifests
 from .commit import COMMITTED, settle
-from .errors import Problem
-from .names import FOLDER, is_ours, number_of, numbered_folders
+from .dcp import StoredFolder
+from .errors import LoadError, Problem
+from .names import FOLDER, folders_of_shards, is_ours, number_of, numbered_folders
 
 
 @dataclass
@@ -87,6 +88,11 @@ def problems_without_manifest(folder: Path) -> list[Problem]:
         if name.startswith("random_states_") and isinstance(state, dict) and "format" in state:
             text = "the checkpoint was saved with it; without it nothing can be verified"
             problems.append(Problem(manifests.NAME, "missing", text))
+    for shards in folders_of_shards(folder):
+        try:
+            StoredFolder(shards).verify()
+        except LoadError as error:
+            problems += [replace(found, file=f"{shards.name}/{found.file}") for found in error.problems]
     return problems
 
 

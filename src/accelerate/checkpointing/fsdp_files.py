@@ -1,32 +1,29 @@
-"""Weights and optimizer states of fully sharded models, whole in one file or each rank's shards in a folder.
+"""Weights and optimizer states of sharded models by themselves: whole in one file, or each rank's shards in a folder.
 
-The states come from `torch.distributed.checkpoint.state_dict`, which gives them the names of the plain model, whichever
-version of FSDP shards it. All ranks call these functions together.
+The files are those of a checkpoint (see `forms`), without its manifest. All ranks call these functions together.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ..runtime import world
 from ..runtime.forward import extract_model_from_parallel
-from ..settings.enums import FSDP_MODEL_NAME, OPTIMIZER_NAME
-from .dcp import StoredFolder
-from .files import read_torch, write_torch
+from . import fitting, forms, live, loading
+from .entries import Entry, Part
+from .errors import SaveError
+from .files import write_torch
+from .gathering import gathered
+from .joint import together
 from .model_files import write_whole
+from .shards import describe
 
 
 def save_fsdp_model(
@@ -47,11 +44,17 @@ def save_fsdp_model(
         output_dir: The folder.
         model_index: Number of the model among several.
         adapter_only: Only parameters that are trained.
-        use_dcp: Accepted; states always come from `torch.distributed.checkpoint`.
+        use_dcp: Accepted; shards always have the layout of torch.distributed.checkpoint.
+
+    Raises:
+        SaveError: on every rank, when one could not write its part.
     """
-    full = _is_full(fsdp_plugin)
-    state = get_model_state_dict(_bare(model), options=_options(full, adapter_only))
-    _write(state, "model", Path(output_dir), FSDP_MODEL_NAME, model_index, full)
+    here = world.current()
+    state, full = _state(model, adapter_only), _is_full(fsdp_plugin)
+    if full:
+        _write(forms.gathered_model(model_index, gathered(here.collectives, state)), Path(output_dir))
+    else:
+        _write(forms.shards_of_model(model_index, here.rank, state), Path(output_dir))
 
 
 def load_fsdp_model(
@@ -67,12 +70,15 @@ def load_fsdp_model(
 
     Returns:
         The names that were missing and unexpected, as ``load_state_dict`` does.
+
+    Raises:
+        LoadError: on every rank, when the weights do not fit; nothing was changed.
     """
-    full, bare = _is_full(fsdp_plugin), _bare(model)
-    options = _options(full, adapter_only)
-    wanted = {} if full else get_model_state_dict(bare, options=options)
-    state = _read(wanted, "model", Path(input_dir), FSDP_MODEL_NAME, model_index, full)
-    return set_model_state_dict(bare, state, options=StateDictOptions(full_state_dict=full, strict=not adapter_only))
+    folder, bare = Path(input_dir), _bare(model)
+    entry = forms.model_in(folder, model_index, bare, sharded=True, full=_is_full(fsdp_plugin))
+    _load(entry, folder, strict=not adapter_only)
+    state, saved = live.model_state(bare), entry.read(folder, {})
+    return _IncompatibleKeys(fitting.lacking(state, saved), fitting.surplus(state, saved))
 
 
 def save_fsdp_optimizer(
@@ -85,9 +91,12 @@ def save_fsdp_optimizer(
     use_dcp: bool = True,
 ) -> None:
     """Saves the state of a sharded model's optimizer; arguments as for `save_fsdp_model`."""
-    full = _is_full(fsdp_plugin)
-    state = get_optimizer_state_dict(_bare(model), _inner(optimizer), options=_options(full))
-    _write(state, "optimizer", Path(output_dir), OPTIMIZER_NAME, optimizer_index, full)
+    here, models, full = world.current(), [_bare(model)], _is_full(fsdp_plugin)
+    if full:
+        entry = forms.gathered_optimizer(optimizer_index, here.collectives, optimizer, models)
+    else:
+        entry = forms.shards_of_optimizer(optimizer_index, here.rank, optimizer, models)
+    _write(entry, Path(output_dir))
 
 
 def load_fsdp_optimizer(
@@ -100,12 +109,10 @@ def load_fsdp_optimizer(
     adapter_only: bool = False,
     use_dcp: bool = True,
 ) -> None:
-    """Loads what `save_fsdp_optimizer` saved; arguments as for `load_fsdp_model`."""
-    full, bare, inner = _is_full(fsdp_plugin), _bare(model), _inner(optimizer)
-    options = _options(full)
-    wanted = {} if full else get_optimizer_state_dict(bare, inner, options=options)
-    state = _read(wanted, "optimizer", Path(input_dir), OPTIMIZER_NAME, optimizer_index, full)
-    set_optimizer_state_dict(bare, inner, state, options=StateDictOptions(full_state_dict=full))
+    """Loads what `save_fsdp_optimizer` saved; arguments and errors as for `load_fsdp_model`."""
+    folder, full = Path(input_dir), _is_full(fsdp_plugin)
+    entry = forms.optimizer_in(folder, optimizer_index, optimizer, [_bare(model)], sharded=True, full=full)
+    _load(entry, folder, strict=True)
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -113,52 +120,49 @@ def _bare(model: nn.Module) -> nn.Module:
     return found
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
-
-
 def _is_full(plugin: Any) -> bool:
-    """Whether the plugin asks for one file.
-
-    Raises:
-        ValueError: for each rank's own flat state, which torch cannot load again.
-    """
     kind = getattr(plugin.state_dict_type, "name", plugin.state_dict_type)
-    if kind == "LOCAL_STATE_DICT":
-        raise ValueError(
-            "state_dict_type LOCAL_STATE_DICT cannot be loaded again: use SHARDED_STATE_DICT, which is as fast."
-        )
-    return kind == "FULL_STATE_DICT"
+    return bool(kind == "FULL_STATE_DICT")
 
 
-def _options(full: bool, adapter_only: bool = False) -> StateDictOptions:
-    # Without cpu_offload: with it, FSDP 1 takes a path that crashes on the CPU.
-    return StateDictOptions(full_state_dict=full, ignore_frozen_params=adapter_only)
+def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
+    state = live.model_state(_bare(model))
+    if not adapter_only:
+        return state
+    trained = live.trained(_bare(model))
+    kept = {id(value) for name, value in state.items() if name in trained}
+    return {name: value for name, value in state.items() if id(value) in kept}
 
 
-def _write(state: dict[str, Any], kind: str, folder: Path, name: str, index: int, full: bool) -> None:
-    here = world.current()
-    if full:
+def _write(entry: Entry, folder: Path) -> None:
+    """Writes each rank's part, over what was there."""
+    here, path = world.current(), folder / entry.path
+    state = entry.capture()
+
+    def clear() -> None:
+        if here.rank == 0 and entry.everywhere and path.parent.exists():
+            shutil.rmtree(path.parent)
+
+    def write() -> list[Any]:
+        if entry.everywhere:
+            return Part(entry.path, state, entry.format).write(folder).places if state is not None else []
         if here.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(_file(folder, name, index), lambda writer: write_torch(state, writer))
-        here.collectives.barrier()
-        return
-    shards = folder / f"{name}_{index}"
-    shards.mkdir(parents=True, exist_ok=True)
-    dcp.save({kind: state}, checkpoint_id=shards)
+            write_whole(path, lambda writer: write_torch(state, writer))
+        return []
+
+    together(here.collectives, f"preparing {path.parent}", clear, SaveError)
+    places = together(here.collectives, f"writing {path}", write, SaveError)
+
+    def close() -> None:
+        if here.rank == 0 and entry.everywhere:
+            describe(path.parent, [place for own in places for place in own])
+
+    together(here.collectives, f"describing {path.parent}", close, SaveError)
 
 
-def _read(wanted: dict[str, Any], kind: str, folder: Path, name: str, index: int, full: bool) -> dict[str, Any]:
-    if full:
-        state: dict[str, Any] = read_torch(_file(folder, name, index))
-        return state
-    shards = folder / f"{name}_{index}"
-    StoredFolder(shards)  # torch would run code from a description; this refuses one that has any
-    dcp.load({kind: wanted}, checkpoint_id=shards)
-    return wanted
-
-
-def _file(folder: Path, name: str, index: int) -> Path:
-    return folder / (f"{name}_{index}.bin" if index else f"{name}.bin")
+def _load(entry: Entry, folder: Path, strict: bool) -> None:
+    here = world.current()
+    reading = loading.read_entries(folder, [entry], None, {})
+    loading.conclude(here, folder, [reading], strict)
+    loading.apply(here, folder, [reading])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ from ..logging import get_logger
 from ..runtime.world import World
 from ..settings.enums import SAMPLER_NAME
 from . import manifest as manifests
+from .checked import DamagedError
 from .commit import settle
 from .entries import Entry
 from .errors import LoadError, Problem, listed
 from .finding import newest_valid, problems_without_manifest
 from .joint import together
-from .names import is_ours, is_shared
+from .names import files_of, is_shared, part_of
 
 logger = get_logger(__name__)
 
@@ -54,19 +55,18 @@ def find(world: World, project: Path) -> tuple[Path | None, list[tuple[Path, lis
     return found.folder, found.passed_over
 
 
-def open_checkpoint(world: World, folder: Path, *, verified: bool = False) -> manifests.Manifest | None:
-    """The manifest of a checkpoint, once an interrupted replacement has been finished and all files verified.
+def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
+    """The manifest of a checkpoint, once an interrupted replacement has been finished.
 
     Args:
         world: This process and its peers.
         folder: The checkpoint.
-        verified: Its files have just been verified.
 
     Returns:
         None for a checkpoint of another release, which has none.
 
     Raises:
-        LoadError: on every rank, with all that is missing or damaged.
+        LoadError: on every rank, when it is none, or its manifest is damaged.
     """
 
     def finish() -> None:
@@ -79,48 +79,79 @@ def open_checkpoint(world: World, folder: Path, *, verified: bool = False) -> ma
         if not folder.is_dir():
             return None, [Problem(str(folder), "missing", "there is no such folder")]
         try:
-            manifest = manifests.read(folder)
+            return manifests.read(folder), []
         except FileNotFoundError:
             return None, problems_without_manifest(folder)
         except (OSError, ValueError) as error:
             return None, [Problem(manifests.NAME, "corrupt", str(error))]
-        # The ranks of a machine share the reading out between them.
-        share = (world.local_rank, world.local_size)
-        return manifest, [] if verified else manifests.verify(folder, manifest, share=share)
 
-    outcomes = together(world.collectives, f"verifying {folder}", look, LoadError)
-    problems = list(dict.fromkeys(problem for _, found in outcomes for problem in found))
-    if problems:
-        raise LoadError(f"{folder} cannot be loaded, and nothing was changed:\n{listed(problems)}", problems)
+    outcomes = together(world.collectives, f"opening {folder}", look, LoadError)
+    _refuse_damaged(folder, [found for _, found in outcomes])
     own: manifests.Manifest | None = outcomes[world.rank][0]
     return own
 
 
+def _refuse_damaged(folder: Path, outcomes: Sequence[Sequence[Problem]]) -> None:
+    problems = list(dict.fromkeys(problem for found in outcomes for problem in found))
+    if problems:
+        raise LoadError(f"{folder} cannot be loaded, and nothing was changed:\n{listed(problems)}", problems)
+
+
+def verify_files(world: World, folder: Path, manifest: manifests.Manifest, entries: Sequence[Entry]) -> None:
+    """Compares all files with the manifest; the ranks of a machine share the reading out between them.
+
+    A rank that is alone on its machine leaves the content of files that `read_entries` compares to that.
+
+    Raises:
+        LoadError: on every rank, with all that is missing or damaged.
+    """
+    left = {entry.path for entry in entries if entry.kept and world.local_size == 1}
+
+    def look() -> list[Problem]:
+        share = (world.local_rank, world.local_size)
+        found = manifests.verify(folder, manifest, share=share, unread=left)
+        return found and manifests.verify(folder, manifest, share=share)  # what is wrong is all told at once
+
+    _refuse_damaged(folder, together(world.collectives, f"verifying {folder}", look, LoadError))
+
+
 @dataclass
 class Reading:
-    """Entries that have been read, and what was found."""
+    """Entries that have been read, and what was found; `damaged`: what makes the whole checkpoint one not to load."""
 
-    states: list[tuple[Entry, Any]]
-    problems: list[Problem]
+    states: list[tuple[Entry, Any]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    damaged: list[Problem] = field(default_factory=list)
 
 
-def read_entries(folder: Path, entries: Sequence[Entry], options: dict[str, Any]) -> Reading:
+def read_entries(
+    folder: Path, entries: Sequence[Entry], manifest: manifests.Manifest | None, options: dict[str, Any]
+) -> Reading:
     """Reads entries and checks whether they fit. Changes nothing.
 
     Args:
         folder: The checkpoint.
         entries: What to read.
+        manifest: Its manifest, which files are compared with that are read into memory of their own.
         options: For `torch.load`.
     """
-    reading = Reading([], [])
+    reading = Reading()
+    records = {} if manifest is None else {record.path: record for record in manifest.files}
     for entry in entries:
-        if not (folder / entry.path).is_file():
+        if not (folder / entry.path).exists():
             if entry.required:
                 reading.problems.append(Problem(entry.path, "missing", "this run needs it"))
             continue
         try:
-            state = entry.read(folder, options)
+            own = {"mmap": False, "record": records.get(entry.path)} if entry.kept else {}
+            state = entry.read(folder, {**options, **own})
             problems = entry.check(state)
+        except DamagedError as error:
+            reading.damaged.append(Problem(entry.path, "corrupt", str(error)))
+            continue
+        except LoadError as error:
+            reading.problems += [replace(found, file=f"{entry.path}/{found.file}") for found in error.problems]
+            continue
         except Exception as error:  # noqa: BLE001 - whatever a file that does not fit makes a reader raise
             text = f"it cannot be read ({type(error).__name__}: {_reason(error)}).{entry.needs}"
             reading.problems.append(Problem(entry.path, "corrupt", text))
@@ -142,7 +173,8 @@ def _reason(error: Exception) -> str:
 
 def extra_files(folder: Path, entries: Sequence[Entry], manifest: manifests.Manifest | None) -> list[Problem]:
     """Parts in a checkpoint that this run has no object for."""
-    names = manifest.paths if manifest is not None else {path.name for path in folder.iterdir() if is_ours(path.name)}
+    present = manifest.paths if manifest is not None else files_of(folder)
+    names = set(map(part_of, present))
     wanted = {entry.path for entry in entries}
     return [
         Problem(name, "extra", "this run has nothing to load it into")
@@ -155,14 +187,17 @@ def conclude(world: World, folder: Path, readings: Sequence[Reading], strict: bo
     """All ranks' findings, once each.
 
     Raises:
-        LoadError: on every rank, with `strict` and any finding.
+        LoadError: on every rank, with `strict` and any finding, or when anything is damaged.
     """
 
-    def own() -> list[Problem]:
-        return [problem for reading in readings for problem in reading.problems]
+    def own() -> tuple[list[Problem], list[Problem]]:
+        damaged = [problem for reading in readings for problem in reading.damaged]
+        return damaged, [problem for reading in readings for problem in reading.problems]
 
     outcomes = together(world.collectives, f"checking {folder}", own, LoadError)
-    problems = list(dict.fromkeys(problem for found in outcomes for problem in found))
+    if any(damaged for damaged, _ in outcomes):
+        _refuse_damaged(folder, [found for outcome in outcomes for found in outcome])
+    problems = list(dict.fromkeys(problem for _, found in outcomes for problem in found))
     if problems and strict:
         raise LoadError(
             f"{folder} does not fit this run, and nothing was changed (strict=False loads what fits):\n{listed(problems)}",

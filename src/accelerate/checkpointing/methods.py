@@ -180,8 +180,8 @@ class CheckpointMethods:
 
         Args:
             hook: Called as ``hook(models, weights, output_dir)``. `weights` lists the models' states; those that it takes
-                out of the list are not saved. `output_dir` is where the checkpoint is being written: what the hook writes
-                there is part of it.
+                out of the list are not saved. Of a model in shards, a state has the names, and this process's parts.
+                `output_dir` is where the checkpoint is being written: what the hook writes there is part of it.
 
         Returns:
             A handle whose ``remove()`` removes the hook.

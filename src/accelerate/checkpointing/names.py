@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ..settings.enums import (
+    FSDP_MODEL_NAME,
     MODEL_NAME,
     OPTIMIZER_NAME,
     RNG_STATE_NAME,
@@ -34,6 +35,26 @@ def model_file(index: int, safe: bool) -> str:
     return numbered(SAFE_MODEL_NAME, index, ".safetensors") if safe else numbered(MODEL_NAME, index, ".bin")
 
 
+def whole_file(index: int) -> str:
+    """The file with the whole weights of a sharded model."""
+    return numbered(FSDP_MODEL_NAME, index, ".bin")
+
+
+def optimizer_file(index: int) -> str:
+    """The file with the state of an optimizer."""
+    return numbered(OPTIMIZER_NAME, index, ".bin")
+
+
+def model_folder(index: int) -> str:
+    """The folder with the shards of a model."""
+    return f"{FSDP_MODEL_NAME}_{index}"
+
+
+def optimizer_folder(index: int) -> str:
+    """The folder with the shards of an optimizer's state."""
+    return f"{OPTIMIZER_NAME}_{index}"
+
+
 def random_file(rank: int) -> str:
     """The file with the random states of a rank."""
     return f"{RNG_STATE_NAME}_{rank}.pkl"
@@ -49,27 +70,49 @@ def gradients_file(rank: int) -> str:
     return f"{GRADIENTS_NAME}_{rank}.bin"
 
 
-_COUNTED = "|".join((OPTIMIZER_NAME, SCHEDULER_NAME, SAMPLER_NAME, LOADER_NAME, MODEL_NAME))
+_COUNTED = "|".join((OPTIMIZER_NAME, SCHEDULER_NAME, SAMPLER_NAME, LOADER_NAME, MODEL_NAME, FSDP_MODEL_NAME))
 _SHARED = re.compile(
     rf"({_COUNTED})(_\d+)?\.bin|{SAFE_MODEL_NAME}(_\d+)?\.safetensors|{CUSTOM_NAME}_\d+\.pkl|{re.escape(SCALER_NAME)}"
     rf"|{re.escape(PROGRESS_NAME)}"
 )
+_FOLDER = re.compile(rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})_\d+")
+_IN_FOLDER = re.compile(rf"({_FOLDER.pattern})/(__\d+_\d+\.distcp|\.metadata)")
 _OF_RANKS = re.compile(rf"{RNG_STATE_NAME}_\d+\.pkl|{GRADIENTS_NAME}_\d+\.bin")
 
 
 def is_shared(name: str) -> bool:
-    """Whether a file has the name of a part that is the same for all ranks."""
-    return _SHARED.fullmatch(name) is not None
+    """Whether a part has the name of one that is the same for all ranks: of a file, or of a folder of shards."""
+    return _SHARED.fullmatch(name) is not None or _FOLDER.fullmatch(name) is not None
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file has the name of any part of a checkpoint."""
-    return is_shared(name) or _OF_RANKS.fullmatch(name) is not None
+    """Whether a file has the name of any part of a checkpoint; one in a folder of shards with that in front."""
+    return any(pattern.fullmatch(name) for pattern in (_SHARED, _OF_RANKS, _IN_FOLDER))
+
+
+def part_of(name: str) -> str:
+    """The part of a checkpoint that a file belongs to: itself, or the folder of shards it lies in."""
+    return name.split("/")[0] if _IN_FOLDER.fullmatch(name) else name
+
+
+def files_of(folder: Path) -> set[str]:
+    """The files in a folder that have the name of a part of a checkpoint, by their path in it."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name for name in found if is_ours(name)}
+
+
+def folders_of_shards(folder: Path) -> list[Path]:
+    """The folders of shards in a checkpoint."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name))
 
 
 _HOLDS = {
     PROGRESS_NAME: "where the run stands",
     SCALER_NAME: "gradient scaler",
+    f"{FSDP_MODEL_NAME}_*/.metadata": "weights: what is where",
+    f"{FSDP_MODEL_NAME}_*/*": "weights, a process's part",
+    f"{OPTIMIZER_NAME}_*/.metadata": "optimizer: what is where",
+    f"{OPTIMIZER_NAME}_*/*": "optimizer, a process's part",
     f"{OPTIMIZER_NAME}*.bin": "optimizer",
     f"{SCHEDULER_NAME}*.bin": "learning rate scheduler",
     f"{SAMPLER_NAME}*.bin": "order of a loader",

@@ -235,6 +235,21 @@ def merged_gradients_entry(run: Run, saved_world_size: int) -> Entry:
     )
 
 
+def no_gradients_entry(run: Run) -> Entry:
+    """The same for ranks of which none has a gradient as a whole: there are none to save, and none can be taken up."""
+    path = gradients_file(0)
+    text = (
+        "it was saved between the micro-steps of an update, whose gradients cannot be shared out over this run's shards"
+    )
+    return Entry(
+        path,
+        capture=lambda: None,
+        load=lambda saved: None,
+        check=lambda saved: [Problem(path, "state", text)],
+        required=False,
+    )
+
+
 def _check_gradients(path: str, run: Run, saved: Any) -> list[Problem]:
     if not isinstance(saved, dict) or "gradients" not in saved:
         return [Problem(path, "corrupt", "it holds no gradients")]

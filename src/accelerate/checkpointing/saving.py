@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,14 +23,14 @@ from ..runtime.transport import Collectives
 from ..runtime.world import World
 from .commit import commit, discard, stage
 from .copying import Room, copy_all, is_plain
-from .disk import FileRecord
-from .entries import Entry, Part
+from .entries import Entry, Part, Written
 from .errors import SaveError
 from .finding import is_whole
 from .joint import of_the_first, together
 from .names import numbered_folders
 from .parallel import in_parallel
 from .remote import Outgoing
+from .shards import Place, describe
 
 logger = get_logger(__name__)
 
@@ -111,10 +112,12 @@ def capture(entries: Sequence[Entry], disk: Disk, room: Room | None) -> list[Par
         room.clear()
     parts = []
     for entry in entries:
-        if entry.everywhere or disk.shared:
+        saves = entry.everywhere or disk.shared
+        if saves or entry.collective:
             state = entry.capture()
-            if state is not None:
-                parts.append(Part(entry.path, state if room is None else _copied(state, room), entry.format))
+            if saves and state is not None:
+                kept = state if room is None or entry.fresh else _copied(state, room)
+                parts.append(Part(entry.path, kept, entry.format))
     return parts
 
 
@@ -187,7 +190,7 @@ class Job:
                 self.outgoing.clean()
         together(comm, f"removing older checkpoints than {disk.target}, which is there,", self._prune, SaveError)
 
-    def _write(self) -> tuple[int, list[FileRecord]]:
+    def _write(self) -> tuple[int, list[Written]]:
         largest_first = sorted(self.parts, key=lambda part: _bytes(part.state), reverse=True)
         return self.disk.group, in_parallel(lambda part: part.write(self.disk.staging), largest_first, _THREADS)
 
@@ -195,11 +198,17 @@ class Job:
         if self.outgoing is not None and self.disk.commits:
             self.outgoing.deliver()
 
-    def _commit(self, written: Sequence[tuple[int, list[FileRecord]]]) -> None:
+    def _commit(self, written: Sequence[tuple[int, list[Written]]]) -> None:
         if not self.disk.commits:
             return
         (self.disk.staging / _TOKEN).unlink(missing_ok=True)
-        records = [record for group, part in written if group == self.disk.group for record in part]
+        records = [one.record for group, part in written if group == self.disk.group for one in part]
+        folders: dict[str, list[Place]] = {}
+        for one in (one for _, part in written for one in part if one.places):
+            folders.setdefault(os.path.dirname(one.record.path), []).extend(one.places)
+        for name, places in folders.items():
+            (self.disk.staging / name).mkdir(exist_ok=True)
+            describe(self.disk.staging / name, places)
         commit(
             self.disk.staging,
             self.disk.target,

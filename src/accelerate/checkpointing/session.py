@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from . import loading, progress, remote
 from .background import BackgroundWriter
 from .copying import Room
 from .entries import Entry
-from .errors import LoadError, SaveError, listed
+from .errors import CheckpointError, LoadError, SaveError, listed
 from .finding import is_whole
 from .joint import check_called_by_all, of_the_first, together
-from .names import FOLDER, NUMBERED, model_file, number_of, numbered_folders
+from .names import FOLDER, NUMBERED, number_of, numbered_folders
 from .objects import custom_entry, scaler_entry, scheduler_entry
 from .progress import Run
 from .saving import Job, abandon, capture, open_staging
@@ -64,6 +64,7 @@ class Checkpoints:
         run = self._run()
         comm = run.world.collectives
         check_called_by_all(comm, "save_state")
+        self._check_window("save_state", SaveError)
         self.wait()
         for agree in self.boundaries.values():
             agree()
@@ -74,22 +75,26 @@ class Checkpoints:
         # Ranks may differ in the folder they asked for; rank 0's counts.
         target = disk.target
 
-        def take() -> list[Any]:
+        def take_weights() -> None:
             if outgoing is not None:
                 outgoing.check(disk.group)
-            weights = [self._strategy.model_state(model) for model in run.models]
+            weights.extend(self._strategy.state_to_save(model) for model in run.models)
             for hook in self.save_hooks.values():
                 hook(run.models, weights, str(disk.staging))
+
+        def take_all() -> None:
             entries = [
-                *self._strategy.entries([], run.optimizers, weights=weights, safe=safe),
+                *self._strategy.entries(run.models, run.optimizers, weights, safe=safe),
                 *self._others(run, run.world.size),
             ]
             parts.extend(capture(entries, disk, self._room if asynchronous else None))
-            return []
 
+        weights: list[dict[str, Any]] = []
         parts: list[Any] = []
         try:
-            together(comm, f"taking the state for {target}", take, SaveError)
+            # Hooks may fail on one rank alone, and what follows them may be collective.
+            together(comm, f"taking the weights for {target}", take_weights, SaveError)
+            together(comm, f"taking the state for {target}", take_all, SaveError)
         except SaveError:
             abandon(disk)
             if outgoing is not None:
@@ -117,7 +122,9 @@ class Checkpoints:
     def _others(self, run: Run, saved_world_size: int) -> list[Entry]:
         """The entries besides models and optimizers; random states last, since everything else may draw from them."""
         gradients = (
-            progress.gradients_entry(run)
+            progress.no_gradients_entry(run)
+            if not self._strategy.saves_open_windows
+            else progress.gradients_entry(run)
             if saved_world_size == run.world.size
             else progress.merged_gradients_entry(run, saved_world_size)
         )
@@ -158,6 +165,13 @@ class Checkpoints:
                 "on from it; or set `accelerator.project_configuration.iteration` to a number that is free."
             )
         return target
+
+    def _check_window(self, call: str, failure: type[CheckpointError]) -> None:
+        if not self._strategy.saves_open_windows and not GradientState().sync_gradients:
+            raise failure(
+                f"{call} was called between the micro-steps of an update, and no rank has the gradients that are being "
+                "accumulated as a whole: call it when `accelerator.sync_gradients` is true."
+            )
 
     # Load ------------------------------------------------------------------------------------------------------------
 
@@ -216,21 +230,24 @@ class Checkpoints:
         load_kwargs: dict[str, Any] | None = None,
         model_options: dict[str, Any] | None = None,
     ) -> loading.LoadReport:
-        manifest = loading.open_checkpoint(run.world, folder, verified=verified)
+        self._check_window("load_state", LoadError)
+        manifest = loading.open_checkpoint(run.world, folder)
         size = manifest.world_size if manifest is not None else _ranks_in(folder)
         options = load_kwargs or {}
-        others = [*self._strategy.entries([], run.optimizers), *self._others(run, size)]
-        readings = [loading.read_entries(folder, others, options)]
+        others = [*self._strategy.optimizer_entries(folder, run.optimizers, run.models), *self._others(run, size)]
+        if manifest is not None and not verified:
+            loading.verify_files(run.world, folder, manifest, others)
+        readings = [loading.read_entries(folder, others, manifest, options)]
         models = list(run.models)
         if self.load_hooks:
             # A hook changes models itself: what can be checked before is checked before.
             loading.conclude(run.world, folder, readings, strict)
             for hook in self.load_hooks.values():
                 hook(models, str(folder))
-        entries = self._model_entries(models, folder, model_options or {})
-        readings.append(loading.read_entries(folder, entries, options))
+        entries = self._strategy.model_entries(folder, models, model_options or {})
+        readings.append(loading.read_entries(folder, entries, manifest, options))
         hooked = [] if self.load_hooks else loading.extra_files(folder, [*others, *entries], manifest)
-        readings.append(loading.Reading([], hooked))
+        readings.append(loading.Reading(problems=hooked))
         problems = loading.conclude(run.world, folder, readings, strict)
         if not GradientState().sync_gradients:
             progress.drop_gradients(run)
@@ -239,11 +256,6 @@ class Checkpoints:
         return loading.LoadReport(
             folder, problems, world_size=size, number=None if manifest is None else manifest.iteration
         )
-
-    def _model_entries(self, models: Sequence[Any], folder: Path, options: dict[str, Any]) -> list[Entry]:
-        safe = not (folder / model_file(0, safe=False)).is_file() or (folder / model_file(0, safe=True)).is_file()
-        entries: list[Entry] = self._strategy.entries(models, [], safe=safe, options=options)
-        return entries
 
     def _count_on(self, folder: Path) -> None:
         project = self._project_folder() if number_of(folder) is not None else None

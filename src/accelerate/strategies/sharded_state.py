@@ -1,0 +1,77 @@
+"""State that ranks share: `ShardedStateStrategy`, for strategies whose models or optimizers no rank holds as a whole.
+
+It asks what a rank holds (`checkpointing.live`), not which version of FSDP or which mesh made it so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..checkpointing import forms, live
+from ..checkpointing.gathering import gathered
+from ..runtime.forward import extract_model_from_parallel
+from .base import Strategy
+
+if TYPE_CHECKING:
+    from ..checkpointing import Entry
+    from ..optimizer import AcceleratedOptimizer
+
+
+class ShardedStateStrategy(Strategy):
+    """A base for strategies whose ranks hold parts of a state."""
+
+    saves_open_windows = False
+
+    def _saves_whole(self) -> bool:
+        """Whether rank 0 saves everything; else each rank its own part."""
+        kind = getattr(self.settings.fsdp, "state_dict_type", None)
+        return getattr(kind, "name", kind) == "FULL_STATE_DICT"
+
+    def model_state(self, model: nn.Module) -> dict[str, Any]:
+        """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
+        return gathered(self.world.collectives, live.model_state(_bare(model)))
+
+    def state_to_save(self, model: nn.Module) -> dict[str, Any]:
+        return self.model_state(model) if self._saves_whole() else live.model_state(_bare(model))
+
+    def entries(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[AcceleratedOptimizer],
+        weights: Sequence[dict[str, Any]],
+        *,
+        safe: bool = True,
+    ) -> list[Entry]:
+        bare, rank, comm = list(map(_bare, models)), self.world.rank, self.world.collectives
+        if self._saves_whole():
+            return [
+                *(forms.gathered_optimizer(index, comm, optimizer, bare) for index, optimizer in enumerate(optimizers)),
+                *(forms.gathered_model(index, state) for index, state in enumerate(weights)),
+            ]
+        return [
+            *(forms.shards_of_model(index, rank, state) for index, state in enumerate(weights)),
+            *(forms.shards_of_optimizer(index, rank, optimizer, bare) for index, optimizer in enumerate(optimizers)),
+        ]
+
+    def model_entries(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[Entry]:
+        full = self._saves_whole()
+        return [forms.model_in(folder, i, _bare(model), sharded=True, full=full) for i, model in enumerate(models)]
+
+    def optimizer_entries(
+        self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
+    ) -> list[Entry]:
+        full, bare = self._saves_whole(), list(map(_bare, models))
+        return [
+            forms.optimizer_in(folder, index, optimizer, bare, sharded=True, full=full)
+            for index, optimizer in enumerate(optimizers)
+        ]
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without what compiles it as a whole."""
+    found: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return found
