@@ -169,6 +169,7 @@ class Accelerator(CheckpointMethods):
             dynamo=dynamo,
             fsdp=getattr(self.state, "fsdp_plugin", None),
             mesh=self.torch_device_mesh,
+            sizes=self.parallelism_config,
         )
         strategy = choose_strategy(self.distributed_type, self.parallelism_config, fsdp=settings.fsdp)
         self.strategy: Strategy = strategy(world.current(), settings)
@@ -650,7 +651,9 @@ class Accelerator(CheckpointMethods):
     def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
         """A context whose backward synchronises gradients though its forwards ran under `no_sync`."""
         state = AcceleratorState()
-        strategy = choose_strategy(state.distributed_type, fsdp=getattr(state, "fsdp_plugin", None))
+        strategy = choose_strategy(
+            state.distributed_type, state.parallelism_config, fsdp=getattr(state, "fsdp_plugin", None)
+        )
         with strategy.sync_in_backward(model):
             yield
 

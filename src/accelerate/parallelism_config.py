@@ -204,7 +204,9 @@ class ParallelismConfig:
         names, sizes = self._get_mesh()
         if not names:
             return None
-        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+        return self._flattened(init_device_mesh(device_type, sizes, mesh_dim_names=names))
+
+    def _flattened(self, mesh: DeviceMesh) -> DeviceMesh:
         for common, parts in _FLATTENED.items():
             if active := tuple(self._among(*parts)):
                 mesh[active]._flatten(common)
@@ -239,8 +241,14 @@ class ParallelismConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as values that json can hold, without the mesh."""
-        return dataclasses.asdict(self)
+        """The fields as values that json can hold, without the mesh. Of a plan's styles, what they look like."""
+        values = dataclasses.asdict(self)
+        plan = self.tp_handler.plan if self.tp_handler is not None else None
+        if plan is not None:
+            values["tp_handler"]["plan"] = {
+                name: style if isinstance(style, str) else repr(style) for name, style in plan.items()
+            }
+        return values
 
 
 def requested(
@@ -263,7 +271,25 @@ def requested(
             f"torch_tp_plugin has tp_size={plugin.tp_size}, but parallelism_config has tp_size={given.tp_size}: leave "
             "torch_tp_plugin out."
         )
-    return given if given is not None else ParallelismConfig(tp_size=plugin.tp_size)
+    if given is None:
+        return ParallelismConfig(tp_size=plugin.tp_size) if plugin.torch_device_mesh is None else _of_mesh(plugin)
+    return given
+
+
+def _of_mesh(plugin: TorchTensorParallelPlugin) -> ParallelismConfig:
+    """The configuration of a mesh that a plugin brings along."""
+    mesh = plugin.torch_device_mesh
+    assert mesh is not None
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True)) if mesh.mesh_dim_names else {}
+    if not sizes.keys() <= set(DIMENSIONS) or sizes.get("tp") != plugin.tp_size:
+        raise ValueError(
+            f"torch_tp_plugin has tp_size={plugin.tp_size} and brings {mesh}: it needs a dimension 'tp' of that size, and "
+            f"others from {', '.join(DIMENSIONS)} only. Leave torch_device_mesh out to have one made."
+        )
+    given: dict[str, Any] = {f"{name}_size": size for name, size in sizes.items()}
+    config = ParallelismConfig(**given)
+    config.__dict__["device_mesh"] = config._flattened(mesh)
+    return config
 
 
 _SHOWN = tuple(field.name for field in dataclasses.fields(ParallelismConfig) if not field.name.endswith("_handler"))

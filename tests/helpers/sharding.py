@@ -1,4 +1,4 @@
-"""A small language model, and what training it sharded comes to, for the tests of both versions of FSDP."""
+"""A small language model for the tests of both versions of FSDP."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, gelu
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn.functional import gelu
 
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
-
-STEPS = 20
+from accelerate import FullyShardedDataParallelPlugin
 
 
 class Block(nn.Module):
@@ -57,42 +54,3 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [param for param in params if id(param) not in norms]},
         {"params": [param for param in params if id(param) in norms], "weight_decay": 0.0},
     ]
-
-
-def train(
-    version: int,
-    fields: dict[str, Any] | None,
-    sizes: dict[str, Any] | None = None,
-    items: bool = False,
-    compiled: bool = False,
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Weights and norms of 20 steps: AdamW with two groups, accumulation over 2, clipping, float64."""
-    accelerator = Accelerator(
-        cpu=True,
-        gradient_accumulation_steps=2,
-        fsdp_plugin=None if fields is None else plugin(version, **fields),
-        parallelism_config=None if sizes is None else ParallelismConfig(**sizes),
-        dynamo_backend="eager" if compiled else None,
-    )
-    torch.manual_seed(accelerator.process_index)  # ranks start from the weights of rank 0
-    model = Tiny().double()
-    optimizer = torch.optim.AdamW(groups(model), lr=1e-2)
-    tokens = torch.randint(0, 11, (STEPS * 2 * 8, 5), generator=torch.Generator().manual_seed(1))
-    loader = DataLoader(TensorDataset(tokens), batch_size=8 // accelerator.num_processes)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    norms = []
-    for (batch,) in loader:
-        with accelerator.accumulate(model):
-            guesses, truths = model(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()
-            if items:
-                loss = cross_entropy(guesses, truths, reduction="sum")
-                accelerator.backward(loss, num_items=truths.numel())
-            else:
-                accelerator.backward(cross_entropy(guesses, truths))
-            if accelerator.sync_gradients:
-                norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
-            optimizer.step()
-            optimizer.zero_grad()
-    state = accelerator.get_state_dict(model)
-    assert bool(state) == accelerator.is_main_process or fields is None
-    return dict(state), norms

@@ -1,4 +1,4 @@
-"""FSDP 1 on real ranks: the same as one process, whatever is sharded and however; and what it refuses."""
+"""FSDP 1 on real ranks: what a rank holds, what comes from rank 0, and what is refused; see also test_equivalence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,57 +15,14 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.checkpointing.errors import SaveError
 from accelerate.runtime import world
 from accelerate.state import AcceleratorState
 from accelerate.strategies.fsdp1 import _mesh
 from tests.helpers import sharding
-from tests.helpers.sharding import STEPS, Block, Tiny, train
+from tests.helpers.sharding import Block, Tiny
 
 # The version and what the launcher asks for by default.
 plugin = functools.partial(sharding.plugin, 1, use_orig_params=True)
-
-
-def _train(fields: dict[str, Any], **more: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
-    return train(1, {"use_orig_params": True, **fields}, **more)
-
-
-@pytest.fixture(scope="module")
-def alone(rank_pool) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """What one process comes to."""
-    found: tuple[dict[str, torch.Tensor], list[float]] = rank_pool.run(1, train, 1, None)[0]
-    assert len(found[1]) == STEPS and max(found[1]) > 0.5  # clipping has something to do
-    return found
-
-
-_REPLICAS = {"sizes": {"dp_replicate_size": 2, "dp_shard_size": 2}}
-CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
-    "on one rank": (1, {}, {}),
-    "FULL_SHARD": (2, {}, {}),
-    "SHARD_GRAD_OP": (2, {"sharding_strategy": "SHARD_GRAD_OP"}, {}),
-    "NO_SHARD": (2, {"sharding_strategy": "NO_SHARD"}, {}),
-    "HYBRID_SHARD on one machine": (2, {"sharding_strategy": "HYBRID_SHARD"}, {}),
-    "HYBRID_SHARD": (4, {"sharding_strategy": "HYBRID_SHARD"}, _REPLICAS),
-    "HYBRID_SHARD_ZERO2": (4, {"sharding_strategy": "HYBRID_SHARD_ZERO2"}, _REPLICAS),
-    "the exact mean": (2, {}, {"items": True}),
-    "activations recomputed": (2, {"activation_checkpointing": True}, {}),
-    "as one unit": (2, {"auto_wrap_policy": "no_wrap", "transformer_cls_names_to_wrap": None}, {}),
-    "gathered ahead": (2, {"forward_prefetch": True, "backward_prefetch": "BACKWARD_POST"}, {}),
-    "nothing ahead": (2, {"backward_prefetch": "NO_PREFETCH"}, {}),
-    "compiled": (2, {}, {"compiled": True}),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_sharded_training_is_training(name, run_ranks, alone):
-    ranks, fields, more = CASES[name]
-    results = run_ranks(ranks, _train, fields, **more)
-    state, norms = results[0]
-    assert state.keys() == alone[0].keys()
-    for key, value in alone[0].items():
-        torch.testing.assert_close(state[key], value, rtol=0, atol=1e-10, msg=lambda text, key=key: f"{key}: {text}")
-    for _, found in results:
-        assert found == pytest.approx(alone[1], abs=1e-10)
 
 
 # Flat parameters -----------------------------------------------------------------------------------------------------
@@ -146,57 +102,6 @@ def test_ranks_without_weights_receive_them(run_ranks):
         assert found == pytest.approx(expected, abs=1e-6) and unwrapped
 
 
-# Number formats ------------------------------------------------------------------------------------------------------
-
-
-def _in_half(precision: str) -> tuple[set[torch.dtype], set[torch.dtype], set[torch.dtype]]:
-    accelerator = Accelerator(cpu=True, mixed_precision=precision, fsdp_plugin=plugin())
-    model = Tiny().to(torch.bfloat16)  # a part of it frozen
-    seen: set[torch.dtype] = set()
-    model.layers[1].register_forward_hook(lambda *found: seen.add(found[2].dtype))
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    out = model(torch.arange(8).view(2, 4))
-    accelerator.backward(out.pow(2).mean())
-    accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    trained = [param for param in model.parameters() if param.grad is not None]
-    return {p.dtype for p in trained} | {out.dtype}, {p.grad.dtype for p in trained}, seen
-
-
-@pytest.mark.parametrize(("precision", "computed"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_weights_and_steps_are_float32(precision, computed, run_ranks):
-    floats = {torch.float32}
-    assert run_ranks(2, _in_half, precision) == [(floats, floats, {computed})] * 2
-
-
-def _overflow() -> tuple[bool, float, bool]:
-    """One rank's gradients overflow: both skip the step, and train on with the same scale."""
-    accelerator = Accelerator(cpu=True, mixed_precision="fp16", fsdp_plugin=plugin())
-    seen: set[torch.dtype] = set()
-    model = nn.Sequential(Block(4), Block(4)).to(torch.bfloat16)
-    model[0].register_forward_hook(lambda *found: seen.add(found[2].dtype))
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    factors = [float("inf") if accelerator.is_local_main_process else 1.0, 1.0]
-    skipped = []
-    for factor in factors:
-        out = model(torch.ones(2, 4))
-        accelerator.backward(out.mean() * factor)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        skipped.append(optimizer.step_was_skipped)
-        optimizer.zero_grad()
-    finite = all(bool(param.isfinite().all()) for param in model.parameters())
-    kinds = {param.dtype for param in model.parameters()} | {out.dtype}
-    assert kinds == {torch.float32} and seen == {torch.float16}
-    return skipped == [True, False], accelerator.scaler.get_scale(), finite
-
-
-def test_ranks_agree_on_an_overflow(run_ranks):
-    results = run_ranks(2, _overflow)
-    assert [(agreed, finite) for agreed, _, finite in results] == [(True, True)] * 2
-    assert results[0][1] == results[1][1] == 32768.0
-
-
 # Several models, whole parts, held back ---------------------------------------------------------------------------------
 
 
@@ -253,8 +158,6 @@ def _refused() -> list[str]:
     with refused(), torch.device("meta" if accelerator.is_main_process else "cpu"):
         accelerator.prepare(Tiny())
     model = accelerator.prepare(nn.Sequential(Block(2)))
-    with refused(SaveError):
-        accelerator.save_state("nowhere")
     with refused(), accelerator.join_uneven_inputs([model]):
         pass
     AcceleratorState._reset_state()
@@ -283,7 +186,6 @@ def test_what_is_refused_says_why(run_ranks):
         "SGD holds parameters of a model that has not been prepared",
         "a unit of FSDP 1 has parameters of one number format, but",
         "parameter 'embedding.weight' is on the meta device of rank 0",
-        "checkpoints of fully sharded training are not part of this version",
         "join_uneven_inputs does not work with fully sharded training",
         "is trained and 'layers.0.up.weight' is frozen, and both are in one unit: set use_orig_params=True",
         "are in one unit, but not in one parameter group of AdamW: set use_orig_params=True",
@@ -294,12 +196,3 @@ def test_what_is_refused_says_why(run_ranks):
     for said in run_ranks(2, _refused):
         for message, expected in zip(said, wanted, strict=True):
             assert expected in message
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [({"cpu_offload": True}, "cpu_offload"), ({"param_init_fn": nn.Module.train}, "param_init_fn")],
-)
-def test_what_this_version_does_not_have_is_refused_at_once(fields, named):
-    with pytest.raises(ValueError, match=f"{named} is not part of fully sharded training"):
-        Accelerator(cpu=True, fsdp_plugin=plugin(**fields))

@@ -223,25 +223,28 @@ def test_an_interrupted_notebook_leaves_nobody_behind(tmp_path: Path) -> None:
         """
     )
     for how in (signal.SIGINT, signal.SIGKILL):
-        notebook = subprocess.Popen(
-            [sys.executable, "-c", CELL + text],
-            cwd=tmp_path,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        said = tmp_path / how.name
+        with said.open("w") as file:  # not a pipe: ranks would hold it open, and reading it would wait for them
+            notebook = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-c", CELL + text],
+                cwd=tmp_path,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
         try:
-            assert notebook.stdout is not None
-            ranks = 0
-            while ranks < 2:  # the launcher's own lines come before: how many processes, and on which port
-                line = notebook.stdout.readline()
-                assert line, notebook.stderr.read() if notebook.stderr else ""
-                ranks += line == "up\n"
+            deadline = time.monotonic() + 120
+            while said.read_text().count("up\n") < 2:
+                if notebook.poll() is None and time.monotonic() > deadline:
+                    notebook.send_signal(signal.SIGABRT)  # says where it stands
+                    notebook.wait(timeout=10)
+                assert notebook.poll() is None, said.read_text()
+                time.sleep(0.05)
             notebook.send_signal(how)
-            notebook.communicate(timeout=60)
+            notebook.wait(timeout=60)
         finally:
             notebook.kill()
+            notebook.wait(timeout=10)
         deadline = time.monotonic() + 10
         while left_over(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -33,6 +33,7 @@ __all__ = [
     "CannotPadNestedTensorWarning",
     "DistributedOperationException",
     "GatheredParameters",
+    "avg_losses_across_data_parallel_group",
     "broadcast",
     "broadcast_object_list",
     "chained_operation",
@@ -186,6 +187,20 @@ def _reduce_one(tensor: torch.Tensor, comm: Collectives, reduction: str, scale: 
     if scale != 1:
         total = total * scale
     return total if tensor.device == comm.device else total.to(tensor.device)
+
+
+def avg_losses_across_data_parallel_group(losses: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The mean of each loss over the ranks that read different data.
+
+    Args:
+        losses: Numbers as tensors; as many on every rank.
+
+    Returns:
+        A vector of the means, in the order of `losses`.
+    """
+    # Ranks that share tensors have the same losses, so the mean over all ranks is the one over those with other data.
+    means: torch.Tensor = reduce(torch.stack([loss.detach().reshape(()) for loss in losses]), "mean")
+    return means
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ code shares.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import functools
 import gc
 import inspect
 import logging
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -47,6 +49,14 @@ def clear_device_cache(garbage_collection: bool = False) -> None:
     for kind in devices.DEVICES.values():
         if kind.name != "cpu" and kind.is_available():
             kind.empty_cache()
+
+
+def give_back_freed() -> None:
+    """Gives freed main memory back to the system; the C library would keep blocks of up to 32 MiB for later."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def release_memory(*objects: Any) -> list[None]:

@@ -43,6 +43,26 @@ def is_peft_model(model: nn.Module) -> bool:
     return peft is not None and isinstance(extract_model_from_parallel(model), peft.PeftModel)
 
 
+def model_has_dtensor(model: nn.Module) -> bool:
+    """Whether any parameter of the model is one that ranks of a device mesh share."""
+    return any(hasattr(param, "device_mesh") and hasattr(param, "placements") for param in model.parameters())
+
+
+def get_model_tp_size(model: nn.Module) -> int | None:
+    """How many ranks share each of the model's tensors; None for a model whose tensors are whole.
+
+    Args:
+        model: One that transformers has loaded with a ``tp_plan``, or that has been prepared with ``tp_size``.
+    """
+    inner = extract_model_from_parallel(model)
+    said = getattr(inner, "tp_size", None) or getattr(inner, "_tp_size", None)
+    if isinstance(said, int):
+        return said
+    meshes = (getattr(param, "device_mesh", None) for param in inner.parameters())
+    sharing = (mesh for mesh in meshes if mesh is not None and "tp" in (mesh.mesh_dim_names or ()))
+    return next((mesh.size(mesh.mesh_dim_names.index("tp")) for mesh in sharing), None)
+
+
 def get_parameters_from_modules(
     modules: Iterable[nn.Module] | str | None, model: nn.Module, device: torch.device | str | int
 ) -> set[nn.Parameter]:
@@ -53,9 +73,19 @@ def get_parameters_from_modules(
         model: Where names are looked up.
         device: Where the modules go.
     """
+    return {parameter for module in modules_among(modules, model) for parameter in module.to(device).parameters()}
+
+
+def modules_among(modules: Iterable[nn.Module] | str | None, model: nn.Module) -> list[nn.Module]:
+    """The modules that are meant.
+
+    Args:
+        modules: They themselves, or a regular expression that matches their whole dotted names; None: none.
+        model: Where names are looked up.
+    """
     if modules is None:
-        return set()
+        return []
     if isinstance(modules, str):
         wanted = re.compile(modules)
-        modules = [module for name, module in model.named_modules() if wanted.fullmatch(name)]
-    return {parameter for module in modules for parameter in module.to(device).parameters()}
+        return [module for name, module in model.named_modules() if wanted.fullmatch(name)]
+    return list(modules)

@@ -73,6 +73,14 @@ class Collectives:
         """`objects`, in place: what rank `src` holds."""
         return objects
 
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Sends bytes (a tensor on `device`) to one rank, which receives them."""
+        raise RuntimeError(f"rank {to} cannot be sent anything: these ranks talk all together or not at all")
+
+    def receive(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """`tensor`, in place: what rank `source` sends."""
+        raise RuntimeError(f"rank {source} cannot send anything: these ranks talk all together or not at all")
+
     def barrier(self) -> None:
         """Returns once every rank has called it."""
 
@@ -117,6 +125,13 @@ class TorchCollectives(Collectives):
     def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
         dist.broadcast_object_list(objects, self._global_rank(src), group=self.group, device=self.device)
         return objects
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        dist.send(tensor, self._global_rank(to), group=self.group)
+
+    def receive(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        dist.recv(tensor, self._global_rank(source), group=self.group)
+        return tensor
 
     def barrier(self) -> None:
         device_ids = [self.device.index] if self.device.type == "cuda" and self.device.index is not None else None

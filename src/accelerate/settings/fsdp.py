@@ -139,6 +139,8 @@ class FullyShardedDataParallelPlugin:
                 raise ValueError(
                     f"ignored_modules={self.ignored_modules!r} is no regular expression: {error}."
                 ) from None
+        elif self.ignored_modules is not None:
+            self.ignored_modules = _modules(self.ignored_modules)
 
     def _resolve_memory(self) -> None:
         if self.cpu_offload is None or isinstance(self.cpu_offload, (bool, str)):
@@ -371,6 +373,20 @@ def _policy_named(name: str) -> Callable[..., Any] | None:
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
     return {_TRANSFORMER: transformer_auto_wrap_policy, _BY_SIZE: size_based_auto_wrap_policy, _NO_WRAP: None}[name]
+
+
+def _modules(given: Any) -> list[Any]:
+    """The modules of an iterable, which may be one that can be gone through once only."""
+    from torch import nn
+
+    modules = [given] if isinstance(given, nn.Module) else list(given) if isinstance(given, Iterable) else [given]
+    wrong = next((item for item in modules if not isinstance(item, nn.Module)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"ignored_modules holds {type(wrong).__name__} {wrong!r}: expected modules, or one regular expression for the "
+            "names of modules."
+        )
+    return modules
 
 
 def _words(names: Any) -> list[str] | None:

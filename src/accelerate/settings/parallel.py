@@ -6,8 +6,8 @@ A field left None is read from the launcher's ``PARALLELISM_CONFIG_*`` variables
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .launched import resolve, variable
 
@@ -44,8 +44,15 @@ class TorchTensorParallelConfig:
 
     enable_async_tp: bool = False
     """Overlap communication and computation in the compiler; accepted for scripts that set it, without effect."""
+    plan: dict[str, Any] | None = field(default=None, repr=False)
+    """How tensors are cut: patterns of modules' names to styles of ``torch.distributed.tensor.parallel``, or to the words
+    that transformers uses (``"colwise"``, ``"rowwise"`` …). None: the model's own plan, its ``_tp_plan``."""
 
     def __post_init__(self) -> None:
+        if self.plan is not None and not (
+            isinstance(self.plan, dict) and all(isinstance(key, str) for key in self.plan)
+        ):
+            raise ValueError(f"plan={self.plan!r}: expected a dict of patterns of modules' names to styles.")
         if self.enable_async_tp:
             logger.warning(
                 "enable_async_tp=True has no effect: asynchronous tensor parallelism is not part of this version."

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["STRATEGIES", "Bundle", "RunSettings", "Strategy", "choose"]
 
+_ALONE = "accelerate.strategies.base:Strategy"
 _DDP = "accelerate.strategies.ddp:DataParallel"
+_TENSORS = "accelerate.strategies.tensor_parallel:TensorParallel"
 
 STRATEGIES: dict[DistributedType, str] = {
-    DistributedType.NO: "accelerate.strategies.base:Strategy",
+    DistributedType.NO: _ALONE,
     DistributedType.MULTI_CPU: _DDP,
     DistributedType.MULTI_GPU: _DDP,
     DistributedType.MULTI_NPU: _DDP,
@@ -34,6 +36,13 @@ STRATEGIES: dict[DistributedType, str] = {
     DistributedType.MULTI_HPU: _DDP,
     DistributedType.MULTI_NEURON: _DDP,
     DistributedType.FSDP: "accelerate.strategies.fsdp2:FullyShard",
+}
+# On a mesh with this dimension, another takes its place. (Before the run is joined, ranks are not known yet.)
+_ON_MESH = {
+    (_ALONE, "dp_replicate"): _DDP,
+    (_ALONE, "cp"): _DDP,
+    (_ALONE, "tp"): _TENSORS,
+    (_DDP, "tp"): _TENSORS,
 }
 # Of a way that comes in versions, those with a file of their own.
 _VERSIONS = {(DistributedType.FSDP, 1): "accelerate.strategies.fsdp1:FlatShards"}
@@ -63,13 +72,13 @@ def choose(
     Raises:
         ValueError: when neither this version nor an installed distribution has one.
     """
-    found = _installed(kind) or _ours(kind, fsdp if plugins is None else plugins.fsdp)
+    found = _installed(kind) or _ours(kind, mesh, fsdp if plugins is None else plugins.fsdp)
     if plugins is not None:
         found.check_settings(plugins)
     beyond = [] if mesh is None else [name for name in mesh.active_mesh_dims if name not in found.dimensions]
     if beyond:
         sizes = ", ".join(f"{name}_size={getattr(mesh, f'{name}_size')}" for name in beyond)
-        why = _NEEDS_FSDP if beyond == ["dp_shard"] else _NOT_YET
+        why = next((reason for name, reason in _WHY.items() if name in beyond), _NOT_YET)
         raise ValueError(f"parallelism_config (--use_parallelism_config) asks for {sizes}: {why}")
     return found
 
@@ -81,11 +90,16 @@ def _installed(kind: DistributedType) -> type[Strategy] | None:
     return None
 
 
-def _ours(kind: DistributedType, fsdp: FullyShardedDataParallelPlugin | None) -> type[Strategy]:
+def _ours(
+    kind: DistributedType, mesh: ParallelismConfig | None, fsdp: FullyShardedDataParallelPlugin | None
+) -> type[Strategy]:
     if kind not in STRATEGIES:
         raise ValueError(f"{_ASKED_BY.get(kind, 'the device')} asks for distributed type {kind.value}: {_NOT_YET}")
     version = None if fsdp is None else fsdp.fsdp_version
-    module, name = _VERSIONS.get((kind, version or 2), STRATEGIES[kind]).split(":")
+    path = _VERSIONS.get((kind, version or 2), STRATEGIES[kind])
+    for dimension in [] if mesh is None else mesh.active_mesh_dims:
+        path = _ON_MESH.get((path, dimension), path)
+    module, name = path.split(":")
     found: type[Strategy] = getattr(importlib.import_module(module), name)
     return found
 
@@ -94,4 +108,12 @@ _NOT_YET = (
     "that is not part of this version, which trains on one process, on data-parallel ranks (DDP) and fully sharded "
     "(FSDP)."
 )
-_NEEDS_FSDP = "shards are what fully sharded training has: pass fsdp_plugin as well (--use_fsdp)."
+_WHY = {
+    "dp_shard": "shards are what fully sharded training has: pass fsdp_plugin as well (--use_fsdp).",
+    "sp": (
+        "sp_backend='deepspeed' is DeepSpeed's sequence parallelism, and DeepSpeed is not part of this version: cp_size "
+        "cuts sequences over ranks as well, with torch alone."
+    ),
+    "cp": "with fully sharded training it needs version 2 (fsdp_version=2, --fsdp_version 2).",
+    "tp": "with fully sharded training it needs version 2 (fsdp_version=2, --fsdp_version 2).",
+}

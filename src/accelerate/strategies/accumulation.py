@@ -143,7 +143,8 @@ class GlobalMean:
         """Divides the synchronised gradients of `models` by the items counted on all ranks, and starts a new count."""
         assert self.items is not None, "add() comes first"
         items, self.items = self.items, None
-        ranks = self._strategy.data_ranks().count
+        # Ranks that share tensors count the same items: their number is in both, and drops out of the factor.
+        ranks = self._strategy.world.size
         if ranks > 1:
             self._strategy.world.collectives.all_reduce(items)
         # Gradients are an average over the ranks by now: `ranks` times it is their sum. No items at all: nothing to learn.

@@ -15,18 +15,25 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from ..checkpointing.forms import model_in, optimizer_in
 from ..checkpointing.objects import model_entry, optimizer_entry
+from ..data_loader.mesh import data_ranks_of_mesh
 from ..optimizer import AcceleratedOptimizer
+from ..placement.tensors import check_device_same
 from ..runtime.forward import extract_model_from_parallel
 from ..runtime.world import DataRanks, World
 from ..scheduler import AcceleratedScheduler
 from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
+from .context_parallel import shared_sequences
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.distributed.device_mesh import DeviceMesh
 
     from ..checkpointing import Entry
+    from ..parallelism_config import ParallelismConfig
     from ..precision import Precision
     from ..settings.arguments import Plugins
     from ..settings.fsdp import FullyShardedDataParallelPlugin
@@ -73,6 +80,7 @@ class RunSettings:
         dynamo: How models are compiled.
         fsdp: How models are sharded.
         mesh: The device mesh.
+        sizes: What the mesh was built from, and details of its dimensions.
         prepare_loader: Turns a loader, and whether to move its batches, into this rank's prepared loader.
     """
 
@@ -86,6 +94,7 @@ class RunSettings:
     dynamo: TorchDynamoPlugin | None = None
     fsdp: FullyShardedDataParallelPlugin | None = None
     mesh: DeviceMesh | None = None
+    sizes: ParallelismConfig | None = None
 
 
 class Strategy:
@@ -100,12 +109,15 @@ class Strategy:
     optimizer_class: ClassVar[type[AcceleratedOptimizer]] = AcceleratedOptimizer
     scheduler_class: ClassVar[type[AcceleratedScheduler]] = AcceleratedScheduler
     supports_local_sgd: ClassVar[bool] = True
+    saves_open_windows: ClassVar[bool] = True
+    """Whether gradients that are being accumulated can be part of a checkpoint."""
     dimensions: ClassVar[frozenset[str]] = frozenset({"dp_replicate"})
     """Of the device mesh, those in which this way of distributing can divide a run."""
 
     def __init__(self, world: World, settings: RunSettings) -> None:
         self.world = world
         self.settings = settings
+        self._sequences = shared_sequences(settings.mesh, settings.sizes)
 
     @classmethod
     def check_settings(cls, plugins: Plugins) -> None:
@@ -125,6 +137,8 @@ class Strategy:
         """
         for place, model in bundle.models.items():
             _check_parameters(model, moves=place in bundle.on_device)
+            if not bundle.evaluation and bundle.optimizers:
+                _check_quantised(model, self.world)
         for place, optimizer in bundle.optimizers.items():
             _check_optimizer(optimizer, moves=place in bundle.on_device)
 
@@ -132,6 +146,8 @@ class Strategy:
         """The bundle with every object made ready for this way of distributing."""
         for place, model in bundle.models.items():
             bundle.models[place] = self.prepare_model(model, place in bundle.on_device, bundle.evaluation)
+            if self._sequences is not None:
+                self._sequences.watch(bundle.models[place])
         for place, optimizer in bundle.optimizers.items():
             bundle.optimizers[place] = self.prepare_optimizer(optimizer, place in bundle.on_device)
         for place, loader in bundle.loaders.items():
@@ -180,6 +196,8 @@ class Strategy:
 
     def data_ranks(self) -> DataRanks:
         """Who reads which part of the data."""
+        if self.settings.mesh is not None:
+            return data_ranks_of_mesh(self.settings.mesh)
         return DataRanks(self.world.rank, self.world.size)
 
     # Step ------------------------------------------------------------------------------------------------------------
@@ -229,9 +247,14 @@ class Strategy:
         """See ``torch.nn.utils.clip_grad_value_``."""
         torch.nn.utils.clip_grad_value_(parameters, clip_value)
 
-    def context_parallel(self, *_: Any) -> AbstractContextManager[Any]:
-        """A context that cuts sequences over ranks; every rank of this strategy has whole ones."""
-        return nullcontext()
+    def context_parallel(
+        self,
+        buffers: Sequence[torch.Tensor] | None,
+        dims: Sequence[int] | None,
+        no_restore: Iterable[torch.Tensor] | None,
+    ) -> AbstractContextManager[Any]:
+        """A context that cuts sequences over ranks, in a run whose mesh has a dimension for it."""
+        return nullcontext() if self._sequences is None else self._sequences.over(buffers, dims, no_restore)
 
     def sequence_parallel_loader(self, loader: Any, model: nn.Module) -> Any:
         """The loader with sequences cut over ranks; every rank of this strategy has whole ones."""
@@ -253,31 +276,46 @@ class Strategy:
         state: dict[str, Any] = self.unwrap(model, keep_torch_compile=False).state_dict()
         return state
 
+    def state_to_save(self, model: nn.Module) -> dict[str, Any]:
+        """What `entries` saves of a model, and hooks of `save_state` see: the full state, or what this rank holds of it."""
+        return self.model_state(model)
+
     def entries(
         self,
         models: Sequence[nn.Module],
         optimizers: Sequence[AcceleratedOptimizer],
+        weights: Sequence[dict[str, Any]],
         *,
-        weights: Sequence[dict[str, Any]] | None = None,
         safe: bool = True,
-        options: dict[str, Any] | None = None,
     ) -> list[Entry]:
-        """The models' and optimizers' part of a checkpoint.
+        """The models' and optimizers' part of a checkpoint that is to be saved.
 
         Args:
-            models: Prepared models, to load into.
+            models: Prepared models, to which the optimizers' parameters belong.
             optimizers: Prepared optimizers.
-            weights: Instead of `models`, the states to save.
-            safe: Models as safetensors.
-            options: For the models' ``load_state_dict``.
+            weights: The models' states, as `state_to_save` gives them.
+            safe: Models as safetensors, where they are whole.
         """
-        if weights is not None:
-            entries = [model_entry(index, state=state, safe=safe) for index, state in enumerate(weights)]
-        else:
-            entries = [
-                model_entry(index, self.unwrap(model), safe=safe, options=options) for index, model in enumerate(models)
-            ]
+        entries = [model_entry(index, state=state, safe=safe) for index, state in enumerate(weights)]
         return entries + [optimizer_entry(index, optimizer) for index, optimizer in enumerate(optimizers)]
+
+    def model_entries(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[Entry]:
+        """The models' part of a checkpoint that is to be loaded, in whichever form it is there.
+
+        Args:
+            folder: The checkpoint.
+            models: Prepared models.
+            options: For the models' ``load_state_dict``, where they are whole.
+        """
+        bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
+        return [model_in(folder, i, model, sharded=False, options=options) for i, model in enumerate(bare)]
+
+    def optimizer_entries(
+        self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
+    ) -> list[Entry]:
+        """The optimizers' part of a checkpoint that is to be loaded; `models` give the names of their parameters."""
+        bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
+        return [optimizer_in(folder, i, optimizer, bare, sharded=False) for i, optimizer in enumerate(optimizers)]
 
 
 def _is_dispatched(model: nn.Module) -> bool:
@@ -304,6 +342,31 @@ def _check_parameters(model: nn.Module, moves: bool) -> None:
                 "`model.to_empty(device=accelerator.device)` and load its weights before `prepare`, or prepare it with "
                 "`device_placement=False`."
             )
+
+
+def _check_quantised(model: nn.Module, world: World) -> None:
+    """Refuses to train what bitsandbytes quantised: its weights have no gradients; what was added to them may be trained."""
+    bits = next((n for n in (8, 4) if getattr(model, f"is_loaded_in_{n}bit", False)), None)
+    if bits is None:
+        return
+    name = f"{type(model).__name__}, which is quantised to {bits} bits,"
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} has no weights that can be trained: quantised ones cannot. Add adapters to it (peft), or prepare it "
+            "without an optimizer, for inference."
+        )
+    devices = {torch.device(d) if d != "disk" else d for d in getattr(model, "hf_device_map", {}).values()}
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(
+            f"{name} is spread over {', '.join(sorted(map(str, devices)))} and cannot be trained: load it without a "
+            "device_map, so that all of it goes to this process's device."
+        )
+    there = next(iter(devices), world.device)
+    if not check_device_same(there, world.device) and not env.flag("ACCELERATE_BYPASS_DEVICE_MAP"):
+        raise ValueError(
+            f"{name} is on {there}, and this process trains on {world.device}: load it with "
+            f"device_map={{'': '{world.device}'}}; moving it would change its weights."
+        )
 
 
 def _check_optimizer(optimizer: Any, moves: bool) -> None:

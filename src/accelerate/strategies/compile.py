@@ -40,6 +40,16 @@ def compile_regions(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
     return module
 
 
+def compile_regions_fsdp2(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
+    """See `compile_regions`, which serves modules sharded by ``fully_shard`` too: their gathering stays outside the graphs.
+
+    Args:
+        module: A model whose blocks are sharded, or are about to be.
+        **compile_kwargs: For `torch.compile`.
+    """
+    return compile_regions(module, **compile_kwargs)
+
+
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The children of module lists whose class occurs more than once in their list."""
     blocks: list[nn.Module] = []

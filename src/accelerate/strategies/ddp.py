@@ -24,6 +24,7 @@ class DataParallel(Strategy):
     """Every rank holds the whole model; gradients are averaged as backward produces them."""
 
     kinds = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
+    dimensions = frozenset({"dp_replicate", "cp"})
 
     def check(self, bundle: Bundle) -> None:
         super().check(bundle)

@@ -10,44 +10,28 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..optimizer import AcceleratedOptimizer
-from ..precision.loss_scale import LossScaler
 from ..runtime.forward import is_compiled_module
+from ..runtime.memory import give_back_freed
 from ..runtime.world import World
 from .base import Bundle, RunSettings
-from .sharding import ShardedStrategy, checkpoint_activations, is_half, parameters_by_unit
-
-if TYPE_CHECKING:
-    from ..settings.arguments import Plugins
+from .sharding import ShardedStrategy, averaging, is_half, parameters_by_unit
+from .weights import initialise, receive, receive_buffers
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 
 
 class FlatShards(ShardedStrategy):
     """Every rank holds a piece of the model, of its gradients and of its optimizers' states, as the strategy says."""
-
-    @classmethod
-    def check_settings(cls, plugins: Plugins) -> None:
-        plugin = plugins.fsdp
-        if plugin is None:
-            return
-        for name, asked in (
-            ("cpu_offload", getattr(plugin.cpu_offload, "offload_params", False)),
-            ("activation_checkpointing_offload", plugin.activation_checkpointing_offload),
-            ("param_init_fn", plugin.param_init_fn),
-        ):
-            if asked:
-                raise ValueError(f"{name} is not part of fully sharded training in this version: leave it out.")
 
     def __init__(self, world: World, settings: RunSettings) -> None:
         super().__init__(world, settings)
@@ -56,8 +40,6 @@ class FlatShards(ShardedStrategy):
         self._kind = self.plugin.sharding_strategy if world.size > 1 else ShardingStrategy.NO_SHARD
         self._mesh = _mesh(settings.mesh, world, self._kind)
         self._groups = WeakIdKeyDictionary()  # sharded parameter -> the ranks that share it, None: each has it whole
-        if isinstance(settings.precision.scaler, LossScaler):
-            settings.precision.scaler.agree = self._agree
 
     def is_sharded(self, param: torch.Tensor) -> bool:
         return param in self._groups
@@ -80,16 +62,24 @@ class FlatShards(ShardedStrategy):
             self._remember(model)
             return model
         model = self.settings.precision.convert(model)
-        units, ignored, before = self._units(model), self._ignored(model), self._flat(model)
-        alike = [*(params.values() for params in before.values()), *([param] for param in ignored)]
-        self._load(model, [param for params in alike for param in self._upcast(params)])
+        self._initialise(model)
+        units, ignored, before = self.units_of(model), self._ignored(model), self._flat(model)
+        self.recompute(units)
         self.settings.precision.wrap_forward(model)
+        device, comm = self.world.device, self.world.collectives
+        receive_buffers(model, comm, device)
         wrapped = {}
         for unit in units:
-            if self.plugin.activation_checkpointing:
-                checkpoint_activations(unit)
+            self._widen(before[unit].values())
+            receive(before[unit].values(), comm, device)
             wrapped[unit] = self._wrap(unit, ignored)
             _replace(model, unit, wrapped[unit])
+            if device.type == "cpu":  # else units that were cut would add up to the whole model
+                give_back_freed()
+        self._widen(before[model].values())
+        for param in ignored:
+            self._widen([param])
+        receive((*before[model].values(), *ignored), comm, device)
         wrapped[model] = root = self._wrap(model, ignored)
         if not self.plugin.use_orig_params:
             for unit, params in before.items():
@@ -97,11 +87,27 @@ class FlatShards(ShardedStrategy):
                 if handle is not None:
                     self._replaced.update(dict.fromkeys(params.values(), handle.flat_param))
         self._remember(root)
+        self._average_whole(root, ignored)
         return self._compiled(root)
 
-    def _wrap(self, unit: nn.Module, ignored: set[nn.Parameter]) -> FullyShardedDataParallel:
+    def _check_weights(self, models: Iterable[nn.Module]) -> None:
+        if self.plugin.param_init_fn is None:  # that makes what rank 0 lacks
+            super()._check_weights(models)
+
+    def _initialise(self, model: nn.Module) -> None:
+        fill = self.plugin.param_init_fn
+        if fill is not None:
+            if self.world.rank == 0:
+                initialise(model, fill, self.world.device)
+            super()._check_weights([model])
+
+    def _widen(self, params: Iterable[nn.Parameter]) -> None:
+        for param in self._upcast(params):
+            param.data = param.data.float()
+
+    def _wrap(self, unit: nn.Module, ignored: list[nn.Parameter]) -> FullyShardedDataParallel:
         plugin, policy = self.plugin, self.plugin.mixed_precision_policy
-        if isinstance(policy, MixedPrecision) and self.settings.precision.name != "no":
+        if isinstance(policy, MixedPrecision):
             # What a float32 buffer widens on the way comes to a unit in the format of its parameters, as in version 2.
             policy = replace(policy, cast_forward_inputs=True)
         with _without_hints():
@@ -115,12 +121,14 @@ class FlatShards(ShardedStrategy):
                 forward_prefetch=bool(plugin.forward_prefetch),
                 limit_all_gathers=plugin.limit_all_gathers,
                 use_orig_params=bool(plugin.use_orig_params),
-                ignored_states=list(ignored) or None,
+                ignored_states=ignored or None,
+                # torch's offload moves between another device and the CPU; there, parameters are where they should be.
+                cpu_offload=plugin.cpu_offload if self.world.device.type != "cpu" else None,  # type: ignore[arg-type]
             )
 
     def _flat(self, model: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
         """Of each unit, the parameters that are to lie in one tensor, by name."""
-        ignored, by_unit = self._ignored(model), parameters_by_unit(model, self._units(model))
+        ignored, by_unit = set(self._ignored(model)), parameters_by_unit(model, self.units_of(model))
         return {
             unit: {name: param for name, param in params.items() if param not in ignored}
             for unit, params in by_unit.items()
@@ -147,9 +155,13 @@ class FlatShards(ShardedStrategy):
 
     # Step ------------------------------------------------------------------------------------------------------------
 
+    def _cut_over(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+        group = self._groups.get(param)
+        return () if group is None else (group,)
+
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         container = _container(model)
-        return nullcontext() if container is None else container.no_sync()
+        return nullcontext() if container is None else _held_back(container)
 
     @staticmethod
     @contextmanager
@@ -160,35 +172,11 @@ class FlatShards(ShardedStrategy):
         for unit in units:  # as torch's no_sync does; in __dict__, since a module's attributes are typed as tensors
             unit.__dict__["_sync_gradients"] = True
         try:
-            yield
+            with averaging(container or model, True):
+                yield
         finally:
             for unit, flag in zip(units, before, strict=True):
                 unit.__dict__["_sync_gradients"] = flag
-
-    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        if not params:
-            return super().clip_grad_norm_(params, max_norm, norm_type)
-        maximum = float(norm_type) == float("inf")
-        by_group: dict[Any, list[torch.Tensor]] = {}
-        for param in params:  # a rank without gradients of a group takes part all the same
-            found = by_group.setdefault(self._groups.get(param), [])
-            if param.grad is not None and param.grad.numel():
-                found.append(param.grad)
-        parts = []
-        for group, gradients in by_group.items():
-            part = torch.nn.utils.get_total_norm(gradients, norm_type).to(self.world.device, torch.float64)
-            part = part if maximum else part**norm_type
-            if group is not None:
-                dist.all_reduce(part, dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM, group=group)
-            parts.append(part)
-        total = torch.stack(parts).max() if maximum else torch.stack(parts).sum() ** (1 / norm_type)
-        total = total.to(params[0].dtype)
-        torch.nn.utils.clip_grads_with_norm_(params, max_norm, total)
-        return total
-
-    def _agree(self, overflow: torch.Tensor) -> None:
-        self.world.collectives.all_reduce(overflow)
 
     # State -----------------------------------------------------------------------------------------------------------
 
@@ -201,17 +189,6 @@ class FlatShards(ShardedStrategy):
             return type(model)(inner, model.dynamo_ctx)
         return inner
 
-    def model_state(self, model: nn.Module) -> dict[str, Any]:
-        """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
-        container = _container(model)
-        if container is None:
-            return super().model_state(model)
-        # On the CPU, torch's way of giving it to rank 0 only ends the process.
-        options = StateDictOptions(full_state_dict=True, cpu_offload=self.world.device.type != "cpu")
-        with _without_hints():
-            state = get_model_state_dict(container, options=options)
-        return state if self.world.rank == 0 else {}
-
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts a module in every place of another."""
@@ -219,6 +196,12 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+
+
+@contextmanager
+def _held_back(container: FullyShardedDataParallel) -> Iterator[None]:
+    with container.no_sync(), averaging(container, False):
+        yield
 
 
 def _container(model: nn.Module) -> FullyShardedDataParallel | None:

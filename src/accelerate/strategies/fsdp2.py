@@ -8,82 +8,105 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..runtime.forward import is_compiled_module
 from ..runtime.world import World
-from .base import RunSettings
-from .sharding import ShardedStrategy, checkpoint_activations, is_half
-
-if TYPE_CHECKING:
-    from ..settings.arguments import Plugins
+from . import tensor_plan
+from .base import Bundle, RunSettings
+from .mesh import agree_on_random_states
+from .sharding import ShardedStrategy, averaging, is_half, parameters_by_unit
+from .weights import lift, lower
 
 
 class FullyShard(ShardedStrategy):
     """Every rank holds a shard of the model, of its gradients and of its optimizers' states."""
 
-    @classmethod
-    def check_settings(cls, plugins: Plugins) -> None:
-        plugin = plugins.fsdp
-        if plugin is None:
-            return
-        offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-        for name, asked in (
-            ("cpu_offload", offloads),
-            ("activation_checkpointing_offload", plugin.activation_checkpointing_offload),
-        ):
-            if asked:
-                raise ValueError(f"{name} is not part of fully sharded training in this version: leave it out.")
+    dimensions = frozenset({"dp_replicate", "dp_shard", "cp", "tp"})
 
     def __init__(self, world: World, settings: RunSettings) -> None:
         super().__init__(world, settings)
-        if settings.precision.scaler is not None:
-            raise ValueError(
-                "mixed_precision='fp16' is not part of fully sharded training in this version: use 'bf16'."
-            )
-        self._mesh = _shards(settings.mesh, world)
+        self._mesh = _shards(settings, world)
 
     def is_sharded(self, param: torch.Tensor) -> bool:
         return isinstance(param, DTensor)
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
+    def check(self, bundle: Bundle) -> None:
+        super().check(bundle)
+        for model in bundle.models.values():
+            if not isinstance(model, FSDPModule):
+                tensor_plan.check(model, self.settings.mesh, self.settings.sizes, sharded=True)
+                ignored = set(self._ignored(model))
+                for params in parameters_by_unit(model, self.units_of(model)).values():
+                    self._check_unit({name: param for name, param in params.items() if param not in ignored})
+
+    def _check_unit(self, params: dict[str, nn.Parameter]) -> None:
+        formats: dict[torch.dtype, str] = {}
+        for name, param in params.items():
+            if param.ndim == 0:
+                raise ValueError(
+                    f"parameter {name!r} is a single number without dimensions, which fsdp_version=2 cannot shard: give it "
+                    "the shape (1,), or name its module in ignored_modules."
+                )
+            if param.requires_grad:
+                formats.setdefault(self._policy().param_dtype or param.dtype, name)
+        if len(formats) > 1:
+            listed = ", ".join(f"{name!r} is {kind}" for kind, name in formats.items())
+            raise ValueError(
+                f"the gradients of a unit are reduced in one number format, but {listed}: convert them, choose other units "
+                "(auto_wrap_policy), or compute in one format (mixed_precision)."
+            )
+
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         if isinstance(model, FSDPModule):  # sharded by the user
             self.settings.precision.wrap_forward(model)
             return model
         model = self.settings.precision.convert(model)
-        policy = self._policy()
+        policy, offload, reshard = self._policy(), self._offload(), bool(self.plugin.reshard_after_forward)
         # Under mixed precision the optimizer steps in float32, whatever the weights were loaded in.
         mixed = policy.param_dtype is not None
-        self._load(model, [param for param in model.parameters() if mixed and param.requires_grad and is_half(param)])
+        wide = {param for param in model.parameters() if mixed and param.requires_grad and is_half(param)}
         before = dict(model.named_parameters(remove_duplicate=False))
-        ignored = self._ignored(model)
-        for unit in (*self._units(model), model):
-            if self.plugin.activation_checkpointing and unit is not model:
-                checkpoint_activations(unit)
+        lifted = lift(model, wide)
+        tensor_plan.share(model, self.settings.mesh, self.settings.sizes)
+        agree_on_random_states(self.world, self.settings.mesh)
+        units, ignored = self.units_of(model), self._ignored(model)
+        self.recompute(units)
+        for unit in (*units, model):
+            # What is gathered for the model itself is needed again at once, where a backward follows: None is torch's word.
+            after = None if reshard and unit is model and not evaluation else reshard
             fully_shard(
                 unit,
                 mesh=self._mesh,
-                reshard_after_forward=bool(self.plugin.reshard_after_forward),
+                reshard_after_forward=after,
                 mp_policy=policy,
-                ignored_params=ignored,
+                offload_policy=offload,
+                ignored_params=set(ignored),
             )
         for name, param in model.named_parameters(remove_duplicate=False):
-            self._replaced[before[name]] = param
+            self._replaced[before.pop(name)] = param  # popped, so that rank 0 can let go of what it has sent
+        lower(model, lifted, self.world.collectives, self.world.device, isinstance(offload, CPUOffloadPolicy))
+        self._average_whole(model, ignored)
         self.settings.precision.wrap_forward(model)
         return self._compiled(model)
 
     def _policy(self) -> MixedPrecisionPolicy:
         policy = self.plugin.mixed_precision_policy
         return policy if isinstance(policy, MixedPrecisionPolicy) else MixedPrecisionPolicy()
+
+    def _offload(self) -> OffloadPolicy:
+        policy = self.plugin.cpu_offload
+        if isinstance(policy, CPUOffloadPolicy) and self.world.device.type == "cpu":
+            return CPUOffloadPolicy(pin_memory=False)  # memory is pinned for another device
+        return policy if isinstance(policy, OffloadPolicy) else OffloadPolicy()
 
     # Step ------------------------------------------------------------------------------------------------------------
 
@@ -98,28 +121,14 @@ class FullyShard(ShardedStrategy):
         with nullcontext() if sharded is None else _synchronising(sharded, True):
             yield
 
-    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        norm = super().clip_grad_norm_(parameters, max_norm, norm_type)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    # State -----------------------------------------------------------------------------------------------------------
-
-    def model_state(self, model: nn.Module) -> dict[str, Any]:
-        """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(self.unwrap(model, keep_torch_compile=False), options=options)
-
-
-def _shards(mesh: DeviceMesh | None, world: World) -> DeviceMesh:
+def _shards(settings: RunSettings, world: World) -> DeviceMesh:
     """The dimensions over which parameters are replicated (if there is such a one) and sharded."""
-    if mesh is None:
+    if settings.mesh is None or settings.sizes is None:
         return init_device_mesh(world.device.type, (world.size,))
-    names = mesh.mesh_dim_names or ()
-    if "dp_shard" not in names:
-        raise ValueError(
-            "fully sharded training needs dp_shard_size above 1: with dp_replicate_size alone, leave FSDP out."
-        )
-    return mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
+    if not settings.sizes.dp_shard_cp_dim_names:
+        raise ValueError("fully sharded training needs dp_shard_size or cp_size above 1: without, leave FSDP out.")
+    return settings.mesh[tuple(settings.sizes.fsdp_dim_names)]
 
 
 def _sharded(model: nn.Module) -> FSDPModule | None:
@@ -129,8 +138,10 @@ def _sharded(model: nn.Module) -> FSDPModule | None:
 
 @contextmanager
 def _synchronising(model: FSDPModule, wanted: bool) -> Iterator[None]:
+    assert isinstance(model, nn.Module), "fully_shard makes an FSDPModule of one"
     model.set_requires_gradient_sync(wanted)
     try:
-        yield
+        with averaging(model, wanted):
+            yield
     finally:
         model.set_requires_gradient_sync(True)

@@ -1,4 +1,4 @@
-"""What both versions of fully sharded training share: which modules become units, and how ranks come to the same weights.
+"""What both versions of fully sharded training share: which modules become units, what is clipped, what is refused.
 
 Rank 0 holds the weights, the others may hold theirs on the meta device. Everything that cannot be sharded is refused
 before anything changes.
@@ -7,31 +7,41 @@ before anything changes.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from ..optimizer import AcceleratedOptimizer
-from ..runtime.modules import get_parameters_from_modules
+from ..precision.loss_scale import LossScaler
+from ..runtime.forward import ForwardWrapper, wrap_forward
+from ..runtime.modules import modules_among
 from ..runtime.world import World
 from ..settings import env
 from ..settings.enums import DistributedType
-from .base import Bundle, RunSettings, Strategy, check_device_map
+from . import replacing
+from .averaging import GradientAverage
+from .base import Bundle, RunSettings, check_device_map
+from .mesh import AVERAGED, along, clip_grad_norm_, groups_of, local_part
+from .sharded_state import ShardedStateStrategy
+from .weights import is_composed
 
 if TYPE_CHECKING:
-    from ..checkpointing import Entry
     from ..settings.fsdp import FullyShardedDataParallelPlugin
 
+_AVERAGE = "_accelerate_average"  # on a model: its `GradientAverage`
 # Containers that have no forward, so they cannot be gathered for one.
 _NO_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
 
-class ShardedStrategy(Strategy):
+class ShardedStrategy(ShardedStateStrategy):
     """A base for strategies whose ranks hold shards of a model; a subclass says how it is sharded."""
 
     kinds = (DistributedType.FSDP,)
@@ -47,7 +57,9 @@ class ShardedStrategy(Strategy):
                 "fully sharded training needs a process group, even of one process: start the script with "
                 f"`accelerate launch --use_fsdp --fsdp_version {self.plugin.fsdp_version}`."
             )
-        self._replaced = WeakIdKeyDictionary()  # parameter before -> its sharded successor
+        self._replaced = replacing.Replaced()
+        if isinstance(settings.precision.scaler, LossScaler):
+            settings.precision.scaler.agree = self._agree
         if self.plugin.cpu_ram_efficient_loading:  # transformers' from_pretrained reads these
             env.publish({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
 
@@ -67,81 +79,84 @@ class ShardedStrategy(Strategy):
                 "activation_checkpointing recomputes unit by unit, and there are none: set auto_wrap_policy "
                 "(--fsdp_auto_wrap_policy)."
             )
-        here = {id(param) for model in bundle.models.values() for param in model.parameters()}
-        for model in bundle.models.values():
-            check_sharing(model, self._units(model))
-        for optimizer in bundle.optimizers.values():
-            inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-            params = [param for group in inner.param_groups for param in group["params"]]
-            if inner.state and not all(map(self.is_sharded, params)):
-                raise ValueError(
-                    f"{type(inner).__name__} has stepped already, and its states cannot follow parameters that are about to "
-                    "be sharded: prepare model and optimizer before the first step."
-                )
-            if not all(id(param) in here or param in self._replaced or self.is_sharded(param) for param in params):
-                raise ValueError(
-                    f"{type(inner).__name__} holds parameters of a model that has not been prepared: prepare the model in "
-                    "the same call, or before."
-                )
+        replacing.check_optimizers(bundle, self._replaced, self.is_sharded)
 
     def _check_weights(self, models: Iterable[nn.Module]) -> None:
-        """Every rank starts from the weights of rank 0, so that one must have them. Collective."""
-        lacking = next((name for model in models for name, param in model.named_parameters() if param.is_meta), None)
-        said = [lacking]
-        self.world.collectives.broadcast_object_list(said)
-        if said[0] is not None:
+        """Every rank starts from the weights of rank 0, so that one must have or be able to make them. Collective."""
+        empty = [(name, param) for model in models for name, param in model.named_parameters() if param.is_meta]
+        lacking = next((name for name, _ in empty), None)
+        composed = next((name for name, param in empty if is_composed(param)), None)
+        said = self.world.collectives.all_gather_object((lacking, composed))
+        if said[0][0] is not None:
             raise ValueError(
-                f"parameter {said[0]!r} is on the meta device of rank 0 and holds no values: load the weights there before "
-                "`prepare`; the other ranks receive them."
+                f"parameter {said[0][0]!r} is on the meta device of rank 0 and holds no values: load the weights there "
+                "before `prepare`; the other ranks receive them."
             )
+        for rank, (_, name) in enumerate(said):
+            if name is not None:
+                raise ValueError(
+                    f"parameter {name!r} is on the meta device of rank {rank} and made of several tensors, which cannot be "
+                    "sent: load it on every rank (cpu_ram_efficient_loading=False)."
+                )
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
-        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        for group in inner.param_groups:
-            new = [self._replaced.get(param, param) for param in group["params"]]
-            group["params"] = list({id(param): param for param in new}.values())  # several may have become one
+        replacing.give_new_parameters(optimizer, self._replaced)
         return super().prepare_optimizer(optimizer, on_device)
 
-    def _load(self, model: nn.Module, upcast: Iterable[nn.Parameter]) -> None:
-        """Gives the model memory on the run's device, and the values of rank 0.
-
-        Args:
-            model: The model.
-            upcast: Parameters that become float32.
-        """
-        for param in upcast:
-            param.data = param.data.float()
-        for param in model.parameters():  # some layouts cannot be sharded
-            if not param.is_contiguous():
-                param.data = param.data.contiguous()
-        _give_memory(model, self.world.device)
-        model.to(self.world.device)
-        self._same_everywhere(model)
-
-    def _same_everywhere(self, model: nn.Module) -> None:
-        """Gives every rank the values of rank 0."""
-        if self.world.size == 1:
-            return
-        for value in {id(value): value.data for value in (*model.parameters(), *model.buffers())}.values():
-            sent = value.contiguous()
-            self.world.collectives.broadcast(sent)
-            if sent is not value:
-                value.copy_(sent)
-
-    def _units(self, model: nn.Module) -> list[nn.Module]:
+    def units_of(self, model: nn.Module) -> list[nn.Module]:
         """The modules that are gathered on their own, inner ones first."""
         plugin = copy.copy(self.plugin)  # what is found out about one model is not about the next
         plugin.set_auto_wrap_policy(model)
-        return units(model, plugin.auto_wrap_policy) if callable(plugin.auto_wrap_policy) else []
+        if not callable(plugin.auto_wrap_policy):
+            return []
+        return without_torn_ties(model, units(model, plugin.auto_wrap_policy))
 
-    def _ignored(self, model: nn.Module) -> set[nn.Parameter]:
-        """The parameters that stay whole."""
-        modules, here = self.plugin.ignored_modules, next(model.parameters(), None)
-        if modules is None or here is None:
-            return set()
-        return get_parameters_from_modules(modules, model, here.device)
+    def _ignored(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters that stay whole, in the order of the model: the same on all ranks."""
+        modules = modules_among(self.plugin.ignored_modules, model)
+        ignored = {param for module in modules for param in module.parameters()}
+        return [param for param in model.parameters() if param in ignored]
+
+    def recompute(self, units: Iterable[nn.Module]) -> None:
+        """Has units recompute their activations in the backward, where that was asked for."""
+        if self.plugin.activation_checkpointing:
+            for unit in units:
+                if not isinstance(unit.forward, Recomputed):
+                    wrap_forward(unit, Recomputed(self._saving()))
+
+    def _saving(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Where recomputing units keep their inputs: in the device's memory, or in the CPU's."""
+        device = self.world.device.type
+        if not self.plugin.activation_checkpointing_offload or device == "cpu":  # there, that is the same
+            return nullcontext
+        return functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=True, device_type=device)
+
+    def _average_whole(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+        """Has the gradients of parameters that stay whole averaged over the ranks, which FSDP leaves to each."""
+        trained = [param for param in ignored if param.requires_grad and not isinstance(param, DTensor)]
+        if trained and self.world.size > 1:
+            peers = along(self.settings.mesh, AVERAGED)
+            group = dist.group.WORLD if peers is None else peers.get_group()
+            assert group is not None, "fully sharded training has one"
+            model.__dict__[_AVERAGE] = GradientAverage(trained, group)
+
+    def _cut_over(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """The groups whose ranks hold different pieces of a parameter; none for one that each rank has whole."""
+        return groups_of(param)
 
     # Step and state --------------------------------------------------------------------------------------------------
+
+    def _agree(self, overflow: torch.Tensor) -> None:
+        self.world.collectives.all_reduce(overflow)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
+        return clip_grad_norm_(parameters, max_norm, norm_type, device=self.world.device, cut_over=self._cut_over)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        for param in params:
+            if param.grad is not None:
+                local_part(param.grad).clamp_(-clip_value, clip_value)
 
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
@@ -151,12 +166,6 @@ class ShardedStrategy(Strategy):
                 "when the others gather parameters. Leave even_batches=True."
             )
         yield
-
-    def entries(self, *_: Any, **__: Any) -> list[Entry]:
-        raise ValueError(
-            "checkpoints of fully sharded training are not part of this version: save the weights with "
-            "accelerator.get_state_dict(model), on all ranks, and accelerator.save on the main process."
-        )
 
 
 def units(model: nn.Module, policy: Callable[..., bool]) -> list[nn.Module]:
@@ -196,21 +205,35 @@ def parameters_by_unit(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.
     return by_unit
 
 
-def check_sharing(model: nn.Module, found: Iterable[nn.Module]) -> None:
-    """A parameter belongs to one unit: two would gather and free it under each other's feet."""
-    unit_of: dict[nn.Module, nn.Module] = {}
-    for unit in (*found, model):  # inner ones come first
-        for module in unit.modules():
-            unit_of.setdefault(module, unit)
-    first: dict[nn.Parameter, tuple[nn.Module, str]] = {}
-    for name, module in model.named_modules():
-        for key, param in module.named_parameters(prefix=name, recurse=False):
-            unit, path = first.setdefault(param, (unit_of[module], key))
-            if unit is not unit_of[module]:
-                raise ValueError(
-                    f"parameter {path!r} is shared with {key!r}, which is in another unit: choose units that hold both "
-                    "(auto_wrap_policy, transformer_cls_names_to_wrap)."
-                )
+def without_torn_ties(model: nn.Module, found: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of some modules whose parameters are used inside them only.
+
+    Two units that share a parameter would gather and free it under each other's feet; it stays with what is around both.
+    """
+    users: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            users.setdefault(param, set()).add(module)
+
+    def is_closed(unit: nn.Module) -> bool:
+        inside = set(unit.modules())
+        return all(users[param] <= inside for param in unit.parameters())
+
+    return [unit for unit in found if is_closed(unit)]
+
+
+@contextmanager
+def averaging(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """A context in which gradients of parameters that stay whole are averaged, or are not."""
+    average: GradientAverage | None = model.__dict__.get(_AVERAGE)
+    if average is None:
+        yield
+        return
+    before, average.active = average.active, wanted
+    try:
+        yield
+    finally:
+        average.active = before
 
 
 def is_half(param: torch.Tensor) -> bool:
@@ -218,21 +241,18 @@ def is_half(param: torch.Tensor) -> bool:
     return param.dtype in (torch.float16, torch.bfloat16)
 
 
-def _give_memory(model: nn.Module, device: torch.device) -> None:
-    """Puts what is on the meta device on `device`, with any values; tied parameters stay tied."""
-    for module in model.modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or not tensor.is_meta:
-                continue
-            fresh = torch.empty_like(tensor, device=device)
-            if isinstance(tensor, nn.Parameter):
-                torch.utils.swap_tensors(tensor, nn.Parameter(fresh, tensor.requires_grad))
-            else:
-                module._buffers[name] = fresh
+class Recomputed(ForwardWrapper):
+    """A forward that keeps its inputs only, and runs again in the backward.
 
+    Args:
+        saving: Gives the context in which inputs are kept.
+    """
 
-def checkpoint_activations(unit: nn.Module) -> None:
-    """Has the unit recompute its activations in the backward."""
-    from torch.distributed._composable import checkpoint
+    def __init__(self, saving: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._saving = saving
 
-    checkpoint(unit)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.__wrapped__(*args, **kwargs)
+        with self._saving():
+            return checkpoint(self.__wrapped__, *args, use_reentrant=False, **kwargs)

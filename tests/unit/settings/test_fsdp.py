@@ -216,6 +216,14 @@ def test_a_policy_of_ones_own_is_kept():
 
 def test_ignored_modules():
     assert FullyShardedDataParallelPlugin(ignored_modules="head.*").ignored_modules == "head.*"
+    layers = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    once = FullyShardedDataParallelPlugin(ignored_modules=iter(layers))
+    assert (
+        once.ignored_modules == layers
+        and FullyShardedDataParallelPlugin(ignored_modules=layers[0]).ignored_modules == layers[:1]
+    )
+    with pytest.raises(ValueError, match="ignored_modules holds str 'head'"):
+        FullyShardedDataParallelPlugin(ignored_modules=["head"])
     with pytest.raises(ValueError, match="is no regular expression"):
         FullyShardedDataParallelPlugin(ignored_modules="(")
 

@@ -37,13 +37,18 @@ DECIDED: dict[str, tuple[type[Exception] | None, str]] = {
 }
 
 
+# Fields of ours, besides the documented ones.
+OURS = {("TorchTensorParallelConfig", "plan")}
+
+
 def plain(value: Any) -> Any:
     """A value as the file spells it."""
     if isinstance(value, enum.Enum):
         return f"{type(value).__name__}.{value.name}"
     if dataclasses.is_dataclass(value):
-        fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"dataclass": type(value).__name__, **fields}
+        kind = type(value).__name__
+        names = [field.name for field in dataclasses.fields(value) if (kind, field.name) not in OURS]
+        return {"dataclass": kind, **{name: plain(getattr(value, name)) for name in names}}
     if isinstance(value, tuple):
         return {"tuple": [list(item) if isinstance(item, tuple) else item for item in value]}
     return value

@@ -1,0 +1,79 @@
+"""Finds code of a model that holds a function itself, so that putting another in its place would go unnoticed.
+
+``from torch.nn.functional import scaled_dot_product_attention`` binds the function to a name of the importing module. What
+methods reach by name is followed: globals, helper functions, closures, defaults, attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+
+def holder_of(function: Any, model: nn.Module) -> str | None:
+    """Where a module of `model` holds `function` itself, for a message; None when none does.
+
+    Args:
+        function: What is to be replaced in its own module.
+        model: The model.
+    """
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if value is function:
+                return f"{path or type(module).__qualname__}.{name}"
+        for kind in type(module).__mro__:
+            if not _is_torchs(kind) and id(kind) not in seen:
+                seen.add(id(kind))
+                for name, value in vars(kind).items():
+                    found = _reaches(getattr(value, "__func__", value), function, seen)
+                    if found is not None:
+                        return f"{kind.__module__}.{kind.__qualname__}.{name}{found}"
+    return None
+
+
+def _reaches(value: Any, function: Any, seen: set[int]) -> str | None:
+    """How `value` comes to `function`; "" when it is the function, None when it does not."""
+    if value is function:
+        return ""
+    if not isinstance(value, FunctionType) or _is_torchs(value) or id(value) in seen:
+        return None
+    seen.add(id(value))
+    for name, reached in _reached_by(value):
+        if _reaches(reached, function, seen) is not None:
+            return f" (as {name!r})"
+    return None
+
+
+def _reached_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function's code may call, by name."""
+    yield from ((f"a default of {function.__name__}", value) for value in function.__defaults__ or ())
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield from ((name, held) for held in _held(cell))
+    names = set(_names(function.__code__))
+    for name in names:
+        value = function.__globals__.get(name)
+        yield name, value
+        if isinstance(value, ModuleType) and not value.__name__.startswith("torch"):
+            yield from ((f"{name}.{attribute}", vars(value)[attribute]) for attribute in names & vars(value).keys())
+
+
+def _held(cell: Any) -> Iterator[Any]:
+    try:
+        yield cell.cell_contents
+    except ValueError:  # empty as yet
+        return
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_torchs(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == "torch"

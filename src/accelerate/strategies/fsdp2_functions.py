@@ -1,0 +1,173 @@
+"""What version 2 of FSDP does, as the documented functions: for scripts that prepare models by hand.
+
+Each hands on to the strategy of the `Accelerator` it is given, or to what that strategy is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..precision.loss_scale import LossScaler
+from ..runtime import world
+from .sharding import ShardedStrategy
+from .weights import ensure_weights_retied, spread
+
+__all__ = [
+    "ensure_weights_retied",
+    "fsdp2_apply_ac",
+    "fsdp2_canonicalize_names",
+    "fsdp2_load_full_state_dict",
+    "fsdp2_prepare_model",
+    "fsdp2_switch_optimizer_parameters",
+    "get_fsdp2_grad_scaler",
+]
+
+# What containers put into the names of the parameters inside them.
+_CONTAINERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+
+
+def fsdp2_prepare_model(accelerator: Any, model: nn.Module) -> nn.Module:
+    """The model sharded as the accelerator's FSDP plugin says; `Accelerator.prepare_model` does this too.
+
+    Args:
+        accelerator: Of a run with ``fsdp_version=2``.
+        model: A model, or one that is sharded already.
+
+    Raises:
+        ValueError: for a run of another kind, and for a model that cannot be sharded.
+    """
+    _strategy(accelerator)
+    prepared: nn.Module = accelerator.prepare_model(model)
+    return prepared
+
+
+def fsdp2_apply_ac(accelerator: Any, model: nn.Module) -> nn.Module:
+    """Has the units of a model recompute their activations in the backward, if the plugin asks for that.
+
+    Args:
+        accelerator: Of a run with ``fsdp_version=2``.
+        model: The model, which is changed in place, before it is sharded.
+    """
+    strategy = _strategy(accelerator)
+    strategy.recompute(strategy.units_of(model))
+    return model
+
+
+def fsdp2_load_full_state_dict(
+    accelerator: Any, model: nn.Module, full_sd: dict[str, Any], cpu_offload: bool = False
+) -> None:
+    """Loads a state that rank 0 has whole into a sharded model. Collective.
+
+    Blocks are sent one after the other, and each rank keeps what is its own.
+
+    Args:
+        accelerator: Of a run with ``fsdp_version=2``.
+        model: A sharded model; it may be on the meta device.
+        full_sd: On rank 0 the whole state; on the others, it is not looked at.
+        cpu_offload: Put the pieces on the CPU.
+
+    Raises:
+        ValueError: naming what is missing in the state, what is not in the model, and what has another shape.
+    """
+    here = world.current()
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    targets = bare.state_dict(keep_vars=True)
+    wrong = [_compared(full_sd, targets) if here.rank == 0 else None]
+    here.collectives.broadcast_object_list(wrong)
+    if wrong[0]:
+        raise ValueError(f"the state does not fit {type(bare).__name__}: {wrong[0]}.")
+    there = torch.device("cpu") if cpu_offload else here.device
+    if any(tensor.is_meta for tensor in targets.values()):
+        bare._apply(lambda tensor: torch.empty_like(tensor, device=there) if tensor.is_meta else tensor)
+        targets = bare.state_dict(keep_vars=True)
+    sent: set[int] = set()
+    for name, target in targets.items():
+        if id(target) not in sent:  # a tied one once
+            sent.add(id(target))
+            spread(full_sd[name] if here.rank == 0 else None, target.detach(), here.collectives, here.device)
+
+
+def _compared(state: Mapping[str, Any], targets: Mapping[str, torch.Tensor]) -> str:
+    """How a state differs from what a model wants, in words; nothing when it does not."""
+    missing = [name for name in targets if name not in state]
+    surplus = [name for name in state if name not in targets]
+    shapes = [
+        f"{name!r} is {tuple(state[name].shape)} and not {tuple(target.shape)}"
+        for name, target in targets.items()
+        if name in state and state[name].shape != target.shape
+    ]
+    said = [f"it lacks {', '.join(missing)}"] * bool(missing) + [f"it has {', '.join(surplus)}"] * bool(surplus)
+    return "; ".join([*said, *shapes])
+
+
+def fsdp2_switch_optimizer_parameters(optimizer: torch.optim.Optimizer, mapping: Mapping[Any, torch.Tensor]) -> None:
+    """Has an optimizer step the sharded parameters instead of those it was made of.
+
+    Args:
+        optimizer: An optimizer that has not stepped yet.
+        mapping: Parameter before, or its ``data_ptr()``, -> the sharded one.
+
+    Raises:
+        KeyError: when a parameter of the optimizer is not in the mapping; nothing has changed then.
+    """
+    known = dict(mapping)
+    sharded = {id(param) for param in known.values()}
+    switched: dict[int, torch.Tensor] = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            found = known.get(param)
+            if found is None and not isinstance(param, DTensor):
+                found = known.get(param.data_ptr())
+            if found is None and id(param) not in sharded:
+                raise KeyError(
+                    f"a parameter of {type(optimizer).__name__} of shape {tuple(param.shape)} is not in the mapping: it "
+                    "belongs to a model that was not sharded."
+                )
+            switched[id(param)] = param if found is None else found
+    for group in optimizer.param_groups:
+        group["params"] = [switched[id(param)] for param in group["params"]]
+
+
+def fsdp2_canonicalize_names(named_params: dict[str, Any]) -> dict[str, Any]:
+    """The same under the names of the plain model: without what containers put into them.
+
+    Args:
+        named_params: Name -> anything.
+    """
+    renamed = {}
+    for name, value in named_params.items():
+        for container in _CONTAINERS:
+            name = name.replace(container, "")
+        renamed[name] = value
+    return renamed
+
+
+def get_fsdp2_grad_scaler(**kwargs: Any) -> torch.amp.GradScaler:
+    """A gradient scaler whose ranks agree on an overflow, wherever the gradients are that had it.
+
+    Args:
+        **kwargs: For `torch.amp.GradScaler`.
+    """
+    here = world.current()
+    scaler = LossScaler(**{"device": here.device.type, **kwargs})
+
+    def agree(overflow: torch.Tensor) -> None:
+        here.collectives.all_reduce(overflow)
+
+    scaler.agree = agree
+    return scaler
+
+
+def _strategy(accelerator: Any) -> ShardedStrategy:
+    strategy = accelerator.strategy
+    if not isinstance(strategy, ShardedStrategy) or strategy.plugin.fsdp_version != 2:
+        raise ValueError(
+            f"this is for runs with fsdp_version=2, and this one is {accelerator.distributed_type.value}: pass "
+            "fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), or use accelerator.prepare."
+        )
+    return strategy

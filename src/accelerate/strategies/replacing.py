@@ -1,0 +1,52 @@
+"""Parameters that `prepare` replaces, and the optimizers that were made of those before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..optimizer import AcceleratedOptimizer
+from .base import Bundle
+
+Replaced = WeakIdKeyDictionary
+"""Parameter before -> the one in its place."""
+
+
+def check_optimizers(bundle: Bundle, replaced: Replaced, is_new: Callable[[torch.Tensor], bool]) -> None:
+    """Refuses optimizers that cannot follow when parameters are replaced.
+
+    Args:
+        bundle: Models whose parameters are about to be replaced, and the optimizers.
+        replaced: Those of models prepared before.
+        is_new: Whether a parameter is one that has been put in another's place.
+
+    Raises:
+        ValueError: saying what to prepare when.
+    """
+    here = {id(param) for model in bundle.models.values() for param in model.parameters()}
+    for optimizer in bundle.optimizers.values():
+        inner = _inner(optimizer)
+        params = [param for group in inner.param_groups for param in group["params"]]
+        if inner.state and not all(map(is_new, params)):
+            raise ValueError(
+                f"{type(inner).__name__} has stepped already, and its states cannot follow parameters that are about to "
+                "be sharded: prepare model and optimizer before the first step."
+            )
+        if not all(id(param) in here or param in replaced or is_new(param) for param in params):
+            raise ValueError(
+                f"{type(inner).__name__} holds parameters of a model that has not been prepared: prepare the model in "
+                "the same call, or before."
+            )
+
+
+def give_new_parameters(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
+    """Has the optimizer step the parameters that are now in the model."""
+    for group in _inner(optimizer).param_groups:
+        new = [replaced.get(param, param) for param in group["params"]]
+        group["params"] = list({id(param): param for param in new}.values())  # several may have become one
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer

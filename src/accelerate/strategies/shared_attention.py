@@ -1,0 +1,240 @@
+"""Attention over a sequence that is cut over ranks: each rank has the queries, keys and values of its own tokens.
+
+`Layout` says which chunks of the sequence a rank has: pure arithmetic. `gathered` brings all keys and values to every rank;
+`ring` passes them on from rank to rank and merges what each step gives. Both are exact, forwards and backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# The names since torch 2.13, and before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which chunks of a sequence each rank has.
+
+    Attributes:
+        ranks: How many share the sequence.
+        balanced: Each rank has two chunks, one from the head and one from the tail, so that a causal mask leaves all ranks
+            the same work. False: one chunk each, in order.
+    """
+
+    ranks: int
+    balanced: bool
+
+    @classmethod
+    def of(cls, length: int, ranks: int) -> Layout:
+        """The layout for sequences of this length.
+
+        Raises:
+            ValueError: when it cannot be cut into equal parts, showing the arithmetic.
+        """
+        if length % ranks:
+            raise ValueError(
+                f"a sequence of {length} tokens cannot be cut into {ranks} equal parts (cp_size={ranks}), since {length} = "
+                f"{length // ranks} x {ranks} + {length % ranks}: pad it to a multiple of {ranks}, best of {2 * ranks}, "
+                "which shares the work evenly as well."
+            )
+        return cls(ranks, length % (2 * ranks) == 0)
+
+    @property
+    def count(self) -> int:
+        """How many chunks the sequence has."""
+        return self.ranks * (2 if self.balanced else 1)
+
+    def of_rank(self, rank: int) -> tuple[int, ...]:
+        """The numbers of a rank's chunks, in the order in which it holds them."""
+        return (rank, self.count - 1 - rank) if self.balanced else (rank,)
+
+    def cut(self, tensor: Tensor, dim: int, rank: int) -> Tensor:
+        """A copy of the rank's part of a tensor with the whole sequence along `dim`."""
+        chunks = tensor.chunk(self.count, dim)
+        return torch.cat([chunks[number] for number in self.of_rank(rank)], dim)
+
+    def joined(self, parts: list[Tensor], dim: int) -> Tensor:
+        """The whole sequence in its order, from all ranks' parts."""
+        chunks: dict[int, Tensor] = {}
+        for rank, part in enumerate(parts):
+            numbers = self.of_rank(rank)
+            chunks.update(zip(numbers, part.chunk(len(numbers), dim), strict=True))
+        return torch.cat([chunks[number] for number in range(self.count)], dim)
+
+
+# All keys and values on every rank -----------------------------------------------------------------------------------
+
+
+class _AllGather(torch.autograd.Function):
+    """Stacks all ranks' tensors; in the backward, each rank receives the sum of what all ranks say of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        stacked = tensor.new_empty((group.size(), *tensor.shape))
+        _all_gather_single(stacked.flatten(0, 1), tensor.contiguous(), group=group)
+        return stacked
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        own = torch.empty_like(grads[0][0], memory_format=torch.contiguous_format)
+        _reduce_scatter_single(own, grads[0].contiguous().flatten(0, 1), group=ctx.group)
+        return own, None
+
+
+def gathered(
+    attention: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: ProcessGroup,
+    layout: Layout,
+    is_causal: bool,
+    **more: Any,
+) -> Tensor:
+    """Attention of this rank's queries to all keys and values.
+
+    Args:
+        attention: What computes it, as ``torch.nn.functional.scaled_dot_product_attention`` does.
+        query, key, value: This rank's, the sequence in the last dimension but one.
+        group: The ranks that share the sequence.
+        layout: Which of it each has.
+        is_causal: A token sees itself and those before it, in the order of the whole sequence.
+        **more: For `attention`.
+    """
+    width = key.shape[-1]
+    both = layout.joined(list(_AllGather.apply(torch.cat([key, value], -1), group)), -2)
+    keys, values = both.split([width, both.shape[-1] - width], -1)
+    if not is_causal:
+        return attention(query, keys, values, **more)
+    results = []
+    numbers = layout.of_rank(dist.get_rank(group))
+    for number, own in zip(numbers, query.chunk(len(numbers), -2), strict=True):
+        length = own.shape[-2]
+        seen = (number + 1) * length
+        mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(number * length)
+        results.append(attention(own, keys[..., :seen, :], values[..., :seen, :], attn_mask=mask, **more))
+    return torch.cat(results, -2)
+
+
+# Keys and values in a ring -------------------------------------------------------------------------------------------
+
+
+def ring(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: ProcessGroup,
+    layout: Layout,
+    is_causal: bool,
+    scale: float | None = None,
+) -> Tensor:
+    """The same, with one other rank's keys and values in memory at a time. See `gathered`.
+
+    Args:
+        scale: Factor on the products of queries and keys; None: one over the root of their width.
+    """
+    own = torch.stack([key, value]) if key.shape == value.shape else None
+    if own is None or query.dim() != 4:
+        raise ValueError(
+            f"cp_comm_strategy='alltoall' takes queries of four dimensions, and keys and values of one shape; found "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}. Use 'allgather'."
+        )
+    grouped = query.unflatten(1, (key.shape[1], -1))  # several heads of queries may share a head of keys
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    result: Tensor = _Ring.apply(grouped, own.unsqueeze(3), group, layout, is_causal, factor)
+    return result.flatten(1, 2)
+
+
+class _Ring(torch.autograd.Function):
+    """Merges what each rank's keys and values give by the logarithms of their sums of exponentials."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, own: Tensor, group: ProcessGroup, layout: Layout, causal: bool, scale: float
+    ) -> Tensor:
+        ctx.how = group, layout, causal, scale
+        exact = torch.promote_types(query.dtype, torch.float32)
+        result = torch.zeros((*query.shape[:-1], own.shape[-1]), dtype=exact, device=query.device)
+        total = torch.full((*query.shape[:-1], 1), -torch.inf, dtype=exact, device=query.device)
+        there = own
+        for step in range(layout.ranks):
+            there = _passed_on(there, group) if step else there
+            for mine, theirs, diagonal in _pairs(layout, dist.get_rank(group), step, causal):
+                key, value = _chunk(there, theirs, layout).to(exact)
+                score = _scores(_chunk(query, mine, layout).to(exact), key, scale, diagonal)
+                here = score.logsumexp(-1, keepdim=True)
+                so_far, known = _chunk(result, mine, layout), _chunk(total, mine, layout)
+                both = torch.logaddexp(known, here)
+                so_far.mul_(torch.exp(known - both)).add_(torch.exp(score - both) @ value)
+                known.copy_(both)
+        ctx.save_for_backward(query, own, result, total)
+        return result.to(query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, own, result, total = ctx.saved_tensors
+        group, layout, causal, scale = ctx.how
+        exact = result.dtype
+        grad = grads[0].to(exact)
+        shift = (grad * result).sum(-1, keepdim=True)
+        of_query = torch.zeros_like(query, dtype=exact)
+        there, of_there = own, torch.zeros_like(own, dtype=exact)
+        for step in range(layout.ranks):
+            there = _passed_on(there, group) if step else there
+            for mine, theirs, diagonal in _pairs(layout, dist.get_rank(group), step, causal):
+                key, value = _chunk(there, theirs, layout).to(exact)
+                of_key, of_value = _chunk(of_there, theirs, layout)
+                asked, given = _chunk(query, mine, layout).to(exact), _chunk(grad, mine, layout)
+                weight = torch.exp(_scores(asked, key, scale, diagonal) - _chunk(total, mine, layout))
+                of_score = weight * (given @ value.mT - _chunk(shift, mine, layout)) * scale
+                _chunk(of_query, mine, layout).add_(of_score @ key)
+                of_key.add_((of_score.mT @ asked).sum(2, keepdim=True))
+                of_value.add_((weight.mT @ given).sum(2, keepdim=True))
+            of_there = _passed_on(of_there, group)  # along with what it belongs to; after the last step it is home
+        return of_query.to(query.dtype), of_there.to(own.dtype), None, None, None, None
+
+
+def _pairs(layout: Layout, rank: int, step: int, causal: bool) -> Iterator[tuple[int, int, bool]]:
+    """Of this rank's chunks and those it holds at a step of the ring, the places of the pairs that see each other, and
+    whether they are the same chunk under a causal mask."""
+    source = (rank - step) % layout.ranks
+    for mine, here in enumerate(layout.of_rank(rank)):
+        for theirs, there in enumerate(layout.of_rank(source)):
+            if not causal or there <= here:
+                yield mine, theirs, causal and there == here
+
+
+def _chunk(tensor: Tensor, place: int, layout: Layout) -> Tensor:
+    held = 2 if layout.balanced else 1
+    length = tensor.shape[-2] // held
+    return tensor.narrow(-2, place * length, length)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, diagonal: bool) -> Tensor:
+    score = query @ key.mT * scale
+    if diagonal:
+        later = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1)
+        score = score.masked_fill_(later, -torch.inf)
+    return score
+
+
+def _passed_on(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """The tensor of the rank before, while the one after receives this."""
+    rank, size = dist.get_rank(group), group.size()
+    sent, received = tensor.contiguous().view(-1), tensor.new_empty(tensor.numel())
+    to, come = [0] * size, [0] * size
+    to[(rank + 1) % size] = come[(rank - 1) % size] = tensor.numel()
+    dist.all_to_all_single(received, sent, come, to, group=group)
+    return received.view(tensor.shape)

@@ -1,0 +1,87 @@
+"""A Llama of transformers whose tensors, or sequences, are shared over ranks: the same training as on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, pad
+
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    where = tmp_path_factory.mktemp("llama")
+    transformers.LlamaForCausalLM(config).save_pretrained(where)
+    return where
+
+
+def _train(
+    folder: Path, sizes: dict[str, int] | None, cut_by: str = "prepare", fsdp: bool = False, masked: bool = False
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and norms of four steps, and the weights they come to."""
+    accelerator = Accelerator(
+        cpu=True,
+        parallelism_config=None if sizes is None else ParallelismConfig(**sizes),
+        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        if fsdp
+        else None,
+    )
+    more: dict[str, Any] = {}
+    if cut_by == "transformers":
+        more = {"tp_plan": "auto", "device_mesh": accelerator.torch_device_mesh["tp"]}
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **more).double().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    told = []
+    copies = accelerator.num_processes // (sizes or {}).get("cp_size", 1)  # ranks that have seen the same tokens
+    for step in range(4):
+        ids = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(step))
+        batch = {"input_ids": ids, "position_ids": torch.arange(12).expand(2, -1)}
+        labels = pad(ids, (0, 1), value=-100)[:, 1:].contiguous()
+        labels[:, 2:4] = -100  # the ranks' parts count differently many tokens
+        if masked:
+            batch["attention_mask"] = torch.ones_like(ids)
+        whole = [*batch.values(), labels]
+        with accelerator.maybe_context_parallel(whole, [1] * len(whole), no_restore_buffers=set(whole)):
+            logits = model(**batch, use_cache=False).logits  # with a cache, positions are not looked at
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+            accelerator.backward(loss, num_items=(labels != -100).sum())
+        told.append(float(accelerator.reduce(loss.detach(), "sum")) / copies)
+        told.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return told, {name: value.detach().clone() for name, value in accelerator.get_state_dict(model).items()}
+
+
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensors, loaded by transformers": (2, {"sizes": {"tp_size": 2}, "cut_by": "transformers"}),
+    "tensors, by the model's plan": (2, {"sizes": {"tp_size": 2}}),
+    "sequences": (2, {"sizes": {"cp_size": 2}}),
+    "sequences, with a mask of ones": (2, {"sizes": {"cp_size": 2}, "masked": True}),
+    "shards over sequences": (2, {"sizes": {"cp_size": 2}, "fsdp": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(rank_pool: Any, folder: Path) -> Any:
+    return rank_pool.run(1, _train, folder, None, env={"HF_HUB_OFFLINE": "1"})[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_llama_trains_as_on_one_rank(way: str, folder: Path, run_ranks: Any, alone: Any) -> None:
+    ranks, arguments = WAYS[way]
+    results = run_ranks(ranks, _train, folder, **arguments, env={"HF_HUB_OFFLINE": "1"})
+    for told, _ in results:
+        assert told == pytest.approx(alone[0], rel=1e-9)
+    for name, value in alone[1].items():
+        torch.testing.assert_close(results[0][1][name], value, rtol=0, atol=1e-10)
