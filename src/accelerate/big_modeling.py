@@ -21,6 +21,7 @@ from .hooks import (
     attach_layerwise_casting_hooks,
     remove_hook_from_submodules,
 )
+from .hooks.attach import reader_for
 from .hooks.dispatch import Dispatch
 from .placement.device_map import (
     check_device_map,
@@ -34,6 +35,7 @@ from .placement.offload import (
     offload_state_dict,
     save_offload_index,
 )
+from .placement.sizes import Dtype
 from .placement.tensors import Place
 from .runtime.devices import default_kind
 from .settings import env
@@ -124,6 +126,7 @@ def cpu_offload(
     offload_buffers: bool = False,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     preload_module_classes: Sequence[str] | None = None,
+    prefetch: bool | None = None,
 ) -> _Module:
     """Keeps all weights in memory, and has each layer fetch its own for its forward.
 
@@ -133,6 +136,8 @@ def cpu_offload(
         offload_buffers: Offload buffers too.
         state_dict: The weights, where they are kept already. None: the model's.
         preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
+        prefetch: Read the weights of the next layers while one computes. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else
+            yes.
 
     Returns:
         The model.
@@ -140,7 +145,7 @@ def cpu_offload(
     device = _default_device(model) if execution_device is None else execution_device
     if state_dict is None:
         state_dict = {name: value.to("cpu") for name, value in model.state_dict().items()}
-    return _offloaded(model, device, state_dict, offload_buffers, preload_module_classes)
+    return _offloaded(model, device, state_dict, offload_buffers, preload_module_classes, prefetch)
 
 
 def _offloaded(
@@ -149,8 +154,10 @@ def _offloaded(
     weights: Mapping[str, torch.Tensor],
     offload_buffers: bool,
     preload_module_classes: Sequence[str] | None,
+    prefetch: bool | None,
 ) -> _Module:
-    add_hook_to_module(model, AlignDevicesHook(io_same_device=True), append=True)
+    reader = reader_for(prefetch, device, True, weights)
+    add_hook_to_module(model, AlignDevicesHook(io_same_device=True, prefetcher=reader), append=True)
     attach_align_device_hook(
         model,
         execution_device=device,
@@ -158,6 +165,7 @@ def _offloaded(
         offload_buffers=offload_buffers,
         weights_map=weights,
         preload_module_classes=preload_module_classes,
+        prefetch=reader if reader is not None else False,
     )
     return model
 
@@ -196,6 +204,7 @@ def disk_offload(
     execution_device: torch.device | None = None,
     offload_buffers: bool = False,
     preload_module_classes: Sequence[str] | None = None,
+    prefetch: bool | None = None,
 ) -> _Module:
     """Keeps all weights on disk, and has each layer fetch its own for its forward.
 
@@ -205,6 +214,8 @@ def disk_offload(
         execution_device: Where it runs. None: where its parameters are.
         offload_buffers: Offload buffers too.
         preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
+        prefetch: Read the weights of the next layers while one computes. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else
+            yes.
 
     Returns:
         The model.
@@ -213,7 +224,7 @@ def disk_offload(
     if not (Path(offload_dir) / INDEX_NAME).is_file():
         offload_state_dict(offload_dir, model.state_dict())
     weights = OffloadedWeightsLoader(save_folder=offload_dir)
-    return _offloaded(model, device, weights, offload_buffers, preload_module_classes)
+    return _offloaded(model, device, weights, offload_buffers, preload_module_classes, prefetch)
 
 
 # A device map ---------------------------------------------------------------------------------------------------------
@@ -230,6 +241,7 @@ def dispatch_model(
     skip_keys: str | list[str] | None = None,
     preload_module_classes: Sequence[str] | None = None,
     force_hooks: bool = False,
+    prefetch: bool | None = None,
 ) -> _Module:
     """Spreads a model over devices, memory and disk as a map says, with hooks that make its forward work.
 
@@ -245,6 +257,8 @@ def dispatch_model(
         skip_keys: Keyword arguments of forwards that stay on their device.
         preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
         force_hooks: Use hooks even if all goes to one device; else the model is simply moved there.
+        prefetch: Read the weights of the next layers while one computes. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else
+            yes.
 
     Returns:
         The model.
@@ -265,7 +279,7 @@ def dispatch_model(
         _move_to(model, used.pop())
     else:
         Dispatch(model, where, main_device, offload_buffers).run(
-            state_dict, offload_dir, offload_index, skip_keys, preload_module_classes
+            state_dict, offload_dir, offload_index, skip_keys, preload_module_classes, prefetch
         )
     model.hf_device_map = dict(device_map)  # type: ignore[assignment]  # a plain attribute
     return model
@@ -300,6 +314,7 @@ def load_checkpoint_and_dispatch(
     strict: bool = False,
     full_state_dict: bool = True,
     broadcast_from_rank0: bool = False,
+    prefetch: bool | None = None,
 ) -> _Module:
     """Loads weights into a (possibly empty) model and spreads it over devices, memory and disk.
 
@@ -321,6 +336,8 @@ def load_checkpoint_and_dispatch(
         strict: Refuse a checkpoint with names too few or too many.
         full_state_dict: See `load_checkpoint_in_model`.
         broadcast_from_rank0: See `load_checkpoint_in_model`.
+        prefetch: Read the weights of the next layers while one computes. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else
+            yes.
 
     Returns:
         The model.
@@ -336,7 +353,7 @@ def load_checkpoint_and_dispatch(
         model = load_checkpoint_and_dispatch(model, "weights/", device_map="auto", no_split_module_classes=["Block"])
         ```
     """
-    where = _made_map(model, device_map, max_memory, no_split_module_classes, dtype, offload_buffers)
+    where = made_map(model, device_map, max_memory, no_split_module_classes, dtype, offload_buffers)
     if where is None:
         load_checkpoint_in_model(
             model,
@@ -369,17 +386,20 @@ def load_checkpoint_and_dispatch(
         skip_keys=skip_keys,
         preload_module_classes=preload_module_classes,
         force_hooks=force_hooks,
+        prefetch=prefetch,
     )
 
 
-def _made_map(
+def made_map(
     model: nn.Module,
     device_map: str | Mapping[str, Place] | None,
     max_memory: Mapping[int | str, int | str] | None,
     no_split_module_classes: Sequence[str] | None,
-    dtype: str | torch.dtype | None,
-    offload_buffers: bool,
+    dtype: Dtype | None,
+    offload_buffers: bool = False,
+    special_dtypes: Mapping[str, Dtype] | None = None,
 ) -> Mapping[str, Place] | None:
+    """The map that a name such as ``"auto"`` stands for; a map is returned as it is."""
     if not isinstance(device_map, str):
         return device_map
     if device_map not in _MAPS:
@@ -393,6 +413,7 @@ def _made_map(
             max_memory=max_memory,
             no_split_module_classes=no_split_module_classes,
             dtype=dtype,
+            special_dtypes=special_dtypes,
             low_zero=device_map == "balanced_low_0",
         )
     return infer_auto_device_map(
@@ -400,6 +421,7 @@ def _made_map(
         max_memory=max_memory,
         no_split_module_classes=no_split_module_classes,
         dtype=dtype,
+        special_dtypes=special_dtypes,
         offload_buffers=offload_buffers,
     )
 

@@ -59,3 +59,33 @@ def test_language_model_learns_and_writes() -> None:
     assert len(perplexities) == 2
     assert perplexities[1] < perplexities[0] < 128  # 128 would be guessing
     assert any(line.startswith("def ") for line in lines)
+
+
+def test_prompts_are_split_between_processes() -> None:
+    pytest.importorskip("transformers", reason="the model is transformers': pip install 'accelerate[clients]'")
+    alone = start("distributed_inference.py").stdout.splitlines()
+    lines = start("distributed_inference.py", processes=2).stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"process {rank}" for rank in (0, 0, 0, 1, 1)]
+    assert [line.split(": ", 1)[1] for line in lines] == [line.split(": ", 1)[1] for line in alone]
+
+
+def test_pipelined_inference() -> None:
+    pytest.importorskip("transformers", reason="the model is transformers': pip install 'accelerate[clients]'")
+    output = start("pipelined_inference.py", "--layers=4", processes=2).stdout
+    assert "cut before transformer.h.2" in output
+    shares = re.findall(r"process (\d) holds ([\d,]+) of ([\d,]+) weights", output)
+    assert sorted(rank for rank, _, _ in shares) == ["0", "1"]
+    assert all(int(held.replace(",", "")) < 0.6 * int(total.replace(",", "")) for _, held, total in shares)
+    differences = re.findall(r"(\d) rows: .*, (\S+) from the whole model's", output)
+    assert [rows for rows, _ in differences] == ["8", "5"]
+    assert all(float(difference) < 1e-5 for _, difference in differences)
+
+
+def test_quantised_model() -> None:
+    pytest.importorskip("transformers", reason="the model is transformers': pip install 'accelerate[clients]'")
+    pytest.importorskip("bitsandbytes", reason="it quantises: pip install 'accelerate[quantization]'")
+    lines = start("quantized.py").stdout.splitlines()
+    whole, eight, four = (float(re.search(r": ([\d.]+) MB", line)[1]) for line in lines)  # type: ignore[index]
+    assert four < eight < 0.3 * whole
+    errors = [float(re.search(r"logits ([\d.]+)%", line)[1]) for line in lines[1:]]  # type: ignore[index]
+    assert errors[0] < 3 < errors[1] < 30

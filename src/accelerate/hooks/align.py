@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..placement.mapped import Stop, never
+from ..placement.offload import read_weights, sources_of
 from ..placement.tensors import (
     Place,
     TiedMap,
@@ -19,7 +21,8 @@ from ..placement.tensors import (
     set_module_tensor_to_device,
 )
 from ..runtime.pytree import find_device, send_to_device
-from .base import ModelHook, SequentialHook
+from .base import ModelHook, SequentialHook, not_compiled
+from .prefetch import Prefetcher
 
 SkipKeys = str | list[str] | None
 
@@ -40,6 +43,8 @@ class AlignDevicesHook(ModelHook):
         place_submodules: Do the same for the tensors of all modules inside.
         skip_keys: Keyword arguments (keys of mappings) that stay where they are.
         tied_params_map: Copies of shared tensors by address and device, so that each device has one.
+        prefetcher: Reads ahead for the hooks of this model. A hook that does not offload ends its passes: it is around
+            the whole.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class AlignDevicesHook(ModelHook):
         place_submodules: bool = False,
         skip_keys: SkipKeys = None,
         tied_params_map: TiedMap | None = None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         self.execution_device = execution_device
         self.offload = offload
@@ -61,6 +67,8 @@ class AlignDevicesHook(ModelHook):
         self.place_submodules = place_submodules
         self.skip_keys = skip_keys
         self.tied_params_map = tied_params_map
+        self.prefetcher = prefetcher
+        self.size = 0
         self.input_device: torch.device | None = None
         self.original_devices: dict[str, torch.device] = {}
         self.param_original_devices: dict[str, torch.device] = {}
@@ -96,6 +104,9 @@ class AlignDevicesHook(ModelHook):
             if self.tied_params_map and tensors[name].data_ptr() in self.tied_params_map:
                 self.tied_params_names.add(name)
             self._placeholders[name] = self._placeholder(module, name, tensors[name])
+            self.size += tensors[name].nbytes
+        if self.prefetcher is not None:
+            self.prefetcher.register(self)
         self._let_go(module)
         if self.execution_device is not None:
             for name in tensors.keys() - set(offloaded):
@@ -133,12 +144,43 @@ class AlignDevicesHook(ModelHook):
             )
         ]
 
-    def fetch(self, name: str) -> torch.Tensor:
-        """The values of an offloaded weight, on the execution device. The one place where they come from."""
+    @property
+    def device(self) -> torch.device | None:
+        """Where offloaded weights are fetched to; None: they stay where they are."""
+        return None if self.execution_device is None else torch.device(self.execution_device)
+
+    def fetch(self, ahead: bool = True) -> dict[str, torch.Tensor]:
+        """The values of all offloaded weights, on the execution device. The one place where they come from.
+
+        Args:
+            ahead: Take what was read ahead, and have the next ones read.
+        """
+        values = self.prefetcher.take(self) if ahead and self.prefetcher is not None else None
+        return {name: self._there(value) for name, value in (self.read() if values is None else values).items()}
+
+    def read(self, stop: Stop = never) -> dict[str, torch.Tensor]:
+        """The values of all offloaded weights, where they are kept; those on disk are read into memory."""
         assert self.weights_map is not None
-        value = self.weights_map[name]
-        device = torch.device(self.execution_device) if self.execution_device is not None else value.device
-        if value.device == device:
+        return read_weights(self.weights_map, self._names(), stop)
+
+    def sources(self) -> list[object] | None:
+        """What the weights come from, to tell whether that has changed; None: they are not to be read ahead."""
+        if self.weights_map is None or self.tied_params_names:  # shared ones are brought once, for all
+            return None
+        return sources_of(self.weights_map, self._names())
+
+    def _names(self) -> list[str]:
+        """The offloaded weights, and the row statistics that lie beside those of 8 bits."""
+        names = list(self._placeholders)
+        for name, placeholder in self._placeholders.items():
+            if type(placeholder) is not nn.Parameter and "weight" in name and self.weights_map is not None:
+                beside = _statistics(name)
+                names += [beside] if beside in self.weights_map else []
+        return names
+
+    def _there(self, value: torch.Tensor) -> torch.Tensor:
+        device = self.device
+        if device is None or value.device == device:
             return value
         shared = self.tied_params_map.get(value.data_ptr()) if self.tied_params_map else None
         if shared is None:
@@ -148,25 +190,13 @@ class AlignDevicesHook(ModelHook):
             self.tied_pointers_to_remove.add((value.data_ptr(), device))
         return shared[device]
 
+    @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Fetches offloaded weights and moves the arguments."""
         if self.io_same_device:
             self.input_device = find_device([args, kwargs])
         if self.offload:
-            for name, placeholder in self._placeholders.items():
-                owner, key = owner_of(module, name)
-                value = self.fetch(name)
-                if key in owner._buffers:
-                    owner._buffers[key] = value
-                    continue
-                if value.dtype != placeholder.dtype and value.is_floating_point():
-                    value = value.to(placeholder.dtype)
-                fetched = as_parameter(value, placeholder)
-                # A gradient would be lost with the weight; and a graph would keep every weight until the end.
-                fetched.requires_grad_(False)
-                owner._parameters[key] = fetched
-                if type(placeholder) is not nn.Parameter:
-                    self._fetch_statistics(owner, key, name)
+            self._fill(module, self.fetch())
         if self.execution_device is None:
             return args, kwargs
         return (
@@ -174,15 +204,29 @@ class AlignDevicesHook(ModelHook):
             send_to_device(kwargs, self.execution_device, skip_keys=self.skip_keys),
         )
 
-    def _fetch_statistics(self, owner: nn.Module, key: str, name: str) -> None:
-        """The row statistics of an 8-bit weight, which lie beside it under a name of their own."""
-        beside = f"{name.rpartition('.')[0]}.SCB".lstrip(".")
-        if "weight" in name and self.weights_map is not None and beside in self.weights_map:
-            owner._parameters[key].SCB = self.fetch(beside)  # type: ignore[union-attr]
+    def _fill(self, module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+        """Puts weights in the places of their placeholders."""
+        for name, placeholder in self._placeholders.items():
+            owner, key = owner_of(module, name)
+            value = values[name]
+            if key in owner._buffers:
+                owner._buffers[key] = value
+                continue
+            if value.dtype != placeholder.dtype and value.is_floating_point():
+                value = value.to(placeholder.dtype)
+            fetched = as_parameter(value, placeholder)
+            # A gradient would be lost with the weight; and a graph would keep every weight until the end.
+            fetched.requires_grad_(False)
+            owner._parameters[key] = fetched
+            if type(placeholder) is not nn.Parameter and _statistics(name) in values:
+                fetched.SCB = values[_statistics(name)]  # type: ignore[attr-defined]
 
+    @not_compiled
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Lets go of offloaded weights, and sends the output to where the input came from if that is asked for."""
         self._let_go(module)
+        if self.prefetcher is not None and not self.offload:
+            self.prefetcher.finish()
         if self.io_same_device and self.input_device is not None:
             output = send_to_device(output, self.input_device, skip_keys=self.skip_keys)
         return output
@@ -196,9 +240,12 @@ class AlignDevicesHook(ModelHook):
                 self.tied_params_map.get(pointer, {}).pop(device, None)
         self.tied_pointers_to_remove.clear()
 
+    @not_compiled
     def after_error(self, module: nn.Module) -> None:
         """Lets go of offloaded weights."""
         self._let_go(module)
+        if self.prefetcher is not None and not self.offload:
+            self.prefetcher.finish(completed=False)
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
         """Brings offloaded weights back to the devices they had before."""
@@ -214,6 +261,10 @@ class AlignDevicesHook(ModelHook):
                 owner._parameters[key] = _RESTORED[placeholder]
         self._placeholders = {}
         return module
+
+
+def _statistics(name: str) -> str:
+    return f"{name.rpartition('.')[0]}.SCB".lstrip(".")
 
 
 # Looking behind the hooks ---------------------------------------------------------------------------------------------
@@ -247,10 +298,10 @@ def align_module_device(module: nn.Module, execution_device: torch.device | None
         if execution_device is not None:
             hook.execution_device = execution_device
         try:
-            hook.pre_forward(module)
+            hook._fill(module, hook.fetch(ahead=False))
             yield
         finally:
-            hook.post_forward(module, None)
+            hook._let_go(module)
             hook.execution_device = usual
         return
     if execution_device is None:

@@ -12,6 +12,7 @@ from ..placement.offload import PrefixedDataset
 from ..placement.tensors import Place, TiedMap, named_module_tensors
 from .align import AlignDevicesHook, SkipKeys
 from .base import add_hook_to_module
+from .prefetch import Prefetcher, prefetcher
 
 
 def attach_execution_device_hook(
@@ -54,6 +55,7 @@ def attach_align_device_hook(
     skip_keys: SkipKeys = None,
     preload_module_classes: Sequence[str] | None = None,
     tied_params_map: TiedMap | None = None,
+    prefetch: bool | Prefetcher | None = None,
 ) -> None:
     """Puts an `AlignDevicesHook` on every module that holds tensors itself.
 
@@ -68,7 +70,10 @@ def attach_align_device_hook(
         preload_module_classes: Modules of these classes fetch all at once, with what is inside them, because their forward
             uses weights of modules that it does not call.
         tied_params_map: See `AlignDevicesHook`.
+        prefetch: Whether weights are read ahead; or who does it for the whole model. None: as
+            ``ACCELERATE_OFFLOAD_PREFETCH`` says, else yes.
     """
+    reader = reader_for(prefetch, execution_device, offload, weights_map)
     whole = offload and type(module).__name__ in (preload_module_classes or ())
     if next(named_module_tensors(module, recurse=whole), None) is not None:
         prefix = f"{module_name}." if module_name else ""
@@ -80,6 +85,7 @@ def attach_align_device_hook(
             place_submodules=whole,
             skip_keys=skip_keys,
             tied_params_map=tied_params_map,
+            prefetcher=reader,
         )
         add_hook_to_module(module, hook, append=True)
     if whole:
@@ -95,7 +101,30 @@ def attach_align_device_hook(
             skip_keys,
             preload_module_classes,
             tied_params_map,
+            reader if reader is not None else False,
         )
+
+
+def reader_for(
+    prefetch: bool | Prefetcher | None,
+    device: Place | None,
+    offload: bool,
+    weights_map: Mapping[str, torch.Tensor] | None,
+) -> Prefetcher | None:
+    """Who reads ahead; nobody where weights in memory are used in memory.
+
+    Args:
+        prefetch: Whether somebody is to, or who. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else yes.
+        device: Where modules run.
+        offload: Whether weights are fetched at all.
+        weights_map: Where they are fetched.
+    """
+    if isinstance(prefetch, Prefetcher):
+        return prefetch
+    there = device is None or torch.device(device).type == "cpu"
+    if not offload or (there and (weights_map is None or isinstance(weights_map, dict))):
+        return None
+    return prefetcher(prefetch)
 
 
 def attach_align_device_hook_on_blocks(
@@ -108,6 +137,7 @@ def attach_align_device_hook_on_blocks(
     skip_keys: SkipKeys = None,
     preload_module_classes: Sequence[str] | None = None,
     tied_params_map: TiedMap | None = None,
+    prefetch: bool | None = None,
 ) -> None:
     """Lays hooks over a model whose blocks run on devices of their own.
 
@@ -122,8 +152,9 @@ def attach_align_device_hook_on_blocks(
         skip_keys: See `AlignDevicesHook`.
         preload_module_classes: See `attach_align_device_hook`.
         tied_params_map: See `AlignDevicesHook`.
+        prefetch: See `attach_align_device_hook`.
     """
-    shared = (weights_map, offload_buffers, skip_keys, preload_module_classes, tied_params_map)
+    shared = (weights_map, offload_buffers, skip_keys, preload_module_classes, tied_params_map, prefetch)
     if not isinstance(execution_device, Mapping) and not isinstance(offload, Mapping):
         _attach_to_all(module, module_name, execution_device, offload, *shared)
         return
@@ -144,9 +175,11 @@ def _attach_to_all(
     skip_keys: SkipKeys,
     preload: Sequence[str] | None,
     tied: TiedMap | None,
+    prefetch: bool | None,
 ) -> None:
     options: dict[str, Any] = {"skip_keys": skip_keys, "tied_params_map": tied}
     if offload:
+        reader = reader_for(prefetch, device, True, weights_map)
         attach_align_device_hook(
             module,
             torch.device(device) if device is not None else None,
@@ -155,9 +188,11 @@ def _attach_to_all(
             offload_buffers,
             name,
             preload_module_classes=preload,
+            prefetch=reader if reader is not None else False,
             **options,
         )
-        add_hook_to_module(module, AlignDevicesHook(device, io_same_device=True, skip_keys=skip_keys), append=True)
+        around = AlignDevicesHook(device, io_same_device=True, skip_keys=skip_keys, prefetcher=reader)
+        add_hook_to_module(module, around, append=True)
         return
     hook = AlignDevicesHook(device, io_same_device=True, place_submodules=True, **options)
     add_hook_to_module(module, hook, append=True)
@@ -175,6 +210,7 @@ class _Blocks:
         skip_keys: SkipKeys,
         preload: Sequence[str] | None,
         tied: TiedMap | None,
+        prefetch: bool | None,
     ) -> None:
         self._devices = devices
         self._offloaded = offloaded
@@ -182,6 +218,8 @@ class _Blocks:
         self._offload_buffers = offload_buffers
         self._preload = preload
         self._options: dict[str, Any] = {"skip_keys": skip_keys, "tied_params_map": tied}
+        # One for all: layers of several devices follow each other.
+        self._reader = prefetcher(prefetch) if any(offloaded.values()) else None
 
     def attach(self, module: nn.Module, name: str) -> None:
         if name in self._devices:
@@ -190,7 +228,8 @@ class _Blocks:
             self._own_tensors(module, name)
         if not name and ("" not in self._devices or self._offloaded.get("", False)):
             # The caller of the whole model gets outputs where its inputs were.
-            add_hook_to_module(module, AlignDevicesHook(io_same_device=True, **self._options), append=True)
+            around = AlignDevicesHook(io_same_device=True, prefetcher=self._reader, **self._options)
+            add_hook_to_module(module, around, append=True)
         for key, child in module.named_children():
             self.attach(child, f"{name}.{key}" if name else key)
 
@@ -210,6 +249,7 @@ class _Blocks:
             self._offload_buffers,
             name,
             preload_module_classes=self._preload,
+            prefetch=self._reader if self._reader is not None else False,
             **self._options,
         )
         if not hasattr(module, "_hf_hook"):
@@ -229,6 +269,7 @@ class _Blocks:
             offload=self._offloaded.get(first, False),
             weights_map=None if self._weights_map is None else PrefixedDataset(self._weights_map, prefix),
             offload_buffers=self._offload_buffers,
+            prefetcher=self._reader,
             **self._options,
         )
         add_hook_to_module(module, hook, append=True)

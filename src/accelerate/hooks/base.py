@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from ..runtime.forward import HookedForward, hook_forward, unhook_forward
 
 _Module = TypeVar("_Module", bound=nn.Module)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class ModelHook:
@@ -114,6 +118,24 @@ class SequentialHook(ModelHook):
         for hook in self.hooks:
             module = hook.detach_hook(module)
         return module
+
+
+def not_compiled(method: _Method) -> _Method:
+    """Has a hook's method run as it is under ``torch.compile``, which then compiles what is before and behind it.
+
+    As `torch.compiler.disable` does; but that imports the compiler, which takes a second, for everybody.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(method))
+        return disabled[0](*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 # Adding and removing ---------------------------------------------------------------------------------------------------

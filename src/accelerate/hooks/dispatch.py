@@ -48,6 +48,7 @@ class Dispatch:
         offload_index: Mapping[str, Any] | None,
         skip_keys: str | list[str] | None,
         preload_module_classes: Sequence[str] | None,
+        prefetch: bool | None = None,
     ) -> None:
         """Attaches the hooks; arguments as for `dispatch_model`."""
         tied = find_tied_parameters(self._model)
@@ -64,6 +65,7 @@ class Dispatch:
             skip_keys=skip_keys,
             preload_module_classes=preload_module_classes,
             tied_params_map=self._shared(tied, weights),
+            prefetch=prefetch,
         )
         # Parts moved one by one: what was one tensor is one again, unless a part of it comes and goes.
         still = [[n for n in group if not self._is_offloaded(n)] for group in tied]

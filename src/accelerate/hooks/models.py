@@ -12,7 +12,7 @@ from ..placement.tensors import Place
 from ..runtime.memory import clear_device_cache
 from ..runtime.pytree import send_to_device
 from ..state import PartialState
-from .base import ModelHook, add_hook_to_module, remove_hook_from_module
+from .base import ModelHook, add_hook_to_module, not_compiled, remove_hook_from_module
 
 
 class CpuOffload(ModelHook):
@@ -33,6 +33,7 @@ class CpuOffload(ModelHook):
         """Moves the model to memory."""
         return module.to("cpu")
 
+    @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Moves the model, and its arguments, to the device."""
         if self.prev_module_hook is not None and isinstance(self.prev_module_hook, UserCpuOffloadHook):

@@ -5,11 +5,11 @@ Everything that is wrong is collected, so that one error can list it before any 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ import torch
 from torch import nn
 
 from ..settings.enums import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from .safetensors_file import SafetensorsFile
+
+EXTRA_STATE = "_extra_state"
+"""How the names end under which modules keep things in their own way."""
 
 _INDEX = "index.json"
 
@@ -36,22 +40,36 @@ class WeightsError(ValueError):
         self.problems = problems
 
 
-@dataclass
 class WeightFile:
-    """One file of weights, opened for reading tensor by tensor.
+    """One file of weights, read tensor by tensor.
 
-    Attributes:
+    Args:
         path: Where it is.
         shapes: The shapes of the tensors in it.
+        load: Maps or reads them all.
+        tensors: What that gave, if they are mapped already.
     """
 
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
-    _read: Any = field(repr=False)
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        load: Callable[[], Mapping[str, torch.Tensor]],
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.path = path
+        self.shapes = shapes
+        self._load = load
+        self._tensors = tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._read(name)
-        return tensor
+        if self._tensors is None:
+            self._tensors = self._load()
+        return self._tensors[name]
+
+    def release(self) -> None:
+        """Lets go of what was read or mapped, so that no more than one file is held."""
+        self._tensors = None
 
     @property
     def in_place(self) -> bool:
@@ -103,22 +121,25 @@ def open_weights(path: Path) -> WeightFile:
 
 
 def _open_safetensors(path: Path) -> WeightFile:
-    from safetensors import safe_open
-
-    file: Any = safe_open(path, framework="pt", device="cpu")
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    return WeightFile(path, shapes, file.get_tensor)
+    file = SafetensorsFile(path)
+    return WeightFile(path, file.shapes, functools.partial(SafetensorsFile, path), file)
 
 
 def _open_pickled(path: Path) -> WeightFile:
     with open(path, "rb") as start:
         is_archive = start.read(4) == b"PK\x03\x04"
     # What torch before 1.6 wrote is no archive, and cannot be mapped.
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    load = functools.partial(_unpickled, path, mapped=is_archive)
+    tensors = load()
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    return WeightFile(path, shapes, load, tensors if is_archive else None)
+
+
+def _unpickled(path: Path, *, mapped: bool) -> dict[str, torch.Tensor]:
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(state, Mapping):
         raise TypeError(f"expected a dictionary of tensors, and it holds a {type(state).__name__}")
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return WeightFile(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 # Which files ----------------------------------------------------------------------------------------------------------
@@ -130,11 +151,11 @@ class Checkpoint:
 
     Attributes:
         files: Their paths, in order.
-        places: File by name of tensor, as an index says; None without an index.
+        listed: The names of the tensors in each file, as an index says; None without an index.
     """
 
     files: list[Path]
-    places: dict[str, Path] | None
+    listed: dict[Path, set[str]] | None
 
 
 def find_checkpoint(checkpoint: str | os.PathLike[str]) -> Checkpoint:
@@ -152,15 +173,16 @@ def find_checkpoint(checkpoint: str | os.PathLike[str]) -> Checkpoint:
             "them (…index.json), or a folder with one of these."
         )
     indexes = sorted(path.glob(f"*{_INDEX}"))
-    for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (path / name).is_file():
-            return Checkpoint([path / name], None)
+    safe = [index for index in indexes if ".safetensors" in index.name]
+    if (path / SAFE_WEIGHTS_NAME).is_file():
+        return Checkpoint([path / SAFE_WEIGHTS_NAME], None)
+    if len(safe) == 1:
+        return _indexed(safe[0])
+    if not safe and (path / WEIGHTS_NAME).is_file():
+        return Checkpoint([path / WEIGHTS_NAME], None)
     if len(indexes) == 1:
         return _indexed(indexes[0])
     if indexes:
-        safe = [index for index in indexes if ".safetensors" in index.name]
-        if len(safe) == 1:
-            return _indexed(safe[0])
         raise ValueError(f"{path} has several indexes: {', '.join(i.name for i in indexes)}. Name one as `checkpoint`.")
     single = sorted(file for suffix in ("safetensors", "bin") for file in path.glob(f"*.{suffix}"))
     if len(single) == 1:
@@ -179,8 +201,11 @@ def _indexed(path: Path) -> Checkpoint:
     places = index.get("weight_map", index) if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"{path} is no index: expected a file for each name, by name or below 'weight_map'.")
-    here = {name: path.parent / file for name, file in places.items()}
-    return Checkpoint(sorted(set(here.values())), here)
+    files = {file: path.parent / file for file in sorted(set(places.values()))}
+    listed: dict[Path, set[str]] = {file: set() for file in files.values()}
+    for name, file in places.items():
+        listed[files[file]].add(name)
+    return Checkpoint(list(listed), listed)
 
 
 # Fitting --------------------------------------------------------------------------------------------------------------
@@ -195,12 +220,14 @@ class Inspection:
         problems: What keeps the checkpoint from being loaded at all.
         missing: Names that the model has and no file.
         unexpected: Names that files have and the model does not.
+        names: All names in the model's state.
     """
 
     files: list[WeightFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
 
 
 def inspect(model: nn.Module, checkpoint: Checkpoint, tied: list[list[str]]) -> Inspection:
@@ -211,44 +238,49 @@ def inspect(model: nn.Module, checkpoint: Checkpoint, tied: list[list[str]]) -> 
         checkpoint: The files.
         tied: Groups of names that stand for one tensor: one of them is enough.
     """
-    found = Inspection()
-    expected = dict(_expected(model))
-    seen: set[str] = set()
+    state = model.state_dict(keep_vars=True)
+    found = Inspection(names=set(state))
+    expected = dict(_expected(state))
+    where: dict[str, Path] = {}
+    lost: set[str] = set()  # not missing besides
     for path in checkpoint.files:
+        listed = checkpoint.listed[path] if checkpoint.listed is not None else set[str]()
         try:
             file = open_weights(path)
         except ValueError as error:
             found.problems.append(str(error))
-            if checkpoint.places is not None:  # not missing besides
-                seen.update(name for name, place in checkpoint.places.items() if place == path)
+            lost |= listed
             continue
         found.files.append(file)
-        seen.update(file.shapes)
         for name, shape in file.shapes.items():
-            wanted = expected.get(name)
-            if wanted is not None and wanted != shape:
-                found.problems.append(f"{name} has the shape {shape} in {path.name}, and {wanted} in the model")
-        for name, place in (checkpoint.places or {}).items():
-            if place == path and name not in file.shapes:
-                found.problems.append(f"{name} is not in {path.name}, where the index says it is")
-                seen.add(name)
+            if expected.get(name, shape) not in (shape, None):
+                found.problems.append(f"{name} has the shape {shape} in {path.name}, and {expected[name]} in the model")
+        for name in sorted(where.keys() & file.shapes.keys()):
+            found.problems.append(f"{name} is in {where[name].name} and in {path.name}: one of them is out of place")
+        where.update(dict.fromkeys(file.shapes, path))
+        for name in sorted(listed - file.shapes.keys()):
+            found.problems.append(f"{name} is not in {path.name}, where the index says it is")
+            lost.add(name)
+    seen = where.keys() | lost
     covered = {name for group in tied for name in group if seen.intersection(group)}
-    found.missing = [name for name in expected if name not in seen and name not in covered]
-    found.unexpected = sorted(name for name in seen if name not in expected and not name.endswith("_extra_state"))
-    if not found.files or (expected and not found.problems and not seen.intersection(expected)):
+    found.missing = [name for name in expected if name not in seen and name not in covered and not _is_extra(name)]
+    found.unexpected = sorted(name for name in where.keys() - state.keys() if not _is_extra(name))
+    if not found.problems and expected and not seen.intersection(expected):
         found.problems.append(_nothing_fits(expected, seen))
     return found
 
 
-def _expected(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """The names in a model's state, with shapes that a file must have; None where a class keeps values in its own way."""
-    for name, value in model.state_dict(keep_vars=True).items():
+def _is_extra(name: str) -> bool:
+    """Whether nobody but the module itself can say what belongs under a name."""
+    return name.endswith(EXTRA_STATE)
+
+
+def _expected(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """The tensors of a state, with shapes that a file must have; None where a class keeps values in its own way."""
+    for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            plain = type(value) in (torch.Tensor, nn.Parameter)
-            shape: tuple[int, ...] | None = None
-            with suppress(RuntimeError):  # a lazy module does not know yet
-                shape = tuple(value.shape) if plain else None
-            yield name, shape
+            plain = type(value) in (torch.Tensor, nn.Parameter)  # a lazy module does not know a shape yet
+            yield name, tuple(value.shape) if plain else None
 
 
 def _nothing_fits(expected: Mapping[str, object], seen: set[str]) -> str:

@@ -15,9 +15,9 @@ from torch import nn
 
 from ..runtime.helpers import convert_bytes
 from .memory import OFFLOADED, Device, Limits, accelerators, get_max_memory
-from .pieces import Group, cut
-from .sizes import Dtype, Measure
-from .tree import Tree, walk
+from .pieces import Groups, groups_of
+from .sizes import Dtype
+from .tree import walk
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +69,12 @@ def infer_auto_device_map(
     """
     limits = get_max_memory(max_memory)
     limits.setdefault("disk", _UNLIMITED)
-    tree = walk(model)
-    groups = cut(tree, no_split_module_classes, Measure(dtype, special_dtypes))
+    groups = groups_of(model, no_split_module_classes, dtype, special_dtypes)
     places = place(groups, limits, offload_buffers=offload_buffers)
     if verbose:
-        for group, device in zip(groups, places, strict=True):
-            logger.info("%s (%s) goes to %s", ", ".join(group.names), convert_bytes(group.size), device)
-    devices = {name: device for group, device in zip(groups, places, strict=True) for name in group.names}
-    empty = {name for group in groups if group.size == 0 for name in group.names}
-    return _named(tree, devices, empty, clean_result)
+        for names, size, device in zip(groups.names(), groups.sizes, places, strict=True):
+            logger.info("%s (%s) goes to %s", ", ".join(names), convert_bytes(size), device)
+    return _named(groups, places, clean_result)
 
 
 # Arithmetic -----------------------------------------------------------------------------------------------------------
@@ -98,7 +95,7 @@ class _Room:
     passed: bool = False
 
 
-def place(groups: Sequence[Group], limits: Limits, *, offload_buffers: bool = True) -> list[Device]:
+def place(groups: Groups, limits: Limits, *, offload_buffers: bool = True) -> list[Device]:
     """A device for each group. Pure.
 
     Args:
@@ -109,27 +106,28 @@ def place(groups: Sequence[Group], limits: Limits, *, offload_buffers: bool = Tr
     Raises:
         ValueError: when a group fits nowhere.
     """
+    sizes = groups.sizes
     fast = {device: limits[device] for device in accelerators(limits)}
     if fast:
         # In order first, so that nothing is sent back to a device already left; then wherever there is room.
         for skip in (False, True):
-            found = _in_order(groups, fast, skip=skip)
+            found = _in_order(sizes, fast, skip=skip)
             if None not in found:
                 return [device for device in found if device is not None]
     main = next((device for device, limit in (fast or limits).items() if limit > 0), next(iter(limits)))
-    reserve = max((group.size for group in groups if group.size <= limits[main]), default=0)
+    reserve = max((size for size in sizes if size <= limits[main]), default=0)
     kept = 0  # buffers of offloaded groups, which the first device holds as well
     while True:
         room = {**limits, main: max(limits[main] - reserve - kept, 0)}
-        if sum(group.size for group in groups) <= limits[main]:
+        if sum(sizes) <= limits[main]:
             room[main] = limits[main]
-        found = _in_order(groups, room, skip=True)
+        found = _in_order(sizes, room, skip=True)
         places = [device for device in found if device is not None]
-        if len(places) < len(groups):
-            raise ValueError(_refusal(groups[found.index(None)], found, groups, limits, reserve, main))
+        if len(places) < len(sizes):
+            raise ValueError(_refusal(found, groups, limits, reserve, main))
         if offload_buffers or not fast:
             return places
-        needed = sum(g.buffers for g, device in zip(groups, places, strict=True) if device in OFFLOADED)
+        needed = sum(size for size, device in zip(groups.buffers, places, strict=True) if device in OFFLOADED)
         if needed <= kept or limits[main] <= reserve + kept:
             if needed > kept:
                 logger.warning(
@@ -142,51 +140,51 @@ def place(groups: Sequence[Group], limits: Limits, *, offload_buffers: bool = Tr
         kept = needed
 
 
-def _in_order(groups: Sequence[Group], limits: Mapping[Device, int], *, skip: bool) -> list[Device | None]:
+def _in_order(sizes: Sequence[int], limits: Mapping[Device, int], *, skip: bool) -> list[Device | None]:
     """Devices in order; None for a group that fits nowhere.
 
     Args:
-        groups: What to place.
+        sizes: Bytes of what is to be placed.
         limits: Bytes by device.
         skip: A group larger than a whole device passes it by, and later ones may still go there. Else it ends the device.
     """
     rooms = [(device, _Room(limit, limit)) for device, limit in limits.items()]
     places: list[Device | None] = []
     latest: Device | None = None
-    for group in groups:
-        if group.size == 0:  # decided by its neighbours, see _named
+    for size in sizes:
+        if size == 0:  # decided by its neighbours, see _named
             places.append(latest if latest is not None else rooms[0][0])
             continue
         chosen: Device | None = None
         for device, room in rooms:
             if room.passed:
                 continue
-            if group.size <= room.left:
-                room.left -= group.size
+            if size <= room.left:
+                room.left -= size
                 chosen = latest = device
                 break
-            if not skip or group.size <= room.capacity:
+            if not skip or size <= room.capacity:
                 room.passed = True
         places.append(chosen)
-        while rooms and rooms[0][1].passed and len(rooms) > 1:
+        while rooms[0][1].passed and len(rooms) > 1:
             rooms.pop(0)
     return places
 
 
-def _refusal(
-    group: Group, found: Sequence[Device | None], groups: Sequence[Group], limits: Limits, reserve: int, main: Device
-) -> str:
+def _refusal(found: Sequence[Device | None], groups: Groups, limits: Limits, reserve: int, main: Device) -> str:
     used = dict.fromkeys(limits, 0)
-    for placed, device in zip(groups, found, strict=True):
+    for size, device in zip(groups.sizes, found, strict=True):
         if device is not None:
-            used[device] += placed.size
+            used[device] += size
+    number = found.index(None)
     lines = [
         f"  {device}: {convert_bytes(limit)}, of which {convert_bytes(used[device])} taken"
         + (f" and {convert_bytes(reserve)} kept free to run offloaded layers" if device == main and reserve else "")
         for device, limit in limits.items()
     ]
     return (
-        f"{', '.join(group.names)} needs {convert_bytes(group.size)}, and no device has that much left:\n"
+        f"{', '.join(groups.names()[number])} needs {convert_bytes(groups.sizes[number])}, and no device has that much "
+        "left:\n"
         + "\n".join(lines)
         + "\nRaise a limit in max_memory, leave out the one for 'disk' (it is without limit then), or split a class of "
         "no_split_module_classes."
@@ -199,40 +197,37 @@ def _refusal(
 _NOTHING, _SEVERAL = object(), object()
 
 
-def _named(tree: Tree, devices: Mapping[str, Device], empty: set[str], clean: bool) -> DeviceMap:
+def _named(groups: Groups, places: Sequence[Device], clean: bool) -> DeviceMap:
     """The map, with a module in place of its parts where all go to one device.
 
     Args:
-        tree: The model.
-        devices: Devices of pieces.
-        empty: Pieces without a size: their neighbours decide.
+        groups: What was placed.
+        places: The device of each group. One without a size has none of its own: its neighbours decide.
         clean: The root may take the place of its parts.
     """
+    tree, visited, numbers = groups.tree, groups.visited, groups.numbers
     common: list[object] = [_NOTHING] * len(tree)
-    for here in range(len(tree) - 1, -1, -1):
-        name = tree.names[here]
-        placed = [devices[name]] if name in devices and name not in empty else []
-        if name not in devices:  # pieces of its own are tensors
-            own = tree.tensor_names[tree.starts[here] : tree.starts[here + 1]]
-            placed = [devices[tensor] for tensor in own if tensor in devices and tensor not in empty]
-        for device in placed:
-            common[here] = _joined(common[here], device)
-        if here:
+    decided = [device if size else _NOTHING for size, device in zip(groups.sizes, places, strict=True)]
+    for order in range(len(visited) - 1, -1, -1):
+        here, number = visited[order], numbers[order]
+        if number >= 0:
+            common[here] = _joined(common[here], decided[number])
+        if here and common[here] is not _NOTHING:
             parent = tree.parents[here]
             common[parent] = _joined(common[parent], common[here])
     result: DeviceMap = {}
-    here = 0
-    while here < len(tree):
-        name, found = tree.names[here], common[here]
-        if found is _NOTHING:
-            found = next((devices[n] for n in tree.names[here : tree.ends[here]] if n in devices), _NOTHING)
-        if isinstance(found, (int, str)) and (here or clean or name in devices):
-            result[name] = found
-            here = tree.ends[here]
+    behind = 0  # the modules before this position have their entry
+    for order, here in enumerate(visited):
+        if here < behind:
             continue
-        own = tree.tensor_names[tree.starts[here] : tree.starts[here + 1]]
-        result.update((tensor, devices[tensor]) for tensor in own if tensor in devices)
-        here += 1
+        found = common[here]
+        if found is _NOTHING:  # nothing inside has a size
+            found = next((places[number] for number in numbers[order:] if number >= 0), _NOTHING)
+        if isinstance(found, (int, str)) and (here or clean or len(visited) == 1):
+            result[tree.names[here]] = found
+            behind = tree.ends[here]
+        elif numbers[order] >= 0:
+            result.update(dict.fromkeys(groups.own_tensors(here), places[numbers[order]]))
     return result
 
 

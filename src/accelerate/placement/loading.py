@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoints import Inspection, WeightFile, WeightsError, find_checkpoint, inspect
+from .checkpoints import EXTRA_STATE, Inspection, WeightFile, WeightsError, find_checkpoint, inspect
 from .device_map import check_tied_parameters_on_same_device, device_of
 from .offload import offload_weight, save_offload_index
+from .sharded import is_shard, load_sharded
 from .sizes import as_dtype
-from .tensors import Place, owner_of, set_module_tensor_to_device
-from .tied import find_tied_parameters, retie_parameters
+from .tensors import Place, as_parameter, set_module_tensor_to_device
+from .tied import retie_parameters, tied_in
+from .tree import Tree, walk
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def load_checkpoint_in_model(
         offload_state_dict: Accepted; files are mapped, so that there is no second copy to put away.
         offload_buffers: Buffers go to disk with the rest of a layer.
         keep_in_fp32_modules: Names of modules whose weights become float32 whatever `dtype` says.
-        offload_8bit_bnb: Quantise offloaded weights; not there yet.
+        offload_8bit_bnb: Only False: `load_and_quantize_model` quantises, offloaded weights too.
         strict: Refuse a checkpoint with names too few or too many. False: they are logged.
         full_state_dict: False: the checkpoint holds this process's shards of a sharded model.
         broadcast_from_rank0: Only the first process reads; the others get what it read.
@@ -64,9 +66,14 @@ def load_checkpoint_in_model(
         NotImplementedError: for ``offload_8bit_bnb=True``.
     """
     if offload_8bit_bnb:
-        raise NotImplementedError("offload_8bit_bnb needs quantisation with bitsandbytes, which is not there yet.")
-    if device_map is None and (broadcast_from_rank0 or not full_state_dict or _is_sharded(model)):
-        _load_sharded(model, checkpoint, strict, full_state_dict, broadcast_from_rank0)
+        raise NotImplementedError(
+            "offload_8bit_bnb=True: this function does not quantise. load_and_quantize_model does, with a device map too."
+        )
+    if device_map is None and (broadcast_from_rank0 or any(map(is_shard, model.parameters()))):
+        _tell(
+            checkpoint,
+            load_sharded(model, checkpoint, strict=strict, whole=full_state_dict, first_reads=broadcast_from_rank0),
+        )
         return
     _require_folder(device_map, offload_folder)
     index = load_weights(
@@ -106,20 +113,21 @@ def load_weights(
     Raises:
         WeightsError: listing everything that is wrong.
     """
-    tied = find_tied_parameters(model)
-    found = inspect(model, find_checkpoint(checkpoint), tied)
-    _judge(checkpoint, found, strict)
-    if device_map is not None:
-        check_tied_parameters_on_same_device(tied, {name: _plain(device) for name, device in device_map.items()})
     wanted = as_dtype(dtype)
     if wanted is not None and not isinstance(wanted, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no format that torch can hold weights in.")
-    job = _Job(model, device_map, offload_folder, wanted, offload_buffers, list(keep_in_fp32 or ()))
-    names = set(model.state_dict(keep_vars=True))
-    for file in found.files:
-        for name in file.shapes:
-            if name in names:
-                job.load(name, file)
+    tree = walk(model)
+    tied = tied_in(tree)
+    found = inspect(model, find_checkpoint(checkpoint), tied)
+    job = _Job(model, _slots(tree), device_map, offload_folder, wanted, offload_buffers, list(keep_in_fp32 or ()))
+    plan = {file: job.plan(file, found) for file in found.files}
+    _judge(checkpoint, found, strict)
+    if device_map is not None:
+        check_tied_parameters_on_same_device(tied, {name: _plain(device) for name, device in device_map.items()})
+    for file, places in plan.items():
+        for name, device in places.items():
+            job.load(name, file, device)
+        file.release()
     retie_parameters(model, tied)
     return job.index
 
@@ -129,11 +137,17 @@ def _judge(checkpoint: Folder, found: Inspection, strict: bool) -> None:
     loose += [f"{name} is in the files, and not in the model" for name in found.unexpected]
     if found.problems or (strict and loose):
         raise WeightsError(checkpoint, [*found.problems, *loose])
+    _tell(checkpoint, loose)
+
+
+def _tell(checkpoint: Folder, loose: list[str]) -> None:
+    """Logs names too few or too many."""
     if loose:
+        more = f"; and {len(loose) - 20} more" if len(loose) > 20 else ""
         logger.warning(
             "%s does not fit the model as a whole: %s. strict=True makes that an error.",
             checkpoint,
-            "; ".join(loose[:20]),
+            "; ".join(loose[:20]) + more,
         )
 
 
@@ -141,15 +155,30 @@ def _plain(device: Place) -> int | str:
     return device if isinstance(device, (int, str)) else str(device)
 
 
+_Slot = tuple[dict[str, Any], str]
+
+
+def _slots(tree: Tree) -> dict[str, _Slot]:
+    found: dict[str, _Slot] = {}
+    for name, module in zip(tree.names, tree.modules, strict=True):
+        prefix = f"{name}." if name else ""
+        for held in (module._parameters, module._buffers):
+            for key in held:
+                found[prefix + key] = (held, key)
+    return found
+
+
 @dataclass
 class _Job:
     """One loading: where each tensor goes, and in which format.
 
     Attributes:
+        slots: Where each tensor stands: a dictionary of its module's, and the key in it.
         index: Entries of the weights that stay on disk.
     """
 
     model: nn.Module
+    slots: dict[str, _Slot]
     device_map: Mapping[str, Place] | None
     folder: Folder | None
     dtype: torch.dtype | None
@@ -157,44 +186,71 @@ class _Job:
     keep_in_fp32: list[str]
     index: dict[str, Any] = field(default_factory=dict)
 
-    def load(self, name: str, file: WeightFile) -> None:
+    def plan(self, file: WeightFile, found: Inspection) -> dict[str, Place]:
+        """Where the tensors of a file go that are in the model; what stands in the way is added to the problems found."""
+        places: dict[str, Place] = {}
+        for name in file.shapes:
+            if name not in found.names:
+                continue
+            if name not in self.slots and not name.endswith(EXTRA_STATE):
+                found.problems.append(
+                    f"{name} is in the model's state, and no parameter or buffer of that name is there"
+                )
+                continue
+            device = self._device(name)
+            if device is None:
+                found.problems.append(
+                    f"the device_map does not say where {name} goes: add an entry for it, or for a module of it"
+                )
+            elif device == "disk" and not file.in_place and self.folder is None:
+                found.problems.append(
+                    f"{name} goes to disk, and {file.path.name} cannot be read in parts: pass an offload_folder for it, or "
+                    "use safetensors files"
+                )
+            else:
+                places[name] = device
+        return places
+
+    def load(self, name: str, file: WeightFile, device: Place) -> None:
         """Takes one tensor to its place."""
-        owner, key = owner_of(self.model, name)
-        is_buffer = key in owner._buffers
-        present = (owner._buffers if is_buffer else owner._parameters)[key]
+        if name not in self.slots:
+            self.model.get_submodule(name.rpartition(".")[0]).set_extra_state(file[name])
+            return
+        held, key = self.slots[name]
+        present: torch.Tensor = held[key]
         dtype = self._dtype(name, present)
-        device = self._device(name, present)
-        if device == "disk" and is_buffer and not self.offload_buffers:
-            device = "cpu"
         if device == "disk":
             self._leave_on_disk(name, file, dtype)
             set_module_tensor_to_device(self.model, name, "meta", dtype=dtype)
             return
-        value = file[name]
-        target = torch.device(device)
-        if present is not None and present.device == target and present.dtype == (dtype or present.dtype):
+        value, wanted = file[name], dtype or present.dtype
+        if device == "cpu" and present.is_meta and type(present) is nn.Parameter and value.dtype == wanted:
+            held[key] = as_parameter(value, present)  # mapped, not copied
+        elif present.device == torch.device(device) and present.dtype == wanted:
             # In place: optimizers, and modules that share it, hold this very tensor.
             with torch.no_grad():
                 present.copy_(value)
-            return
-        set_module_tensor_to_device(self.model, name, target, value=value, dtype=dtype)
+        else:
+            set_module_tensor_to_device(self.model, name, device, value=value, dtype=dtype)
 
-    def _dtype(self, name: str, present: torch.Tensor | None) -> torch.dtype | None:
-        if present is not None and not present.is_floating_point():
+    def _dtype(self, name: str, present: torch.Tensor) -> torch.dtype | None:
+        if not present.is_floating_point():
             return None
-        if any(part in self.keep_in_fp32 for part in name.split(".")):
+        if self.keep_in_fp32 and any(part in self.keep_in_fp32 for part in name.split(".")):
             return torch.float32
         return self.dtype
 
-    def _device(self, name: str, present: torch.Tensor | None) -> Place:
+    def _device(self, name: str) -> Place | None:
+        """The device of a tensor; None where the map has none."""
+        if name not in self.slots:
+            return "cpu"
+        held, key = self.slots[name]
         if self.device_map is None:
-            return "cpu" if present is None or present.is_meta else present.device
+            present: torch.Tensor = held[key]
+            return "cpu" if present.is_meta else present.device
         device = device_of(name, self.device_map)
-        if device is None:
-            raise ValueError(
-                f"the device_map does not say where {name} goes: add an entry for it, or for a module of it."
-            )
-        return device
+        stays = device == "disk" and not self.offload_buffers and not isinstance(held[key], nn.Parameter)
+        return "cpu" if stays else device
 
     def _leave_on_disk(self, name: str, file: WeightFile, dtype: torch.dtype | None) -> None:
         if file.in_place:
@@ -203,37 +259,8 @@ class _Job:
                 entry["dtype"] = str(dtype).removeprefix("torch.")
             self.index[name] = entry
             return
-        if self.folder is None:
-            raise ValueError(
-                f"{name} goes to disk, and {file.path.name} cannot be read in parts: pass an offload_folder for it, or use "
-                "safetensors files."
-            )
+        assert self.folder is not None  # or there would be no plan
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         value = file[name]
         converts = dtype is not None and value.is_floating_point()
         offload_weight(value.to(dtype) if converts else value, name, self.folder, self.index)
-
-
-# Sharded models -------------------------------------------------------------------------------------------------------
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-
-
-def _load_sharded(
-    model: nn.Module, checkpoint: Folder, strict: bool, full_state_dict: bool, broadcast_from_rank0: bool
-) -> None:
-    from torch.distributed import get_rank
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    from .checkpoints import load_state_dict
-
-    state: dict[str, Any] = {}
-    if not broadcast_from_rank0 or get_rank() == 0:
-        for file in find_checkpoint(checkpoint).files:
-            state.update(load_state_dict(file))
-    options = StateDictOptions(
-        full_state_dict=full_state_dict, broadcast_from_rank0=broadcast_from_rank0, strict=strict
-    )
-    set_model_state_dict(model, state, options=options)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..runtime.devices import default_kind
 from ..runtime.helpers import convert_file_size_to_int
-from .pieces import Group, groups_of
+from .pieces import groups_of
 from .sizes import Dtype
 
 Device = int | str
@@ -97,49 +97,48 @@ def get_balanced_memory(
     devices = [device for device in accelerators(limits) if limits[device] > 0]
     if len(devices) < 2:
         return limits
-    groups = groups_of(model, no_split_module_classes, dtype, special_dtypes)
+    sizes = groups_of(model, no_split_module_classes, dtype, special_dtypes).sizes
     if low_zero:
         # The first takes what is left when the others are full; rounded up to whole layers by the placement.
-        total = sum(group.size for group in groups)
+        total = sum(sizes)
         first, devices = devices[0], devices[1:]
         if total > sum(limits[device] for device in devices):
-            limits[first] = min(limits[first], _least_before(groups, [limits[device] for device in devices]))
+            limits[first] = min(limits[first], _least_before(sizes, [limits[device] for device in devices]))
             return limits
         limits[first] = 0
-    share = _smallest_share(groups, [limits[device] for device in devices])
+    share = _smallest_share(sizes, [limits[device] for device in devices])
     if share is not None:
         for device in devices[:-1]:
             limits[device] = min(limits[device], share)
     return limits
 
 
-def _fits(groups: Sequence[Group], limits: Sequence[int]) -> bool:
+def _fits(sizes: Sequence[int], limits: Sequence[int]) -> bool:
     """Whether groups placed in order, device after device, fit within limits."""
     index, room = 0, limits[0]
-    for group in groups:
-        while group.size > room:
+    for size in sizes:
+        while size > room:
             index += 1
             if index == len(limits):
                 return False
             room = limits[index]
-        room -= group.size
+        room -= size
     return True
 
 
-def _smallest_share(groups: Sequence[Group], limits: Sequence[int]) -> int | None:
+def _smallest_share(sizes: Sequence[int], limits: Sequence[int]) -> int | None:
     """The smallest limit for all devices with which groups fit in order; None where even their own do not do."""
-    if not groups or not _fits(groups, limits):
+    if not sizes or not _fits(sizes, limits):
         return None
     # Larger limits never hurt a placement in order, so the answer is found by halving.
-    low = max(-(-sum(group.size for group in groups) // len(limits)), 0)
+    low = -(-sum(sizes) // len(limits))
     shares = range(low, max(limits) + 1)
-    found = bisect.bisect_left(shares, True, key=lambda share: _fits(groups, [min(share, each) for each in limits]))
+    found = bisect.bisect_left(shares, True, key=lambda share: _fits(sizes, [min(share, each) for each in limits]))
     return shares[found] if found < len(shares) else max(limits)
 
 
-def _least_before(groups: Sequence[Group], limits: Sequence[int]) -> int:
+def _least_before(sizes: Sequence[int], limits: Sequence[int]) -> int:
     """The least that a device before the others must take for the rest to fit on them, in order."""
-    sizes = [group.size for group in groups]
-    starts = range(len(groups) + 1)
-    first = bisect.bisect_left(starts, True, key=lambda start: _fits(groups[start:], limits))
+    starts = range(len(sizes) + 1)
+    first = bisect.bisect_left(starts, True, key=lambda start: _fits(sizes[start:], limits))
     return sum(sizes[:first])

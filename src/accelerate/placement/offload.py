@@ -1,6 +1,7 @@
 """Weights on disk: written one file each, or read in place from the safetensors files they came in.
 
-Reading maps the file into memory: no copy is made until somebody writes, and the system may drop pages that are not used.
+Reading maps the file into memory: no copy is made until somebody writes. What is asked for by name stays mapped; what is
+read for one forward (`read_weights`) is let go with its last tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .mapped import MappedFile, Span, Stop, never
+from .safetensors_file import SafetensorsFile
 from .tensors import set_module_tensor_to_device
 
 Folder = str | os.PathLike[str]
@@ -161,7 +164,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         self.index = read_offload_index(save_folder) if index is None and save_folder is not None else (index or {})
         self.all_keys = [*self.state_dict, *(name for name in self.index if name not in self.state_dict)]
         self.device = device
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[SafetensorsFile, MappedFile, dict[str, Span]]] = {}
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key in self.state_dict:
@@ -174,14 +177,63 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return load_offloaded_weight(Path(self.save_folder) / f"{key}.dat", info)
 
     def _from_safetensors(self, file: str, name: str, dtype: str | None) -> torch.Tensor:
-        if file not in self._files:
-            from safetensors import safe_open
+        tensor = self._file(file)[0][name]
+        return tensor.to(device=self.device, dtype=_dtype(dtype))
 
-            # Kept open: reading the header anew for each tensor would cost more than most tensors.
-            self._files[file] = safe_open(file, framework="pt", device="cpu")
-        tensor: torch.Tensor = self._files[file].get_tensor(name)
-        wanted = None if dtype is None else getattr(torch, dtype.removeprefix("torch."))
-        return tensor.to(device=self.device, dtype=wanted)
+    def read(self, keys: Iterable[str], stop: Stop = never) -> dict[str, torch.Tensor]:
+        """Several weights at once, those on disk read into memory, over mappings of their own that end with them.
+
+        Args:
+            keys: Their names.
+            stop: Asked between pieces; true gives up.
+
+        Raises:
+            KeyError: for a name that is not here.
+            RuntimeError: when a file has become shorter, or cannot be read.
+        """
+        found: dict[str, torch.Tensor] = {}
+        in_files: dict[MappedFile, list[tuple[str, Span]]] = {}
+        for key in keys:
+            place = self._place(key)
+            if place is None:
+                found[key] = self[key]
+            else:
+                in_files.setdefault(place[0], []).append((key, place[1]))
+        for file, parts in in_files.items():
+            values = file.read([span for _, span in parts], stop)
+            for (key, _), value in zip(parts, values, strict=True):
+                info = self.index[key]
+                wanted = _dtype(info.get("dtype")) if "safetensors_file" in info else None
+                found[key] = value.to(device=self.device, dtype=wanted)
+        return found
+
+    def _place(self, key: str) -> tuple[MappedFile, Span] | None:
+        """The file that a weight is in, and where; None for one that is read in another way."""
+        if key in self.state_dict:
+            return None
+        info = self.index[key]
+        name = info.get("safetensors_file")
+        if name is None:
+            if self.save_folder is None:
+                return None
+            dtype, shape = _dtype(info["dtype"]), tuple(info["shape"])
+            assert dtype is not None
+            whole = Span(0, torch.Size(shape).numel() * dtype.itemsize, dtype, shape)
+            return MappedFile(Path(self.save_folder) / f"{key}.dat", reread=False), whole
+        _, file, spans = self._file(name)
+        span = spans.get(info.get("weight_name", key))
+        return None if span is None else (file, span)
+
+    def _file(self, name: str) -> tuple[SafetensorsFile, MappedFile, dict[str, Span]]:
+        """A file, and where what lies in it; kept open, so that its header is read once."""
+        if name not in self._files:
+            tensors = SafetensorsFile(Path(name))
+            self._files[name] = tensors, MappedFile(name), tensors.spans()
+        return self._files[name]
+
+    def source(self, key: str) -> object:
+        """What a weight comes from: another object, once it comes from elsewhere. None for a name that is not here."""
+        return self.state_dict[key] if key in self.state_dict else self.index.get(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.all_keys)
@@ -191,6 +243,66 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}  # open files stay with the process
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    found: torch.dtype | None = None if name is None else getattr(torch, name.removeprefix("torch."))
+    return found
+
+
+def read_weights(weights: Mapping[str, Any], names: Iterable[str], stop: Stop = never) -> dict[str, torch.Tensor]:
+    """Several weights of a mapping, for use in one forward; see `OffloadedWeightsLoader.read`."""
+    wanted = list(names)
+    source, prefix = _behind(weights)
+    if not isinstance(source, OffloadedWeightsLoader):
+        return {name: source[prefix + name] for name in wanted}
+    found = source.read([prefix + name for name in wanted], stop)
+    return {name: found[prefix + name] for name in wanted}
+
+
+def sources_of(weights: Mapping[str, Any], names: Iterable[str]) -> list[object] | None:
+    """What weights come from, to tell later whether that is still so. None: they cannot be read in another thread.
+
+    That holds of mappings that others wrote: nobody knows what they do when an entry is asked for.
+    """
+    source, prefix = _behind(weights)
+    if isinstance(source, OffloadedWeightsLoader):
+        found = [source.source(prefix + name) for name in names]
+    elif isinstance(source, dict):
+        found = [source.get(prefix + name) for name in names]
+    else:
+        return None
+    return [_Values(value) if isinstance(value, torch.Tensor) else _Same(value) for value in found]
+
+
+class _Same:
+    """Equal as long as it stands for one and the same object."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._value is other._value
+
+
+class _Values(_Same):
+    """Equal as long as it stands for one tensor that nobody wrote to."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__(value)
+        self._version = 0 if value.is_inference() else value._version
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and isinstance(other, _Values) and self._version == other._version
+
+
+def _behind(weights: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The whole mapping behind a part of it, and the prefix of that part."""
+    prefix = ""
+    while type(weights) is PrefixedDataset:
+        prefix = weights.prefix + prefix
+        weights = weights.dataset
+    return weights, prefix
 
 
 def extract_submodules_state_dict(

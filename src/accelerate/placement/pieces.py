@@ -5,8 +5,10 @@ Pieces that share a tensor belong to one group, so that tied weights stay togeth
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -14,19 +16,40 @@ from .sizes import Dtype, Measure
 from .tree import Tree, split_points, walk
 
 
-@dataclass(slots=True)
-class Group:
-    """Pieces that go to one device together.
+@dataclass
+class Groups:
+    """What goes to one device together. Kept as columns, for the reason that a tree is.
 
     Attributes:
-        names: Names of modules, or of tensors that lie directly on a module that has children.
-        size: Bytes of the tensors in it, each counted once.
+        tree: The model.
+        sizes: Bytes of each group, each tensor counted once; in the order of the groups' first pieces.
         buffers: Bytes of these that are buffers.
+        visited: Positions of the modules that are pieces, and of those that were cut open, in order.
+        numbers: For each of these, the group that it belongs to (or the tensors that lie directly on it); -1: none does.
     """
 
-    names: list[str]
-    size: int
-    buffers: int
+    tree: Tree
+    sizes: list[int] = field(default_factory=list)
+    buffers: list[int] = field(default_factory=list)
+    visited: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+
+    def names(self) -> list[list[str]]:
+        """For each group, the names of its modules and of tensors that lie directly on a larger one."""
+        found: list[list[str]] = [[] for _ in self.sizes]
+        for here, number in zip(self.visited, self.numbers, strict=True):
+            if number >= 0:
+                found[number] += self.own_tensors(here) if self.is_open(here) else [self.tree.names[here]]
+        return found
+
+    def is_open(self, here: int) -> bool:
+        """Whether a visited module was cut open."""
+        after = bisect.bisect_right(self.visited, here)
+        return after < len(self.visited) and self.visited[after] < self.tree.ends[here]
+
+    def own_tensors(self, here: int) -> list[str]:
+        """Names of the tensors that lie directly on a module."""
+        return self.tree.tensor_names[self.tree.starts[here] : self.tree.starts[here + 1]]
 
 
 def groups_of(
@@ -34,73 +57,55 @@ def groups_of(
     no_split_module_classes: Sequence[str] | str | None = None,
     dtype: Dtype | None = None,
     special_dtypes: Mapping[str, Dtype] | None = None,
-) -> list[Group]:
-    """The groups of a model, in the order of their first pieces; arguments as for `infer_auto_device_map`."""
-    return cut(walk(model), no_split_module_classes, Measure(dtype, special_dtypes))
+) -> Groups:
+    """The groups of a model; arguments as for `infer_auto_device_map`."""
+    keep_whole, measure = split_points(no_split_module_classes), Measure(dtype, special_dtypes)
+    tree = walk(model, sizes=True)
+    found = Groups(tree)
+    each = measure.all(tree)
+    taken = [0, *itertools.accumulate(each)]
+    in_buffers = [0, *itertools.accumulate(each[position] for position in tree.buffers)]
 
+    def buffers_before(position: int) -> int:
+        return in_buffers[bisect.bisect_left(tree.buffers, position)]
 
-def cut(tree: Tree, no_split_module_classes: Sequence[str] | str | None, measure: Measure) -> list[Group]:
-    """`groups_of` a tree that was walked already."""
-    keep_whole = split_points(no_split_module_classes)
-    pieces = _Pieces(tree, measure)
+    behind: list[int] = []  # each group's end, in positions of tensors
     here = 0
     while here < len(tree):
-        end = tree.ends[here]
-        if end == here + 1 or keep_whole(tree.modules[here]):
-            pieces.add([tree.names[here]], tree.starts[here], tree.starts[end])
-            here = end
+        found.visited.append(here)
+        start, after = tree.starts[here], tree.ends[here]
+        whole = after == here + 1 or keep_whole(tree.modules[here])
+        here = after if whole else here + 1
+        stop = tree.starts[here]
+        if start == stop and not whole:
+            found.numbers.append(-1)
             continue
-        start, stop = tree.starts[here], tree.starts[here + 1]
-        if start < stop:
-            pieces.add(tree.tensor_names[start:stop], start, stop)
-        here += 1
-    return pieces.groups()
+        found.numbers.append(len(found.sizes))
+        found.sizes.append(taken[stop] - taken[start])
+        found.buffers.append(buffers_before(stop) - buffers_before(start))
+        behind.append(stop)
+    if tree.repeated:
+        _join(found, behind)
+    return found
 
 
-class _Pieces:
-    """Groups in the making, which grow together where they share a tensor."""
+def _join(found: Groups, behind: Sequence[int]) -> None:
+    """Makes those groups one that share a tensor: the first takes all, and its place in the order is where they go."""
+    taker = list(range(len(found.sizes)))  # by number of a group, itself or an earlier one
 
-    def __init__(self, tree: Tree, measure: Measure) -> None:
-        self._tree = tree
-        self._measure = measure
-        self._groups: list[Group] = []
-        self._owner: dict[int, int] = {}
-        self._taken: dict[int, int] = {}  # number of a group, and of the earlier one that took it
-
-    def _current(self, number: int) -> int:
-        while number in self._taken:
-            number = self._taken[number]
+    def current(number: int) -> int:
+        while number != taker[number]:
+            number = taker[number]
         return number
 
-    def add(self, names: list[str], start: int, stop: int) -> None:
-        """Adds a piece with the tensors between two positions."""
-        group, number = Group(names, 0, 0), len(self._groups)
-        self._groups.append(group)
-        owner, measure, tensor_names = self._owner, self._measure, self._tree.tensor_names
-        for position in range(start, stop):
-            tensor = self._tree.tensors[position]
-            known = owner.get(id(tensor))
-            if known is None:
-                owner[id(tensor)] = number
-                size = measure(tensor_names[position], tensor)
-                group.size += size
-                if type(tensor) is not nn.Parameter and not isinstance(tensor, nn.Parameter):
-                    group.buffers += size
-            elif known != number:
-                group = self._merge(self._current(known), self._current(number))
-
-    def _merge(self, one: int, other: int) -> Group:
-        if one == other:
-            return self._groups[one]
-        # The earlier one takes all: its place in the order is where both go.
-        first, second = sorted((one, other))
-        taker, taken = self._groups[first], self._groups[second]
-        taker.names = taker.names + taken.names
-        taker.size += taken.size
-        taker.buffers += taken.buffers
-        self._taken[second] = first
-        return taker
-
-    def groups(self) -> list[Group]:
-        """The groups, in the order of their first pieces."""
-        return [group for number, group in enumerate(self._groups) if number not in self._taken]
+    for positions in found.tree.repeated.values():
+        first, *others = sorted({current(bisect.bisect_right(behind, position)) for position in positions})
+        for number in others:
+            found.sizes[first] += found.sizes[number]
+            found.buffers[first] += found.buffers[number]
+            taker[number] = first
+    left = [number for number, by in enumerate(taker) if number == by]
+    renumbered = dict(zip(left, itertools.count()))
+    found.sizes = [found.sizes[number] for number in left]
+    found.buffers = [found.buffers[number] for number in left]
+    found.numbers = [renumbered[current(number)] if number >= 0 else -1 for number in found.numbers]

@@ -57,7 +57,7 @@ def as_dtype(dtype: Dtype | None) -> torch.dtype | CustomDtype | None:
 
 
 class Measure:
-    """Bytes of single tensors, if weights were converted.
+    """Bytes of tensors, if weights were converted.
 
     Args:
         dtype: What floating-point tensors would be converted to where that makes them smaller; None: nothing.
@@ -76,14 +76,22 @@ class Measure:
             assert special is not None, name
             self._special[name] = dtype_byte_size(special)
 
-    def __call__(self, name: str, tensor: torch.Tensor) -> int:
-        count = tensor.numel()
-        if name in self._special:
-            return math.ceil(count * self._special[name])
-        each = tensor.itemsize
-        if each > self._limit and (tensor.is_floating_point() or tensor.is_complex()):
-            return math.ceil(count * self._limit)
-        return count * each
+    def all(self, tree: Tree) -> list[int]:
+        """Bytes of all tensors of a tree, in its order; of one that stands there several times, 0 from the second on."""
+        sizes = tree.sizes.copy()
+        if self._limit < math.inf:
+            for position, tensor in enumerate(tree.tensors):
+                each = tensor.itemsize
+                if each > self._limit and (tensor.is_floating_point() or tensor.is_complex()):
+                    sizes[position] = math.ceil(sizes[position] // each * self._limit)
+        if self._special:
+            for position, name in enumerate(tree.tensor_names):
+                if name in self._special:
+                    sizes[position] = math.ceil(tree.tensors[position].numel() * self._special[name])
+        for positions in tree.repeated.values():
+            for position in positions[1:]:
+                sizes[position] = 0
+        return sizes
 
 
 def compute_module_sizes(
@@ -108,22 +116,21 @@ def compute_module_sizes(
         compute_module_sizes(torch.nn.Linear(10, 2))  # {"weight": 80, "bias": 8, "": 88}
         ```
     """
-    return sizes_of(walk(model, parameters=not buffers_only), Measure(dtype, special_dtypes))
+    return sizes_of(walk(model, parameters=not buffers_only, sizes=True), Measure(dtype, special_dtypes))
 
 
 def sizes_of(tree: Tree, measure: Measure) -> Sizes:
     """`compute_module_sizes` of a tree that was walked already."""
-    totals, seen = [0] * len(tree), set[int]()
+    each = measure.all(tree)
+    again = {position for positions in tree.repeated.values() for position in positions[1:]}
+    totals = [0] * len(tree)
     held = [False] * len(tree)
     sizes: Sizes = defaultdict(int)
     for here in range(len(tree)):
         for position in range(tree.starts[here], tree.starts[here + 1]):
-            tensor = tree.tensors[position]
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                name = tree.tensor_names[position]
-                sizes[name] = size = measure(name, tensor)
-                totals[here] += size
+            if position not in again:
+                sizes[tree.tensor_names[position]] = each[position]
+                totals[here] += each[position]
                 held[here] = True
     for here in range(len(tree) - 1, 0, -1):
         parent = tree.parents[here]
@@ -138,6 +145,16 @@ def compute_module_total_buffer_size(
 ) -> int:
     """Bytes of all buffers of a model; arguments as for `compute_module_sizes`."""
     return compute_module_sizes(model, dtype, special_dtypes, buffers_only=True)[""]
+
+
+def get_module_leaves(module_sizes: Mapping[str, object]) -> list[str]:
+    """The names among those of modules and tensors that no other is inside of.
+
+    Args:
+        module_sizes: What `compute_module_sizes` gave.
+    """
+    around = {name.rpartition(".")[0] for name in module_sizes if name}
+    return [name for name in module_sizes if name not in around]
 
 
 def get_max_layer_size(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .tree import walk
+from .tree import Tree, walk
 
 
 def find_tied_parameters(model: nn.Module, **kwargs: Any) -> list[list[str]]:
@@ -26,10 +26,13 @@ def find_tied_parameters(model: nn.Module, **kwargs: Any) -> list[list[str]]:
         find_tied_parameters(model)  # [["emb.weight", "head.weight"]]
         ```
     """
-    names: dict[int, list[str]] = {}
-    for name, parameter in walk(model, buffers=False).named_tensors():
-        names.setdefault(id(parameter), []).append(name)
-    return [sorted(group) for group in names.values() if len(group) > 1]
+    return tied_in(walk(model, buffers=False))
+
+
+def tied_in(tree: Tree) -> list[list[str]]:
+    """`find_tied_parameters` of a tree that was walked already; buffers in it do not count."""
+    groups = (places for places in tree.repeated.values() if isinstance(tree.tensors[places[0]], nn.Parameter))
+    return [sorted(tree.tensor_names[place] for place in places) for places in groups]
 
 
 def retie_parameters(model: nn.Module, tied_params: Iterable[Sequence[str]]) -> None:

@@ -7,6 +7,7 @@ every module would keep the garbage collector busy for longer than everything el
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +28,9 @@ class Tree:
             end where those of the next module start.
         tensor_names: Full names of tensors: a module's parameters, then its buffers.
         tensors: The tensors.
+        identities: What tells tensors apart.
+        sizes: Their bytes, if asked for.
+        buffers: Positions of those that are buffers.
     """
 
     names: list[str] = field(default_factory=list)
@@ -36,6 +40,9 @@ class Tree:
     starts: list[int] = field(default_factory=list)
     tensor_names: list[str] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
+    identities: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    buffers: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,18 +51,40 @@ class Tree:
         """All tensors with their names; one that has several comes with each."""
         return zip(self.tensor_names, self.tensors, strict=True)
 
+    @functools.cached_property
+    def repeated(self) -> dict[int, list[int]]:
+        """The positions of each tensor that stands in several places, by its identity."""
+        first: dict[int, int] = {}
+        found: dict[int, list[int]] = {}
+        for position, identity in enumerate(self.identities):
+            earliest = first.setdefault(identity, position)
+            if earliest != position:
+                found.setdefault(identity, [earliest]).append(position)
+        return found
 
-def walk(model: nn.Module, *, parameters: bool = True, buffers: bool = True) -> Tree:
+
+def walk(model: nn.Module, *, parameters: bool = True, buffers: bool = True, sizes: bool = False) -> Tree:
     """The tree of a model. A module or tensor that stands in two places is listed in both.
 
     Args:
         model: The root.
         parameters: List parameters.
         buffers: List buffers.
+        sizes: Note the sizes of tensors as well.
     """
     tree = Tree()
     names, modules, parents, ends, starts = tree.names, tree.modules, tree.parents, tree.ends, tree.starts
-    tensor_names, tensors = tree.tensor_names, tree.tensors
+    tensor_names, tensors, identities = tree.tensor_names, tree.tensors, tree.identities
+
+    def note(prefix: str, held: dict[str, torch.Tensor | None]) -> None:
+        for key, tensor in held.items():
+            if tensor is not None:
+                tensor_names.append(prefix + key)
+                # All that is asked of a tensor is asked here: in a large model, getting to it is what takes time.
+                tensors.append(tensor)
+                identities.append(id(tensor))
+                if sizes:
+                    tree.sizes.append(tensor.nbytes)
 
     def visit(module: nn.Module, name: str, parent: int) -> None:
         here = len(names)
@@ -65,17 +94,14 @@ def walk(model: nn.Module, *, parameters: bool = True, buffers: bool = True) -> 
         ends.append(0)
         starts.append(len(tensors))
         prefix = f"{name}." if name else ""
-        if parameters:
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    tensor_names.append(prefix + key)
-                    tensors.append(parameter)
-        if buffers:
-            for key, buffer in module._buffers.items():
-                if buffer is not None:
-                    tensor_names.append(prefix + key)
-                    tensors.append(buffer)
-        for key, child in module._modules.items():
+        held = module.__dict__  # an attribute of a module is looked for in its class first
+        if parameters and held["_parameters"]:
+            note(prefix, held["_parameters"])
+        if buffers and held["_buffers"]:
+            before = len(tensors)
+            note(prefix, held["_buffers"])
+            tree.buffers.extend(range(before, len(tensors)))
+        for key, child in held["_modules"].items():
             if child is not None:
                 visit(child, prefix + key, here)
         ends[here] = len(names)

@@ -69,6 +69,11 @@ def test_module_sizes() -> None:
     net = Net()
     assert modeling.compute_module_sizes(net) == observed("compute_module_sizes")
     assert modeling.compute_module_sizes(net, buffers_only=True) == observed("compute_module_sizes.buffers_only")
+    assert modeling.compute_module_total_buffer_size(net) == observed("compute_module_total_buffer_size")
+    # Decided: a module's buffers come with its parameters, where the observed order has all buffers last.
+    assert sorted(modeling.get_module_leaves(modeling.compute_module_sizes(net))) == sorted(
+        observed("get_module_leaves")
+    )
     special = {"head.weight": torch.float64}
     assert [
         modeling.compute_module_sizes(net, dtype=torch.float16)[""],
@@ -200,6 +205,15 @@ def test_empty_weights() -> None:
     with big_modeling.init_on_device(torch.device("cpu")):
         seen["init_on_device cpu"] = nn.Linear(2, 2).weight.device.type
     assert seen == observed("init_empty_weights")
+
+
+def test_a_hook_leaves_gradients_on() -> None:
+    assert hooks.ModelHook.no_grad is observed("ModelHook.no_grad")
+
+
+def test_every_observed_behaviour_is_compared() -> None:
+    source = Path(__file__).read_text()
+    assert [case["name"] for case in CASES if case["name"].split(".")[0] not in source] == []
 
 
 def hooked(net: nn.Module) -> dict[str, str]:

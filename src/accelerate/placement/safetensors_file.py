@@ -1,0 +1,142 @@
+"""A safetensors file: its header compared with its length to the last byte, its tensors mapped from it.
+
+Nothing is read before it is used, and the map is private: who writes to a tensor gets pages of their own, the file stays as
+it is. The safetensors library does the same; one header read for all tensors is what makes this faster.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .mapped import Span
+
+FORMATS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+class SafetensorsFile(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file by name.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        path: The file.
+        shapes: The shape of each tensor.
+
+    Raises:
+        OSError, ValueError: when it cannot be read, its header is damaged or does not describe its content to the last byte.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._size = path.stat().st_size
+        header, self._start = _read_header(path, self._size)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[int, int, str]] = {}
+        for name, entry in header.items():
+            self.shapes[name], self._places[name] = _place(name, entry)
+        _check_places(sorted(self._places.values()), self._size - self._start)
+        self._storage: Any = None
+        for name, (_, _, kind) in self._places.items():
+            if kind not in FORMATS:
+                self._by_the_library(name)  # which knows whether it knows the format
+
+    def spans(self) -> dict[str, Span]:
+        """Where each tensor lies, but for those of formats that only the library knows."""
+        return {
+            name: Span(self._start + begin, self._start + end, FORMATS[kind], self.shapes[name])
+            for name, (begin, end, kind) in self._places.items()
+            if kind in FORMATS
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        begin, end, kind = self._places[name]
+        if kind not in FORMATS or sys.byteorder == "big":
+            return self._by_the_library(name)
+        empty, shape = torch.empty(0, dtype=FORMATS[kind]), self.shapes[name]
+        if begin == end:
+            return empty.reshape(shape)
+        whole: Any = self._storage
+        if whole is None:
+            whole = self._storage = torch.UntypedStorage.from_file(os.fspath(self.path), False, self._size)
+        # A storage of its own for each: who copies, saves or compares one does not do so with the whole file.
+        part = whole[self._start + begin : self._start + end]
+        return empty.set_(part, 0, shape)  # type: ignore[call-overload,no-any-return]
+
+    def _by_the_library(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        library: Any = safe_open
+        with library(self.path, framework="pt", device="cpu") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    """The entries of the header, and where the data behind it starts."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"its header should end at byte {8 + length}, and it has {size} bytes")
+        text = file.read(length)
+    header = json.loads(text.decode("utf-8")) if text[:1] == b"{" else None
+    if not isinstance(header, dict):
+        raise ValueError("it does not begin with a header of safetensors")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _place(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int, str]]:
+    """The shape that the header gives to a tensor, where it begins and ends, and its format."""
+    try:
+        (begin, end), shape, kind = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"its header has no dtype, shape and offsets for {name!r}") from None
+    if not isinstance(kind, str) or any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+        raise ValueError(f"its header has no usable dtype, shape and offsets for {name!r}")
+    dtype = FORMATS.get(kind)
+    if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name!r} has {end - begin} bytes, which is not what its shape {shape} in {kind} takes")
+    return shape, (begin, end, kind)
+
+
+def _check_places(places: list[tuple[int, int, str]], size: int) -> None:
+    """Raises where tensors, in order, leave out a byte of the data or share one."""
+    reached = 0
+    for begin, end, _ in places:
+        if begin != reached or end < begin:
+            raise ValueError(f"its tensors leave a gap or overlap at byte {reached} of the data")
+        reached = end
+    if reached != size:
+        raise ValueError(f"its tensors take {reached} bytes, and {size} are there")
