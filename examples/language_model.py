@@ -115,6 +115,9 @@ def main() -> None:
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: as launched")
     parser.add_argument("--sample", type=int, default=300, help="how many characters to write at the end")
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="keep the trained weights there; examples/big_model.py runs them"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -144,6 +147,8 @@ def main() -> None:
         loss = evaluate(accelerator, model, test_loader)
         accelerator.print(f"epoch {epoch + 1}: loss {loss:.3f}, perplexity {math.exp(loss):.2f}")
 
+    if args.save:
+        accelerator.save_model(model, args.save, max_shard_size="500KB")  # in several files, as a large model would be
     if accelerator.is_main_process:
         print(accelerator.unwrap_model(model).write("def ", args.sample))
     accelerator.wait_for_everyone()

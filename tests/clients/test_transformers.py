@@ -80,6 +80,20 @@ def test_a_pretrained_model_spread_over_memory_and_disk(tmp_path: Path) -> None:
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["auto", "sequential"])
+def test_a_map_made_for_little_memory(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, ids = tiny(), torch.randint(0, 32, (2, 3))
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=kind, max_memory={"cpu": 30_000}, offload_folder=tmp_path / "offload"
+    )
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    options: Any = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(spread.generate(ids, **options), model.generate(ids, **options))
+
+
 def test_ours_spreads_a_model_of_theirs(tmp_path: Path) -> None:
     import accelerate
 

@@ -49,9 +49,11 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "placement.tensors": ("id_tensor_storage", "named_module_tensors", "set_module_tensor_to_device"),
     "placement.tied": ("find_tied_parameters", "retie_parameters"),
     "precision.helpers": ("get_grad_scaler", "get_mixed_precision_context_manager"),
+    "quantization": ("has_4bit_bnb_layers", "load_and_quantize_model"),
     "runtime.collectives": (
         "CannotPadNestedTensorWarning",
         "GatheredParameters",
+        "avg_losses_across_data_parallel_group",
         "broadcast",
         "broadcast_object_list",
         "copy_tensor_to_devices",
@@ -81,7 +83,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "set_numa_affinity",
     ),
     "runtime.memory": ("find_executable_batch_size", "release_memory"),
-    "runtime.modules": ("get_module_children_bottom_up", "is_peft_model"),
+    "runtime.modules": ("get_model_tp_size", "get_module_children_bottom_up", "is_peft_model", "model_has_dtensor"),
     "runtime.probe": (
         "compare_versions",
         "deepspeed_required",
@@ -236,10 +238,21 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TorchTensorParallelConfig",
         "TorchTensorParallelPlugin",
     ),
-    "strategies.compile": ("compile_regions", "has_compiled_regions"),
+    "settings.quantization": ("BnbQuantizationConfig",),
+    "strategies.compile": ("compile_regions", "compile_regions_fsdp2", "has_compiled_regions"),
+    "strategies.fsdp2_functions": (
+        "ensure_weights_retied",
+        "fsdp2_apply_ac",
+        "fsdp2_canonicalize_names",
+        "fsdp2_load_full_state_dict",
+        "fsdp2_prepare_model",
+        "fsdp2_switch_optimizer_parameters",
+        "get_fsdp2_grad_scaler",
+    ),
 }
 _EXPORTS = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = (
+    "bnb",
     "constants",
     "dataclasses",
     "deepspeed",

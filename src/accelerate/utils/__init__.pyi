@@ -45,8 +45,13 @@ from accelerate.placement.tied import find_tied_parameters as find_tied_paramete
 from accelerate.placement.tied import retie_parameters as retie_parameters
 from accelerate.precision.helpers import get_grad_scaler as get_grad_scaler
 from accelerate.precision.helpers import get_mixed_precision_context_manager as get_mixed_precision_context_manager
+from accelerate.quantization import has_4bit_bnb_layers as has_4bit_bnb_layers
+from accelerate.quantization import load_and_quantize_model as load_and_quantize_model
 from accelerate.runtime.collectives import CannotPadNestedTensorWarning as CannotPadNestedTensorWarning
 from accelerate.runtime.collectives import GatheredParameters as GatheredParameters
+from accelerate.runtime.collectives import (
+    avg_losses_across_data_parallel_group as avg_losses_across_data_parallel_group,
+)
 from accelerate.runtime.collectives import broadcast as broadcast
 from accelerate.runtime.collectives import broadcast_object_list as broadcast_object_list
 from accelerate.runtime.collectives import copy_tensor_to_devices as copy_tensor_to_devices
@@ -73,8 +78,10 @@ from accelerate.runtime.machine import is_port_in_use as is_port_in_use
 from accelerate.runtime.machine import set_numa_affinity as set_numa_affinity
 from accelerate.runtime.memory import find_executable_batch_size as find_executable_batch_size
 from accelerate.runtime.memory import release_memory as release_memory
+from accelerate.runtime.modules import get_model_tp_size as get_model_tp_size
 from accelerate.runtime.modules import get_module_children_bottom_up as get_module_children_bottom_up
 from accelerate.runtime.modules import is_peft_model as is_peft_model
+from accelerate.runtime.modules import model_has_dtensor as model_has_dtensor
 from accelerate.runtime.probe import compare_versions as compare_versions
 from accelerate.runtime.probe import deepspeed_required as deepspeed_required
 from accelerate.runtime.probe import is_4bit_bnb_available as is_4bit_bnb_available
@@ -229,8 +236,18 @@ from accelerate.settings.parallel import DeepSpeedSequenceParallelConfig as Deep
 from accelerate.settings.parallel import TorchContextParallelConfig as TorchContextParallelConfig
 from accelerate.settings.parallel import TorchTensorParallelConfig as TorchTensorParallelConfig
 from accelerate.settings.parallel import TorchTensorParallelPlugin as TorchTensorParallelPlugin
+from accelerate.settings.quantization import BnbQuantizationConfig as BnbQuantizationConfig
 from accelerate.strategies.compile import compile_regions as compile_regions
+from accelerate.strategies.compile import compile_regions_fsdp2 as compile_regions_fsdp2
 from accelerate.strategies.compile import has_compiled_regions as has_compiled_regions
+from accelerate.strategies.fsdp2_functions import ensure_weights_retied as ensure_weights_retied
+from accelerate.strategies.fsdp2_functions import fsdp2_apply_ac as fsdp2_apply_ac
+from accelerate.strategies.fsdp2_functions import fsdp2_canonicalize_names as fsdp2_canonicalize_names
+from accelerate.strategies.fsdp2_functions import fsdp2_load_full_state_dict as fsdp2_load_full_state_dict
+from accelerate.strategies.fsdp2_functions import fsdp2_prepare_model as fsdp2_prepare_model
+from accelerate.strategies.fsdp2_functions import fsdp2_switch_optimizer_parameters as fsdp2_switch_optimizer_parameters
+from accelerate.strategies.fsdp2_functions import get_fsdp2_grad_scaler as get_fsdp2_grad_scaler
+from accelerate.utils import bnb as bnb
 from accelerate.utils import constants as constants
 from accelerate.utils import dataclasses as dataclasses
 from accelerate.utils import deepspeed as deepspeed

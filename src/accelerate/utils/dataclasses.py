@@ -40,11 +40,13 @@ from ..settings.parallel import (
     TorchTensorParallelConfig,
     TorchTensorParallelPlugin,
 )
+from ..settings.quantization import BnbQuantizationConfig
 
 __all__ = [
     "AORecipeKwargs",
     "AutocastKwargs",
     "BaseEnum",
+    "BnbQuantizationConfig",
     "ComputeEnvironment",
     "CustomDtype",
     "DDPCommunicationHookType",

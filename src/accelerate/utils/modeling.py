@@ -25,6 +25,7 @@ from ..placement.sizes import (
     compute_module_total_buffer_size,
     dtype_byte_size,
     get_max_layer_size,
+    get_module_leaves,
 )
 from ..placement.tensors import (
     check_device_same,
@@ -60,6 +61,7 @@ __all__ = [
     "get_max_layer_size",
     "get_max_memory",
     "get_mixed_precision_context_manager",
+    "get_module_leaves",
     "get_non_persistent_buffers",
     "get_state_dict_from_offload",
     "get_state_dict_offloaded_model",

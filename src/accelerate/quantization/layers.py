@@ -1,0 +1,209 @@
+"""bitsandbytes' linear layers, with what they lack: weights that come and go, and states that load as they were saved.
+
+Imports bitsandbytes, so this module is imported when something is quantised.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState
+from torch import nn
+
+from ..settings.quantization import BnbQuantizationConfig
+from .selection import Linear
+
+Companions = Mapping[str, torch.Tensor]
+
+_NUMBERS_AT_ONCE = 2**18
+
+
+class Linear8bitLt(bnb.nn.Linear8bitLt):
+    """An 8-bit layer without a weight so far.
+
+    Args:
+        shape: What it stands for.
+        config: How it is quantised.
+    """
+
+    offloaded = False
+
+    def __init__(self, shape: Linear, config: BnbQuantizationConfig) -> None:
+        super().__init__(
+            shape.inputs,
+            shape.outputs,
+            bias=shape.bias,
+            has_fp16_weights=False,
+            threshold=config.llm_int8_threshold,
+            device="meta",
+        )
+
+    def quantise(self, weight: torch.Tensor, device: torch.device) -> None:
+        """Takes a weight, (outputs, inputs), as 8-bit numbers on a device."""
+        values = torch.empty(weight.shape, dtype=torch.int8, device=device)
+        scales = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
+        for rows, part in _parts(weight, device):
+            values[rows], scales[rows], _ = bnb.functional.int8_vectorwise_quant(part.half())
+        self._hold(values, scales)
+
+    def adopt(self, weight: torch.Tensor, companions: Companions, device: torch.device) -> None:
+        """Takes a weight that was quantised before."""
+        self._hold(weight.to(device), companions["SCB"].to(device))
+
+    def _hold(self, values: torch.Tensor, scales: torch.Tensor) -> None:
+        self.state.reset_grads()
+        self.weight = _int8(values, values, scales)
+
+    def let_go(self) -> torch.Tensor:
+        """Gives the weight away, to be fetched before each forward; its scales stay."""
+        values, scales = self.weight.data, self.weight.SCB
+        self.weight = _int8(torch.empty_like(values, device="meta"), None, scales)
+        self.offloaded = True
+        return values
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.offloaded:
+            return super().forward(x)
+        self.weight.CB = self.weight.data  # just fetched: bitsandbytes looks for it there
+        try:
+            return super().forward(x)
+        finally:
+            scales, self.state.CB = self.state.SCB, None  # else it would stay on the device
+            self.weight.CB, self.weight.SCB, self.state.SCB = None, scales, None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.weight.SCB is None and self.state.SCB is not None:  # a forward has moved them to `state`
+            self.weight.CB, self.weight.SCB = self.state.CB, self.state.SCB
+        self.state.reset_grads()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _parts(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A weight in rows, so many at a time that what bitsandbytes makes on the way stays small.
+
+    Their number is a multiple of 64: scales of 4-bit weights, one for 64 numbers, are then those of the whole.
+    """
+    step = len(weight)
+    if device.type == "cpu":  # on a GPU, one call makes no more than its result
+        step = max(_NUMBERS_AT_ONCE // (64 * weight.shape[1]), 1) * 64
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        yield rows, weight[rows].to(device).contiguous()
+
+
+def _nested(state: QuantState) -> QuantState:
+    """The scales quantised too, as `bitsandbytes.functional.quantize_4bit` does it for a whole weight."""
+    offset = state.absmax.mean()
+    scales, second = bnb.functional.quantize_blockwise(state.absmax - offset, blocksize=256)
+    return QuantState(
+        scales, state.shape, state.code, state.blocksize, state.quant_type, state.dtype, offset=offset, state2=second
+    )
+
+
+def _int8(values: torch.Tensor, kept: torch.Tensor | None, scales: torch.Tensor) -> bnb.nn.Int8Params:
+    return bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=kept, SCB=scales)
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """A 4-bit layer without a weight so far; arguments as for `Linear8bitLt`.
+
+    On processors with bf16 instructions, bitsandbytes packs weights anew in the first forward, with scales rounded to bf16.
+    The scales as they were are kept, because a state saved from the rounded ones would not be the model's.
+    """
+
+    def __init__(self, shape: Linear, config: BnbQuantizationConfig) -> None:
+        super().__init__(
+            shape.inputs,
+            shape.outputs,
+            bias=shape.bias,
+            compute_dtype=config.bnb_4bit_compute_dtype,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            device="meta",
+        )
+        # It packs blocks of 32 rows and of 64 columns; others it would refuse in the middle of a forward.
+        if shape.outputs % 32 or shape.inputs % 64:
+            self.support_avx512bf16_for_cpu = False
+
+    def quantise(self, weight: torch.Tensor, device: torch.device) -> None:
+        """Takes a weight, (outputs, inputs), as 4-bit numbers on a device."""
+        values = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device=device)
+        scales, done = [], 0
+        for _, part in _parts(weight, device):
+            found, state = bnb.functional.quantize_4bit(
+                part, blocksize=self.weight.blocksize, compress_statistics=False, quant_type=self.weight.quant_type
+            )
+            values[done : done + len(found)] = found
+            scales.append(state.absmax)
+            done += len(found)
+        state.absmax, state.shape = torch.cat(scales), weight.shape
+        self._hold(values, _nested(state) if self.weight.compress_statistics else state)
+
+    def adopt(self, weight: torch.Tensor, companions: Companions, device: torch.device) -> None:
+        """Takes a weight that was quantised before."""
+        self._hold(weight.to(device), QuantState.from_dict(dict(companions), device=device))
+
+    def _hold(self, values: torch.Tensor, state: QuantState) -> None:
+        self.weight = bnb.nn.Params4bit(
+            values,
+            requires_grad=False,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=values.dtype,
+            module=self,
+            bnb_quantized=True,
+        )
+        self.as_quantised = state
+        self._restore()
+
+    def _restore(self) -> None:
+        """The scales as they were, in an object that bitsandbytes may change."""
+        state = copy.copy(self.as_quantised)
+        if not self.weight.is_meta:
+            state.to(self.weight.device)
+        self.weight.quant_state = self.quant_state = state
+
+    def _unpack(self) -> None:
+        if getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False):
+            super()._save_to_state_dict({}, "", True)  # it unpacks the weight, and rounds its scales on the way
+            self._restore()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear4bit:
+        self._unpack()  # another device does not know the packed form
+        moved: Linear4bit = super()._apply(fn, recurse)
+        return moved
+
+    def let_go(self) -> torch.Tensor:
+        """Gives the weight away, to be fetched before each forward; its scales stay."""
+        values = self.weight.data
+        self._hold(torch.empty_like(values, device="meta"), self.as_quantised)
+        self.support_avx512bf16_for_cpu = False  # packed in one forward, it would be fetched unpacked in the next
+        return values
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        start = f"{prefix}weight."
+        companions = {
+            name.removeprefix(prefix): state_dict.pop(name) for name in list(state_dict) if name.startswith(start)
+        }
+        weight = state_dict.get(f"{prefix}weight")
+        if companions and weight is not None:
+            device = self.weight.device
+            self._hold(torch.empty_like(weight, device=device), QuantState.from_dict(companions, device=device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def empty_layer(shape: Linear, config: BnbQuantizationConfig) -> Linear8bitLt | Linear4bit:
+    """The layer that takes the place of a linear one, without values."""
+    layer = Linear8bitLt(shape, config) if config.load_in_8bit else Linear4bit(shape, config)
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.to(config.torch_dtype), requires_grad=layer.bias.requires_grad)
+    return layer
