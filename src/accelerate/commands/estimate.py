@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..settings import env
+from . import estimate_map, estimate_ranks
 from .estimate_model import (
     EstimateError,
     add_timm_hub_prefix,
@@ -21,6 +22,9 @@ from .estimate_model import (
 from .parsers import add, make_parser
 
 if TYPE_CHECKING:
+    from .estimate_map import Placed
+    from .estimate_ranks import Plan
+    from .estimate_sharding import RankMemory
     from .estimate_step import StepMemory
 
 __all__ = [
@@ -80,6 +84,8 @@ def estimate_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     )
     add(parser, "--sequence_length", type=_positive, help=f"tokens in a sample of that step ({_SEQUENCE_LENGTH})")
     add(parser, "--json", action="store_true", help="print bytes as JSON instead of a table")
+    estimate_map.add_flags(parser)
+    estimate_ranks.add_flags(parser)
     parser.set_defaults(func=estimate_command)
     return parser
 
@@ -143,23 +149,57 @@ def follow(args: argparse.Namespace) -> tuple[str, str, dict[str, StepMemory]]:
     Raises:
         EstimateError: when the step cannot be followed.
     """
-    import torch
-
     from .estimate_step import CannotFollow, follow_step
 
-    with torch.device("meta"):
-        model = make(find(args.model_name, args.library_name), args.trust_remote_code, with_head=True).float()
-    name = type(model).__name__
-    batch, tokens = _batch(args)
+    model, name, words = _trained(args)
     steps = {}
     for dtype, label in (("float32", "float32"), ("float16", "mixed float16")):
         if dtype in args.dtypes:
             try:
-                steps[label] = follow_step(model, batch, tokens, mixed=dtype != "float32")
+                steps[label] = follow_step(model, *_batch(args), mixed=dtype != "float32", at_once=not _on_cpu(args))
             except CannotFollow as error:
                 raise EstimateError(f"a training step of {name} cannot be followed: {error}") from error
+    return name, words, steps
+
+
+def follow_ranks(args: argparse.Namespace, plan: Plan) -> tuple[str, str, RankMemory]:
+    """What a rank of a planned run holds in a training step: the model's class, the batch in words, and the figures.
+
+    Raises:
+        EstimateError: when the step cannot be followed.
+    """
+    from .estimate_sharding import rank_memory
+    from .estimate_step import CannotFollow, follow_units
+
+    model, name, words = _trained(args)
+    try:
+        step = follow_units(
+            model,
+            *_batch(args),
+            mixed=plan.precision != "no",
+            units=plan.units,
+            half=plan.sharding.compute is not None,
+            checkpoint=plan.checkpoint,
+            at_once=not plan.on_cpu,
+        )
+    except CannotFollow as error:
+        raise EstimateError(f"a training step of {name} cannot be followed: {error}") from error
+    return name, words, rank_memory(step, plan.sharding)
+
+
+def _trained(args: argparse.Namespace) -> tuple[Any, str, str]:
+    """The model as it is trained, the name of its class, and the batch in words."""
+    import torch
+
+    with torch.device("meta"):
+        model = make(find(args.model_name, args.library_name), args.trust_remote_code, with_head=True).float()
+    batch, tokens = _batch(args)
     of_text = getattr(model, "main_input_name", None) == "input_ids"
-    return name, f"batch size {batch}" + (f", {tokens} tokens each" if of_text else ""), steps
+    return model, type(model).__name__, f"batch size {batch}" + (f", {tokens} tokens each" if of_text else "")
+
+
+def _on_cpu(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "cpu", False))
 
 
 def _batch(args: argparse.Namespace) -> tuple[int, int]:
@@ -197,32 +237,82 @@ def estimate_command(args: argparse.Namespace) -> None:
     """Prints the estimate.
 
     Raises:
-        EstimateError: when there is no such model, or it cannot be made.
+        EstimateError: when there is no such model, it cannot be made, or flags do not go together.
     """
-    rows = gather_data(args)
-    wanted = args.batch_size is not None or args.sequence_length is not None
+    limits = estimate_map.limits_of(args)
+    settings = estimate_ranks.settings_of(args)
+    plan = None if settings is None else estimate_ranks.plan(settings)
+    model = create_empty_model(args.model_name, args.library_name, args.trust_remote_code)
+    rows = _rows(model, args.dtypes)
+    placed, steps, ranks = None, None, None
+    if args.device_map is not None:
+        placed = estimate_map.place(model, args.device_map, limits, args.no_split_module_classes, args.dtypes[0])
+    if plan is not None:
+        ranks = follow_ranks(args, plan)
+    elif args.batch_size is not None or args.sequence_length is not None:
+        steps = follow(args)
     if args.json:
-        _print_json(args, rows, follow(args) if wanted else None)
+        _print_json(args, rows, placed, steps, plan, ranks)
         return
+    _print_sizes(args.model_name, rows)
+    if placed is not None:
+        _print_map(f"The map {args.device_map!r} of {type(model).__name__} in {args.dtypes[0]}", placed)
+    if steps is not None:
+        _print_steps(*steps)
+    if plan is not None and ranks is not None:
+        _print_ranks(plan, *ranks)
+
+
+def _shown(size: float | None) -> str:
     from ..runtime.helpers import convert_bytes
 
-    def shown(size: float | None) -> str:
-        return "N/A" if size is None else convert_bytes(size)
+    return "N/A" if size is None else convert_bytes(size)
 
+
+def _print_sizes(model: str, rows: list[list[Any]]) -> None:
     table = [
-        [dtype, shown(largest), shown(total), shown(training_total(usage))] for dtype, largest, total, usage in rows
+        [dtype, _shown(largest), _shown(total), _shown(training_total(usage))] for dtype, largest, total, usage in rows
     ]
     headers = ["dtype", "Largest Layer", "Total Size", "Training using Adam"]
-    _print_table(f"Memory usage for loading {args.model_name}", headers, table)
-    if wanted:
-        name, batch, steps = follow(args)
-        fields = ("weights", "gradients", "optimizer", "activations", "peak")
-        table = [[label, *(shown(getattr(step, field)) for field in fields)] for label, step in steps.items()]
-        headers = ["precision", "Weights", "Gradients", "Adam", "Activations", "Peak"]
-        _print_table(f"A training step of {name}, {batch}", headers, table)
+    _print_table(f"Memory usage for loading {model}", headers, table)
 
 
-def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_map(title: str, placed: Sequence[Placed]) -> None:
+    table = [
+        [str(one.device), "\n".join(estimate_map.shortened(one.modules)) or "-", _shown(one.size)]
+        + ["no limit" if one.limit is None else _shown(one.limit)]
+        for one in placed
+    ]
+    _print_table(title, ["device", "Modules", "Size", "Limit"], table, left=2)
+
+
+def _print_steps(name: str, batch: str, steps: dict[str, StepMemory]) -> None:
+    fields = ("weights", "gradients", "optimizer", "activations", "peak")
+    table = [[label, *(_shown(getattr(step, field)) for field in fields)] for label, step in steps.items()]
+    headers = ["precision", "Weights", "Gradients", "Adam", "Activations", "Peak"]
+    _print_table(f"A training step of {name}, {batch}", headers, table)
+
+
+def _print_ranks(plan: Plan, name: str, batch: str, memory: RankMemory) -> None:
+    parts = {
+        "Weights": memory.weights,
+        "Gradients": memory.gradients,
+        "Adam": memory.optimizer,
+        "Activations": memory.activations,
+        "Gathered": memory.gathered,
+        "Peak": memory.peak,
+    }
+    offloaded = ("Weights", "Gradients", "Adam") if memory.host else ()
+    table = [[part, _shown(size), "memory" if part in offloaded else "device"] for part, size in parts.items()]
+    title = f"A training step of {name}, {batch}: {plan.title}"
+    headers = ["part", "Each rank holds", "Where"]
+    if memory.host:
+        _print_table(title, headers, table)
+    else:
+        _print_table(title, headers[:2], [row[:2] for row in table])
+
+
+def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -230,7 +320,7 @@ def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str
 
     table = Table(box=box.SQUARE, header_style="bold")
     for number, header in enumerate(headers):
-        table.add_column(Text(header), justify="right" if number else "left", overflow="fold")
+        table.add_column(Text(header), justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console(highlight=False)
@@ -239,7 +329,12 @@ def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str
 
 
 def _print_json(
-    args: argparse.Namespace, rows: list[list[Any]], step: tuple[str, str, dict[str, StepMemory]] | None
+    args: argparse.Namespace,
+    rows: list[list[Any]],
+    placed: list[Placed] | None,
+    steps: tuple[str, str, dict[str, StepMemory]] | None,
+    plan: Plan | None,
+    ranks: tuple[str, str, RankMemory] | None,
 ) -> None:
     import dataclasses
     import json
@@ -255,13 +350,17 @@ def _print_json(
             for dtype, largest, total, usage in rows
         },
     }
-    if step is not None:
-        content["training_step"] = {
-            "class": step[0],
-            "batch_size": _batch(args)[0],
-            "sequence_length": _batch(args)[1],
-            "precisions": {label: dataclasses.asdict(memory) for label, memory in step[2].items()},
+    if placed is not None:
+        content["device_map"] = {
+            str(one.device): {"modules": list(one.modules), "size": one.size, "limit": one.limit} for one in placed
         }
+    about = {"batch_size": _batch(args)[0], "sequence_length": _batch(args)[1]}
+    if steps is not None:
+        precisions = {label: dataclasses.asdict(memory) for label, memory in steps[2].items()}
+        content["training_step"] = {"class": steps[0], **about, "precisions": precisions}
+    if plan is not None and ranks is not None:
+        rank = dataclasses.asdict(ranks[2])
+        content["training_step"] = {"class": ranks[0], **about, "plan": plan.title, "rank": rank}
     print(json.dumps(content, indent=2))
 
 

@@ -155,7 +155,8 @@ def _run(source: str, output: str | None, overwrite: bool) -> None:
         write(target, dump(content, as_json, sort=False))
         kept_comments = b"#" not in data
     elif converted:
-        text, kept_comments = rewritten(data, content, as_json)
+        renamed = {"fsdp_sharding_strategy": "fsdp_reshard_after_forward"}
+        text, kept_comments = rewritten(data, content, as_json, renamed)
         write(target, text)
     elif target != source:
         write(target, data)

@@ -15,6 +15,7 @@ from torch import nn
 from accelerate.commands import estimate, estimate_model
 from accelerate.commands.estimate_model import EstimateError, Source
 from accelerate.commands.estimate_step import CannotFollow, follow_step
+from accelerate.utils import convert_to_fp32
 
 CASES = json.loads((Path(__file__).resolve().parents[2] / "data" / "estimate_behaviours.json").read_text())
 needs_transformers = pytest.mark.skipif(
@@ -100,6 +101,8 @@ def measured_peak(model: nn.Module, batch: dict[str, torch.Tensor], mixed: bool)
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             output = model(**batch)
+        if mixed:
+            output = convert_to_fp32(output)  # as a prepared model does
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -194,6 +194,15 @@ def test_comments_order_and_quotes_stay(tmp_path: Path, capsys: pytest.CaptureFi
     assert before.fsdp.replace(sharding_strategy="FULL_SHARD") == after.fsdp
 
 
+def test_the_comment_of_a_key_that_goes_goes_with_it() -> None:
+    text = "# top\na: 1\n# about b\nb: 2  # behind b\nfsdp_backward_prefetch_policy: NO  # early\nc: 3  # behind c\n# end\n"
+    wanted = {"a": 1, "z": 9, "fsdp_backward_prefetch": "NO", "y": 8}
+    made = rewritten(text.encode(), wanted, as_json=False)
+    assert made == ("# top\na: 1\nz: 9\nfsdp_backward_prefetch: 'NO'  # early\ny: 8\n# end\n", True)
+    made = rewritten(b"b: 2  # behind b\nc: 3\n", {"n": 2, "c": 3}, as_json=False, renamed={"b": "n"})
+    assert made.text == "n: 2  # behind b\nc: 3\n"
+
+
 def test_where_comments_cannot_be_kept_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("{distributed_type: NO,  # alone\n num_processes: 1}\n")

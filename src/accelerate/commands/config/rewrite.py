@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...launch import config_file
 from ...launch.config_text import dump, parse
 
 if TYPE_CHECKING:
@@ -22,28 +23,43 @@ class Rewritten(NamedTuple):
     kept_comments: bool
 
 
-def rewritten(data: bytes, content: Mapping[str, Any], as_json: bool) -> Rewritten:
-    """The text of a file that holds `data`, once it is to say `content`."""
+def rewritten(
+    data: bytes, content: Mapping[str, Any], as_json: bool, renamed: Mapping[str, str] | None = None
+) -> Rewritten:
+    """The text of a file that holds `data`, once it is to say `content`.
+
+    Args:
+        data: The file's bytes.
+        content: What it is to say.
+        as_json: Whether it is in JSON.
+        renamed: New keys by the old ones whose place and comments they take; spellings of one option need not be named.
+    """
     if as_json:
         return Rewritten(dump(content, as_json=True, sort=False), True)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = data.decode("utf-16")
     else:
         text = data.decode("utf-8-sig")
-    edited = _edited(text, content)
+    edited = _edited(text, content, _options() | {new: old for old, new in (renamed or {}).items()})
     if edited is not None:
         return Rewritten(edited, True)
     return Rewritten(dump(content, sort=False), "#" not in text)
 
 
-def _edited(text: str, content: Mapping[str, Any]) -> str | None:
+def _options() -> dict[str, str]:
+    """The option that each key spells."""
+    top, inside = config_file.tables()
+    return {key: entry.dest for table in (*inside.values(), top) for key, entry in table.items()}
+
+
+def _edited(text: str, content: Mapping[str, Any], options: Mapping[str, str]) -> str | None:
     import yaml
 
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     lines = text.splitlines(keepends=True)
     if not isinstance(node, yaml.MappingNode) or not _laid_out(node) or not lines[-1].endswith("\n"):
         return None
-    made = "".join(_lines(node, lines, 0, len(lines), parse(text.encode()), content))
+    made = "".join(_lines(node, lines, 0, len(lines), parse(text.encode()), content, options))
     try:
         return made if parse(made.encode()) == content else None
     except (ValueError, UnicodeEncodeError):
@@ -61,7 +77,13 @@ def _laid_out(node: yaml.Node) -> bool:
 
 
 def _lines(
-    node: yaml.MappingNode, lines: list[str], begin: int, end: int, old: Mapping[str, Any], content: Mapping[str, Any]
+    node: yaml.MappingNode,
+    lines: list[str],
+    begin: int,
+    end: int,
+    old: Mapping[str, Any],
+    content: Mapping[str, Any],
+    options: Mapping[str, str],
 ) -> Iterator[str]:
     """The lines `begin` to `end`, which `node` stands on and which say `old`, once they are to say `content`."""
     names = [key.value for key, _ in node.value]
@@ -73,8 +95,9 @@ def _lines(
     following = 0  # the place among the old keys that comes after the last one written
     for name, value in content.items():
         there = name in old and name in names
-        where = names.index(name) if there else following
-        replaces = where < len(names) and (there or names[where] not in content)
+        before = name if there else _before(name, names, content, options)
+        where = names.index(before) if before is not None else following
+        replaces = before is not None  # else its lines are nobody's: the comments of a key that goes, go with it
         above = lines[tops[where] : keys[where]] if replaces else []
         following = where + 1 if replaces else following
         inner = node.value[where][1] if there else None
@@ -84,13 +107,19 @@ def _lines(
             yield from above
             first = inner.start_mark.line
             yield from lines[keys[where] : first]
-            yield from _lines(inner, lines, first, tops[where + 1], old[name], value)
+            yield from _lines(inner, lines, first, tops[where + 1], old[name], value, options)
         else:
             yield from above
             made = [indent + line for line in dump({name: value}, sort=False).splitlines()]
             behind = _behind(node.value[where], lines) if replaces else ""
             yield from (line + "\n" for line in [made[0] + behind, *made[1:]])
     yield from lines[tops[-1] : end]
+
+
+def _before(name: str, names: list[str], content: Mapping[str, Any], options: Mapping[str, str]) -> str | None:
+    """The old key that `name` takes the place of: it is gone, and spelt the same option."""
+    option = options.get(name, name)
+    return next((old for old in names if old not in content and option in (old, options.get(old))), None)
 
 
 def _above(lines: list[str], before: int, line: int) -> int:
