@@ -21,7 +21,7 @@ demo: $(VENV)/.ready-examples  ## train a small network on handwritten digits, o
 	@"$(PY)" -m accelerate.commands.accelerate_cli launch --cpu --num_processes 2 examples/digits.py
 
 test: $(VENV)/.ready-test  ## run the tests (TESTS=tests/unit for a part), and say what was skipped and why
-	@"$(PY)" -m pytest -rs $(TESTS)
+	@"$(PY)" -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 clouds: $(CLOUDS)/.ready  ## install SageMaker's SDK and an AWS to test against into .venv-clouds; `make test` finds it
 
@@ -40,6 +40,7 @@ bench: $(VENV)/.ready-test  ## measure what the wrappers cost beside raw PyTorch
 crash: $(VENV)/.ready-test  ## kill and damage checkpoints in thousands of ways and load what is left (needs strace)
 	@"$(PY)" -W ignore -m tests.helpers.crash --points 208
 	@"$(PY)" -W ignore -m tests.helpers.crash --points 108 --ranks 2
+	@"$(PY)" -W ignore -m tests.helpers.crash --points 54 --sharded
 	@"$(PY)" -W ignore -m tests.helpers.corruption
 
 docs: $(VENV)/.ready-docs  ## build the documentation into site/

@@ -4,6 +4,7 @@ from accelerate import accelerator as accelerator
 from accelerate import checkpointing as checkpointing
 from accelerate import commands as commands
 from accelerate import data_loader as data_loader
+from accelerate import inference as inference
 from accelerate import launchers as launchers
 from accelerate import local_sgd as local_sgd
 from accelerate import logging as logging
@@ -17,6 +18,7 @@ from accelerate import tracking as tracking
 from accelerate import utils as utils
 from accelerate.accelerator import Accelerator as Accelerator
 from accelerate.data_loader import skip_first_batches as skip_first_batches
+from accelerate.inference import prepare_pippy as prepare_pippy
 from accelerate.launchers import debug_launcher as debug_launcher
 from accelerate.launchers import notebook_launcher as notebook_launcher
 from accelerate.parallelism_config import ParallelismConfig as ParallelismConfig

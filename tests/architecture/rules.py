@@ -6,6 +6,7 @@ A finding is "line: what was found". Files are named by their path below src/acc
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -98,6 +99,30 @@ def distributed_type_compared(tree: ast.Module) -> Iterator[str]:
                 yield f"{node.lineno}: {ast.unparse(node)}"
         elif isinstance(node, ast.Match) and asks(node.subject):
             yield f"{node.lineno}: match {ast.unparse(node.subject)}"
+
+
+def asks_how_sharded(tree: ast.Module) -> Iterator[str]:
+    """No condition is about FSDP or the device mesh; the strategy is asked to act, and knows."""
+    words = re.compile(r"fsdp|mesh|parallelism|sharded_by|tp_size|cp_size|dp_shard|dp_replicate", re.IGNORECASE)
+
+    def conditions(node: ast.AST) -> Iterator[ast.expr]:
+        for part in ast.walk(node):
+            if isinstance(part, (ast.If, ast.IfExp, ast.While, ast.Assert)):
+                yield part.test
+            elif isinstance(part, ast.comprehension):
+                yield from part.ifs
+            elif isinstance(part, ast.Match):
+                yield part.subject
+            elif isinstance(part, ast.BoolOp):
+                yield from part.values[:-1]
+
+    for qualified, function in [("", tree), *functions(tree)]:
+        inner = {id(part) for _, other in functions(function) for part in ast.walk(other)}
+        for condition in conditions(function):
+            names = {part.id for part in ast.walk(condition) if isinstance(part, ast.Name)}
+            names |= {part.attr for part in ast.walk(condition) if isinstance(part, ast.Attribute)}
+            if id(condition) not in inner and any(map(words.search, names)):
+                yield f"{qualified}: {ast.unparse(condition)}"
 
 
 def unsafe_loading(tree: ast.Module) -> Iterator[str]:

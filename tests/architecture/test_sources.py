@@ -144,6 +144,46 @@ def test_utils_only_re_exports() -> None:
     assert list(rules.defines_something(ast.parse("def helper(): ...")))
 
 
+def asking_how_sharded(sources: dict[str, ast.Module]) -> tuple[list[str], set[str | None]]:
+    """In the façade, checkpointing and data loading: conditions about FSDP or the mesh, and the excuses that were used."""
+    layers = ("accelerator.py", "optimizer.py", "scheduler.py", "checkpointing/", "data_loader/")
+    findings = [
+        (path, finding)
+        for path, tree in sources.items()
+        if path.startswith(layers)
+        for finding in rules.asks_how_sharded(tree)
+    ]
+    excuses = [excused(path, finding, exceptions.HOW_SHARDED) for path, finding in findings]
+    broken = [f"{path}: {finding}" for (path, finding), excuse in zip(findings, excuses, strict=True) if excuse is None]
+    return broken, set(excuses)
+
+
+def test_facade_checkpoints_and_loaders_do_not_ask_how_a_model_is_sharded() -> None:
+    broken, used = asking_how_sharded(SOURCES)
+    assert not broken, f"{rules.asks_how_sharded.__doc__}\n" + "\n".join(broken)
+    assert exceptions.HOW_SHARDED.keys() == used, "exceptions that no longer apply"
+
+
+ASKING = [
+    "def f(self):\n    if self.is_fsdp2: ...",
+    "class A:\n    def f(self):\n        return 1 if self.state.fsdp_plugin is not None else 2",
+    "x = [a for a in b if mesh['tp']]",
+    "def f():\n    return parallelism_config and parallelism_config.tp_enabled",
+    "while settings.tp_size > 1: ...",
+    "match plugin.fsdp_version:\n    case _: ...",
+    "assert self.torch_device_mesh is None",
+]
+
+
+@pytest.mark.parametrize("text", ASKING)
+def test_asking_how_a_model_is_sharded_is_noticed(text: str) -> None:
+    for path in ("accelerator.py", "checkpointing/saving.py", "data_loader/plan.py"):
+        assert asking_how_sharded({path: ast.parse(text)})[0]
+    assert not asking_how_sharded({"strategies/fsdp2.py": ast.parse(text)})[0]
+    passed = "def f(self):\n    return build(mesh=self.mesh, fsdp=self.fsdp_plugin) if self.models else None"
+    assert not asking_how_sharded({"accelerator.py": ast.parse(passed)})[0]
+
+
 def too_long(lengths: dict[str, int]) -> list[str]:
     """Files beyond their limit, and exceptions that are no longer needed."""
     broken = []

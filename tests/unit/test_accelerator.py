@@ -288,20 +288,9 @@ def test_bad_settings_say_what_is_wrong():
 @pytest.mark.parametrize(
     ("given", "variable", "message"),
     [
-        (
-            {"fsdp_plugin": lambda: FullyShardedDataParallelPlugin(fsdp_version=1, cpu_offload=True)},
-            None,
-            "cpu_offload is not",
-        ),
-        (
-            {"fsdp_plugin": lambda: FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)},
-            None,
-            "cpu_offload is not",
-        ),
         ({"deepspeed_plugin": DeepSpeedPlugin}, "DEEPSPEED", r"deepspeed_plugin \(--use_deepspeed\).*not part of this"),
         ({"megatron_lm_plugin": MegatronLMPlugin}, "MEGATRON_LM", r"megatron_lm_plugin \(--use_mega.*not part of this"),
-        ({"parallelism_config": lambda: ParallelismConfig(tp_size=2)}, None, "asks for tp_size=2.*not part of this"),
-        ({"torch_tp_plugin": lambda: TorchTensorParallelPlugin(tp_size=2)}, None, "asks for tp_size=2.*not part of"),
+        ({"parallelism_config": lambda: ParallelismConfig(sp_size=2)}, None, "asks for sp_size=2.*not part of this"),
     ],
 )
 def test_what_this_version_cannot_train_with_is_refused_before_anything_changes(given, variable, message, monkeypatch):
@@ -313,6 +302,13 @@ def test_what_this_version_cannot_train_with_is_refused_before_anything_changes(
         with pytest.raises(ValueError, match=message):
             Accelerator(cpu=True)
         assert not AcceleratorState._shared_state
+
+
+def test_a_mesh_fits_the_ranks():
+    with pytest.raises(ValueError, match="tp_size 2 = 2 ranks, but 1 processes"):
+        Accelerator(cpu=True, parallelism_config=ParallelismConfig(tp_size=2))
+    with pytest.raises(ValueError, match="tp_size 2 = 2 ranks, but 1 processes"):
+        Accelerator(cpu=True, torch_tp_plugin=TorchTensorParallelPlugin(tp_size=2))
 
 
 def test_sharding_needs_a_process_group():

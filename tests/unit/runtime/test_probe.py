@@ -23,7 +23,7 @@ ON_A_CPU_BOX = next(case["output"] for case in CASES if case["name"] == "is_avai
 INSTALLED_HERE = {
     f"is_{name}_available"
     for name in ("datasets", "pandas", "peft", "pytest", "torchdata", "transformers", "matplotlib", "boto3", "timm")
-}
+} | {name for name in ON_A_CPU_BOX if "bnb" in name or "bitsandbytes" in name}
 PROBES = sorted(name for name in dir(probe) if name.startswith("is_") and name not in ("is_torch_version",))
 
 
@@ -50,7 +50,7 @@ def test_installed_packages_are_found():
 
 
 def test_packages_are_looked_up_without_torch():
-    names = [name for name in PROBES if name not in {*DEVICE_PROBES, "is_torch_distributed_available"}]
+    names = [name for name in PROBES if name not in {*DEVICE_PROBES, *IMPORTING}]
     code = (
         "import sys; from accelerate.runtime import probe\n"
         f"[getattr(probe, name)() for name in {names!r}]\n"
@@ -59,6 +59,7 @@ def test_packages_are_looked_up_without_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+IMPORTING = {"is_torch_distributed_available", "is_bitsandbytes_multi_backend_available"}
 DEVICE_PROBES = {
     "is_cuda_available",
     "is_rocm_available",
