@@ -43,7 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser,
         "--device_map",
         choices=MAPS,
-        help="also show where each part goes, in the first of --dtypes; auto is balanced",
+        metavar="KIND",
+        help=f"also show where each part goes, in the first of --dtypes: {', '.join(MAPS)} (auto is balanced)",
     )
     add(
         parser,

@@ -75,13 +75,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for entry in entries(LaunchSettings):
         if entry.dest not in _OPTIONS:
             continue
-        given: dict[str, Any] = {"dest": entry.dest, "default": argparse.SUPPRESS, "help": entry.option.help}
+        given: dict[str, Any] = {"dest": entry.dest, "default": argparse.SUPPRESS}
         if entry.option.switch:
-            add(group, *entry.flags, action="store_true", **given)
+            given["action"] = "store_true"
         else:
-            choices = entry.option.choices
-            metavar = "{" + ",".join(map(str, choices)) + "}" if choices else entry.dest.rpartition("_")[2].upper()
-            add(group, *entry.flags, type=_converter(entry), metavar=metavar, **given)
+            word = "YES" if entry.type.startswith("bool") else entry.dest.rpartition("_")[2].upper()
+            given |= {"type": _converter(entry), "metavar": word}
+        choices = ", ".join(map(str, entry.option.choices or ()))
+        shown, *others = entry.flags
+        add(group, shown, help=f"{entry.option.help}: {choices}" if choices else entry.option.help, **given)
+        if others:
+            add(group, *others, help=argparse.SUPPRESS, **given)
 
 
 def _converter(entry: Entry) -> Callable[[str], Any]:
