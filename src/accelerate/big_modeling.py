@@ -21,6 +21,7 @@ from .hooks import (
     attach_layerwise_casting_hooks,
     remove_hook_from_submodules,
 )
+from .hooks.align import release_offloaded
 from .hooks.attach import reader_for
 from .hooks.dispatch import Dispatch
 from .placement.device_map import (
@@ -246,7 +247,8 @@ def dispatch_model(
     """Spreads a model over devices, memory and disk as a map says, with hooks that make its forward work.
 
     Args:
-        model: The model; changed in place. The map is kept as ``model.hf_device_map``.
+        model: The model; changed in place. The map is kept as ``model.hf_device_map``. If parts of it are offloaded already,
+            their hooks are removed first. Parts without values take them from `state_dict` and `offload_index`.
         device_map: Devices by name of module (or of a tensor directly on a larger module): a number, a device, ``"cpu"`` or
             ``"disk"``. It must cover the whole model.
         main_device: Where parts on ``"cpu"`` and ``"disk"`` run. None: the first device of the map that computes.
@@ -275,12 +277,14 @@ def dispatch_model(
             "the device_map sends the whole model to disk, so that no part says where it runs: use "
             "disk_offload(model, offload_dir, execution_device), or name a device for one part."
         )
+    known = {**(offload_index or {}), **(state_dict or {})}
+    state_dict = {**(state_dict or {}), **{n: value for n, value in release_offloaded(model).items() if n not in known}}
+    dispatch = Dispatch(model, where, main_device, offload_buffers)
+    dispatch.fill(state_dict, offload_index or {}, offload_dir)
     if len(used) == 1 and not used & set(OFFLOADED[1:]) and not force_hooks:
         _move_to(model, used.pop())
     else:
-        Dispatch(model, where, main_device, offload_buffers).run(
-            state_dict, offload_dir, offload_index, skip_keys, preload_module_classes, prefetch
-        )
+        dispatch.run(state_dict, offload_dir, offload_index, skip_keys, preload_module_classes, prefetch)
     model.hf_device_map = dict(device_map)  # type: ignore[assignment]  # a plain attribute
     return model
 

@@ -99,8 +99,11 @@ def settle(target: Path) -> bool:
         old = _files_of(target)
         with room_made_later(target / name for name in old):
             _replace(committed, target, new.paths, old)
-        for folder in {(target / name).parent for name in new.paths} | {target}:
-            sync_folder(folder)
+            for folder in {(target / name).parent for name in new.paths} | {target}:
+                sync_folder(folder)
+            # Names in several folders reach the disk in any order: the manifest moves when the others are there.
+            os.replace(committed / manifests.NAME, target / manifests.NAME)
+            sync_folder(target)
     _remove(committed)
     sync_folder(target.parent)
     return True
@@ -112,7 +115,7 @@ def _replace(committed: Path, target: Path, new: frozenset[str], old: set[str]) 
     for shards in folders_of_shards(target):
         if not any(shards.iterdir()):
             shards.rmdir()
-    for name in (*sorted(new), manifests.NAME):
+    for name in sorted(new):
         if (committed / name).exists():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(committed / name, target / name)
@@ -133,6 +136,9 @@ def discard(target: Path) -> None:
     _remove(doomed)
     os.rename(target, doomed)
     with room_made_later([path for path in doomed.rglob("*") if path.is_file()]):
+        shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.exists():  # over NFS, a file that somebody holds open keeps its folder
+        wait_for_room()
         _remove(doomed)
 
 

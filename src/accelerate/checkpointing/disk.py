@@ -220,8 +220,8 @@ def room_made_later(files: Iterable[Path]) -> Iterator[None]:
         yield
     finally:
         thread = threading.Thread(target=close, name="checkpoint remover", daemon=True)
-        _making_room.append(thread)
         thread.start()
+        _making_room.append(thread)  # once it can be waited for
 
 
 def wait_for_room() -> None:

@@ -19,6 +19,9 @@ import torch
 from .checked import CheckedFile
 from .disk import FileRecord, FileWriter
 
+# Where torch puts tensors in memory: a file's tensors that are mapped then compute as their copies do, bit for bit.
+_ALIGNMENT = 64
+
 
 def write_torch(state: Any, writer: FileWriter) -> None:
     """Writes any state as `torch.save` does."""
@@ -143,7 +146,7 @@ def write_safetensors(
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     writer.write(struct.pack("<Q", len(text)) + text)
     for name in wide_first:
         if state[name].numel():

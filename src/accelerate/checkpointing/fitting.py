@@ -130,9 +130,9 @@ class Target:
         """What does not fit."""
         kind = type(innermost(self._optimizer)).__name__
         sizes, live_sizes = [list(map(len, groups)) for groups in (saved.params, self._called)]
+        differs = Problem(self.path, "shape", f"its groups have {sizes} parameters, and {live_sizes} in {kind}")
         if not saved.is_named and sizes != live_sizes:
-            text = f"its groups have {sizes} parameters, and {live_sizes} in {kind}"
-            return [Problem(self.path, "shape", text)]
+            return [differs]
         problems = []
         theirs, mine = _numbered(self.named(saved).params), _numbered(self._called)
         for name in mine.keys() - theirs.keys():
@@ -143,6 +143,8 @@ class Target:
             if theirs[name] != mine[name]:
                 text = f"{name!r} is in group {theirs[name]}, and in group {mine[name]} of {kind}"
                 problems.append(Problem(self.path, "state", text))
+        if not problems and len(sizes) != len(live_sizes):  # some are empty
+            return [differs]
         return sorted(problems, key=str) or self._misshaped(self.named(saved))
 
     def _misshaped(self, saved: SavedOptimizer) -> list[Problem]:

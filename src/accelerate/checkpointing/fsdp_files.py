@@ -72,7 +72,8 @@ def load_fsdp_model(
         The names that were missing and unexpected, as ``load_state_dict`` does.
 
     Raises:
-        LoadError: on every rank, when the weights do not fit; nothing was changed.
+        LoadError: on every rank, when the weights do not fit, and nothing was changed; or when a file is damaged inside
+            its tensors, which is found on the way (`Accelerator.load_state` compares checksums first).
     """
     folder, bare = Path(input_dir), _bare(model)
     entry = forms.model_in(folder, model_index, bare, sharded=True, full=_is_full(fsdp_plugin))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from ..runtime.transport import Collectives
+from .errors import SaveError
+from .joint import together
 from .live import ExtraState
 from .pieces import Box, Held, part_of
 
@@ -33,20 +35,28 @@ def gathered(collectives: Collectives, state: Mapping[Any, Any]) -> dict[Any, An
         for box, piece in value.pieces()
     }
     offer = [(key, state[key].layout.shape, piece.dtype, box) for (key, box), piece in pieces.items()]
-    others = {key: _other(value) for key, value in state.items() if not isinstance(value, Held)}
-    told = collectives.all_gather_object((offer, others, tied))
+
+    def own() -> Any:  # modules say what they hold besides tensors
+        return offer, {key: _other(value) for key, value in state.items() if not isinstance(value, Held)}, tied
+
+    told = together(collectives, "gathering a state on rank 0", own, SaveError)
+    result: dict[Any, Any] = {}
+
+    def make_room() -> None:
+        if collectives.rank == 0:
+            for _, values, _ in told:
+                result.update({key: value for key, value in values.items() if key not in result})
+            for offered, _, _ in told:
+                for key, shape, dtype, _ in offered:
+                    if key not in result:
+                        result[key] = torch.empty(shape, dtype=dtype)
+
+    together(collectives, "gathering a state on rank 0", make_room, SaveError)
     if collectives.rank:
         for stretch in _stretches(offer):
             sent = [_as_bytes(pieces[key, box]).to(collectives.device) for key, _, _, box in stretch]
             collectives.send(torch.cat(sent), 0)
         return {}
-    result: dict[Any, Any] = {}
-    for _, values, _ in told:
-        result = {**values, **result}
-    for offered, _, _ in told:
-        for key, shape, dtype, _ in offered:
-            if key not in result:
-                result[key] = torch.empty(shape, dtype=dtype)
     for (key, box), piece in pieces.items():
         part_of(result[key], box, (0,) * len(box.offsets)).copy_(piece)
     for rank, (offered, _, _) in enumerate(told[1:], start=1):

@@ -252,6 +252,7 @@ class Checkpoints:
         if not GradientState().sync_gradients:
             progress.drop_gradients(run)
         loading.apply(run.world, folder, [readings[1], readings[0]])
+        self._strategy.agree_on_random_states()
         self._count_on(folder)
         return loading.LoadReport(
             folder, problems, world_size=size, number=None if manifest is None else manifest.iteration

@@ -21,7 +21,7 @@ from ..placement.tensors import (
     set_module_tensor_to_device,
 )
 from ..runtime.pytree import find_device, send_to_device
-from .base import ModelHook, SequentialHook, not_compiled
+from .base import ModelHook, SequentialHook, not_compiled, remove_hook_from_module
 from .prefetch import Prefetcher
 
 SkipKeys = str | list[str] | None
@@ -77,6 +77,9 @@ class AlignDevicesHook(ModelHook):
         self.tied_pointers_to_remove: set[tuple[int, torch.device]] = set()
         # What stands in for the weights between two forwards: one object each, however often they come and go.
         self._placeholders: dict[str, torch.Tensor] = {}
+        self._aliases: dict[
+            str, str
+        ] = {}  # further names of these weights: tied ones, inside a module fetched as a whole
 
     def __repr__(self) -> str:
         return (
@@ -98,6 +101,9 @@ class AlignDevicesHook(ModelHook):
         self.param_original_devices = {n: device for n, device in self.original_devices.items() if n not in buffers}
         self.buffer_original_devices = {n: device for n, device in self.original_devices.items() if n in buffers}
         offloaded = self._offloaded_names(module)
+        first = {id(tensors[name]): name for name in offloaded}
+        everywhere = module.named_parameters(recurse=self.place_submodules, remove_duplicate=False)
+        self._aliases = {n: first[id(p)] for n, p in everywhere if id(p) in first and n != first[id(p)]}
         if self.weights_map is None:
             self.weights_map = {name: tensors[name].detach().to("cpu") for name in offloaded}
         for name in offloaded:
@@ -195,6 +201,8 @@ class AlignDevicesHook(ModelHook):
         """Fetches offloaded weights and moves the arguments."""
         if self.io_same_device:
             self.input_device = find_device([args, kwargs])
+            if not self.offload and not self.place_submodules:  # around a model with hooks inside
+                require_values(module)
         if self.offload:
             self._fill(module, self.fetch())
         if self.execution_device is None:
@@ -220,6 +228,14 @@ class AlignDevicesHook(ModelHook):
             owner._parameters[key] = fetched
             if type(placeholder) is not nn.Parameter and _statistics(name) in values:
                 fetched.SCB = values[_statistics(name)]  # type: ignore[attr-defined]
+        self._tie(module)
+
+    def _tie(self, module: nn.Module) -> None:
+        """Gives all names of a weight what the first has."""
+        for alias, name in self._aliases.items():
+            owner, key = owner_of(module, alias)
+            whole, whole_key = owner_of(module, name)
+            owner._parameters[key] = whole._parameters[whole_key]
 
     @not_compiled
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -235,6 +251,7 @@ class AlignDevicesHook(ModelHook):
         for name, placeholder in self._placeholders.items():
             owner, key = owner_of(module, name)
             (owner._buffers if key in owner._buffers else owner._parameters)[key] = placeholder  # type: ignore[assignment]
+        self._tie(module)
         for pointer, device in self.tied_pointers_to_remove:
             if self.tied_params_map is not None:
                 self.tied_params_map.get(pointer, {}).pop(device, None)
@@ -259,7 +276,8 @@ class AlignDevicesHook(ModelHook):
                 if placeholder not in _RESTORED:
                     _RESTORED[placeholder] = as_parameter(self.weights_map[name].to(device), placeholder)
                 owner._parameters[key] = _RESTORED[placeholder]
-        self._placeholders = {}
+        self._tie(module)
+        self._placeholders, self._aliases = {}, {}
         return module
 
 
@@ -342,9 +360,48 @@ def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:
 def fill_offloaded(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A model's state with the values of offloaded weights, mapped from where they wait, in the place of placeholders."""
     filled = dict(state)
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):  # a state has a module under each of its names
         filled.update(_fetched(module, f"{prefix}." if prefix else "", state))
     return filled
+
+
+def release_offloaded(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Removes all hooks from a model of which parts are offloaded; does nothing to another.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The values of tensors that never were anywhere but where their hooks fetched them, by name.
+    """
+    if not any(has_offloaded_params(module) for module in model.modules()):
+        return {}
+    values = fill_offloaded(model, model.state_dict())
+    remove_hook_from_module(model, recurse=True)
+    empty = [name for name, value in model.state_dict().items() if getattr(value, "is_meta", False)]
+    return {name: values[name] for name in empty if not values[name].is_meta}
+
+
+def require_values(model: nn.Module) -> None:
+    """Checks that no tensor came to a dispatched model without values: torch would compute with them all the same.
+
+    Raises:
+        RuntimeError: naming one that no hook fetches, in a module that has no hook.
+    """
+    fetched: set[int] = set()
+    for prefix, module in model.named_modules():
+        hook = offloading_hook(module)
+        if hook is not None:
+            fetched.update(map(id, hook._placeholders.values()))
+        if "_hf_hook" in module.__dict__:
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and id(parameter) not in fetched:
+                raise RuntimeError(
+                    f"{prefix}.{key} has no values (device meta), and nothing fetches them: it was added to the model after "
+                    "its weights were offloaded, and followed these to the meta device. Add to the model first (an "
+                    "adapter, say) and offload it then; or remove_hook_from_submodules(model), add, and offload again."
+                )
 
 
 def get_state_dict_from_offload(
@@ -375,5 +432,6 @@ def _fetched(module: nn.Module, prefix: str, state: Mapping[str, Any]) -> dict[s
     if hook is None or hook.weights_map is None:
         return {}
     placeholders = {prefix + name: name for name in hook._placeholders}
+    placeholders.update((prefix + alias, name) for alias, name in hook._aliases.items())
     wanted = {full: name for full, name in placeholders.items() if getattr(state.get(full), "is_meta", False)}
     return {full: hook.weights_map[name] for full, name in wanted.items()}

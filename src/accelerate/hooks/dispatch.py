@@ -13,7 +13,7 @@ from torch import nn
 from ..placement.device_map import check_tied_parameters_on_same_device, device_of
 from ..placement.memory import OFFLOADED
 from ..placement.offload import INDEX_NAME, OffloadedWeightsLoader, offload_state_dict, read_offload_index
-from ..placement.tensors import Place, TiedMap
+from ..placement.tensors import Place, TiedMap, set_module_tensor_to_device
 from ..placement.tied import find_tied_parameters, retie_parameters
 from .attach import attach_align_device_hook_on_blocks
 
@@ -40,6 +40,29 @@ class Dispatch:
         self._main: Place = main_device if main_device is not None else next(iter(computing), "cpu")
         # Without a device that computes, parts in memory run where they are.
         self._waiting = OFFLOADED if torch.device(self._main).type != "cpu" else OFFLOADED[1:]
+
+    def fill(
+        self, state_dict: Mapping[str, torch.Tensor] | None, index: Mapping[str, Any], folder: Folder | None
+    ) -> None:
+        """Gives parts that do not wait the values that they lack (device meta) and that a state or an index has.
+
+        Args:
+            state_dict: Values by name.
+            index: Where values are, by name.
+            folder: Where those are that the index does not say more of.
+        """
+        kept = OffloadedWeightsLoader(state_dict or {}, folder, index)
+        tensors = self._model.state_dict(keep_vars=True).items()
+        empty = [name for name, tensor in tensors if getattr(tensor, "is_meta", False) and name in kept]
+        empty = [name for name in empty if not self._is_offloaded(name)]
+        if not empty:
+            return
+        tied = find_tied_parameters(self._model)
+        for name in empty:
+            device = device_of(name, self._where)
+            if device is not None:  # else it is another name of one that has a device
+                set_module_tensor_to_device(self._model, name, device, value=kept[name])
+        retie_parameters(self._model, tied)
 
     def run(
         self,
@@ -131,7 +154,7 @@ class Dispatch:
                     continue
                 if known in state:
                     state[name] = state[known]
-                elif index[known].get("safetensors_file") is not None:
+                else:
                     index[name] = {"weight_name": known, **index[known]}
 
     def _shared(self, tied: list[list[str]], weights: Mapping[str, torch.Tensor] | None) -> TiedMap:

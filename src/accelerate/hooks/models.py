@@ -92,8 +92,12 @@ class LayerwiseCastingHook(ModelHook):
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Converts back."""
-        module.to(dtype=self.storage_dtype, non_blocking=self.non_blocking)
+        self.init_hook(module)
         return output
+
+    def after_error(self, module: nn.Module) -> None:
+        """Converts back."""
+        self.init_hook(module)
 
 
 # Formats layer by layer -----------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ import torch
 _LARGE_PAGE = 2 << 20
 _CHUNK = 8 << 20
 _POPULATE_READ = 22  # Linux 5.14; not in Python's mmap yet
-_REREAD_AT_LEAST = 200e6  # bytes per second
+# Reading a part anew may take so many times as long as mapping it in small pages did: as many forwards pay for it.
+_WORTH = 8
+_NOT_WORTH: set[int] = set()  # devices on which that failed once
 
 Stop = Callable[[], bool]
 
@@ -67,6 +69,7 @@ class MappedFile:
         self.path = Path(path)
         self._reread = reread and hasattr(os, "posix_fadvise")
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._device = os.fstat(self._descriptor).st_dev
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, spans: Iterable[Span], stop: Stop = never) -> list[torch.Tensor]:
@@ -92,19 +95,22 @@ class MappedFile:
         """The bytes of a run of tensors, in memory."""
         if run.stop == run.start:
             return None
-        region = self._map(run)
+        region, begin = self._map(run), time.perf_counter()
         minor, major = self._read_in(region, stop)
-        if major or not self._reread or not _small(minor, len(region)):
+        mapping = time.perf_counter() - begin
+        if major or not self._reread or self._device in _NOT_WORTH or not _small(minor, len(region)):
             return region
-        # Someone else read the file, in small pages. Each time they are mapped costs more than reading them once more,
-        # unless the disk is slow: try with this part, and let the rest of the file be read anew as well if it was fast.
+        # Someone else read the file, in small pages. Mapping these costs as much in every forward: try with this part
+        # whether it comes in large ones when it is read anew, and soon enough, and let the rest of the file follow.
         self._reread = False
         del region
         self._drop(run.start, run.stop - run.start)
         region, begin = self._map(run), time.perf_counter()
         faults = sum(self._read_in(region, stop))
-        if not _small(faults, len(region)) and len(region) > _REREAD_AT_LEAST * (time.perf_counter() - begin):
+        if not _small(faults, len(region)) and time.perf_counter() - begin < _WORTH * mapping:
             self._drop(0, 0)
+        else:
+            _NOT_WORTH.add(self._device)
         return region
 
     def _drop(self, start: int, count: int) -> None:

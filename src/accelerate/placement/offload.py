@@ -142,8 +142,8 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
     Args:
         state_dict: Weights in memory.
         save_folder: A folder with ``.dat`` files and an index.
-        index: The index; None: the folder's. An entry with a ``safetensors_file`` is read there, as ``weight_name`` if it
-            has one, and converted to ``dtype`` if it has that.
+        index: The index; None: the folder's. An entry may say under which ``weight_name`` a weight is kept. One with a
+            ``safetensors_file`` is read there, and converted to ``dtype`` if it has that.
         device: Where weights from safetensors files go; None: they stay mapped on the CPU.
 
     Raises:
@@ -174,7 +174,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
             return self._from_safetensors(info["safetensors_file"], info.get("weight_name", key), info.get("dtype"))
         if self.save_folder is None:
             raise KeyError(f"{key} is in a .dat file, and no save_folder says where that is.")
-        return load_offloaded_weight(Path(self.save_folder) / f"{key}.dat", info)
+        return load_offloaded_weight(Path(self.save_folder) / f"{info.get('weight_name', key)}.dat", info)
 
     def _from_safetensors(self, file: str, name: str, dtype: str | None) -> torch.Tensor:
         tensor = self._file(file)[0][name]
@@ -219,7 +219,8 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
             dtype, shape = _dtype(info["dtype"]), tuple(info["shape"])
             assert dtype is not None
             whole = Span(0, torch.Size(shape).numel() * dtype.itemsize, dtype, shape)
-            return MappedFile(Path(self.save_folder) / f"{key}.dat", reread=False), whole
+            name = info.get("weight_name", key)
+            return MappedFile(Path(self.save_folder) / f"{name}.dat", reread=False), whole
         _, file, spans = self._file(name)
         span = spans.get(info.get("weight_name", key))
         return None if span is None else (file, span)

@@ -54,6 +54,7 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identity = _identity(path)
         self._size = path.stat().st_size
         header, self._start = _read_header(path, self._size)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -67,11 +68,11 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
                 self._by_the_library(name)  # which knows whether it knows the format
 
     def spans(self) -> dict[str, Span]:
-        """Where each tensor lies, but for those of formats that only the library knows."""
+        """Where each tensor lies, but for those that only the library can read."""
         return {
             name: Span(self._start + begin, self._start + end, FORMATS[kind], self.shapes[name])
             for name, (begin, end, kind) in self._places.items()
-            if kind in FORMATS
+            if kind in FORMATS and sys.byteorder == "little"
         }
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -83,6 +84,11 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
             return empty.reshape(shape)
         whole: Any = self._storage
         if whole is None:
+            if _identity(self.path) != self._identity:  # the header says nothing about what is there now
+                raise RuntimeError(
+                    f"{self.path} was changed or replaced while a model has weights in it. Leave the file as it is while "
+                    "the model is in use, or load the model anew."
+                )
             whole = self._storage = torch.UntypedStorage.from_file(os.fspath(self.path), False, self._size)
         # A storage of its own for each: who copies, saves or compares one does not do so with the whole file.
         part = whole[self._start + begin : self._start + end]
@@ -101,6 +107,12 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells a file apart from another, or from itself written anew."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -61,7 +61,7 @@ def load_sharded(
     all_problems, all_loose, everything = _from_all(problems), _from_all(loose), _gathered(described)
     if all_problems or (strict and all_loose):
         raise WeightsError(checkpoint, [*all_problems, *all_loose])
-    for name, (dtype, shape) in everything[0].items():
+    for name, (dtype, shape) in (everything[0] if first_reads else described).items():
         value = files[name][name] if name in files else torch.empty(shape, dtype=dtype)
         if first_reads:
             value = _sent(value, state[name])

@@ -62,8 +62,13 @@ class HookedForward:
 
 
 def hook_forward(module: nn.Module, hooked: HookedForward) -> None:
-    """Puts `hooked` in place of the module's forward, which is kept as ``_old_forward``."""
+    """Puts `hooked` in place of the module's forward, which is kept as ``_old_forward``.
+
+    A module without one, such as a list of modules, is left as it is: nobody calls it.
+    """
     forward = module.forward
+    if getattr(forward, "__func__", None) is nn.Module.forward:
+        return
     functools.update_wrapper(hooked, forward, updated=())
     module._old_forward = forward  # type: ignore[assignment]  # a method, not a submodule
     module.forward = hooked

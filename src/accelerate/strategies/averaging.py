@@ -7,16 +7,51 @@ parallelism has cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils._pytree import tree_leaves
 
-from .mesh import local_part
+from .mesh import local_part, summed
 
 _BUCKET_BYTES = 25 * 2**20
+
+_of_models: weakref.WeakKeyDictionary[nn.Module, GradientAverage] = weakref.WeakKeyDictionary()
+
+
+def average_gradients(model: nn.Module, params: Iterable[Tensor], group: ProcessGroup, *, all_used: bool) -> None:
+    """Has gradients of a model averaged.
+
+    Args:
+        model: The model; see `averaging`.
+        params: Parameters of it, in the same order on all ranks.
+        group: The ranks that have seen different data.
+        all_used: Every backward comes by one of the parameters, on all ranks; else all that go through the model average.
+    """
+    average = _of_models[model] = GradientAverage(params, group)
+    if not all_used:
+        average.watch(model)
+
+
+@contextmanager
+def averaging(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """A context in which those gradients of a model are averaged, or are not."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)  # what a compiled one was made of
+    average = _of_models.get(inner)
+    if average is None:
+        yield
+        return
+    before, average.active = average.active, wanted
+    try:
+        yield
+    finally:
+        average.active = before
 
 
 class GradientAverage:
@@ -34,18 +69,27 @@ class GradientAverage:
         self.active = True
         self._params = [param for param in params if param.requires_grad]
         self._group = group
-        self._queued = False
+        self._backward = -1  # the number of the one that has been told to average when it ends
         for param in self._params:
             param.register_post_accumulate_grad_hook(self._arrived)
 
+    def watch(self, model: nn.Module) -> None:
+        """Has every backward through the model average, also one that on this rank comes by none of the parameters."""
+        model.register_forward_hook(self._came_out)
+
+    def _came_out(self, _: nn.Module, __: Any, output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._arrived)
+
     def _arrived(self, _: Tensor) -> None:
-        if self.active and not self._queued:
-            self._queued = True
+        backward = torch._C._current_graph_task_id()  # a flag would stay when a backward fails
+        if self.active and self._backward != backward:
+            self._backward = backward
             torch.autograd.Variable._execution_engine.queue_callback(self._average)
 
     @torch.no_grad()
     def _average(self) -> None:
-        self._queued = False
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for param in self._params:
             local = local_part(param)
@@ -64,6 +108,8 @@ class GradientAverage:
 
     def _average_bucket(self, params: list[Tensor]) -> None:
         # A parameter may be out of use on some ranks. They add nothing, but take part.
+        for param in params:
+            summed(param)
         locals_ = [local_part(param if param.grad is None else param.grad) for param in params]
         pieces = [
             torch.zeros_like(local).flatten() if param.grad is None else local.flatten()

@@ -26,6 +26,7 @@ from ..scheduler import AcceleratedScheduler
 from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
 from .context_parallel import shared_sequences
+from .mesh import agree_on_random_states
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -199,6 +200,10 @@ class Strategy:
         if self.settings.mesh is not None:
             return data_ranks_of_mesh(self.settings.mesh)
         return DataRanks(self.world.rank, self.world.size)
+
+    def agree_on_random_states(self) -> None:
+        """Has ranks that hold parts of one model draw the same numbers; a load may have given them different states."""
+        agree_on_random_states(self.world, self.settings.mesh)
 
     # Step ------------------------------------------------------------------------------------------------------------
 

@@ -17,14 +17,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.forward import is_compiled_module
 from ..runtime.memory import give_back_freed
 from ..runtime.world import World
+from .averaging import averaging
 from .base import Bundle, RunSettings
-from .sharding import ShardedStrategy, averaging, is_half, parameters_by_unit
+from .sharding import ShardedStrategy, is_half, parameters_by_unit
 from .weights import initialise, receive, receive_buffers
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
@@ -79,7 +81,8 @@ class FlatShards(ShardedStrategy):
         self._widen(before[model].values())
         for param in ignored:
             self._widen([param])
-        receive((*before[model].values(), *ignored), comm, device)
+        whole = (param for param in ignored if not isinstance(param, DTensor))
+        receive((*before[model].values(), *whole), comm, device)
         wrapped[model] = root = self._wrap(model, ignored)
         if not self.plugin.use_orig_params:
             for unit, params in before.items():
@@ -157,7 +160,7 @@ class FlatShards(ShardedStrategy):
 
     def _cut_over(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         group = self._groups.get(param)
-        return () if group is None else (group,)
+        return super()._cut_over(param) if group is None else (group,)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         container = _container(model)

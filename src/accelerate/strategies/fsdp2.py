@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from ..runtime.forward import is_compiled_module
 from ..runtime.world import World
 from . import tensor_plan
+from .averaging import averaging
 from .base import Bundle, RunSettings
-from .mesh import agree_on_random_states
-from .sharding import ShardedStrategy, averaging, is_half, parameters_by_unit
+from .sharded_state import guard_save_pretrained
+from .sharding import ShardedStrategy, is_half, parameters_by_unit
 from .weights import lift, lower
 
 
@@ -77,7 +78,7 @@ class FullyShard(ShardedStrategy):
         before = dict(model.named_parameters(remove_duplicate=False))
         lifted = lift(model, wide)
         tensor_plan.share(model, self.settings.mesh, self.settings.sizes)
-        agree_on_random_states(self.world, self.settings.mesh)
+        self.agree_on_random_states()
         units, ignored = self.units_of(model), self._ignored(model)
         self.recompute(units)
         for unit in (*units, model):
@@ -92,9 +93,13 @@ class FullyShard(ShardedStrategy):
                 ignored_params=set(ignored),
             )
         for name, param in model.named_parameters(remove_duplicate=False):
-            self._replaced[before.pop(name)] = param  # popped, so that rank 0 can let go of what it has sent
+            old = before.pop(name)  # so that rank 0 can let go of what it has sent
+            if old is not param:
+                self._replaced[old] = param
+            del old
         lower(model, lifted, self.world.collectives, self.world.device, isinstance(offload, CPUOffloadPolicy))
         self._average_whole(model, ignored)
+        guard_save_pretrained(model)
         self.settings.precision.wrap_forward(model)
         return self._compiled(model)
 

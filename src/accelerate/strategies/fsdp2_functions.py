@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..checkpointing.live import plain_name
 from ..precision.loss_scale import LossScaler
 from ..runtime import world
 from .sharding import ShardedStrategy
@@ -26,9 +27,6 @@ __all__ = [
     "fsdp2_switch_optimizer_parameters",
     "get_fsdp2_grad_scaler",
 ]
-
-# What containers put into the names of the parameters inside them.
-_CONTAINERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
 
 
 def fsdp2_prepare_model(accelerator: Any, model: nn.Module) -> nn.Module:
@@ -139,12 +137,7 @@ def fsdp2_canonicalize_names(named_params: dict[str, Any]) -> dict[str, Any]:
     Args:
         named_params: Name -> anything.
     """
-    renamed = {}
-    for name, value in named_params.items():
-        for container in _CONTAINERS:
-            name = name.replace(container, "")
-        renamed[name] = value
-    return renamed
+    return {plain_name(name): value for name, value in named_params.items()}
 
 
 def get_fsdp2_grad_scaler(**kwargs: Any) -> torch.amp.GradScaler:

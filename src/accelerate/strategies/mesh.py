@@ -99,7 +99,7 @@ def clip_grad_norm_(
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
     by_groups: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     for param in params:  # a rank without gradients of a group takes part all the same
-        gradient = _summed(param)
+        gradient = summed(param)
         groups = cut_over(param) if cut_over is not None else groups_of(param if gradient is None else gradient)
         found = by_groups.setdefault(groups, [])
         if gradient is not None and gradient.numel():
@@ -109,6 +109,15 @@ def clip_grad_norm_(
     for gradients in filter(None, by_groups.values()):
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
     return total
+
+
+@torch.no_grad()
+def clip_grad_value_(parameters: Any, clip_value: float) -> None:
+    """As ``torch.nn.utils.clip_grad_value_``, for gradients that are cut over ranks in whatever ways."""
+    for param in [parameters] if isinstance(parameters, Tensor) else list(parameters):
+        gradient = summed(param)
+        if gradient is not None:
+            local_part(gradient).clamp_(-clip_value, clip_value)
 
 
 def _total_norm(
@@ -138,7 +147,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _summed(param: Tensor) -> Tensor | None:
+def summed(param: Tensor) -> Tensor | None:
     """A parameter's gradient; where ranks hold summands of it, it is added up first."""
     gradient = param.grad
     if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):

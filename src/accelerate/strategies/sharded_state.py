@@ -5,7 +5,8 @@ It asks what a rank holds (`checkpointing.live`), not which version of FSDP or w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,25 @@ class ShardedStateStrategy(Strategy):
             forms.optimizer_in(folder, index, optimizer, bare, sharded=True, full=full)
             for index, optimizer in enumerate(optimizers)
         ]
+
+
+def guard_save_pretrained(model: nn.Module) -> None:
+    """Has a model's `save_pretrained` ask for the whole state: what it would save by itself is this rank's part."""
+    save = getattr(model, "save_pretrained", None)
+    # Those that transformers has cut, it also puts together.
+    if save is not None and not getattr(model, "is_distributed_loading_by_transformers", False):
+        model.__dict__["save_pretrained"] = functools.partial(_save_whole, save)
+
+
+def _save_whole(save: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) < 2 and kwargs.get("state_dict") is None:  # the third argument, in transformers
+        raise ValueError(
+            "save_pretrained of a model whose tensors lie in parts on several ranks needs its whole state: pass "
+            "state_dict=accelerator.get_state_dict(model), which all ranks call together. transformers' Trainer does that "
+            "with FSDP (FULL_STATE_DICT); with tensor parallelism alone, it saves models that transformers has cut: "
+            "from_pretrained(..., tp_plan='auto') and TrainingArguments(save_only_model=True)."
+        )
+    return save(folder, *args, **kwargs)
 
 
 def _bare(model: nn.Module) -> nn.Module:

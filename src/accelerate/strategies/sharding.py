@@ -27,16 +27,15 @@ from ..runtime.world import World
 from ..settings import env
 from ..settings.enums import DistributedType
 from . import replacing
-from .averaging import GradientAverage
+from .averaging import average_gradients
 from .base import Bundle, RunSettings, check_device_map
-from .mesh import AVERAGED, along, clip_grad_norm_, groups_of, local_part
+from .mesh import AVERAGED, along, clip_grad_norm_, clip_grad_value_, groups_of
 from .sharded_state import ShardedStateStrategy
 from .weights import is_composed
 
 if TYPE_CHECKING:
     from ..settings.fsdp import FullyShardedDataParallelPlugin
 
-_AVERAGE = "_accelerate_average"  # on a model: its `GradientAverage`
 # Containers that have no forward, so they cannot be gathered for one.
 _NO_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
@@ -138,7 +137,7 @@ class ShardedStrategy(ShardedStateStrategy):
             peers = along(self.settings.mesh, AVERAGED)
             group = dist.group.WORLD if peers is None else peers.get_group()
             assert group is not None, "fully sharded training has one"
-            model.__dict__[_AVERAGE] = GradientAverage(trained, group)
+            average_gradients(model, trained, group, all_used=False)
 
     def _cut_over(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         """The groups whose ranks hold different pieces of a parameter; none for one that each rank has whole."""
@@ -153,10 +152,7 @@ class ShardedStrategy(ShardedStateStrategy):
         return clip_grad_norm_(parameters, max_norm, norm_type, device=self.world.device, cut_over=self._cut_over)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
-        params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        for param in params:
-            if param.grad is not None:
-                local_part(param.grad).clamp_(-clip_value, clip_value)
+        clip_grad_value_(parameters, clip_value)
 
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
@@ -220,20 +216,6 @@ def without_torn_ties(model: nn.Module, found: Iterable[nn.Module]) -> list[nn.M
         return all(users[param] <= inside for param in unit.parameters())
 
     return [unit for unit in found if is_closed(unit)]
-
-
-@contextmanager
-def averaging(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """A context in which gradients of parameters that stay whole are averaged, or are not."""
-    average: GradientAverage | None = model.__dict__.get(_AVERAGE)
-    if average is None:
-        yield
-        return
-    before, average.active = average.active, wanted
-    try:
-        yield
-    finally:
-        average.active = before
 
 
 def is_half(param: torch.Tensor) -> bool:

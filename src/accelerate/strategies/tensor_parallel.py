@@ -6,7 +6,6 @@ sharded training, which shares tensors in the same way.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -18,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.world import World
 from . import mesh, replacing, tensor_plan
-from .averaging import GradientAverage
+from .averaging import average_gradients, averaging
 from .base import Bundle, RunSettings, check_device_map
-from .sharded_state import ShardedStateStrategy
+from .sharded_state import ShardedStateStrategy, guard_save_pretrained
 
 
 class TensorParallel(ShardedStateStrategy):
@@ -55,7 +54,8 @@ class TensorParallel(ShardedStateStrategy):
         tensor_plan.share(model, self.settings.mesh, self.settings.sizes)
         for name, param in model.named_parameters(remove_duplicate=False):
             self._replaced[before[name]] = param
-        mesh.agree_on_random_states(self.world, self.settings.mesh)
+        self.agree_on_random_states()
+        guard_save_pretrained(model)
         return super().prepare_model(model, False, evaluation)
 
     def _is_prepared(self, param: torch.Tensor) -> bool:
@@ -64,7 +64,7 @@ class TensorParallel(ShardedStateStrategy):
 
     def synchronise(self, model: nn.Module) -> nn.Module:
         if self._averages is not None:
-            _averages[model] = GradientAverage(model.parameters(), self._averages.get_group())
+            average_gradients(model, model.parameters(), self._averages.get_group(), all_used=True)
         return model
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
@@ -74,16 +74,19 @@ class TensorParallel(ShardedStateStrategy):
     # Step ------------------------------------------------------------------------------------------------------------
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return _averaging(model, False)
+        return averaging(model, False)
 
     @staticmethod
     @contextmanager
     def sync_in_backward(model: nn.Module) -> Iterator[None]:
-        with _averaging(model, True):
+        with averaging(model, True):
             yield
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
         return mesh.clip_grad_norm_(parameters, max_norm, norm_type, device=self.world.device)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        mesh.clip_grad_value_(parameters, clip_value)
 
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
@@ -92,20 +95,3 @@ class TensorParallel(ShardedStateStrategy):
             "even_batches=True."
         )
         yield
-
-
-_averages: weakref.WeakKeyDictionary[nn.Module, GradientAverage] = weakref.WeakKeyDictionary()
-
-
-@contextmanager
-def _averaging(model: nn.Module, wanted: bool) -> Iterator[None]:
-    inner: nn.Module = getattr(model, "_orig_mod", model)  # what a compiled one was made of
-    average = _averages.get(inner)
-    if average is None:
-        yield
-        return
-    before, average.active = average.active, wanted
-    try:
-        yield
-    finally:
-        average.active = before

@@ -151,6 +151,7 @@ def test_the_safetensors_files_are_what_the_library_reads(tmp_path: Path, dtype:
         "t": torch.arange(6.0).view(2, 3).t(),
     }
     write_file(tmp_path / "f", "f", lambda writer: write_safetensors(state, writer))
+    assert (8 + int.from_bytes((tmp_path / "f").read_bytes()[:8], "little")) % 64 == 0
     for found in (load_file(tmp_path / "f"), read_safetensors(tmp_path / "f")):
         assert set(found) == set(state)
         for name, value in state.items():

@@ -135,6 +135,64 @@ def test_a_copy_has_hooks_of_its_own() -> None:
     assert all(parameter.is_meta for parameter in other.parameters())
 
 
+def test_a_list_of_modules_has_no_forward_to_hook() -> None:
+    layers, hook = nn.ModuleList([nn.Linear(4, 4)]), AlignDevicesHook(CPU)
+    add_hook_to_module(layers, hook)
+    assert layers._hf_hook is hook and not {"forward", "_old_forward"} & vars(layers).keys()
+    assert len(pickle.loads(pickle.dumps(layers))) == len(copy.deepcopy(layers)) == 1
+    remove_hook_from_module(layers)
+    assert not hasattr(layers, "_hf_hook")
+
+
+def test_a_model_is_dispatched_again(tmp_path: Path) -> None:
+    net, x = Net().eval(), torch.randn(2, 4)
+    before = net(x)
+    accelerate.Accelerator(cpu=True).save_model(net, tmp_path)
+    with accelerate.init_empty_weights():
+        again = Net().eval()
+    parts = [name for name, _ in again.named_children()]
+    again = accelerate.load_checkpoint_and_dispatch(again, tmp_path, dict.fromkeys(parts, "disk"))
+    for disk in (parts[:1], parts[1:], []):  # with parts on disk that never were in memory
+        where = {name: "disk" if name in disk else "cpu" for name in parts}
+        accelerate.dispatch_model(again, where, offload_dir=tmp_path / "offload")
+        assert torch.equal(again(x), before)
+    assert not any(parameter.is_meta for parameter in again.parameters()) and not hasattr(again, "_hf_hook")
+
+
+def test_a_part_without_values_takes_them_from_the_index(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    accelerate.Accelerator(cpu=True).save_model(net, tmp_path)
+    index = {name: {"safetensors_file": str(tmp_path / "model.safetensors")} for name in net.state_dict()}
+    with accelerate.init_empty_weights():
+        empty = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    accelerate.dispatch_model(empty, {"": "cpu"}, offload_index=index)
+    assert all(torch.equal(empty.state_dict()[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_module_in_two_places(tmp_path: Path, place: str) -> None:
+    def made() -> nn.Module:
+        shared = nn.Linear(4, 4)
+        return nn.Sequential(nn.Sequential(shared), nn.Sequential(shared), nn.Linear(4, 2))
+
+    net, x = made(), torch.randn(2, 4)
+    accelerate.Accelerator(cpu=True).save_model(net, tmp_path)
+    with accelerate.init_empty_weights():
+        spread = made()
+    accelerate.load_checkpoint_and_dispatch(spread, tmp_path, {"0": place, "1": "disk", "2": "cpu"})
+    assert torch.equal(spread(x), net(x))
+    assert all(torch.equal(value, net.state_dict()[n]) for n, value in get_state_dict_offloaded_model(spread).items())
+    accelerate.dispatch_model(spread, {"": "cpu"})
+    assert torch.equal(spread(x), net(x)) and spread[0][0] is spread[1][0]
+
+
+def test_what_is_added_without_values_is_an_error() -> None:
+    net = accelerate.cpu_offload(nn.Sequential(nn.Linear(4, 4)), CPU)
+    net.add_module("late", nn.Linear(4, 4, device="meta"))
+    with pytest.raises(RuntimeError, match=r"late\.weight has no values"):
+        net(torch.randn(2, 4))
+
+
 def test_a_forward_that_fails_leaves_no_weights_behind() -> None:
     net = accelerate.cpu_offload(Net(), CPU)
     with pytest.raises(RuntimeError, match="mat1"):
@@ -185,19 +243,32 @@ def test_buffers_are_offloaded_when_asked() -> None:
     assert torch.equal(net(x), before)
 
 
+@pytest.mark.parametrize("preload", [None, ["Tied"]])
 @pytest.mark.parametrize("where", ["memory", "disk"])
-def test_tied_weights_stay_tied(tmp_path: Path, where: str) -> None:
+def test_tied_weights_stay_tied(tmp_path: Path, where: str, preload: list[str] | None) -> None:
     net, x = Tied().eval(), torch.randn(3, 4)
     before = net(x)
     if where == "memory":
-        accelerate.cpu_offload(net, CPU)
+        accelerate.cpu_offload(net, CPU, preload_module_classes=preload)
     else:
-        accelerate.disk_offload(net, tmp_path, CPU)
+        accelerate.disk_offload(net, tmp_path, CPU, preload_module_classes=preload)
     assert net.emb.weight.is_meta and net.head.weight is net.emb.weight
     assert torch.equal(net(x), before)
     remove_hook_from_submodules(net)
     assert net.head.weight is net.emb.weight and not net.emb.weight.is_meta
     assert torch.equal(net(x), before)
+
+
+def test_a_tied_weight_that_a_pickled_file_has_once(tmp_path: Path) -> None:
+    net, x = Tied().eval(), torch.randn(3, 4)
+    state = net.state_dict()
+    del state["head.weight"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with accelerate.init_empty_weights():
+        spread = Tied().eval()
+    spread.head.weight = spread.emb.weight
+    accelerate.load_checkpoint_and_dispatch(spread, tmp_path, {"": "disk"}, offload_folder=tmp_path / "offload")
+    assert torch.equal(spread(x), net(x))
 
 
 class Indirect(nn.Module):
