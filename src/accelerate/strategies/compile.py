@@ -50,6 +50,17 @@ def compile_regions_fsdp2(module: nn.Module, **compile_kwargs: Any) -> nn.Module
     return compile_regions(module, **compile_kwargs)
 
 
+def compile_regions_deepspeed(module: nn.Module, **compile_kwargs: Any) -> None:
+    """See `compile_regions`; always in place, since an engine keeps the module it was given.
+
+    Args:
+        module: A model that DeepSpeed's engine holds, or is about to.
+        **compile_kwargs: For `torch.compile`.
+    """
+    for region in repeated_blocks(extract_model_from_parallel(module)) or [module]:
+        region.compile(**compile_kwargs)
+
+
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The children of module lists whose class occurs more than once in their list."""
     blocks: list[nn.Module] = []

@@ -239,7 +239,12 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TorchTensorParallelPlugin",
     ),
     "settings.quantization": ("BnbQuantizationConfig",),
-    "strategies.compile": ("compile_regions", "compile_regions_fsdp2", "has_compiled_regions"),
+    "strategies.compile": (
+        "compile_regions",
+        "compile_regions_deepspeed",
+        "compile_regions_fsdp2",
+        "has_compiled_regions",
+    ),
     "strategies.fsdp2_functions": (
         "ensure_weights_retied",
         "fsdp2_apply_ac",

@@ -238,6 +238,7 @@ from accelerate.settings.parallel import TorchTensorParallelConfig as TorchTenso
 from accelerate.settings.parallel import TorchTensorParallelPlugin as TorchTensorParallelPlugin
 from accelerate.settings.quantization import BnbQuantizationConfig as BnbQuantizationConfig
 from accelerate.strategies.compile import compile_regions as compile_regions
+from accelerate.strategies.compile import compile_regions_deepspeed as compile_regions_deepspeed
 from accelerate.strategies.compile import compile_regions_fsdp2 as compile_regions_fsdp2
 from accelerate.strategies.compile import has_compiled_regions as has_compiled_regions
 from accelerate.strategies.fsdp2_functions import ensure_weights_retied as ensure_weights_retied

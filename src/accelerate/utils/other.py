@@ -7,12 +7,18 @@ from ..runtime.forward import extract_model_from_parallel, is_compiled_module
 from ..runtime.helpers import convert_bytes, get_pretty_name, merge_dicts, recursive_getattr, wait_for_everyone
 from ..runtime.machine import check_os_kernel, get_free_port, is_port_in_use
 from ..runtime.modules import get_model_tp_size, get_module_children_bottom_up, model_has_dtensor
-from ..strategies.compile import compile_regions, compile_regions_fsdp2, has_compiled_regions
+from ..strategies.compile import (
+    compile_regions,
+    compile_regions_deepspeed,
+    compile_regions_fsdp2,
+    has_compiled_regions,
+)
 
 __all__ = [
     "check_os_kernel",
     "clean_state_dict_for_safetensors",
     "compile_regions",
+    "compile_regions_deepspeed",
     "compile_regions_fsdp2",
     "convert_bytes",
     "extract_model_from_parallel",
