@@ -36,7 +36,7 @@ INHERITED = (
     "torchdata.stateful_dataloader",
 )
 """Imported before children are forked, so that they need not."""
-LONGEST = 300.0  # a rank that is about to meet one that was killed waits for gloo: twice the timeout of the run
+LONGEST = 120.0
 """Seconds after which a save or a load is taken for one that hangs."""
 
 

@@ -80,8 +80,11 @@ class BackgroundWriter:
 
 
 def _new_group() -> dist.ProcessGroup:
+    limit = world.current().timeout or dist.distributed_c10d._get_default_timeout(dist.Backend("gloo"))
     try:
-        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=world.current().timeout)
+        # Gloo waits for a peer to connect five times as long as for one that is connected.
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=limit / 5)
+        dist.distributed_c10d._set_pg_timeout(limit, group)
     except Exception as error:
         raise SaveError(
             f"saving in the background cannot begin: the other processes do not answer ({error}). One of them has probably "
