@@ -13,8 +13,10 @@ from hypothesis import settings
 from tests.helpers.ranks import RankPool
 from tests.helpers.reset import reset_singletons
 
-# pytest --hypothesis-profile=thorough: where a test's number of examples is a matter of patience
+# What decides whether a change lands gives the same answer twice; pytest --hypothesis-profile=thorough looks further.
+settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("thorough", max_examples=2000)
+settings.load_profile("repeatable")
 
 # A shell starts its background jobs with Ctrl-C ignored, and every child inherits that: tests that interrupt one would wait.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

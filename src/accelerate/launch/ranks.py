@@ -101,7 +101,7 @@ class _Ranks:
             spec = agent.specification(self.plan, config, self.handler)
             started = agent.make(spec, config, self, self.meeting)
         ended = self._watch(started)
-        if ended.code:
+        if ended.line:
             say(ended.line, self.quiet)
         return ended.code
 

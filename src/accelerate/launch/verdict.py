@@ -77,6 +77,8 @@ def of_signal(number: signal.Signals, codes: Sequence[int | None] = ()) -> Verdi
     """
     if STOPPED in codes and all(code in (0, STOPPED) for code in codes):
         return Verdict(f"stopped by {number.name}; all ranks have saved: start it again", STOPPED)
+    if codes and all(code == 0 for code in codes):  # they were through before it reached them
+        return Verdict(f"{number.name} came too late: all ranks had ended well", 0)
     return Verdict("interrupted" if number == signal.SIGINT else f"stopped by {number.name}", 128 + int(number))
 
 

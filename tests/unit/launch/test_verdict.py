@@ -53,5 +53,7 @@ def test_signals() -> None:
 def test_a_launcher_that_was_stopped_says_whether_ranks_had_saved() -> None:
     saved = verdict.Verdict("stopped by SIGTERM; all ranks have saved: start it again", 75)
     assert verdict.of_signal(signal.SIGTERM, [75, 75]) == verdict.of_signal(signal.SIGTERM, [0, 75]) == saved
-    for codes in ([75, -15], [75, None], [0, 0], [1, 75], []):
+    done = verdict.Verdict("SIGTERM came too late: all ranks had ended well", 0)
+    assert verdict.of_signal(signal.SIGTERM, [0, 0]) == done
+    for codes in ([75, -15], [75, None], [0, None], [1, 75], []):
         assert verdict.of_signal(signal.SIGTERM, codes) == verdict.Verdict("stopped by SIGTERM", 143)
