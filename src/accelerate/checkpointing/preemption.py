@@ -52,5 +52,6 @@ class StopRequest:
         """Whether any rank was asked to stop. All ranks call this together; once true it stays so."""
         here = world.current()
         flag = torch.tensor(int(self.raised), device=here.device)
-        self.raised = bool(here.collectives.all_reduce(flag, "max").item())
-        return self.raised
+        asked = bool(here.collectives.all_reduce(flag, "max").item())
+        self.raised = self.raised or asked  # a signal may have come meanwhile: the next call tells
+        return asked
