@@ -42,7 +42,7 @@ from .strategies import choose as choose_strategy
 from .strategies.accumulation import GlobalMean, MicroStep, StepCounter
 from .strategies.base import is_dispatched
 from .strategies.bundle import classify
-from .tracking import GeneralTracker, filter_trackers, start_trackers
+from .tracking import GeneralTracker, TrackerMethods, filter_trackers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 _HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs)
 
 
-class Accelerator(CheckpointMethods):
+class Accelerator(CheckpointMethods, TrackerMethods):
     """Lets one training loop run on one process or many, on any device.
 
     Args:
@@ -709,7 +709,7 @@ class Accelerator(CheckpointMethods):
         buffer_seq_dims: list[int] | None = None,
         no_restore_buffers: set[torch.Tensor] | None = None,
     ) -> Iterator[None]:
-        """A context that shares sequences out over the ranks of a run with context parallelism, and does nothing in others.
+        """A context that shares sequences out over ranks, in a run with context or sequence parallelism; else does nothing.
 
         Args:
             buffers: Tensors that are cut along their sequence.
@@ -809,58 +809,10 @@ class Accelerator(CheckpointMethods):
         """The loader without its first `num_batches` batches, for resuming in the middle of an epoch."""
         return loading.skip_first_batches(dataloader, num_batches)
 
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Makes objects part of every checkpoint.
-
-        Raises:
-            ValueError: for objects without ``state_dict`` and ``load_state_dict``.
-        """
-        lacking = [o for o in objects if not (hasattr(o, "state_dict") and hasattr(o, "load_state_dict"))]
-        if lacking:
-            raise ValueError(
-                "only objects with `state_dict` and `load_state_dict` can be part of a checkpoint; these lack them: "
-                + ", ".join(type(o).__name__ for o in lacking)
-            )
-        self._custom_objects.extend(objects)
-
-    # Trackers ----------------------------------------------------------------------------------------------------------
-
-    def init_trackers(self, project_name: str, config: dict[str, Any] | None = None, init_kwargs: Any = None) -> None:
-        """Starts the trackers chosen with `log_with`.
-
-        Args:
-            project_name: The run's name.
-            config: Settings to store with it.
-            init_kwargs: Tracker's name -> arguments for it.
-        """
-        self.trackers = start_trackers(self.log_with, project_name, self.logging_dir, config, init_kwargs or {})
-
-    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """The running tracker of that name, or with `unwrap` the object of the library behind it.
-
-        Without such a tracker (or on a process that does not log), one that does nothing.
-        """
-        for tracker in self.trackers:
-            if tracker.name == name:
-                return tracker.tracker if unwrap else tracker
-        return GeneralTracker(_blank=True)
-
-    def log(self, values: dict[str, Any], step: int | None = None, log_kwargs: Any = None) -> None:
-        """Sends values to every tracker.
-
-        Args:
-            values: Name -> number or text.
-            step: The step they belong to.
-            log_kwargs: Tracker's name -> arguments for its ``log``.
-        """
-        for tracker in self.trackers:
-            tracker.log(values, step=step, **(log_kwargs or {}).get(tracker.name, {}))
-
     def end_training(self) -> None:
         """Ends the trackers and leaves the process group. Nothing else is expected of the run afterwards."""
         self.wait_for_checkpoint()
-        for tracker in self.trackers:
-            tracker.finish()
+        self._finish_trackers()
         self.state.destroy_process_group()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerator:

@@ -43,8 +43,8 @@ class LocalSGD:
         enabled: False leaves training as it is without this context.
 
     Raises:
-        NotImplementedError: when parameters or gradients are divided over the processes, or an engine of its own
-            communicates them (FSDP, DeepSpeed, Megatron-LM).
+        NotImplementedError: when parameters, gradients or sequences are divided over the processes, or an engine of its
+            own communicates them (FSDP, DeepSpeed, Megatron-LM).
         ValueError: when `local_sgd_steps` is not a positive integer.
 
     Example:
@@ -66,8 +66,9 @@ class LocalSGD:
             raise ValueError(f"local_sgd_steps is a positive number of steps; it was given as {local_sgd_steps!r}.")
         if enabled and not accelerator.strategy.supports_local_sgd:
             raise NotImplementedError(
-                f"LocalSGD needs a whole copy of the model on every process, and {accelerator.distributed_type} keeps "
-                "none that can be averaged: use plain data parallel training, or LocalSGD(..., enabled=False)."
+                "LocalSGD needs a whole copy of the model on every process that it can train on its own, and the "
+                f"processes of this run ({accelerator.distributed_type.value}) share its tensors or sequences: use plain "
+                "data parallel training, or LocalSGD(..., enabled=False)."
             )
         self.accelerator = accelerator
         self.model = model

@@ -61,7 +61,7 @@ class ParallelismConfig:
     sp_size: int | None = None
     """Ranks that share each sequence, exchanging heads."""
     sp_backend: Literal["deepspeed"] | None = None
-    """Who does that: ``deepspeed``."""
+    """As who does that: ``deepspeed``, which itself is not needed."""
     tp_handler: TorchTensorParallelConfig | None = None
     """Details; None: the defaults, where `tp_size` is above 1."""
     cp_handler: TorchContextParallelConfig | None = None

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.state import AcceleratorState
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
 pytestmark = pytest.mark.slow
@@ -43,7 +44,8 @@ def _train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model, optimizer = accelerator.prepare(model, optimizer)
     told = []
-    copies = accelerator.num_processes // (sizes or {}).get("cp_size", 1)  # ranks that have seen the same tokens
+    cuts = {"cp_size": 1, "sp_size": 1, **(sizes or {})}
+    copies = accelerator.num_processes // (cuts["cp_size"] * cuts["sp_size"])  # ranks that have seen the same tokens
     for step in range(4):
         ids = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(step))
         batch = {"input_ids": ids, "position_ids": torch.arange(12).expand(2, -1)}
@@ -69,6 +71,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "sequences": (2, {"sizes": {"cp_size": 2}}),
     "sequences, with a mask of ones": (2, {"sizes": {"cp_size": 2}, "masked": True}),
     "shards over sequences": (2, {"sizes": {"cp_size": 2}, "fsdp": True}),
+    "sequences, heads exchanged": (2, {"sizes": {"sp_size": 2}, "masked": True}),
 }
 
 
@@ -85,3 +88,51 @@ def test_a_llama_trains_as_on_one_rank(way: str, folder: Path, run_ranks: Any, a
         assert told == pytest.approx(alone[0], rel=1e-9)
     for name, value in alone[1].items():
         torch.testing.assert_close(results[0][1][name], value, rtol=0, atol=1e-10)
+
+
+# What ranks that share sequences are passed ---------------------------------------------------------------------------
+
+
+def _masked_and_refused(folder: Path, output: Path) -> None:
+    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(sp_size=2))
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").double()
+    rows = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(0))
+    kept = torch.ones(2, 8, dtype=torch.bool)
+    kept[1, :3] = False  # in front, where a causal mask alone would not do
+    whole = kept[:, None, None] & torch.ones(8, 8, dtype=torch.bool).tril() | torch.eye(8, dtype=torch.bool)
+    expected = model(rows, attention_mask=whole).logits.chunk(2, 1)[accelerator.process_index]
+    model = accelerator.prepare(model)
+    tokens, positions, part = rows.clone(), torch.arange(8).expand(2, -1).clone(), kept.long()
+    with accelerator.maybe_context_parallel([tokens, positions, part], [1, 1, 1]):
+        found = model(tokens, position_ids=positions, attention_mask=whole).logits
+        if not accelerator.is_main_process:
+            part[1, 0] = 0  # each rank makes a mask of its tokens, so that both refuse
+        with pytest.raises(ValueError, match=r"\(\.\.\., 8, 8\) or \(\.\.\., 1, 8\) for 2 ranks with 4 tokens each"):
+            model(tokens, position_ids=positions, attention_mask=part)
+        with pytest.raises(ValueError, match="LlamaForCausalLM was given no position_ids"):
+            model(tokens)
+        with pytest.raises(ValueError, match="given an attention_mask of all 8 tokens and would take its beginning"):
+            model(tokens, kept.long(), positions)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+    sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "sliding_window": 6}
+    config = transformers.MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    narrow = accelerator.prepare(transformers.MistralForCausalLM(config))
+    with pytest.raises(ValueError) as caught, accelerator.maybe_context_parallel([tokens, positions], [1, 1]):
+        narrow(tokens, position_ids=positions)
+    assert "MistralAttention lets a token see 6 tokens (sliding_window), and sequences have 8" in str(caught.value)
+
+    AcceleratorState._reset_state(True)
+    arguments = transformers.TrainingArguments(
+        str(output), use_cpu=True, report_to=[], max_steps=1, parallelism_config=ParallelismConfig(sp_size=2)
+    )
+    plain = transformers.LlamaForCausalLM.from_pretrained(folder)
+    trainer = transformers.Trainer(plain, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    with pytest.raises(ValueError, match="transformers' Trainer computes losses with sp_size above 1"):
+        trainer.train()
+
+
+def test_masks_are_whole_and_what_would_go_wrong_in_silence_is_refused(
+    folder: Path, tmp_path: Path, run_ranks: Any
+) -> None:
+    run_ranks(2, _masked_and_refused, folder, tmp_path, env={"HF_HUB_OFFLINE": "1"})

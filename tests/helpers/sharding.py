@@ -45,12 +45,3 @@ class Tiny(nn.Module):
 def plugin(version: int, **fields: Any) -> FullyShardedDataParallelPlugin:
     by_layer = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["Block"]}
     return FullyShardedDataParallelPlugin(**{"fsdp_version": version, **by_layer, **fields})
-
-
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    norms = {id(param) for name, param in model.named_parameters() if "norm" in name}
-    params = list(model.parameters())
-    return [
-        {"params": [param for param in params if id(param) not in norms]},
-        {"params": [param for param in params if id(param) in norms], "weight_decay": 0.0},
-    ]

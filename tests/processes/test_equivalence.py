@@ -101,6 +101,13 @@ ROWS: dict[str, Row] = {
     "CP x TP 2x2": Row(4, sizes={"cp_size": 2, "tp_size": 2}),
     "FSDP 2 over CP 2": _two(2, {"cp_size": 2}),
     "FSDP 2 x CP 2x2": _two(4, {"dp_shard_size": 2, "cp_size": 2}),
+    "SP 2": Row(2, sizes={"sp_size": 2}),
+    "SP 2, compiled": Row(2, sizes={"sp_size": 2}, more={"dynamo_backend": "eager"}),
+    "SP 4": Row(4, sizes={"sp_size": 4}),
+    "replicas x SP 2x2, the exact mean": Row(4, sizes={"dp_replicate_size": 2, "sp_size": 2}, more={"items": True}),
+    "SP x TP 2x2": Row(4, sizes={"sp_size": 2, "tp_size": 2}),
+    "FSDP 2 over SP 2": _two(2, {"sp_size": 2}),
+    "FSDP 2 x SP 2x2": _two(4, {"dp_shard_size": 2, "sp_size": 2}),
 }
 # Steps that are not those of the others: what is compared with what else.
 CLIPPED = {"FSDP 1": _one(more={"clip_value": True}), "FSDP 2": _two(more={"clip_value": True})}

@@ -19,6 +19,7 @@ from accelerate.runtime import world
 from accelerate.state import AcceleratorState
 from accelerate.strategies.fsdp1 import _mesh
 from tests.helpers import sharding
+from tests.helpers.llama import groups
 from tests.helpers.sharding import Block, Tiny
 
 # The version and what the launcher asks for by default.
@@ -166,7 +167,7 @@ def _refused() -> list[str]:
         accelerator.prepare(Tiny())
     model = nn.Sequential(Block(2))
     with refused():
-        accelerator.prepare(model, torch.optim.AdamW(sharding.groups(model)))
+        accelerator.prepare(model, torch.optim.AdamW(groups(model)))
     AcceleratorState._reset_state()
     replicas = ParallelismConfig(dp_replicate_size=2)
     with refused():

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from accelerate import Accelerator
 from accelerate.checkpointing import LoadError, SaveError
 from accelerate.state import AcceleratorState
-from tests.helpers.sharding import Block, Tiny, groups, plugin
+from tests.helpers.llama import groups
+from tests.helpers.sharding import Block, Tiny, plugin
 
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 Kind = tuple[int | None, dict[str, Any]]

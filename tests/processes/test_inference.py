@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -190,3 +191,47 @@ def test_refusals_are_everybodys(run_ranks: Any) -> None:
     assert len(first) == len(parts)
     for text, part in zip(first, parts, strict=True):
         assert part in text
+
+
+class Looked(nn.Module):
+    """Fails in its middle on ids that there are no words for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.words, self.last = nn.Linear(3, 4), nn.Embedding(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x) + self.words(ids))
+
+
+def _fails(gather: bool) -> list[str]:
+    torch.set_num_threads(1)
+    PartialState(cpu=True)
+    torch.manual_seed(0)
+    model = Looked()
+    whole = copy.deepcopy(model)
+    x, ids = torch.rand(4, 3), torch.tensor([0, 1, 2, 3])
+    model = prepare_pippy(
+        model, example_args=(x, ids), split_points=["words", "last"], num_chunks=2, gather_output=gather
+    )
+    said = []
+    for given in (ids, ids + 3, ids + 3, ids, torch.cat([ids, ids + 9]), ids):
+        given_x = x.repeat(len(given) // 4, 1)
+        try:
+            output = model(given_x, given)
+        except RuntimeError as error:
+            said.append(str(error))
+        else:
+            fits = output is None or torch.allclose(output, whole(given_x, given))
+            said.append("nothing" if output is None else "right" if fits else "wrong")
+    return said
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_stage_that_fails_leaves_nobody_waiting(gather: bool, run_ranks: Any) -> None:
+    first, failed, last = run_ranks(3, _fails, gather, timeout=60)
+    text = "stage 1 of the pipeline failed: IndexError: index out of range in self"
+    bad = [False, True, True, False, True, False]
+    assert last == [text if one else "right" for one in bad]
+    assert failed == [text if one else "right" if gather else "nothing" for one in bad]
+    assert first == (last if gather else ["nothing"] * 6)

@@ -290,7 +290,6 @@ def test_bad_settings_say_what_is_wrong():
     [
         ({"deepspeed_plugin": DeepSpeedPlugin}, "DEEPSPEED", r"deepspeed_plugin \(--use_deepspeed\).*not part of this"),
         ({"megatron_lm_plugin": MegatronLMPlugin}, "MEGATRON_LM", r"megatron_lm_plugin \(--use_mega.*not part of this"),
-        ({"parallelism_config": lambda: ParallelismConfig(sp_size=2)}, None, "asks for sp_size=2.*not part of this"),
     ],
 )
 def test_what_this_version_cannot_train_with_is_refused_before_anything_changes(given, variable, message, monkeypatch):

@@ -6,7 +6,6 @@ where the system can (O_DIRECT): its bytes are needed once, and memory for a sec
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import io
 import mmap
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from .disk import DIRECT, STRETCH, FileRecord
+from ..runtime.page_cache import CacheProbe, open_past
+from .disk import STRETCH, FileRecord
 
 _THREADS = 4
 _AHEAD = 3
@@ -53,12 +53,8 @@ class CheckedFile(io.RawIOBase):
         if size != record.size:
             self.close()
             raise DamagedError(f"it has {size} bytes and was saved with {record.size}")
-        if DIRECT is not None and not _is_cached(self._descriptor, size):
-            try:
-                self._direct = os.open(path, os.O_RDONLY | DIRECT)
-            except OSError as error:  # a file system that has no such thing
-                if error.errno != errno.EINVAL:
-                    raise
+        if CacheProbe(self._descriptor, size).share(size) <= 0.5:
+            self._direct = open_past(path)
 
     def close(self) -> None:
         """Closes the file."""
@@ -144,17 +140,3 @@ class CheckedFile(io.RawIOBase):
         if done < size or f"{zlib.crc32(view[:size]):08x}" != self._record.sums[number]:
             raise DamagedError("its content is not what was saved (checksum)")
         return buffer[:size]
-
-
-def _is_cached(descriptor: int, size: int) -> bool:
-    """Whether most of a file is in the page cache."""
-    if not size:
-        return True
-    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as whole:
-        pages = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
-        start = np.frombuffer(whole, dtype=np.uint8)
-        failed = ctypes.CDLL(None).mincore(
-            ctypes.c_void_p(start.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data)
-        )
-        del start
-    return bool(failed) or float((pages & 1).mean()) > 0.5

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from . import manifest as manifests
 from .disk import FileRecord, record_of, room_made_later, sync_folder, wait_for_room, write_file
@@ -49,7 +50,14 @@ def stage(target: Path) -> Path:
 
 
 def commit(
-    staging: Path, target: Path, records: Iterable[FileRecord], *, world_size: int, step: int, number: int
+    staging: Path,
+    target: Path,
+    records: Iterable[FileRecord],
+    *,
+    world_size: int,
+    step: int,
+    number: int,
+    kinds: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Makes what lies in `staging` the checkpoint `target`.
 
@@ -57,7 +65,7 @@ def commit(
         staging: What `stage` gave, with every rank's part written and synced.
         target: The checkpoint's folder. One that is there is replaced; files in it that are no part of a checkpoint stay.
         records: The files whose records are known; others in `staging` (written by hooks) are read.
-        world_size, step, number: For the manifest.
+        world_size, step, number, kinds: For the manifest.
     """
     known = {record.path: record for record in records}
     present = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
@@ -65,7 +73,7 @@ def commit(
     lost = sorted(known.keys() - set(present))
     if lost:
         raise FileNotFoundError(f"files vanished from {staging} while it was being written: {', '.join(lost)}")
-    whole = manifests.Manifest.of(complete, world_size=world_size, step=step, iteration=number)
+    whole = manifests.Manifest.of(complete, world_size=world_size, step=step, iteration=number, kinds=kinds)
     write_file(staging / manifests.NAME, manifests.NAME, whole.write)
     for folder in {(staging / name).parent for name in present} | {staging}:
         sync_folder(folder)

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from ..runtime.page_cache import open_past
+
 STRETCH = 8 * 2**20
 """Bytes that one checksum covers, and that are written at once."""
 _PIECE = 2**20
 _THREADS = 2
 _BUFFERS = 2 * _THREADS
-DIRECT: int | None = getattr(os, "O_DIRECT", None)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class FileWriter:
         if number:
             self._full.put((self.size - STRETCH, self._buffer))
         if number == 1:
-            self._open_direct()
+            self._direct = open_past(self._path, os.O_WRONLY)
         if 0 < number <= _THREADS:
             thread = threading.Thread(target=self._work, name="checkpoint writer")
             thread.start()
@@ -107,14 +108,6 @@ class FileWriter:
     def _check(self) -> None:
         if self.error is not None:
             raise self.error
-
-    def _open_direct(self) -> None:
-        if DIRECT is not None:
-            try:
-                self._direct = os.open(self._path, os.O_WRONLY | DIRECT)
-            except OSError as error:  # a file system that has no such thing
-                if error.errno != errno.EINVAL:
-                    raise
 
     def _work(self) -> None:
         while (job := self._full.get()) is not None:

@@ -60,6 +60,7 @@ class Entry:
         format: How it is written and read.
         partial: Makes what fits of a state that does not fit as a whole; None: it is left out as a whole.
         needs: Added to the message when the file cannot be read.
+        kind: The class of what the state belongs to, where another class cannot have it; the manifest records it.
     """
 
     path: str
@@ -74,6 +75,7 @@ class Entry:
     format: FileFormat = TORCH
     partial: Callable[[Any], Any] | None = None
     needs: str = ""
+    kind: str = ""
 
     def read(self, folder: Path, options: dict[str, Any]) -> Any:
         """The state in the file.
@@ -92,6 +94,7 @@ class Part:
     path: str
     state: Any
     format: FileFormat
+    kind: str = ""
 
     def write(self, folder: Path) -> Written:
         """Writes the file below `folder`, on disk when this returns."""

@@ -12,9 +12,17 @@ import torch
 from torch import nn
 
 from . import live
+from .comparing import (
+    compare_optimizers,
+    compare_weights,
+    is_shaped_like_parameters,
+    kind_of,
+    lacking,
+    matching,
+    ties_in,
+)
 from .errors import Problem
 from .live import ExtraState, Parameter
-from .objects import SHAPED_LIKE_PARAMETERS, innermost
 from .pieces import Held, is_dtensor
 from .saved import Saved, SavedOptimizer, SavedWeights
 
@@ -23,39 +31,22 @@ from .saved import Saved, SavedOptimizer, SavedWeights
 
 def check_weights(path: str, model: nn.Module, state: Mapping[str, Any], saved: SavedWeights) -> list[Problem]:
     """What does not fit between a model's state and a saved one."""
-    kind = type(model).__name__
-    problems = [
-        Problem(path, "missing", f"no {name!r}{_of(state[name])}, which {kind} has") for name in lacking(state, saved)
-    ]
-    problems += [
-        Problem(path, "extra", f"{name!r}{_of(saved[name])}, which {kind} does not have")
-        for name in surplus(state, saved)
-    ]
-    for name, value in state.items():
-        if name in saved and _shape(value) != _shape(saved[name]):
-            problems.append(Problem(path, "shape", f"{name!r} is{_of(saved[name])}, and{_of(value)} in {kind}"))
-    return problems
+    return compare_weights(path, type(model).__name__, state, saved, ties_in(state), saved.tied)
 
 
-def lacking(state: Mapping[str, Any], saved: SavedWeights) -> list[str]:
-    """The names that a model's state has and a saved one lacks, also under the names that are tied to them."""
-    tied = _tied(state)
-    return [name for name in state if name not in saved and not tied.get(name, set()) & saved.keys()]
-
-
-def surplus(state: Mapping[str, Any], saved: SavedWeights) -> list[str]:
-    """The names that a saved state has and a model's lacks."""
-    return [name for name in saved if name not in state and not saved.tied.get(name, set()) & state.keys()]
+def misnamed(state: Mapping[str, Any], saved: SavedWeights) -> tuple[list[str], list[str]]:
+    """The names that a saved state lacks, and those that it has and the model's lacks."""
+    return lacking(state, saved, ties_in(state)), lacking(saved, state, saved.tied)
 
 
 def matching_weights(state: Mapping[str, Any], saved: SavedWeights) -> SavedWeights:
     """The part of a saved state that fits."""
-    return SavedWeights({n: v for n, v in saved.items() if n in state and _shape(state[n]) == _shape(v)}, [])
+    return SavedWeights(matching(state, saved), [])
 
 
 def load_weights(state: Mapping[str, Any], saved: SavedWeights) -> None:
     """Fills a model's state; of names that are tied, any will do."""
-    tied = _tied(state)
+    tied = ties_in(state)
     done: set[int] = set()
     for name, value in state.items():
         source = next((saved[other] for other in (name, *sorted(tied.get(name, ()))) if other in saved), None)
@@ -74,24 +65,6 @@ def _fill(target: Held, source: Saved) -> None:
             source.fill(box.offsets, piece)
 
 
-def _tied(state: Mapping[str, Any]) -> dict[str, set[str]]:
-    """Name -> all names of the same tensor, where there are several."""
-    groups: dict[int, set[str]] = {}
-    for name, value in state.items():
-        if isinstance(value, Held):
-            groups.setdefault(id(value), set()).add(name)
-    return {name: group for group in groups.values() if len(group) > 1 for name in group}
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return value.layout.shape if isinstance(value, Held) else value.shape if isinstance(value, Saved) else None
-
-
-def _of(value: Any) -> str:
-    shape = _shape(value)
-    return "" if shape is None else f" of shape {list(shape)}"
-
-
 # Optimizers -------------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +80,7 @@ class Target:
     def __init__(self, path: str, optimizer: Any, models: Sequence[nn.Module]) -> None:
         self.path = path
         self._optimizer = optimizer
-        self._shaped = type(innermost(optimizer)) in SHAPED_LIKE_PARAMETERS
+        self._shaped = is_shaped_like_parameters(optimizer)
         self._groups, self._names = live.groups_of(optimizer, models)
         self._called = live.called(self._groups, self._names)
 
@@ -128,12 +101,13 @@ class Target:
 
     def check(self, saved: SavedOptimizer) -> list[Problem]:
         """What does not fit."""
-        kind = type(innermost(self._optimizer)).__name__
+        kind = kind_of(self._optimizer)
         sizes, live_sizes = [list(map(len, groups)) for groups in (saved.params, self._called)]
         differs = Problem(self.path, "shape", f"its groups have {sizes} parameters, and {live_sizes} in {kind}")
         if not saved.is_named and sizes != live_sizes:
             return [differs]
-        problems = []
+        if problems := compare_optimizers(self.path, self._optimizer, saved.groups, saved.state.values()):
+            return problems
         theirs, mine = _numbered(self.named(saved).params), _numbered(self._called)
         for name in mine.keys() - theirs.keys():
             problems.append(Problem(self.path, "missing", f"no state of {name!r}, which {kind} has"))

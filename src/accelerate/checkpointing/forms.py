@@ -18,6 +18,7 @@ from torch import nn
 
 from ..runtime.transport import Collectives
 from . import fitting, live, saved
+from .comparing import kind_of
 from .dcp import DESCRIPTION
 from .entries import SAFETENSORS, TORCH, Entry, FileFormat
 from .gathering import gathered
@@ -27,6 +28,13 @@ from .objects import model_entry, optimizer_entry
 from .pieces import held
 from .saved import MODEL, OPTIMIZER
 from .shards import file_of, own_shards, write_shards
+
+
+def saves_whole(plugin: Any) -> bool:
+    """Whether rank 0 is to save all of sharded models, by an FSDP plugin (or none); else each rank saves its own part."""
+    kind = getattr(plugin, "state_dict_type", None)
+    return bool(getattr(kind, "name", kind) == "FULL_STATE_DICT")
+
 
 # To save ----------------------------------------------------------------------------------------------------------------
 
@@ -56,13 +64,13 @@ def shards_of_optimizer(index: int, rank: int, optimizer: Any, models: Sequence[
                     state[OPTIMIZER, "param_groups", number, key] = held(value) if hasattr(value, "dim") else value
         return own_shards(state)
 
-    return _shards(optimizer_folder(index), rank, capture)
+    return _shards(optimizer_folder(index), rank, capture, kind_of(optimizer))
 
 
-def _shards(folder: str, rank: int, capture: Callable[[], Any]) -> Entry:
+def _shards(folder: str, rank: int, capture: Callable[[], Any], kind: str = "") -> Entry:
     file = file_of(rank)
     form = FileFormat(functools.partial(write_shards, file=file), TORCH.read)
-    return Entry(f"{folder}/{file}", capture, load=_not_loaded, everywhere=True, format=form)
+    return Entry(f"{folder}/{file}", capture, load=_not_loaded, everywhere=True, format=form, kind=kind)
 
 
 def _not_loaded(state: Any) -> None:
@@ -87,7 +95,7 @@ def gathered_optimizer(index: int, collectives: Collectives, optimizer: Any, mod
             state.setdefault(name, {})[key] = value
         return {"state": state, "param_groups": _options(optimizer, live.called(groups, names))}
 
-    return Entry(optimizer_file(index), capture, load=_not_loaded, collective=True, fresh=True)
+    return Entry(optimizer_file(index), capture, load=_not_loaded, collective=True, fresh=True, kind=kind_of(optimizer))
 
 
 def _options(optimizer: Any, names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
@@ -164,6 +172,7 @@ def optimizer_in(
         check=lambda found: (target() if isinstance(found, saved.SavedOptimizer) else plain).check(found),
         format=FileFormat(TORCH.write, read, takes_options=True),
         kept=plain.kept and path == forms[0] and not sharded,
+        kind=plain.kind,
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..runtime import world
-from ..runtime.forward import extract_model_from_parallel
+from ..runtime.forward import bare_model
 from . import fitting, forms, live, loading
 from .entries import Entry, Part
 from .errors import SaveError
@@ -50,7 +50,7 @@ def save_fsdp_model(
         SaveError: on every rank, when one could not write its part.
     """
     here = world.current()
-    state, full = _state(model, adapter_only), _is_full(fsdp_plugin)
+    state, full = _state(model, adapter_only), forms.saves_whole(fsdp_plugin)
     if full:
         _write(forms.gathered_model(model_index, gathered(here.collectives, state)), Path(output_dir))
     else:
@@ -75,11 +75,11 @@ def load_fsdp_model(
         LoadError: on every rank, when the weights do not fit, and nothing was changed; or when a file is damaged inside
             its tensors, which is found on the way (`Accelerator.load_state` compares checksums first).
     """
-    folder, bare = Path(input_dir), _bare(model)
-    entry = forms.model_in(folder, model_index, bare, sharded=True, full=_is_full(fsdp_plugin))
+    folder, bare = Path(input_dir), bare_model(model)
+    entry = forms.model_in(folder, model_index, bare, sharded=True, full=forms.saves_whole(fsdp_plugin))
     _load(entry, folder, strict=not adapter_only)
     state, saved = live.model_state(bare), entry.read(folder, {})
-    return _IncompatibleKeys(fitting.lacking(state, saved), fitting.surplus(state, saved))
+    return _IncompatibleKeys(*fitting.misnamed(state, saved))
 
 
 def save_fsdp_optimizer(
@@ -92,7 +92,7 @@ def save_fsdp_optimizer(
     use_dcp: bool = True,
 ) -> None:
     """Saves the state of a sharded model's optimizer; arguments as for `save_fsdp_model`."""
-    here, models, full = world.current(), [_bare(model)], _is_full(fsdp_plugin)
+    here, models, full = world.current(), [bare_model(model)], forms.saves_whole(fsdp_plugin)
     if full:
         entry = forms.gathered_optimizer(optimizer_index, here.collectives, optimizer, models)
     else:
@@ -111,26 +111,16 @@ def load_fsdp_optimizer(
     use_dcp: bool = True,
 ) -> None:
     """Loads what `save_fsdp_optimizer` saved; arguments and errors as for `load_fsdp_model`."""
-    folder, full = Path(input_dir), _is_full(fsdp_plugin)
-    entry = forms.optimizer_in(folder, optimizer_index, optimizer, [_bare(model)], sharded=True, full=full)
+    folder, full = Path(input_dir), forms.saves_whole(fsdp_plugin)
+    entry = forms.optimizer_in(folder, optimizer_index, optimizer, [bare_model(model)], sharded=True, full=full)
     _load(entry, folder, strict=True)
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    found: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
-    return found
-
-
-def _is_full(plugin: Any) -> bool:
-    kind = getattr(plugin.state_dict_type, "name", plugin.state_dict_type)
-    return bool(kind == "FULL_STATE_DICT")
-
-
 def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
-    state = live.model_state(_bare(model))
+    state = live.model_state(bare_model(model))
     if not adapter_only:
         return state
-    trained = live.trained(_bare(model))
+    trained = live.trained(bare_model(model))
     kept = {id(value) for name, value in state.items() if name in trained}
     return {name: value for name, value in state.items() if id(value) in kept}
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .comparing import EXTRA
 from .pieces import Held, Layout, held, is_dtensor, stretch, whole
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-_EXTRA = "_extra_state"
 
 
 def plain_name(name: str) -> str:
@@ -64,7 +64,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
             if tensor is not None and prefix + name not in state and name != "_flat_param":
                 state[prefix + name] = of(tensor)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            state[prefix + _EXTRA] = ExtraState(module)
+            state[prefix + EXTRA] = ExtraState(module)
     return state
 
 

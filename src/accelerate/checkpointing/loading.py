@@ -132,7 +132,8 @@ def read_entries(
     Args:
         folder: The checkpoint.
         entries: What to read.
-        manifest: Its manifest, which files are compared with that are read into memory of their own.
+        manifest: Its manifest: the classes that the states are of, and the checksums of files that are read into memory of
+            their own.
         options: For `torch.load`.
     """
     reading = Reading()
@@ -145,7 +146,7 @@ def read_entries(
         try:
             own = {"mmap": False, "record": records.get(entry.path)} if entry.kept else {}
             state = entry.read(folder, {**options, **own})
-            problems = entry.check(state)
+            problems = _of_another_class(entry, manifest) or entry.check(state)
         except DamagedError as error:
             reading.damaged.append(Problem(entry.path, "corrupt", str(error)))
             continue
@@ -162,6 +163,13 @@ def read_entries(
         elif not problems:
             reading.states.append((entry, state))
     return reading
+
+
+def _of_another_class(entry: Entry, manifest: manifests.Manifest | None) -> list[Problem]:
+    saved = "" if manifest is None else manifest.kinds.get(entry.path, "")
+    if not saved or not entry.kind or saved == entry.kind:
+        return []
+    return [Problem(entry.path, "state", f"it was saved by {saved}, and this run has {entry.kind}")]
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ import datetime
 import json
 import platform
 import zlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Manifest:
         format: Version of the layout.
         versions: Library -> version that saved it.
         saved_at: When, in UTC, as ISO 8601.
+        kinds: Part -> the class of what it is the state of, for parts that no other class can have.
     """
 
     files: tuple[FileRecord, ...]
@@ -47,9 +48,12 @@ class Manifest:
     format: int = FORMAT
     versions: dict[str, str] = field(default_factory=dict)
     saved_at: str = ""
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, files: Iterable[FileRecord], *, world_size: int, step: int, iteration: int) -> Manifest:
+    def of(
+        cls, files: Iterable[FileRecord], *, world_size: int, step: int, iteration: int, kinds: Mapping[str, str]
+    ) -> Manifest:
         """The manifest of a checkpoint that is being saved now, by these libraries."""
         return cls(
             tuple(sorted(files, key=lambda record: record.path)),
@@ -58,6 +62,7 @@ class Manifest:
             iteration,
             versions=library_versions(),
             saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            kinds=kinds,
         )
 
     def to_bytes(self) -> bytes:
@@ -66,6 +71,7 @@ class Manifest:
             "files": {record.path: {"crc32": list(record.sums), "size": record.size} for record in self.files},
             "format": self.format,
             "iteration": self.iteration,
+            "kinds": dict(self.kinds),
             "saved_at": self.saved_at,
             "step": self.step,
             "stretch": STRETCH,
@@ -125,7 +131,7 @@ def read(folder: Path) -> Manifest:
         )
     files = tuple(FileRecord(path, facts["size"], tuple(facts["crc32"])) for path, facts in body["files"].items())
     rest = {name: body[name] for name in ("world_size", "step", "iteration", "format", "versions", "saved_at")}
-    return Manifest(files, **rest)
+    return Manifest(files, kinds=body.get("kinds", {}), **rest)
 
 
 def verify(

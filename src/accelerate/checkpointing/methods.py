@@ -31,6 +31,7 @@ class CheckpointMethods:
     if TYPE_CHECKING:
         strategy: Any
         project_configuration: Any
+        _custom_objects: list[Any]
 
     @cached_property
     def _checkpoints(self) -> Checkpoints:
@@ -174,6 +175,20 @@ class CheckpointMethods:
         if not self._stop_request.watching:
             self._stop_request.watch(signal.SIGTERM)
         return self._stop_request.agreed()
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Makes objects part of every checkpoint.
+
+        Raises:
+            ValueError: for objects without ``state_dict`` and ``load_state_dict``.
+        """
+        lacking = [o for o in objects if not (hasattr(o, "state_dict") and hasattr(o, "load_state_dict"))]
+        if lacking:
+            raise ValueError(
+                "only objects with `state_dict` and `load_state_dict` can be part of a checkpoint; these lack them: "
+                + ", ".join(type(o).__name__ for o in lacking)
+            )
+        self._custom_objects.extend(objects)
 
     def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Has `hook` called by `save_state` before anything is written.

@@ -11,6 +11,15 @@ import torch
 from torch import nn
 
 from ..settings.enums import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+from .comparing import (
+    compare_optimizers,
+    compare_weights,
+    is_shaped_like_parameters,
+    kind_of,
+    matching,
+    other_kind,
+    ties,
+)
 from .copying import copy_all, fits, is_plain
 from .entries import SAFETENSORS, TORCH, Entry
 from .errors import Problem
@@ -69,57 +78,16 @@ def _check_model(path: str, model: nn.Module | None, saved: Any) -> list[Problem
     if not isinstance(saved, dict):
         return [Problem(path, "corrupt", f"expected a mapping of names to tensors, found {type(saved).__name__}")]
     live = model.state_dict()
-    problems = [
-        Problem(path, "missing", f"no {name!r}{_of(live[name])}, which {type(model).__name__} has")
-        for name in _lacking(live, saved)
-    ]
-    problems += [
-        Problem(path, "extra", f"{name!r}{_of(saved[name])}, which {type(model).__name__} does not have")
-        for name in saved
-        if name not in live and not _aliased(name, saved, live)
-    ]
-    for name in live.keys() & saved.keys():
-        if _shape(live[name]) != _shape(saved[name]):
-            problems.append(
-                Problem(path, "shape", f"{name!r} is{_of(saved[name])}, and{_of(live[name])} in {type(model).__name__}")
-            )
-    return problems
-
-
-def _lacking(live: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    absent = [name for name in live if name not in saved]
-    if not absent:
-        return []
-    loaded_with: dict[str, set[str]] = {name: set(group) for group in shared_names(live) for name in group}
-    return [name for name in absent if not loaded_with.get(name, set()) & saved.keys()]
-
-
-def _aliased(name: str, saved: dict[str, Any], live: dict[str, Any]) -> bool:
-    return any(name in group and any(other in live for other in group) for group in shared_names(saved))
+    tied = ties(shared_names(live)), ties(shared_names(saved))
+    return compare_weights(path, type(model).__name__, live, saved, *tied)
 
 
 def _matching(model: nn.Module | None, saved: Any) -> dict[str, Any]:
     assert model is not None
-    live = model.state_dict()
-    entries = saved.items() if isinstance(saved, dict) else ()
-    return {name: value for name, value in entries if name in live and _shape(live[name]) == _shape(value)}
-
-
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _of(value: Any) -> str:
-    return f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    return matching(model.state_dict(), saved if isinstance(saved, dict) else {})
 
 
 # Optimizers ---------------------------------------------------------------------------------------------------------
-
-# Their states have the shape of the parameter; others (factored ones, LBFGS) may have any.
-SHAPED_LIKE_PARAMETERS = {
-    getattr(torch.optim, name)
-    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "Adagrad", "RMSprop", "Rprop", "ASGD")
-}
 
 
 def optimizer_entry(index: int, optimizer: Any) -> Entry:
@@ -131,6 +99,7 @@ def optimizer_entry(index: int, optimizer: Any) -> Entry:
         capture=optimizer.state_dict,
         load=lambda saved: optimizer.load_state_dict(saved if untouched else _owned(optimizer, saved)),
         check=lambda saved: _check_optimizer(path, optimizer, saved),
+        kind=kind_of(optimizer),
         kept=untouched,
     )
 
@@ -141,9 +110,10 @@ def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
     groups, live_groups = saved["param_groups"], optimizer.param_groups
     sizes, live_sizes = ([len(group["params"]) for group in some] for some in (groups, live_groups))
     if sizes != live_sizes:
-        text = f"its groups have {sizes} parameters, and {live_sizes} in {type(innermost(optimizer)).__name__}"
+        text = f"its groups have {sizes} parameters, and {live_sizes} in {kind_of(optimizer)}"
         return [Problem(path, "shape", text)]
-    problems = []
+    if problems := compare_optimizers(path, optimizer, groups, saved["state"].values()):
+        return problems
     for key, parameter in _places(optimizer, saved):
         values = saved["state"].get(key, {})
         for name, value in values.items() if isinstance(values, dict) else ():
@@ -159,12 +129,6 @@ def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
     return problems
 
 
-def innermost(optimizer: Any) -> Any:
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        optimizer = inner
-    return optimizer
-
-
 def _places(optimizer: Any, saved: dict[str, Any]) -> Iterator[tuple[Any, torch.Tensor]]:
     """Each parameter's key in a saved state, with the parameter."""
     keys = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
@@ -175,7 +139,7 @@ def _expected_shape(optimizer: Any, parameter: torch.Tensor, name: str) -> torch
     live = optimizer.state.get(parameter, {}).get(name)
     if isinstance(live, torch.Tensor):
         return live.shape
-    return parameter.shape if type(innermost(optimizer)) in SHAPED_LIKE_PARAMETERS else None
+    return parameter.shape if is_shaped_like_parameters(optimizer) else None
 
 
 def _owned(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
@@ -234,10 +198,7 @@ def _check_scheduler(path: str, scheduler: Any, saved: Any) -> list[Problem]:
     # Releases of torch add and drop names; a state that both lacks and adds some is of another kind of scheduler.
     if live - theirs and theirs - live:
         kind = type(getattr(scheduler, "scheduler", scheduler)).__name__
-        text = (
-            f"it is of another kind of scheduler than {kind}: no {sorted(live - theirs)}, but {sorted(theirs - live)}"
-        )
-        return [Problem(path, "state", text)]
+        return [other_kind(path, "scheduler", kind, live - theirs, theirs - live)]
     return []
 
 

@@ -70,6 +70,11 @@ class Held:
     layout: Layout
     local: torch.Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole tensor's."""
+        return self.layout.shape
+
     def pieces(self) -> Iterator[tuple[Box, torch.Tensor]]:
         """Each box with the live values in it."""
         for box in self.layout.boxes:

@@ -6,13 +6,14 @@ the order of the parameter groups, where they were not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .comparing import ties
 from .dcp import StoredFolder
 from .model_files import shared_names
 from .pieces import Box, part_of
@@ -71,9 +72,9 @@ class SavedWeights(Mapping[str, Any]):
         tied: Groups of names that stand for one tensor.
     """
 
-    def __init__(self, values: Mapping[str, Any], tied: list[list[str]]) -> None:
+    def __init__(self, values: Mapping[str, Any], tied: Iterable[list[str]]) -> None:
         self._values = values
-        self.tied = {name: set(group) for group in tied for name in group}
+        self.tied = ties(tied)
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -111,7 +112,7 @@ def weights_in_folder(folder: Path) -> SavedWeights:
     for path, name in names.items():
         groups.setdefault(stored.entries[name].pieces, []).append(".".join(path))
     values = {".".join(path): _value(stored, name) for path, name in names.items()}
-    return SavedWeights(values, [group for group in groups.values() if len(group) > 1])
+    return SavedWeights(values, groups.values())
 
 
 # Optimizers -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .entries import Entry, Part, Written
 from .errors import SaveError
 from .finding import is_whole
 from .joint import of_the_first, together
-from .names import numbered_folders
+from .names import numbered_folders, part_of
 from .parallel import in_parallel
 from .remote import Outgoing
 from .shards import Place, describe
@@ -117,7 +117,7 @@ def capture(entries: Sequence[Entry], disk: Disk, room: Room | None) -> list[Par
             state = entry.capture()
             if saves and state is not None:
                 kept = state if room is None or entry.fresh else _copied(state, room)
-                parts.append(Part(entry.path, kept, entry.format))
+                parts.append(Part(entry.path, kept, entry.format, entry.kind))
     return parts
 
 
@@ -216,6 +216,7 @@ class Job:
             world_size=self.world.size,
             step=self.step,
             number=self.number,
+            kinds={part_of(part.path): part.kind for part in self.parts if part.kind},
         )
 
     def _prune(self) -> None:

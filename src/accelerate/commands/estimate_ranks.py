@@ -166,6 +166,7 @@ def plan(settings: LaunchSettings) -> Plan:
         offload=settings.fsdp.offload_params and not settings.on_cpu,
         prefetch=plugin.fsdp_version == 2 or getattr(plugin.backward_prefetch, "name", "") == "BACKWARD_PRE",
         original=bool(plugin.use_orig_params),
+        copies=settings.on_cpu,
     )
     shape = f"FSDP {plugin.fsdp_version}" + (f", {kind.lstrip('_')}" if kind else "")
     if 1 < ranks < processes:

@@ -125,6 +125,7 @@ class Sharding:
         prefetch: The backward gathers the next unit before it computes this one.
         original: FSDP 1 keeps the original parameters visible (use_orig_params).
         buckets: Gradients are copied into buckets to be reduced (DDP on several ranks).
+        copies: Whoever carries shards does so in buffers of its own, as gloo does on the CPU, for as long as it takes.
     """
 
     ranks: int = 1
@@ -135,6 +136,7 @@ class Sharding:
     prefetch: bool = True
     original: bool = True
     buckets: bool = False
+    copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,11 @@ class _Flow:
         if self.sharding.version == 0:
             self.shards += weight.numel * weight.width
         else:
-            self.raw[moment.unit] += weight.numel * (self.sharding.compute or weight.width)
+            self.raw[moment.unit] += self._size(weight)
+
+    def _size(self, weight: Weight) -> int:
+        """Bytes of a whole gradient, as the backward makes it."""
+        return weight.numel * (self.sharding.compute or weight.width)
 
     def _gather(self, unit: int) -> Iterator[int]:
         """Gathers a unit; gives what is there in passing besides."""
@@ -349,11 +355,11 @@ class _Flow:
         part = self.parts[unit]
         if self.sharding.version == 1:
             self.whole[unit] = part.whole
-            yield part.sent
+            yield self._gathering(part)
             return
         if unit not in self.sent:
             self.sent[unit] = part.whole
-            yield part.sent
+            yield self._gathering(part)
         self.whole[unit] = part.whole
         yield 0
 
@@ -362,7 +368,7 @@ class _Flow:
         part = self.parts[unit]
         if unit not in self.whole and before and self.sharding.version == 2:
             self.sent[unit] = part.whole
-            yield part.sent
+            yield self._gathering(part)
             for other in before:  # is freed once the next has arrived
                 del self.sent[other]
         yield from self._gather(unit)
@@ -390,27 +396,33 @@ class _Flow:
             self.whole[following] = part.whole
         else:
             self.sent[following] = part.whole
-        yield part.sent
+        yield self._gathering(part)
+
+    def _gathering(self, part: Part) -> int:
+        """What is there while a unit is gathered, beside the whole of it."""
+        return part.sent + (part.whole if self.sharding.copies else 0)
 
     def _reduced(self, unit: int) -> Iterator[int]:
         part = self.parts[unit]
-        if not part.reduced:
-            self.whole.pop(unit, None)
-        elif self.sharding.version == 1:
-            yield part.reduced  # gradients are put behind each other
-            self.raw[unit] = 0
-            self.whole.pop(unit, None)
-            yield part.reduced + part.reduced // self.sharding.ranks
-        else:
-            self.whole.pop(unit, None)
-            self.reducing = part.reduced  # the one before is over
-            yield 0
-            self.raw[unit] = 0
-            yield part.reduced // self.sharding.ranks if self.sharding.compute else 0
-        self.shards += part.gradients
-        yield 0
+        self.whole.pop(unit, None)
+        if part.reduced:
+            yield from self._reduce(unit, part)
         if unit == self.root:
             self.reducing = 0
+
+    def _reduce(self, unit: int, part: Part) -> Iterator[int]:
+        flat = part.reduced  # gradients are put behind each other
+        if self.sharding.version == 2:
+            self.reducing, flat = flat, 0  # and stay until the next reduction; the one before is over
+        yield flat
+        # Version 2 lets go of all gradients but the last one, which a variable of torch's still names.
+        trained = [weight for weight in self.step.units[unit].weights if weight.trained]
+        self.raw[unit] = self._size(trained[-1]) if self.sharding.version == 2 else 0
+        output = part.reduced // self.sharding.ranks
+        yield flat + output + (part.reduced if self.sharding.copies else 0)
+        self.shards += part.gradients
+        yield flat + (output if self.sharding.compute else 0)  # in the format it is kept in, it is the shard
+        self.raw[unit] = 0
 
 
 _CHANGES = {

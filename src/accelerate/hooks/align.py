@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..placement.mapped import Stop, never
-from ..placement.offload import read_weights, sources_of
+from ..placement.offload import OffloadedWeightsLoader, are_at_hand, loader_behind, read_weights, sources_of
 from ..placement.tensors import (
     Place,
     TiedMap,
@@ -168,6 +168,14 @@ class AlignDevicesHook(ModelHook):
         """The values of all offloaded weights, where they are kept; those on disk are read into memory."""
         assert self.weights_map is not None
         return read_weights(self.weights_map, self._names(), stop)
+
+    def at_hand(self) -> bool:
+        """Whether the weights are where they are used, or as good as there."""
+        return self.weights_map is not None and are_at_hand(self.weights_map, self._names())
+
+    def loader(self) -> OffloadedWeightsLoader | None:
+        """What reads the weights of this hook, and of others."""
+        return loader_behind(self.weights_map)
 
     def sources(self) -> list[object] | None:
         """What the weights come from, to tell whether that has changed; None: they are not to be read ahead."""

@@ -47,7 +47,13 @@ class Brought:
 
 
 class Lane:
-    """To the CPU, and to devices that copies cannot run beside: weights are left where they are."""
+    """To the CPU, and to devices that copies cannot run beside: weights are left where they are.
+
+    Attributes:
+        copies: Whether it brings them elsewhere.
+    """
+
+    copies = False
 
     def mark(self) -> Any:
         """A point in what the device was told to do so far; called by who computes."""
@@ -72,6 +78,8 @@ class StreamLane(Lane):
     Args:
         device: The device.
     """
+
+    copies = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -17,12 +17,14 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 
 from ..placement.mapped import Interrupted, Stop
+from ..placement.offload import OffloadedWeightsLoader
 from ..settings import env
 from .lanes import Brought, Lane, lane_to
 
 # As much as the largest layer takes may wait ahead of the one that computes, and this much in any case.
 _ROOM = 16 << 20
 _FARTHEST = 64
+_REST = 8
 _END = -1
 
 
@@ -42,6 +44,12 @@ class Unit(Protocol):
 
     def read(self, stop: Stop) -> dict[str, torch.Tensor]:
         """The weights by name; called in any thread."""
+
+    def at_hand(self) -> bool:
+        """Whether reading the weights takes no time worth mentioning."""
+
+    def loader(self) -> OffloadedWeightsLoader | None:
+        """What reads them, together with those of other units."""
 
     def sources(self) -> list[object] | None:
         """What equals another such list as long as `read` would give the same; None: do not read ahead."""
@@ -68,6 +76,11 @@ class Order:
         if completed and self._last[1] is not None:
             self._after[self._last] = _END
         self._last = (None, None)
+
+    @property
+    def last(self) -> int | None:
+        """The unit used last; None at the beginning."""
+        return self._last[1]
 
     def guesses(self) -> Iterator[int]:
         """Which units will be used next, one after the other. May go on forever."""
@@ -117,6 +130,8 @@ class Prefetcher:
         self._units: WeakValueDictionary[int, Unit] = WeakValueDictionary()
         self._lanes: dict[torch.device | None, Lane] = {}
         self._jobs: dict[int, _Job] = {}
+        self._rest = 0  # so many units are used before looking ahead again
+        self._leisure: threading.Event | None = None  # ends what is done while there is nothing to read ahead
         self._largest = _ROOM
         self._thread: ThreadPoolExecutor | None = None
 
@@ -150,7 +165,10 @@ class Prefetcher:
             number = self.register(unit)
             self._order.note(number)
             job = self._jobs.pop(number, None)
-            self._plan()
+            if self._rest:
+                self._rest -= 1
+            else:
+                self._plan()
         if job is None:
             return None
         if job.future.cancel():  # it has not begun: whoever needs it reads it sooner
@@ -164,7 +182,11 @@ class Prefetcher:
     def finish(self, completed: bool = True) -> None:
         """The forward of the whole model is over: nothing stays in memory ahead of the next one."""
         with self._lock:
+            last = self._order.last
             self._order.finish(completed)
+            self._rest = 0
+            if completed and last is not None:
+                self._use_leisure(self._units.get(last))
             for job in self._jobs.values():
                 job.cancel()
             self._jobs.clear()
@@ -183,20 +205,40 @@ class Prefetcher:
             chosen[number] = unit
         for number in self._jobs.keys() - chosen:
             self._jobs.pop(number).cancel()
-        for number, unit in chosen.items():
-            if number not in self._jobs:
-                self._start(number, unit)
+        started = [self._start(number, unit) for number, unit in chosen.items() if number not in self._jobs]
+        if not self._jobs and not any(started):
+            self._rest = max(len(chosen) // 2, _REST)
 
-    def _start(self, number: int, unit: Unit) -> None:
-        sources = unit.sources()
-        if sources is None:
-            return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="accelerate-offload")
+    def _start(self, number: int, unit: Unit) -> bool:
+        """Has a unit read, if it can be and need be. Returns whether somebody should look again before it is used."""
         lane = self._lanes.get(unit.device)
         if lane is None:
             lane = self._lanes[unit.device] = lane_to(unit.device)
+        if not lane.copies and unit.at_hand():  # a thread would take longer than reading
+            return False
+        sources = unit.sources()
+        if sources is None:
+            return True
+        if self._leisure is not None:
+            self._leisure.set()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="accelerate-offload")
         self._jobs[number] = _Job(unit, lane, sources, self._thread)
+        return True
+
+    def _use_leisure(self, unit: Unit | None) -> None:
+        """Has the loader make faster what was slow in this forward, until something is to be read ahead."""
+        loader = None if unit is None else unit.loader()
+        if loader is None or not loader.slow or (self._leisure is not None and not self._leisure.is_set()):
+            return
+        ended = self._leisure = threading.Event()
+
+        def work() -> None:
+            loader.renew(ended.is_set)
+            ended.set()
+
+        # A daemon: it may be at it for long, and nobody waits for it.
+        threading.Thread(target=work, name="accelerate-renewal", daemon=True).start()
 
 
 def prefetcher(wanted: bool | None = None) -> Prefetcher | None:

@@ -1,4 +1,8 @@
-"""A batch through the stages of a pipeline: filled up, in rounds, and put together again."""
+"""A batch through the stages of a pipeline: filled up, in rounds, and put together again.
+
+A stage that fails hands on empty outputs, and words about what happened after them: nobody waits in vain, and the next
+batch is as good as the first.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..runtime import world
 from ..runtime.collectives import broadcast, broadcast_object_list
 from ..runtime.forward import ForwardWrapper
-from .stages import Cut, Position
+from .stages import Cut, Position, Stage
+
+_ROOM = 1024  # bytes for what is said about a failure
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,8 +38,9 @@ class Pipeline(ForwardWrapper):
         from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
         here = world.current()
+        self.stage = _Unfailing(cut.stage, here.device)
         stage = PipelineStage(
-            cut.stage.module,
+            self.stage,
             here.rank,
             here.size,
             here.device,
@@ -45,21 +54,19 @@ class Pipeline(ForwardWrapper):
         leaves, self.inputs = pytree.tree_flatten(example)
         self.names = list(example[1])
         self.expected = [_kind(leaf) for leaf in leaves]
+        self.telling: tuple[Any, torch.Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         here = world.current()
         if set(kwargs) == set(self.names):
             kwargs = {name: kwargs[name] for name in self.names}
-        rows = self._agree_on_rows((args, kwargs))
-        rounds = -(-rows // self.round)
-        given: list[torch.Tensor] = []
-        if here.rank == 0:
-            leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-            given = [resized(leaf.to(here.device), rounds * self.round) for leaf in leaves]
+        rows, given = self._agree((args, kwargs))
+        self.stage.error = None
         found = []
-        for start in range(0, rounds * self.round, self.round):
+        for start in range(0, self._filled(rows), self.round):
             found.append(self.schedule.step(*(leaf[start : start + self.round] for leaf in given)))
+        self._tell()
         if here.rank == here.size - 1:
             whole = [torch.cat(parts)[:rows] for parts in zip(*map(_as_tuple, found), strict=True)]
         elif not self.gather_output:
@@ -71,18 +78,49 @@ class Pipeline(ForwardWrapper):
         leaves = [whole[value.index] if isinstance(value, Position) else value for value in self.outputs]
         return pytree.tree_unflatten(leaves, self.structure)
 
-    def _agree_on_rows(self, inputs: Inputs) -> int:
-        """How many rows the first process was given; or what is wrong with them, on all."""
+    def _agree(self, inputs: Inputs) -> tuple[int, list[torch.Tensor]]:
+        """How many rows the first process was given, and there its inputs, filled up; or what is wrong, on all."""
+        here = world.current()
         answer: list[Any] = [None]
-        if world.current().rank == 0:
+        given: list[torch.Tensor] = []
+        if here.rank == 0:
             try:
-                answer = [self._checked(inputs)]
-            except ValueError as error:
+                rows = self._checked(inputs)
+                leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+                given = [resized(leaf.to(here.device), self._filled(rows)) for leaf in leaves]
+                answer = [rows]
+            except (ValueError, RuntimeError) as error:
                 answer = [str(error)]
         (rows,) = broadcast_object_list(answer)
         if isinstance(rows, str):
             raise ValueError(rows)
-        return int(rows)
+        return int(rows), given
+
+    def _filled(self, rows: int) -> int:
+        """The rows of as many rounds as it takes."""
+        return -(-rows // self.round) * self.round
+
+    def _tell(self) -> None:
+        """Raises where this stage or one before has failed; with `gather_output`, where any has.
+
+        What is said goes the way of the outputs, and nobody waits for stages behind it: they may have more to do.
+        """
+        here, error = world.current(), self.stage.error
+        said = "" if error is None else f"stage {here.rank} of the pipeline failed: {type(error).__name__}: {error}"
+        if here.rank > 0:
+            heard = torch.empty(_ROOM, dtype=torch.uint8, device=here.device)
+            dist.recv(heard, here.rank - 1)
+            said = bytes(heard.tolist()).rstrip(b"\0").decode(errors="ignore") or said
+        if here.rank < here.size - 1:
+            if self.telling is not None:
+                self.telling[0].wait()
+            text = said.encode()[:_ROOM].ljust(_ROOM, b"\0")
+            told = torch.tensor(list(text), dtype=torch.uint8, device=here.device)
+            self.telling = dist.isend(told, here.rank + 1), told
+        if self.gather_output:
+            (said,) = broadcast_object_list([said], from_process=here.size - 1)
+        if said:
+            raise RuntimeError(said) from error
 
     def _checked(self, inputs: Any) -> int:
         """The number of rows.
@@ -98,6 +136,28 @@ class Pipeline(ForwardWrapper):
                 f"{_told(self.expected, self.inputs)}, and got {_told(given, structure)}. For these, prepare the model anew."
             )
         return rows_of(inputs, "the inputs")
+
+
+class _Unfailing(nn.Module):
+    """A stage that hands on outputs of zeros from the part on that it fails at.
+
+    Attributes:
+        error: What it failed with, until that is set back to None.
+    """
+
+    def __init__(self, stage: Stage, device: torch.device) -> None:
+        super().__init__()
+        self.module, self.outputs, self.device = stage.module, stage.outputs, device
+        self.error: Exception | None = None
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        if self.error is None:
+            try:
+                return self.module(*inputs)
+            except Exception as error:  # noqa: BLE001 - whatever a model raises; told when the others have their outputs
+                self.error = error
+        # Not zeros_like: what tracing leaves are fake tensors, whose likes would be sent as nothing.
+        return tuple(torch.zeros(out.shape, dtype=out.dtype, device=self.device) for out in self.outputs)
 
 
 def _as_tuple(found: Any) -> tuple[Any, ...]:

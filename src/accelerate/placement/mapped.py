@@ -12,10 +12,8 @@ import functools
 import mmap
 import os
 import time
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +22,10 @@ import torch
 _LARGE_PAGE = 2 << 20
 _CHUNK = 8 << 20
 _POPULATE_READ = 22  # Linux 5.14; not in Python's mmap yet
-# Reading a part anew may take so many times as long as mapping it in small pages did: as many forwards pay for it.
-_WORTH = 8
-_NOT_WORTH: set[int] = set()  # devices on which that failed once
+# Reading a part anew costs less processor time than mapping it in small pages twice; but a slow disk has other things to do.
+_SLOWEST = 200e6  # bytes a second
+_TRIES = 3
+_IN_VAIN: dict[int, int] = {}  # device -> how often that took too long, or brought small pages again
 
 Stop = Callable[[], bool]
 
@@ -38,6 +37,10 @@ def never() -> bool:
 
 class Interrupted(Exception):
     """Reading was given up, because nobody waits for it any more."""
+
+
+class CutShort(Exception):
+    """A file is shorter than it was, or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -57,133 +60,163 @@ class Span:
     shape: tuple[int, ...]
 
 
-class MappedFile:
-    """A file that is read in place. It stays readable when it is deleted or another takes its name.
-
-    Args:
-        path: The file.
-        reread: Whether what the cache holds in small pages may be read anew once, to have it in large ones.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], reread: bool = True) -> None:
-        self.path = Path(path)
-        self._reread = reread and hasattr(os, "posix_fadvise")
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._device = os.fstat(self._descriptor).st_dev
-        weakref.finalize(self, os.close, self._descriptor)
-
-    def read(self, spans: Iterable[Span], stop: Stop = never) -> list[torch.Tensor]:
-        """Tensors over the file, read into memory. What is written to them stays with them.
-
-        Args:
-            spans: Where they are.
-            stop: Asked between pieces; true gives up.
-
-        Raises:
-            RuntimeError: when the file has become shorter, or cannot be read.
-            Interrupted: when `stop` said so.
-        """
-        wanted = list(spans)
-        size = os.fstat(self._descriptor).st_size
-        if any(span.stop > size for span in wanted):
-            raise RuntimeError(self._cut_short())
-        runs = {span: run for run in _runs(wanted, size) for span in run.spans}
-        regions = {run: self._region(run, stop) for run in set(runs.values())}
-        return [_tensor(regions[runs[span]], span, span.start - runs[span].start) for span in wanted]
-
-    def _region(self, run: _Run, stop: Stop) -> torch.Tensor | None:
-        """The bytes of a run of tensors, in memory."""
-        if run.stop == run.start:
-            return None
-        region, begin = self._map(run), time.perf_counter()
-        minor, major = self._read_in(region, stop)
-        mapping = time.perf_counter() - begin
-        if major or not self._reread or self._device in _NOT_WORTH or not _small(minor, len(region)):
-            return region
-        # Someone else read the file, in small pages. Mapping these costs as much in every forward: try with this part
-        # whether it comes in large ones when it is read anew, and soon enough, and let the rest of the file follow.
-        self._reread = False
-        del region
-        self._drop(run.start, run.stop - run.start)
-        region, begin = self._map(run), time.perf_counter()
-        faults = sum(self._read_in(region, stop))
-        if not _small(faults, len(region)) and time.perf_counter() - begin < _WORTH * mapping:
-            self._drop(0, 0)
-        else:
-            _NOT_WORTH.add(self._device)
-        return region
-
-    def _drop(self, start: int, count: int) -> None:
-        """Has the cache forget a part that nobody uses right now."""
-        os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_DONTNEED)
-
-    def _map(self, run: _Run) -> torch.Tensor:
-        memory = mmap.mmap(self._descriptor, run.stop - run.start, access=mmap.ACCESS_COPY, offset=run.start)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError as error:  # a kernel without large pages
-                if error.errno != errno.EINVAL:
-                    raise
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
-    def _read_in(self, region: torch.Tensor, stop: Stop) -> tuple[int, int]:
-        """Reads a region into memory, piece by piece. Returns the faults: pages in the cache, and pages on disk."""
-        before = _faults()
-        for start in range(0, len(region), _CHUNK):
-            if stop():
-                raise Interrupted
-            if not _populate(region[start : start + _CHUNK]):
-                raise RuntimeError(self._cut_short())
-        after = _faults()
-        return after[0] - before[0], after[1] - before[1]
-
-    def _cut_short(self) -> str:
-        return (
-            f"{self.path} has been cut short or cannot be read any more, while a model reads its weights there. Leave the "
-            "file as it is while the model is in use."
-        )
-
-
 @dataclass(frozen=True)
-class _Run:
-    """Tensors that lie close together, and the part of the file that is mapped for them."""
+class Run:
+    """A part of a file that is brought into memory as one: from `start` to before `stop`."""
 
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tensors of one file lie in the parts that are brought for them.
+
+    Attributes:
+        spans: The tensors.
+        runs: The parts, in order.
+        places: For each tensor the number of its part, and where in it the tensor begins.
+    """
+
     spans: tuple[Span, ...]
+    runs: tuple[Run, ...]
+    places: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], size: int, page: int | None = None) -> Layout:
+        """The parts that hold some tensors; those that touch are one.
+
+        Args:
+            spans: Where the tensors are.
+            size: Length of the file in bytes.
+            page: Parts begin and end where such pages do. None: where large ones do, around a tensor that fills any.
+        """
+        runs: list[Run] = []
+        numbers: dict[Span, int] = {}
+        for span in sorted(set(spans), key=lambda span: (span.start, span.stop)):
+            large = span.stop - span.start >= _LARGE_PAGE // 8
+            step = page or (_LARGE_PAGE if large else mmap.ALLOCATIONGRANULARITY)
+            start, stop = span.start // step * step, min(-(-span.stop // step) * step, size)
+            if runs and start <= runs[-1].stop:
+                last = runs.pop()
+                start, stop = min(last.start, start), max(last.stop, stop)
+            runs.append(Run(start, stop))
+            numbers[span] = len(runs) - 1
+        places = tuple((numbers[span], span.start - runs[numbers[span]].start) for span in spans)
+        return cls(tuple(spans), tuple(runs), places)
+
+    def tensors(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors over the bytes of the parts."""
+        return [
+            _tensor(parts[number], span, offset) for span, (number, offset) in zip(self.spans, self.places, strict=True)
+        ]
 
 
-def _runs(spans: list[Span], size: int) -> list[_Run]:
-    """Parts of a file that begin and end where large pages do, each with the tensors in it."""
-    runs: list[_Run] = []
-    for span in sorted(set(spans), key=lambda span: (span.start, span.stop)):
-        large = span.stop - span.start >= _LARGE_PAGE // 8
-        page = _LARGE_PAGE if large else mmap.ALLOCATIONGRANULARITY
-        start, stop = span.start // page * page, min(-(-span.stop // page) * page, size)
-        if runs and start <= runs[-1].stop:
-            last = runs.pop()
-            runs.append(_Run(min(last.start, start), max(last.stop, stop), (*last.spans, span)))
-        else:
-            runs.append(_Run(start, stop, (span,)))
-    return runs
+def _tensor(part: torch.Tensor, span: Span, offset: int) -> torch.Tensor:
+    if span.stop == span.start:
+        return torch.empty(span.shape, dtype=span.dtype)
+    values = part[offset : offset + span.stop - span.start]
+    if offset % span.dtype.itemsize:  # a file that was not written for being mapped
+        values = values.clone()
+    return values.view(span.dtype).view(span.shape)
+
+
+class Mapping:
+    """An open file seen as memory.
+
+    Args:
+        descriptor: The file; stays open as long as this is used.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._device = os.fstat(descriptor).st_dev
+        self._synced = False
+        self._small: dict[Run, bool] = {}  # parts whose pages are known, and whether they are small
+
+    def part(self, run: Run, stop: Stop) -> torch.Tensor:
+        """The bytes of a part, read into memory. What is written to them stays with them.
+
+        Args:
+            run: The part.
+            stop: Asked between pieces; true gives up.
+
+        Raises:
+            CutShort: when that much is not there any more.
+            Interrupted: when `stop` said so.
+        """
+        if run.stop == run.start:
+            return torch.empty(0, dtype=torch.uint8)
+        region = self._map(run)
+        if run in self._small:
+            _read_in(region, stop)
+            return region
+        before = _faults()
+        _read_in(region, stop)
+        after = _faults()
+        if after[1] == before[1]:  # all of it was in the cache
+            self._small[run] = _small(after[0] - before[0], len(region))
+        return region
+
+    def is_slow(self, run: Run) -> bool:
+        """Whether a part was found in small pages, and `renew` may change that."""
+        return self._small.get(run, False) and _IN_VAIN.get(self._device, 0) < _TRIES and hasattr(os, "posix_fadvise")
+
+    def renew(self, run: Run, stop: Stop) -> None:
+        """Has the cache hold a part in large pages that it holds in small ones, since somebody else read it.
+
+        Mapping small pages costs a share of every forward; this costs reading the part once. Given up for a device where
+        that takes long, or brings small pages again.
+
+        Args:
+            run: A part that nobody uses just now.
+            stop: Asked between pieces; true gives up.
+        """
+        if not self.is_slow(run):
+            return
+        if not self._synced:  # what is not on disk yet cannot be dropped
+            os.fsync(self._descriptor)
+            self._synced = True
+        os.posix_fadvise(self._descriptor, run.start, run.stop - run.start, os.POSIX_FADV_DONTNEED)
+        before, begin = sum(_faults()), time.perf_counter()
+        try:
+            _read_in(region := self._map(run), stop)
+        except CutShort:  # whoever needs it will say so
+            return
+        self._small[run] = False
+        if _small(sum(_faults()) - before, len(region)) or len(region) < _SLOWEST * (time.perf_counter() - begin):
+            _IN_VAIN[self._device] = _IN_VAIN.get(self._device, 0) + 1
+
+    def _map(self, run: Run) -> torch.Tensor:
+        memory = mmap.mmap(self._descriptor, run.stop - run.start, access=mmap.ACCESS_COPY, offset=run.start)
+        ask_for_large_pages(memory)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _read_in(region: torch.Tensor, stop: Stop) -> None:
+    for start in range(0, len(region), _CHUNK):
+        if stop():
+            raise Interrupted
+        if not _populate(region[start : start + _CHUNK]):
+            raise CutShort
 
 
 def _small(faults: int, count: int) -> bool:
     """Whether so many faults mean that some bytes are in small pages. Part of a large page may be, at either end."""
-    return count >= 2 * _LARGE_PAGE and faults * _LARGE_PAGE > 6 * count
-
-
-def _tensor(region: torch.Tensor | None, span: Span, offset: int) -> torch.Tensor:
-    if region is None or span.stop == span.start:
-        return torch.empty(span.shape, dtype=span.dtype)
-    values = region[offset : offset + span.stop - span.start]
-    if offset % span.dtype.itemsize:  # a file that was not written for being mapped
-        values = values.clone()
-    return values.view(span.dtype).reshape(span.shape)
+    return count >= 2 * _LARGE_PAGE and faults * _LARGE_PAGE > 2 * count
 
 
 # The system ------------------------------------------------------------------------------------------------------------
+
+
+def ask_for_large_pages(memory: mmap.mmap) -> None:
+    """Has the system use large pages for some memory, where it can."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:  # a kernel without them
+            if error.errno != errno.EINVAL:
+                raise
 
 
 @functools.lru_cache(maxsize=1)

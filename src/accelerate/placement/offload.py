@@ -6,16 +6,20 @@ read for one forward (`read_weights`) is let go with its last tensor.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .mapped import MappedFile, Span, Stop, never
+from .direct import Buffers
+from .mapped import Interrupted, Span, Stop, never
+from .reading import Reading, WeightFile
 from .safetensors_file import SafetensorsFile
 from .tensors import set_module_tensor_to_device
 
@@ -164,7 +168,15 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         self.index = read_offload_index(save_folder) if index is None and save_folder is not None else (index or {})
         self.all_keys = [*self.state_dict, *(name for name in self.index if name not in self.state_dict)]
         self.device = device
-        self._files: dict[str, tuple[SafetensorsFile, MappedFile, dict[str, Span]]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begins without open files."""
+        self._buffers = Buffers()
+        self._files: dict[str, tuple[SafetensorsFile, WeightFile, dict[str, Span]]] = {}
+        self._plans: dict[tuple[str, ...], _Plan] = {}
+        self._slow: deque[Reading] = deque()
+        self._size = 0  # bytes of the files that weights are read from
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key in self.state_dict:
@@ -181,7 +193,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return tensor.to(device=self.device, dtype=_dtype(dtype))
 
     def read(self, keys: Iterable[str], stop: Stop = never) -> dict[str, torch.Tensor]:
-        """Several weights at once, those on disk read into memory, over mappings of their own that end with them.
+        """Several weights at once, those on disk read into memory: mappings or buffers that end with their last tensor.
 
         Args:
             keys: Their names.
@@ -191,45 +203,101 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
             KeyError: for a name that is not here.
             RuntimeError: when a file has become shorter, or cannot be read.
         """
-        found: dict[str, torch.Tensor] = {}
-        in_files: dict[MappedFile, list[tuple[str, Span]]] = {}
+        plan = self._plan(tuple(keys))
+        found = {key: self[key] for key in plan.elsewhere}
+        for reading, parts in plan.readings:
+            for (key, dtype), value in zip(parts, reading.read(stop), strict=True):
+                as_is = self.device is None and dtype is None
+                found[key] = value if as_is else value.to(device=self.device, dtype=dtype)
+        return found
+
+    def at_hand(self, keys: Iterable[str]) -> bool:
+        """Whether reading some weights now takes no time worth mentioning."""
+        try:
+            return all(reading.at_hand() for reading, _ in self._plan(tuple(keys)).readings)
+        except (KeyError, OSError, ValueError):
+            return False  # `read` will say what is wrong, when they are needed
+
+    @property
+    def slow(self) -> bool:
+        """Whether `renew` has something to do."""
+        return bool(self._slow)
+
+    def renew(self, stop: Stop) -> None:
+        """Makes faster what reading has found to be slower than it could be, at leisure.
+
+        Args:
+            stop: Asked between pieces; true leaves the rest for another time.
+        """
+        while self._slow:
+            reading = self._slow.popleft()
+            try:
+                reading.renew(stop)
+            except Interrupted:
+                self._slow.appendleft(reading)
+                return
+
+    def _plan(self, keys: tuple[str, ...]) -> _Plan:
+        """How to read some weights; made anew when one comes from elsewhere now."""
+        sources = [self.source(key) for key in keys]
+        plan = self._plans.get(keys)
+        if plan is None or any(one is not other for one, other in zip(plan.sources, sources, strict=True)):
+            plan = self._plans[keys] = self._planned(keys, sources)
+        return plan
+
+    def _planned(self, keys: tuple[str, ...], sources: list[object]) -> _Plan:
+        elsewhere: list[str] = []
+        in_files: dict[Path, list[tuple[str, Span, torch.dtype | None]]] = {}
         for key in keys:
             place = self._place(key)
             if place is None:
-                found[key] = self[key]
+                elsewhere.append(key)
             else:
-                in_files.setdefault(place[0], []).append((key, place[1]))
-        for file, parts in in_files.items():
-            values = file.read([span for _, span in parts], stop)
-            for (key, _), value in zip(parts, values, strict=True):
-                info = self.index[key]
-                wanted = _dtype(info.get("dtype")) if "safetensors_file" in info else None
-                found[key] = value.to(device=self.device, dtype=wanted)
-        return found
+                in_files.setdefault(place[0], []).append((key, *place[1:]))
+        readings = []
+        for path, entries in in_files.items():
+            spans = [span for _, span, _ in entries]
+            known = os.fspath(path) in self._files
+            opened = functools.partial(self._open, path)
+            reading = Reading(spans, opened, self._has_room, self._slow.append, keep=known)
+            readings.append((reading, [(key, dtype) for key, _, dtype in entries]))
+        return _Plan(sources, elsewhere, readings)
 
-    def _place(self, key: str) -> tuple[MappedFile, Span] | None:
-        """The file that a weight is in, and where; None for one that is read in another way."""
+    def _place(self, key: str) -> tuple[Path, Span, torch.dtype | None] | None:
+        """The file that a weight is in, where, and the format to convert it to; None for one that is not read so."""
         if key in self.state_dict:
             return None
         info = self.index[key]
         name = info.get("safetensors_file")
-        if name is None:
-            if self.save_folder is None:
-                return None
-            dtype, shape = _dtype(info["dtype"]), tuple(info["shape"])
-            assert dtype is not None
-            whole = Span(0, torch.Size(shape).numel() * dtype.itemsize, dtype, shape)
-            name = info.get("weight_name", key)
-            return MappedFile(Path(self.save_folder) / f"{name}.dat", reread=False), whole
-        _, file, spans = self._file(name)
-        span = spans.get(info.get("weight_name", key))
-        return None if span is None else (file, span)
+        if name is not None:
+            span = self._file(name)[2].get(info.get("weight_name", key))
+            return None if span is None else (Path(name), span, _dtype(info.get("dtype")))
+        if self.save_folder is None:
+            return None
+        dtype, shape = _dtype(info["dtype"]), tuple(info["shape"])
+        assert dtype is not None
+        whole = Span(0, torch.Size(shape).numel() * dtype.itemsize, dtype, shape)
+        self._size += whole.stop
+        return Path(self.save_folder) / f"{info.get('weight_name', key)}.dat", whole, None
 
-    def _file(self, name: str) -> tuple[SafetensorsFile, MappedFile, dict[str, Span]]:
+    def _open(self, path: Path) -> WeightFile:
+        """A safetensors file, which is kept open; or one of many with a single weight, which is not."""
+        known = self._files.get(os.fspath(path))
+        return WeightFile(path, self._buffers) if known is None else known[1]
+
+    def _has_room(self) -> bool:
+        """Whether memory has room for all that is read from files, and for as much of anything else."""
+        import psutil
+
+        return bool(psutil.virtual_memory().available > 2 * self._size)
+
+    def _file(self, name: str) -> tuple[SafetensorsFile, WeightFile, dict[str, Span]]:
         """A file, and where what lies in it; kept open, so that its header is read once."""
         if name not in self._files:
             tensors = SafetensorsFile(Path(name))
-            self._files[name] = tensors, MappedFile(name), tensors.spans()
+            file = WeightFile(name, self._buffers)
+            self._files[name] = tensors, file, tensors.spans()
+            self._size += file.size
         return self._files[name]
 
     def source(self, key: str) -> object:
@@ -243,7 +311,29 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return len(self.all_keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # open files stay with the process
+        # Open files stay with the process.
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+_OF_A_PROCESS = ("_buffers", "_files", "_plans", "_slow", "_size")
+
+
+class _Plan(NamedTuple):
+    """How some weights are read.
+
+    Attributes:
+        sources: What they come from.
+        elsewhere: Those that are not read from a file here.
+        readings: What is read together, and of each its weights with the format to convert them to.
+    """
+
+    sources: list[object]
+    elsewhere: list[str]
+    readings: list[tuple[Reading, list[tuple[str, torch.dtype | None]]]]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -259,6 +349,12 @@ def read_weights(weights: Mapping[str, Any], names: Iterable[str], stop: Stop = 
         return {name: source[prefix + name] for name in wanted}
     found = source.read([prefix + name for name in wanted], stop)
     return {name: found[prefix + name] for name in wanted}
+
+
+def are_at_hand(weights: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether reading some weights of a mapping now takes no time worth mentioning."""
+    source, prefix = _behind(weights)
+    return not isinstance(source, OffloadedWeightsLoader) or source.at_hand([prefix + name for name in names])
 
 
 def sources_of(weights: Mapping[str, Any], names: Iterable[str]) -> list[object] | None:
@@ -295,6 +391,12 @@ class _Values(_Same):
 
     def __eq__(self, other: object) -> bool:
         return super().__eq__(other) and isinstance(other, _Values) and self._version == other._version
+
+
+def loader_behind(weights: Mapping[str, Any] | None) -> OffloadedWeightsLoader | None:
+    """What reads the weights of a mapping, where we know it."""
+    source = None if weights is None else _behind(weights)[0]
+    return source if isinstance(source, OffloadedWeightsLoader) else None
 
 
 def _behind(weights: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:

@@ -108,6 +108,19 @@ def _int8(values: torch.Tensor, kept: torch.Tensor | None, scales: torch.Tensor)
     return bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=kept, SCB=scales)
 
 
+def _four_bits(values: torch.Tensor, state: QuantState, layer: nn.Module) -> bnb.nn.Params4bit:
+    return bnb.nn.Params4bit(
+        values,
+        requires_grad=False,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=values.dtype,
+        module=layer,
+        bnb_quantized=True,
+    )
+
+
 class Linear4bit(bnb.nn.Linear4bit):
     """A 4-bit layer without a weight so far; arguments as for `Linear8bitLt`.
 
@@ -148,16 +161,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         self._hold(weight.to(device), QuantState.from_dict(dict(companions), device=device))
 
     def _hold(self, values: torch.Tensor, state: QuantState) -> None:
-        self.weight = bnb.nn.Params4bit(
-            values,
-            requires_grad=False,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=values.dtype,
-            module=self,
-            bnb_quantized=True,
-        )
+        self.weight = _four_bits(values, state, self)
         self.as_quantised = state
         self._restore()
 
@@ -172,6 +176,16 @@ class Linear4bit(bnb.nn.Linear4bit):
         if getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False):
             super()._save_to_state_dict({}, "", True)  # it unpacks the weight, and rounds its scales on the way
             self._restore()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Linear4bit:
+        # bitsandbytes cannot copy a weight that waits elsewhere, and others stay tied to the layer they are copied from.
+        self._unpack()
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self.weight)] = _four_bits(self.weight.data.clone(), self.as_quantised, twin)
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        twin._restore()
+        return twin
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear4bit:
         self._unpack()  # another device does not know the packed form

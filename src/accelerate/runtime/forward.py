@@ -142,6 +142,12 @@ def extract_model_from_parallel(
     return compiled if inner is compiled._orig_mod else type(compiled)(inner, compiled.dynamo_ctx)
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """The module inside containers and inside what compiles it as a whole, with its wrappers of precision."""
+    found: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+    return found
+
+
 def _without_containers(module: Any) -> Any:
     while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         module = module.module

@@ -78,18 +78,18 @@ class TorchContextParallelConfig:
 
 @dataclass
 class DeepSpeedSequenceParallelConfig:
-    """Details of DeepSpeed's sequence parallelism (Ulysses), which exchanges heads for pieces of the sequence.
+    """Details of sequence parallelism (Ulysses), which exchanges heads for pieces of the sequence, as DeepSpeed has it.
 
     Raises:
         ValueError: for an attention that cannot do it, or a fixed length that is not given.
     """
 
     sp_seq_length: int | None = None
-    """The length of all sequences, where it is one."""
+    """The length of all sequences, where `sp_seq_length_is_variable` is False; batches are compared with it."""
     sp_seq_length_is_variable: bool | None = None
     """Lengths differ from batch to batch; True."""
     sp_attn_implementation: str | None = None
-    """The model's attention: ``sdpa``, ``flash_attention_2`` …; None: the model's own."""
+    """The model's attention: ``sdpa``; with DeepSpeed ``flash_attention_2`` … as well; None: the model's own."""
 
     def __post_init__(self) -> None:
         length = "parallelism_config_sp_seq_length"

@@ -41,6 +41,7 @@ STRATEGIES: dict[DistributedType, str] = {
 _ON_MESH = {
     (_ALONE, "dp_replicate"): _DDP,
     (_ALONE, "cp"): _DDP,
+    (_ALONE, "sp"): _DDP,
     (_ALONE, "tp"): _TENSORS,
     (_DDP, "tp"): _TENSORS,
 }
@@ -80,6 +81,8 @@ def choose(
         sizes = ", ".join(f"{name}_size={getattr(mesh, f'{name}_size')}" for name in beyond)
         why = next((reason for name, reason in _WHY.items() if name in beyond), _NOT_YET)
         raise ValueError(f"parallelism_config (--use_parallelism_config) asks for {sizes}: {why}")
+    if mesh is not None:
+        found.check_sizes(mesh)
     return found
 
 
@@ -108,12 +111,10 @@ _NOT_YET = (
     "that is not part of this version, which trains on one process, on data-parallel ranks (DDP) and fully sharded "
     "(FSDP)."
 )
+_SECOND_ONLY = "with fully sharded training it needs version 2 (fsdp_version=2, --fsdp_version 2)."
 _WHY = {
     "dp_shard": "shards are what fully sharded training has: pass fsdp_plugin as well (--use_fsdp).",
-    "sp": (
-        "sp_backend='deepspeed' is DeepSpeed's sequence parallelism, and DeepSpeed is not part of this version: cp_size "
-        "cuts sequences over ranks as well, with torch alone."
-    ),
-    "cp": "with fully sharded training it needs version 2 (fsdp_version=2, --fsdp_version 2).",
-    "tp": "with fully sharded training it needs version 2 (fsdp_version=2, --fsdp_version 2).",
+    "cp": _SECOND_ONLY,
+    "sp": _SECOND_ONLY,
+    "tp": _SECOND_ONLY,
 }

@@ -27,6 +27,7 @@ from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
 from .context_parallel import shared_sequences
 from .mesh import agree_on_random_states
+from .sequence_ways import check_details
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,7 +110,8 @@ class Strategy:
     kinds: ClassVar[tuple[DistributedType, ...]] = (DistributedType.NO,)
     optimizer_class: ClassVar[type[AcceleratedOptimizer]] = AcceleratedOptimizer
     scheduler_class: ClassVar[type[AcceleratedScheduler]] = AcceleratedScheduler
-    supports_local_sgd: ClassVar[bool] = True
+    supports_local_sgd: bool = True
+    """Whether each rank holds a whole model that it could train on its own for a while."""
     saves_open_windows: ClassVar[bool] = True
     """Whether gradients that are being accumulated can be part of a checkpoint."""
     dimensions: ClassVar[frozenset[str]] = frozenset({"dp_replicate"})
@@ -119,6 +121,8 @@ class Strategy:
         self.world = world
         self.settings = settings
         self._sequences = shared_sequences(settings.mesh, settings.sizes)
+        if self._sequences is not None:
+            self.supports_local_sgd = False  # ranks that share a sequence have to have the same weights
 
     @classmethod
     def check_settings(cls, plugins: Plugins) -> None:
@@ -127,6 +131,15 @@ class Strategy:
         Raises:
             ValueError: saying what this version does not have.
         """
+
+    @classmethod
+    def check_sizes(cls, sizes: ParallelismConfig) -> None:
+        """Every "you can't" of the device mesh's details, before the run is joined; `dimensions` has been looked at.
+
+        Raises:
+            ValueError: saying what this way of distributing does not have.
+        """
+        check_details(sizes)
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
@@ -137,6 +150,8 @@ class Strategy:
             ValueError: saying what cannot be prepared and what to do.
         """
         for place, model in bundle.models.items():
+            if self._sequences is not None:
+                self._sequences.check(model)
             _check_parameters(model, moves=place in bundle.on_device)
             if not bundle.evaluation and bundle.optimizers:
                 _check_quantised(model, self.world)
@@ -262,7 +277,13 @@ class Strategy:
         return nullcontext() if self._sequences is None else self._sequences.over(buffers, dims, no_restore)
 
     def sequence_parallel_loader(self, loader: Any, model: nn.Module) -> Any:
-        """The loader with sequences cut over ranks; every rank of this strategy has whole ones."""
+        """The loader that cuts sequences over ranks for DeepSpeed; here the block of `context_parallel` does.
+
+        Raises:
+            ValueError: in a run with sequence parallelism.
+        """
+        if self._sequences is not None:
+            self._sequences.way.check_loader()
         return loader
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Context parallelism: inside a block, ranks of one group share each sequence.
+"""A block in which ranks of one group share each sequence, by context or by sequence parallelism.
 
 Tensors are cut along it, and ``torch.nn.functional.scaled_dot_product_attention`` is replaced by one in which tokens see
 those of the other ranks. A model whose attention goes another way would silently see its own part only: it is refused.
@@ -7,24 +7,24 @@ those of the other ranks. A model whose attention goes another way would silentl
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
+from ..runtime.forward import bare_model
 from .direct_calls import holder_of
-from .shared_attention import Layout, gathered, ring
+from .sequence_ways import ATTENTION, Way, original, way_of
+from .shared_attention import Layout
 
 if TYPE_CHECKING:
     from ..parallelism_config import ParallelismConfig
 
-_ATTENTION = "scaled_dot_product_attention"
-_original = functional.scaled_dot_product_attention
 # What a model that is refused may be told to use instead.
 _ADVICE = (
     "call `torch.nn.functional.scaled_dot_product_attention` through its module (with transformers: "
@@ -34,57 +34,97 @@ _ADVICE = (
 
 def shared_sequences(mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> SharedSequences | None:
     """What a run shares sequences with; None where ranks have whole ones."""
-    if mesh is None or sizes is None or sizes.cp_handler is None or "cp" not in (mesh.mesh_dim_names or ()):
-        return None
-    return SharedSequences(mesh["cp"], sizes.cp_handler.cp_comm_strategy or "allgather")
+    way = None if mesh is None or sizes is None else way_of(mesh, sizes)
+    return None if way is None else SharedSequences(way)
 
 
 class SharedSequences:
-    """What a run with context parallelism shares sequences with.
+    """What a run with context or sequence parallelism shares sequences with.
 
     Args:
-        mesh: The ranks that share a sequence.
-        method: How keys and values travel: ``allgather`` or ``alltoall``.
+        way: How tokens come to see those of other ranks.
     """
 
-    def __init__(self, mesh: DeviceMesh, method: str) -> None:
-        self._mesh = mesh
-        self._method = method
+    def __init__(self, way: Way) -> None:
+        self.way = way
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._forwards = self._calls = 0
         self._open = False
+        self._length: int | None = None
+        self._attend: Callable[..., Tensor] = original
+        self._attention = _function_of(self._counted)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuses a model of which can be seen that its sequences cannot be shared.
+
+        Raises:
+            ValueError: saying why.
+        """
+        self.way.check_model(bare_model(model))
 
     def watch(self, model: nn.Module) -> None:
-        """Has the model's forwards counted."""
+        """Has the model's forwards counted, and looked at for what a part of a sequence would be misunderstood by."""
         if model not in self._models:
             self._models.add(model)
             self._unchecked.add(model)
-            model.register_forward_pre_hook(self._count_forward)
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             for name, module in model.named_modules():
                 if name.rpartition(".")[2] == "self_attn":  # as transformers calls them
-                    module.register_forward_pre_hook(self._without_mask, with_kwargs=True)
+                    module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
     def _check_models(self) -> None:
         for model in self._unchecked:
-            holder = holder_of(_original, model)
+            holder = holder_of(original, model)
             if holder is not None:
                 raise ValueError(
-                    f"{holder} holds the function {_ATTENTION} itself, so that its attention cannot be shared over ranks: "
+                    f"{holder} holds the function {ATTENTION} itself, so that its attention cannot be shared over ranks: "
                     f"{_ADVICE}"
                 )
         self._unchecked.clear()
 
-    def _count_forward(self, *_: Any) -> None:
+    def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._forwards += 1
+        bare = bare_model(model)
+        if not self._open or not hasattr(bare, "config"):  # as transformers' models are called
+            return
+        taken = inspect.signature(bare.forward)
+        given = {**taken.bind_partial(*args, **kwargs).arguments, **kwargs}
+        if "position_ids" in taken.parameters and given.get("position_ids") is None:
+            raise ValueError(
+                f"{type(bare).__name__} was given no position_ids and would count those of each rank's part from 0: pass "
+                "positions of the whole sequence, cut like the tokens (maybe_context_parallel's buffers)."
+            )
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == self._length and not bool(mask.all()):
+            raise ValueError(
+                f"{type(bare).__name__} was given an attention_mask of all {self._length} tokens and would take its "
+                "beginning for that of each rank's part: leave it out, or cut it like the tokens (maybe_context_parallel's "
+                "buffers)."
+            )
 
-    def _without_mask(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before_attention(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        if not self._open or not isinstance(hidden, Tensor):
+            return None
         # Each rank may have made another mask of its positions, or none, and what is sent along depends on it.
         mask = kwargs.get("attention_mask")
-        if not self._open or not isinstance(mask, Tensor):
+        instead = self.way.instead_of(mask, hidden.shape[-2]) if isinstance(mask, Tensor) else {}
+        if "attn_mask" in instead:
             return None
-        _check_mask(mask)
-        return args, {**kwargs, "attention_mask": None, "is_causal": True}
+        self._check_window(module)
+        return (args, {**kwargs, "attention_mask": None, **instead}) if instead else None
+
+    def _check_window(self, module: nn.Module) -> None:
+        """Models narrow attention by masks, which they leave out where a rank's part is no longer than the window."""
+        window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
+        if isinstance(window, int) and self._length is not None and window < self._length:
+            raise ValueError(
+                f"{type(module).__name__} lets a token see {window} tokens (sliding_window), and sequences have "
+                f"{self._length}: {self.way.called} would have them see all before them. Cut sequences to {window} tokens."
+            )
 
     @contextmanager
     def over(
@@ -103,54 +143,37 @@ class SharedSequences:
         kept = _check(buffers, dims, list(no_restore or ()))
         length = buffers[0].shape[dims[0]] if buffers else None
         self._check_models()
-        layout = Layout(self._mesh.size(), False) if length is None else Layout.of(length, self._mesh.size())
+        mesh = self.way.mesh
+        layout = Layout(mesh.size(), False) if length is None else self.way.layout(length)
         self._forwards = self._calls = 0
         with ExitStack() as stack:
-            stack.enter_context(_cut(buffers, dims, kept, layout, self._mesh.get_local_rank()))
-            attend: Callable[..., Tensor] = functools.partial(self._attend, layout)
-            if self._mesh.device_type == "cuda" and length is not None and layout.balanced:
-                stack.enter_context(_of_torch(self._mesh, self._method, length))
-                attend = functional.scaled_dot_product_attention
-            stack.enter_context(_replaced(functools.partial(self._counted, attend)))
-            self._open = True
+            stack.enter_context(_cut(buffers, dims, kept, layout, mesh.get_local_rank()))
+            fused = stack.enter_context(self.way.fused(layout, length))
+            attend = fused or functools.partial(self.way.attend, layout)
+            stack.enter_context(_replaced(self._attention))
+            self._attend, self._open, self._length = attend, True, length
             try:
                 yield
             finally:
                 self._open = False
         if self._forwards and not self._calls:
             raise RuntimeError(
-                "the model ran under context parallelism, but its attention did not go through "
-                f"torch's {_ATTENTION}, so each rank has seen its own part of the sequence only: {_ADVICE}"
+                f"the model ran under {self.way.called}, but its attention did not go through "
+                f"torch's {ATTENTION}, so each rank has seen its own part of the sequence only: {_ADVICE}"
             )
 
-    def _counted(
-        self, attention: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _counted(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._calls += 1
         given = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
         if query.shape[-2] != key.shape[-2]:
             raise ValueError(
-                f"context parallelism shares self-attention: {query.shape[-2]} queries and {key.shape[-2]} keys are not of "
+                f"{self.way.called} shares self-attention: {query.shape[-2]} queries and {key.shape[-2]} keys are not of "
                 "one sequence."
             )
         mask = given.pop("attn_mask", None)
         if mask is not None:
-            _check_mask(mask)
-            given["is_causal"] = True
-        return attention(query, key, value, **given)
-
-    def _attend(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
-        group = self._mesh.get_group()
-        dropped = given.get("dropout_p", 0.0)
-        causal = bool(given.pop("is_causal", False))
-        if self._method == "alltoall":
-            if dropped:
-                raise ValueError(
-                    f"attention drops out {dropped} of its weights, which cp_comm_strategy='alltoall' cannot: set the "
-                    "model's attention dropout to 0, or use 'allgather'."
-                )
-            return ring(query, key, value, group=group, layout=layout, is_causal=causal, scale=given.get("scale"))
-        return gathered(_original, query, key, value, group=group, layout=layout, is_causal=causal, **given)
+            given.update(self.way.instead_of(mask, query.shape[-2]))
+        return self._attend(query, key, value, **given)
 
 
 @contextmanager
@@ -170,26 +193,24 @@ def _cut(
                 buffer.data = data
 
 
-@contextmanager
-def _of_torch(mesh: DeviceMesh, method: str, length: int) -> Iterator[None]:
-    """Torch's own attention over the same chunks, which uses the fused kernels of CUDA."""
-    from torch.distributed.tensor.experimental import context_parallel
-    from torch.distributed.tensor.experimental._attention import set_rotate_method
+def _function_of(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function, the same for all blocks: torch's compiler takes no other in this place, and compiles anew for each."""
 
-    set_rotate_method(method)
-    example = torch.empty(length, device=mesh.device_type)  # what it is to cut, which has been done already
-    with context_parallel(mesh, buffers=[example], buffer_seq_dims=[0], no_restore_buffers={example}):
-        yield
+    @functools.wraps(original)
+    def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+        return attention(*args, **kwargs)
+
+    return scaled_dot_product_attention
 
 
 @contextmanager
 def _replaced(attention: Callable[..., Tensor]) -> Iterator[None]:
     before = functional.scaled_dot_product_attention
-    setattr(functional, _ATTENTION, attention)
+    setattr(functional, ATTENTION, attention)
     try:
         yield
     finally:
-        setattr(functional, _ATTENTION, before)
+        setattr(functional, ATTENTION, before)
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -218,19 +239,3 @@ def _check(buffers: Sequence[Any], dims: Sequence[Any], no_restore: Sequence[Any
     if not all(any(one is buffer for buffer in buffers) for one in no_restore):
         raise ValueError("no_restore_buffers has a tensor that is not among buffers.")
     return [any(one is buffer for one in no_restore) for buffer in buffers]
-
-
-def _check_mask(mask: Tensor) -> None:
-    """A mask is made of this rank's part only. What it must have meant is that tokens see those before them."""
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    size = mask.shape[-1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=mask.device).tril()
-    # Positions jump from one chunk to the next, which models may take for the start of another sequence.
-    half = size // 2
-    apart = causal.clone()
-    apart[half:, :half] = False
-    if mask.shape[-2] != size or not bool(((seen == causal).all(-1).all(-1) | (seen == apart).all(-1).all(-1)).all()):
-        raise ValueError(
-            "context parallelism takes causal attention and attention without a mask; this mask is another. Leave the "
-            "attention mask out, and pack or truncate sequences instead of padding them."
-        )

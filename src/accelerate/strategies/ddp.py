@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..runtime import world
 from ..runtime.forward import is_compiled_module
 from ..settings.enums import DistributedType
+from .averaging import average_gradients, averaging, is_averaged
 from .base import Bundle, Strategy, check_device_map
 
 logger = logging.getLogger(__name__)
@@ -24,16 +26,22 @@ class DataParallel(Strategy):
     """Every rank holds the whole model; gradients are averaged as backward produces them."""
 
     kinds = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
-    dimensions = frozenset({"dp_replicate", "cp"})
+    dimensions = frozenset({"dp_replicate", "cp", "sp"})
 
     def check(self, bundle: Bundle) -> None:
         super().check(bundle)
         check_device_map(bundle.models.values())
 
     def synchronise(self, model: nn.Module) -> nn.Module:
-        if isinstance(model, DistributedDataParallel) or not any(p.requires_grad for p in model.parameters()):
-            return model  # nothing to keep in step: a frozen or quantised model stays as it is
+        if isinstance(model, DistributedDataParallel):
+            return model
         handler = self.settings.ddp
+        frozen = [param for param in model.parameters() if not param.requires_grad]
+        all_used = handler is None or not handler.find_unused_parameters
+        if all(not param.requires_grad for param in model.parameters()):
+            # Nothing to keep in step as yet: a frozen or quantised model stays as it is.
+            average_gradients(model, frozen, None, all_used=all_used)
+            return model
         device = self.world.device
         # Naming the device makes DDP move inputs; a CPU, or a model over several devices, must not be named.
         one_device = device.index is not None and {p.device for p in model.parameters()} == {device}
@@ -46,18 +54,21 @@ class DataParallel(Strategy):
         if handler is not None:
             handler.register_comm_hook(wrapped)
         _remember(wrapped)
+        wanted = functools.partial(_synchronises, weakref.ref(wrapped))
+        average_gradients(wrapped, frozen, wrapped.process_group, all_used=all_used, wanted=wanted)
         return wrapped
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        container = _container(model)  # a model that prepare left unwrapped has nothing to hold back
-        return container.no_sync() if container is not None else nullcontext()
+        container = _container(model)
+        return container.no_sync() if container is not None else averaging(model, False)
 
     @staticmethod
     @contextmanager
     def sync_in_backward(model: nn.Module) -> Iterator[None]:
         container = _container(model)
         if container is None:
-            yield
+            with averaging(model, True):
+                yield
             return
         before = container.require_backward_grad_sync, container.require_forward_param_sync
         container.require_backward_grad_sync = container.require_forward_param_sync = True
@@ -70,6 +81,11 @@ class DataParallel(Strategy):
 
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
+        if any(map(is_averaged, models)):
+            raise ValueError(
+                "join_uneven_inputs does not work with parameters that were frozen when their model was prepared, and are "
+                "trained since: unfreeze them before `prepare`, or leave even_batches=True."
+            )
         joinable: list[Joinable] = [container for container in map(_container, models) if container is not None]
         if len(joinable) < len(models):
             logger.warning("join_uneven_inputs: only prepared, trainable models can be joined; the others are ignored.")
@@ -87,6 +103,11 @@ def _container(model: nn.Module) -> DistributedDataParallel | None:
     """The DDP container of a prepared model, compiled or not; None for a model that has none."""
     inner = model._orig_mod if is_compiled_module(model) else model
     return inner if isinstance(inner, DistributedDataParallel) else None
+
+
+def _synchronises(container: weakref.ref[DistributedDataParallel]) -> bool:
+    found = container()
+    return found is not None and bool(found.require_backward_grad_sync)
 
 
 _wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()

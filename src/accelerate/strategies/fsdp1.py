@@ -20,10 +20,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..optimizer import AcceleratedOptimizer
+from ..checkpointing.comparing import innermost
 from ..runtime.forward import is_compiled_module
 from ..runtime.memory import give_back_freed
 from ..runtime.world import World
+from . import packed
 from .averaging import averaging
 from .base import Bundle, RunSettings
 from .sharding import ShardedStrategy, is_half, parameters_by_unit
@@ -64,6 +65,7 @@ class FlatShards(ShardedStrategy):
             self._remember(model)
             return model
         model = self.settings.precision.convert(model)
+        packed.leave_packing(model)
         self._initialise(model)
         units, ignored, before = self.units_of(model), self._ignored(model), self._flat(model)
         self.recompute(units)
@@ -264,8 +266,7 @@ def _check_flat(params: dict[str, nn.Parameter], optimizers: Iterable[Any]) -> N
         raise ValueError(
             f"{trained[True]!r} is trained and {trained[False]!r} is frozen, and both are in one unit: {advice}"
         )
-    for optimizer in optimizers:
-        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    for inner in map(innermost, optimizers):
         groups = [{id(param) for param in group["params"]} for group in inner.param_groups]
         places = {
             next((i for i, group in enumerate(groups) if id(param) in group), None): name

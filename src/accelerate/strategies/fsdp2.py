@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from ..runtime.forward import is_compiled_module
 from ..runtime.world import World
-from . import tensor_plan
+from . import packed, tensor_plan
 from .averaging import averaging
 from .base import Bundle, RunSettings
+from .mesh import along
 from .sharded_state import guard_save_pretrained
 from .sharding import ShardedStrategy, is_half, parameters_by_unit
 from .weights import lift, lower
@@ -29,7 +30,7 @@ from .weights import lift, lower
 class FullyShard(ShardedStrategy):
     """Every rank holds a shard of the model, of its gradients and of its optimizers' states."""
 
-    dimensions = frozenset({"dp_replicate", "dp_shard", "cp", "tp"})
+    dimensions = frozenset({"dp_replicate", "dp_shard", "cp", "sp", "tp"})
 
     def __init__(self, world: World, settings: RunSettings) -> None:
         super().__init__(world, settings)
@@ -71,6 +72,7 @@ class FullyShard(ShardedStrategy):
             self.settings.precision.wrap_forward(model)
             return model
         model = self.settings.precision.convert(model)
+        packed.leave_packing(model)
         policy, offload, reshard = self._policy(), self._offload(), bool(self.plugin.reshard_after_forward)
         # Under mixed precision the optimizer steps in float32, whatever the weights were loaded in.
         mixed = policy.param_dtype is not None
@@ -129,11 +131,15 @@ class FullyShard(ShardedStrategy):
 
 def _shards(settings: RunSettings, world: World) -> DeviceMesh:
     """The dimensions over which parameters are replicated (if there is such a one) and sharded."""
-    if settings.mesh is None or settings.sizes is None:
+    if settings.mesh is None:
         return init_device_mesh(world.device.type, (world.size,))
-    if not settings.sizes.dp_shard_cp_dim_names:
-        raise ValueError("fully sharded training needs dp_shard_size or cp_size above 1: without, leave FSDP out.")
-    return settings.mesh[tuple(settings.sizes.fsdp_dim_names)]
+    shards = along(settings.mesh, ("dp_shard", "cp", "sp"))
+    if shards is None:
+        raise ValueError(
+            "fully sharded training needs dp_shard_size, cp_size or sp_size above 1: without, leave FSDP out."
+        )
+    names = [name for name in settings.mesh.mesh_dim_names or () if name == "dp_replicate"]
+    return settings.mesh[tuple(names + list(shards.mesh_dim_names or ()))]
 
 
 def _sharded(model: nn.Module) -> FSDPModule | None:

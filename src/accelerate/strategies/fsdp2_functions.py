@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..checkpointing.comparing import compare_weights, ties, ties_in
+from ..checkpointing.errors import listed
 from ..checkpointing.live import plain_name
+from ..checkpointing.model_files import shared_names
 from ..precision.loss_scale import LossScaler
 from ..runtime import world
 from .sharding import ShardedStrategy
@@ -75,32 +78,22 @@ def fsdp2_load_full_state_dict(
     here = world.current()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     targets = bare.state_dict(keep_vars=True)
-    wrong = [_compared(full_sd, targets) if here.rank == 0 else None]
+    tied = ties_in(targets)
+    wrong: list[Any] = [None]
+    if here.rank == 0:
+        wrong = [compare_weights("full_sd", type(bare).__name__, targets, full_sd, tied, ties(shared_names(full_sd)))]
     here.collectives.broadcast_object_list(wrong)
     if wrong[0]:
-        raise ValueError(f"the state does not fit {type(bare).__name__}: {wrong[0]}.")
+        raise ValueError(f"the state does not fit {type(bare).__name__}:\n{listed(wrong[0])}")
     there = torch.device("cpu") if cpu_offload else here.device
     if any(tensor.is_meta for tensor in targets.values()):
         bare._apply(lambda tensor: torch.empty_like(tensor, device=there) if tensor.is_meta else tensor)
         targets = bare.state_dict(keep_vars=True)
-    sent: set[int] = set()
     for name, target in targets.items():
-        if id(target) not in sent:  # a tied one once
-            sent.add(id(target))
-            spread(full_sd[name] if here.rank == 0 else None, target.detach(), here.collectives, here.device)
-
-
-def _compared(state: Mapping[str, Any], targets: Mapping[str, torch.Tensor]) -> str:
-    """How a state differs from what a model wants, in words; nothing when it does not."""
-    missing = [name for name in targets if name not in state]
-    surplus = [name for name in state if name not in targets]
-    shapes = [
-        f"{name!r} is {tuple(state[name].shape)} and not {tuple(target.shape)}"
-        for name, target in targets.items()
-        if name in state and state[name].shape != target.shape
-    ]
-    said = [f"it lacks {', '.join(missing)}"] * bool(missing) + [f"it has {', '.join(surplus)}"] * bool(surplus)
-    return "; ".join([*said, *shapes])
+        source = None
+        if here.rank == 0:
+            source = next(full_sd[one] for one in (name, *sorted(tied.get(name, ()))) if one in full_sd)
+        spread(source, target.detach(), here.collectives, here.device)
 
 
 def fsdp2_switch_optimizer_parameters(optimizer: torch.optim.Optimizer, mapping: Mapping[Any, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ different tokens; along the others they hold parts of one model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,7 +105,9 @@ def clip_grad_norm_(
         found = by_groups.setdefault(groups, [])
         if gradient is not None and gradient.numel():
             found.append(local_part(gradient))
-    total = _total_norm(by_groups, float(norm_type), device).to(params[0].dtype)
+    trained = [param.dtype for param in params if param.requires_grad]  # frozen ones may be packed bits, in any format
+    dtype = functools.reduce(torch.promote_types, trained or [params[0].dtype])
+    total = _total_norm(by_groups, float(norm_type), device).to(dtype)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_ does
     for gradients in filter(None, by_groups.values()):
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..optimizer import AcceleratedOptimizer
+from ..checkpointing.comparing import innermost
 from .base import Bundle
 
 Replaced = WeakIdKeyDictionary
@@ -27,7 +27,7 @@ def check_optimizers(bundle: Bundle, replaced: Replaced, is_new: Callable[[torch
     """
     here = {id(param) for model in bundle.models.values() for param in model.parameters()}
     for optimizer in bundle.optimizers.values():
-        inner = _inner(optimizer)
+        inner = innermost(optimizer)
         params = [param for group in inner.param_groups for param in group["params"]]
         if inner.state and not all(map(is_new, params)):
             raise ValueError(
@@ -43,10 +43,6 @@ def check_optimizers(bundle: Bundle, replaced: Replaced, is_new: Callable[[torch
 
 def give_new_parameters(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
     """Has the optimizer step the parameters that are now in the model."""
-    for group in _inner(optimizer).param_groups:
+    for group in innermost(optimizer).param_groups:
         new = [replaced.get(param, param) for param in group["params"]]
         group["params"] = list({id(param): param for param in new}.values())  # several may have become one
-
-
-def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer

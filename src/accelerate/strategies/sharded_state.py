@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpointing import forms, live
 from ..checkpointing.gathering import gathered
-from ..runtime.forward import extract_model_from_parallel
+from ..runtime.forward import bare_model
 from .base import Strategy
 
 if TYPE_CHECKING:
@@ -27,17 +27,12 @@ class ShardedStateStrategy(Strategy):
 
     saves_open_windows = False
 
-    def _saves_whole(self) -> bool:
-        """Whether rank 0 saves everything; else each rank its own part."""
-        kind = getattr(self.settings.fsdp, "state_dict_type", None)
-        return getattr(kind, "name", kind) == "FULL_STATE_DICT"
-
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
-        return gathered(self.world.collectives, live.model_state(_bare(model)))
+        return gathered(self.world.collectives, live.model_state(bare_model(model)))
 
     def state_to_save(self, model: nn.Module) -> dict[str, Any]:
-        return self.model_state(model) if self._saves_whole() else live.model_state(_bare(model))
+        return self.model_state(model) if forms.saves_whole(self.settings.fsdp) else live.model_state(bare_model(model))
 
     def entries(
         self,
@@ -47,8 +42,8 @@ class ShardedStateStrategy(Strategy):
         *,
         safe: bool = True,
     ) -> list[Entry]:
-        bare, rank, comm = list(map(_bare, models)), self.world.rank, self.world.collectives
-        if self._saves_whole():
+        bare, rank, comm = list(map(bare_model, models)), self.world.rank, self.world.collectives
+        if forms.saves_whole(self.settings.fsdp):
             return [
                 *(forms.gathered_optimizer(index, comm, optimizer, bare) for index, optimizer in enumerate(optimizers)),
                 *(forms.gathered_model(index, state) for index, state in enumerate(weights)),
@@ -59,13 +54,13 @@ class ShardedStateStrategy(Strategy):
         ]
 
     def model_entries(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[Entry]:
-        full = self._saves_whole()
-        return [forms.model_in(folder, i, _bare(model), sharded=True, full=full) for i, model in enumerate(models)]
+        full = forms.saves_whole(self.settings.fsdp)
+        return [forms.model_in(folder, i, bare_model(model), sharded=True, full=full) for i, model in enumerate(models)]
 
     def optimizer_entries(
         self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
     ) -> list[Entry]:
-        full, bare = self._saves_whole(), list(map(_bare, models))
+        full, bare = forms.saves_whole(self.settings.fsdp), list(map(bare_model, models))
         return [
             forms.optimizer_in(folder, index, optimizer, bare, sharded=True, full=full)
             for index, optimizer in enumerate(optimizers)
@@ -89,9 +84,3 @@ def _save_whole(save: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any
             "from_pretrained(..., tp_plan='auto') and TrainingArguments(save_only_model=True)."
         )
     return save(folder, *args, **kwargs)
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model without what compiles it as a whole."""
-    found: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
-    return found

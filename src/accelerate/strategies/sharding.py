@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -26,7 +27,7 @@ from ..runtime.modules import modules_among
 from ..runtime.world import World
 from ..settings import env
 from ..settings.enums import DistributedType
-from . import replacing
+from . import packed, replacing
 from .averaging import average_gradients
 from .base import Bundle, RunSettings, check_device_map
 from .mesh import AVERAGED, along, clip_grad_norm_, clip_grad_value_, groups_of
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 _NO_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
 
-class ShardedStrategy(ShardedStateStrategy):
+class ShardedStrategy(ShardedStateStrategy, ABC):
     """A base for strategies whose ranks hold shards of a model; a subclass says how it is sharded."""
 
     kinds = (DistributedType.FSDP,)
@@ -62,9 +63,9 @@ class ShardedStrategy(ShardedStateStrategy):
         if self.plugin.cpu_ram_efficient_loading:  # transformers' from_pretrained reads these
             env.publish({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
 
+    @abstractmethod
     def is_sharded(self, param: torch.Tensor) -> bool:
         """Whether the parameter belongs to a model that has been sharded."""
-        raise NotImplementedError
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
@@ -73,6 +74,8 @@ class ShardedStrategy(ShardedStateStrategy):
         super().check(replace(bundle, on_device=frozenset()))
         check_device_map(bundle.models.values())
         self._check_weights(bundle.models.values())
+        for model in bundle.models.values():
+            packed.check(model, getattr(self.plugin.mixed_precision_policy, "param_dtype", None))
         if bundle.models and self.plugin.activation_checkpointing and self.plugin.auto_wrap_policy is None:
             raise ValueError(
                 "activation_checkpointing recomputes unit by unit, and there are none: set auto_wrap_policy "
@@ -132,12 +135,10 @@ class ShardedStrategy(ShardedStateStrategy):
 
     def _average_whole(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         """Has the gradients of parameters that stay whole averaged over the ranks, which FSDP leaves to each."""
-        trained = [param for param in ignored if param.requires_grad and not isinstance(param, DTensor)]
-        if trained and self.world.size > 1:
+        kept = [param for param in ignored if not isinstance(param, DTensor)]
+        if kept and self.world.size > 1:
             peers = along(self.settings.mesh, AVERAGED)
-            group = dist.group.WORLD if peers is None else peers.get_group()
-            assert group is not None, "fully sharded training has one"
-            average_gradients(model, trained, group, all_used=False)
+            average_gradients(model, kept, None if peers is None else peers.get_group(), all_used=False)
 
     def _cut_over(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         """The groups whose ranks hold different pieces of a parameter; none for one that each rank has whole."""

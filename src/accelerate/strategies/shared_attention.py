@@ -34,19 +34,25 @@ class Layout:
     balanced: bool
 
     @classmethod
-    def of(cls, length: int, ranks: int) -> Layout:
+    def of(cls, length: int, ranks: int, *, setting: str = "cp_size", in_order: bool = False) -> Layout:
         """The layout for sequences of this length.
+
+        Args:
+            length: The number of tokens.
+            ranks: How many share them.
+            setting: What has set that number, for the message.
+            in_order: Each rank has one piece, whatever the length.
 
         Raises:
             ValueError: when it cannot be cut into equal parts, showing the arithmetic.
         """
         if length % ranks:
+            best = "" if in_order else f", best of {2 * ranks}, which shares the work evenly as well"
             raise ValueError(
-                f"a sequence of {length} tokens cannot be cut into {ranks} equal parts (cp_size={ranks}), since {length} = "
-                f"{length // ranks} x {ranks} + {length % ranks}: pad it to a multiple of {ranks}, best of {2 * ranks}, "
-                "which shares the work evenly as well."
+                f"a sequence of {length} tokens cannot be cut into {ranks} equal parts ({setting}={ranks}), since "
+                f"{length} = {length // ranks} x {ranks} + {length % ranks}: pad it to a multiple of {ranks}{best}."
             )
-        return cls(ranks, length % (2 * ranks) == 0)
+        return cls(ranks, not in_order and length % (2 * ranks) == 0)
 
     @property
     def count(self) -> int:

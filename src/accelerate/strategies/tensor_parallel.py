@@ -26,7 +26,7 @@ class TensorParallel(ShardedStateStrategy):
     """Ranks of one group hold parts of each tensor; groups are replicas of each other."""
 
     supports_local_sgd = False
-    dimensions = frozenset({"dp_replicate", "cp", "tp"})
+    dimensions = frozenset({"dp_replicate", "cp", "sp", "tp"})
 
     def __init__(self, world: World, settings: RunSettings) -> None:
         super().__init__(world, settings)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .base import GeneralTracker, on_main_process
+from .methods import TrackerMethods
 from .registry import filter_trackers, get_available_trackers, register_tracker_class, start_trackers
 
 __all__ = [
     "GeneralTracker",
+    "TrackerMethods",
     "filter_trackers",
     "get_available_trackers",
     "on_main_process",

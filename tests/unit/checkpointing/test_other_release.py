@@ -3,6 +3,7 @@
 tests/data/checkpoints_of_1.15 was made by running that release in an environment of its own: ten steps of the model
 below on one process, saved twice. facts.json is what its objects held afterwards, and the random numbers that came next.
 In `sharded`, three steps of another model on two processes with fsdp_version=2; sharded.torch is what torch said of it.
+`full` is the same state, that release's FULL_STATE_DICT of two processes.
 """
 
 from __future__ import annotations
@@ -78,8 +79,9 @@ class Normed(torch.nn.Module):
         self.norm = torch.nn.BatchNorm1d(3)
 
 
-def test_shards_of_two_processes_are_taken_over_by_one(tmp_path: Path) -> None:
-    shutil.copytree(DATA / "sharded", tmp_path / "checkpoint")
+@pytest.mark.parametrize("form", ["sharded", "full"])
+def test_fsdp_of_two_processes_is_taken_over_by_one(form: str, tmp_path: Path) -> None:
+    shutil.copytree(DATA / form, tmp_path / "checkpoint")
     weights, states = torch.load(DATA / "sharded.torch", weights_only=True)
     accelerator = Accelerator(cpu=True)
     model = Normed()

@@ -34,7 +34,7 @@ def test_flags_become_a_sharding() -> None:
     assert found.sharding == Sharding(ranks=4, version=2, compute=2, original=False)
     assert found.title == "each of 4 ranks, FSDP 2, mixed bf16"
     found = planned("--num_processes", "4", "--fsdp_sharding_strategy", "SHARD_GRAD_OP", "--cpu")
-    assert found.sharding == Sharding(ranks=4, version=1, frees=False, prefetch=False) and found.on_cpu
+    assert found.sharding == Sharding(ranks=4, version=1, frees=False, prefetch=False, copies=True) and found.on_cpu
     found = planned("--num_processes", "4", "--fsdp_version", "2", "--fsdp_reshard_after_forward", "false")
     assert not found.sharding.frees and found.title == "each of 4 ranks, FSDP 2"
     offload = ("--num_processes", "2", "--fsdp_offload_params", "true", "--fsdp_version", "2")

@@ -32,6 +32,7 @@ shardings = st.builds(
     compute=st.sampled_from([None, 2]),
     prefetch=st.booleans(),
     original=st.booleans(),
+    copies=st.booleans(),
 )
 
 

@@ -147,6 +147,10 @@ def test_layers_on_disk_are_quantised_and_fetched(name: str, weights: Path, tmp_
     assert model.mix.weight.is_meta
     if name == "8 bits":
         assert model.mix.state.CB is None  # else it would stay in memory after the forward
+    twin = copy.deepcopy(model)
+    assert torch.equal(output(twin), output(here)) and twin.mix.weight.is_meta
+    twin.blocks[1].up.weight.data.zero_()
+    assert not torch.equal(output(twin), output(here)) and torch.equal(output(model), output(here))
     on_disk = tmp_path / "waiting" / "mix.weight.dat"
     assert on_disk.stat().st_size == 64 * 64 // (1 if name == "8 bits" else 2)
     Accelerator(cpu=True).save_model(model, str(tmp_path / "saved"))

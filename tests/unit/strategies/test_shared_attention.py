@@ -31,3 +31,10 @@ def test_each_rank_has_as_much_to_do_under_a_causal_mask():
 def test_what_cannot_be_cut_is_told_with_the_arithmetic():
     with pytest.raises(ValueError, match=r"10 tokens cannot be cut into 4 equal parts.*10 = 2 x 4 \+ 2: pad it"):
         Layout.of(10, 4)
+    with pytest.raises(ValueError, match=r"\(sp_size=2\), since 7 = 3 x 2 \+ 1: pad it to a multiple of 2\.$"):
+        Layout.of(7, 2, setting="sp_size", in_order=True)
+
+
+def test_pieces_in_order():
+    layout = Layout.of(8, 2, in_order=True)
+    assert layout.cut(torch.arange(8), 0, 1).tolist() == [4, 5, 6, 7] and not layout.balanced
