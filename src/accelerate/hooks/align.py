@@ -162,7 +162,9 @@ class AlignDevicesHook(ModelHook):
             ahead: Take what was read ahead, and have the next ones read.
         """
         values = self.prefetcher.take(self) if ahead and self.prefetcher is not None else None
-        return {name: self._there(value) for name, value in (self.read() if values is None else values).items()}
+        values = self.read() if values is None else values
+        device = self.device
+        return values if device is None else {name: self._there(value, device) for name, value in values.items()}
 
     def read(self, stop: Stop = never) -> dict[str, torch.Tensor]:
         """The values of all offloaded weights, where they are kept; those on disk are read into memory."""
@@ -192,9 +194,8 @@ class AlignDevicesHook(ModelHook):
                 names += [beside] if beside in self.weights_map else []
         return names
 
-    def _there(self, value: torch.Tensor) -> torch.Tensor:
-        device = self.device
-        if device is None or value.device == device:
+    def _there(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        if value.device == device:
             return value
         shared = self.tied_params_map.get(value.data_ptr()) if self.tied_params_map else None
         if shared is None:

@@ -21,6 +21,7 @@ import torch
 # Where the cache holds a file in pages of this size, mapping a gigabyte takes a millisecond; with small ones, 200.
 _LARGE_PAGE = 2 << 20
 _CHUNK = 8 << 20
+_WINDOW = 64 << 20
 _POPULATE_READ = 22  # Linux 5.14; not in Python's mmap yet
 # Reading a part anew costs less processor time than mapping it in small pages twice; but a slow disk has other things to do.
 _SLOWEST = 200e6  # bytes a second
@@ -121,16 +122,69 @@ def _tensor(part: torch.Tensor, span: Span, offset: int) -> torch.Tensor:
     return values.view(span.dtype).view(span.shape)
 
 
+class _Window:
+    """A stretch of a file that is mapped at once; its pages come into memory part by part, and go with the last tensor.
+
+    Attributes:
+        region: Its bytes.
+    """
+
+    def __init__(self, owner: object, descriptor: int, start: int, stop: int) -> None:
+        memory = mmap.mmap(descriptor, stop - start, access=mmap.ACCESS_COPY, offset=start)
+        ask_for_large_pages(memory)
+        self._owner, self._start, self._stop = owner, start, stop
+        self._given: set[Run] = set()
+        self.region = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def part(self, owner: object, run: Run) -> torch.Tensor | None:
+        """The bytes of a part; None when it is not in here, or may have been written to since it was given out."""
+        if owner is not self._owner or run.start < self._start or run.stop > self._stop or run in self._given:
+            return None
+        self._given.add(run)
+        return self.region[run.start - self._start : run.stop - self._start]
+
+
+class Windows:
+    """The window that was mapped last: whatever else is mapped and unmapped, all processors have to agree on it."""
+
+    def __init__(self) -> None:
+        self._last: _Window | None = None
+
+    def part(self, owner: object, descriptor: int, run: Run, size: int) -> torch.Tensor:
+        """The bytes of a part of a file; its pages need not be in memory yet.
+
+        Args:
+            owner: Stands for the file; the number of its descriptor may be another's tomorrow.
+            descriptor: The file.
+            run: The part.
+            size: Length of the file.
+        """
+        last = self._last
+        part = None if last is None else last.part(owner, run)
+        if part is None:
+            last = self._last = _Window(owner, descriptor, run.start, min(max(run.stop, run.start + _WINDOW), size))
+            part = last.part(owner, run)
+        assert part is not None
+        return part
+
+    def close(self) -> None:
+        """Lets go of it."""
+        self._last = None
+
+
 class Mapping:
     """An open file seen as memory.
 
     Args:
         descriptor: The file; stays open as long as this is used.
+        windows: Shared by the files of a model.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, windows: Windows) -> None:
         self._descriptor = descriptor
-        self._device = os.fstat(descriptor).st_dev
+        self._windows = windows
+        status = os.fstat(descriptor)
+        self._device, self._size = status.st_dev, status.st_size
         self._synced = False
         self._small: dict[Run, bool] = {}  # parts whose pages are known, and whether they are small
 
@@ -147,7 +201,7 @@ class Mapping:
         """
         if run.stop == run.start:
             return torch.empty(0, dtype=torch.uint8)
-        region = self._map(run)
+        region = self._windows.part(self, self._descriptor, run, self._size)
         if run in self._small:
             _read_in(region, stop)
             return region
@@ -162,7 +216,7 @@ class Mapping:
         """Whether a part was found in small pages, and `renew` may change that."""
         return self._small.get(run, False) and _IN_VAIN.get(self._device, 0) < _TRIES and hasattr(os, "posix_fadvise")
 
-    def renew(self, run: Run, stop: Stop) -> None:
+    def renew(self, run: Run, stop: Stop) -> bool:
         """Has the cache hold a part in large pages that it holds in small ones, since somebody else read it.
 
         Mapping small pages costs a share of every forward; this costs reading the part once. Given up for a device where
@@ -171,26 +225,29 @@ class Mapping:
         Args:
             run: A part that nobody uses just now.
             stop: Asked between pieces; true gives up.
+
+        Returns:
+            Whether there is nothing left to do; somebody may use the part all the same.
         """
         if not self.is_slow(run):
-            return
+            return True
         if not self._synced:  # what is not on disk yet cannot be dropped
             os.fsync(self._descriptor)
             self._synced = True
+        self._windows.close()  # nor what is mapped
         os.posix_fadvise(self._descriptor, run.start, run.stop - run.start, os.POSIX_FADV_DONTNEED)
-        before, begin = sum(_faults()), time.perf_counter()
+        before, begin = _faults(), time.perf_counter()
         try:
-            _read_in(region := self._map(run), stop)
+            _read_in(region := _Window(self, self._descriptor, run.start, run.stop).region, stop)
         except CutShort:  # whoever needs it will say so
-            return
+            return True
+        took, after = time.perf_counter() - begin, _faults()
+        if after[1] == before[1]:  # it was not dropped
+            return False
         self._small[run] = False
-        if _small(sum(_faults()) - before, len(region)) or len(region) < _SLOWEST * (time.perf_counter() - begin):
+        if _small(sum(after) - sum(before), len(region)) or len(region) < _SLOWEST * took:
             _IN_VAIN[self._device] = _IN_VAIN.get(self._device, 0) + 1
-
-    def _map(self, run: Run) -> torch.Tensor:
-        memory = mmap.mmap(self._descriptor, run.stop - run.start, access=mmap.ACCESS_COPY, offset=run.start)
-        ask_for_large_pages(memory)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return True
 
 
 def _read_in(region: torch.Tensor, stop: Stop) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .direct import Buffers
-from .mapped import Interrupted, Span, Stop, never
+from .mapped import Interrupted, Span, Stop, Windows, never
 from .reading import Reading, WeightFile
 from .safetensors_file import SafetensorsFile
 from .tensors import set_module_tensor_to_device
@@ -172,7 +172,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
 
     def _forget(self) -> None:
         """Begins without open files."""
-        self._buffers = Buffers()
+        self._buffers, self._windows = Buffers(), Windows()
         self._files: dict[str, tuple[SafetensorsFile, WeightFile, dict[str, Span]]] = {}
         self._plans: dict[tuple[str, ...], _Plan] = {}
         self._slow: deque[Reading] = deque()
@@ -229,13 +229,15 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         Args:
             stop: Asked between pieces; true leaves the rest for another time.
         """
-        while self._slow:
+        for _ in range(len(self._slow)):
             reading = self._slow.popleft()
             try:
-                reading.renew(stop)
+                again = reading.renew(stop)
             except Interrupted:
                 self._slow.appendleft(reading)
                 return
+            if again:
+                self._slow.append(reading)
 
     def _plan(self, keys: tuple[str, ...]) -> _Plan:
         """How to read some weights; made anew when one comes from elsewhere now."""
@@ -283,7 +285,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
     def _open(self, path: Path) -> WeightFile:
         """A safetensors file, which is kept open; or one of many with a single weight, which is not."""
         known = self._files.get(os.fspath(path))
-        return WeightFile(path, self._buffers) if known is None else known[1]
+        return WeightFile(path, self._buffers, self._windows) if known is None else known[1]
 
     def _has_room(self) -> bool:
         """Whether memory has room for all that is read from files, and for as much of anything else."""
@@ -295,7 +297,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         """A file, and where what lies in it; kept open, so that its header is read once."""
         if name not in self._files:
             tensors = SafetensorsFile(Path(name))
-            file = WeightFile(name, self._buffers)
+            file = WeightFile(name, self._buffers, self._windows)
             self._files[name] = tensors, file, tensors.spans()
             self._size += file.size
         return self._files[name]
@@ -319,7 +321,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         self._forget()
 
 
-_OF_A_PROCESS = ("_buffers", "_files", "_plans", "_slow", "_size")
+_OF_A_PROCESS = ("_buffers", "_windows", "_files", "_plans", "_slow", "_size")
 
 
 class _Plan(NamedTuple):

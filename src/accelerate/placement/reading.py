@@ -17,8 +17,9 @@ import torch
 
 from ..runtime.page_cache import CacheProbe
 from .direct import Buffers, DirectFile
-from .mapped import CutShort, Layout, Mapping, Run, Span, Stop, never
+from .mapped import CutShort, Layout, Mapping, Run, Span, Stop, Windows, never
 
+_RENEWALS = 5  # tries, since parts may be in use at the time
 _SMALL = 64 << 10  # so many bytes of weights are kept once they were read: reading them again would cost more time
 
 
@@ -28,16 +29,17 @@ class WeightFile:
     Args:
         path: The file.
         buffers: Where parts go that are read past the cache.
+        windows: What parts are mapped by.
     """
 
-    def __init__(self, path: str | os.PathLike[str], buffers: Buffers) -> None:
+    def __init__(self, path: str | os.PathLike[str], buffers: Buffers, windows: Windows) -> None:
         self.path = Path(path)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
         self._buffers = buffers
         self.size = os.fstat(descriptor).st_size
-        self.mapping = Mapping(descriptor)
+        self.mapping = Mapping(descriptor, windows)
 
     @cached_property
     def direct(self) -> DirectFile:
@@ -81,6 +83,7 @@ class Reading:
         self._room = room
         self._slow = slow
         self._reported = False
+        self._renewals = 0
         size = open_file().size
         self._mapped = Layout.of(spans, size)
         self._direct = Layout.of(spans, size, mmap.PAGESIZE)
@@ -93,12 +96,14 @@ class Reading:
         """Whether reading them now takes no time worth mentioning."""
         return self._kept is not None or self._open().holds(self._direct.runs)
 
-    def renew(self, stop: Stop) -> None:
-        """Makes mapping them faster, at leisure; see `Mapping.renew`."""
-        if self._room():
-            file = self._open()
-            for run in self._mapped.runs:
-                file.mapping.renew(run, stop)
+    def renew(self, stop: Stop) -> bool:
+        """Makes mapping them faster, at leisure; see `Mapping.renew`. Returns whether to come back to it."""
+        self._renewals += 1
+        if not self._room():
+            return False
+        mapping = self._open().mapping
+        done = [mapping.renew(run, stop) for run in self._mapped.runs]
+        return not all(done) and self._renewals < _RENEWALS
 
     def read(self, stop: Stop = never) -> list[torch.Tensor]:
         """The tensors, in memory. What is written to them stays with them.

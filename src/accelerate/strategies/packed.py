@@ -1,4 +1,4 @@
-"""What weights that bitsandbytes packed need of fully sharded training: their bits are gathered as they are, for each forward.
+"""What weights that bitsandbytes packed need of fully sharded training: their bits are gathered as they are.
 
 Only attributes are looked at, so that nothing imports bitsandbytes. In a unit they lie beside adapters in another format.
 """
