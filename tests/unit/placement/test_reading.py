@@ -52,8 +52,10 @@ def held(path: Path) -> bool:
         return all(probe.holds(place) for place in range(0, SIZE, mmap.PAGESIZE))
 
 
-def reading(path: Path, spans: list[Span], room: bool = True, keep: bool = False) -> Reading:
-    buffers, windows = Buffers(), Windows()
+def reading(
+    path: Path, spans: list[Span], room: bool = True, keep: bool = False, windows: Windows | None = None
+) -> Reading:
+    buffers, windows = Buffers(), windows or Windows()
     return Reading(spans, lambda: WeightFile(path, buffers, windows), lambda: room, lambda _: None, keep)
 
 
@@ -81,13 +83,15 @@ def test_both_ways_give_what_is_in_the_file(path: Path, spans: list[Span]) -> No
 
 
 def test_what_is_not_cached_is_read_past_the_cache_once(path: Path) -> None:
-    wanted = reading(path, [span(5000, 2_500_000)])
+    windows = Windows()
+    wanted = reading(path, [span(5000, 2_500_000)], windows=windows)
     forget(path)
     assert not wanted.at_hand()
     first = wanted.read()[0].clone()
     assert not held(path)
     assert torch.equal(wanted.read()[0], first)
     assert wanted.at_hand()
+    windows.close()  # what is mapped stays
     forget(path)
     assert torch.equal(wanted.read()[0], first) and not wanted.at_hand()
 
