@@ -77,9 +77,9 @@ class AlignDevicesHook(ModelHook):
         self.tied_pointers_to_remove: set[tuple[int, torch.device]] = set()
         # What stands in for the weights between two forwards: one object each, however often they come and go.
         self._placeholders: dict[str, torch.Tensor] = {}
-        self._aliases: dict[
-            str, str
-        ] = {}  # further names of these weights: tied ones, inside a module fetched as a whole
+        self._beside: list[str] = []  # statistics of quantised weights, by name
+        # Further names of these weights: tied ones, inside a module fetched as a whole.
+        self._aliases: dict[str, str] = {}
 
     def __repr__(self) -> str:
         return (
@@ -111,6 +111,9 @@ class AlignDevicesHook(ModelHook):
                 self.tied_params_names.add(name)
             self._placeholders[name] = self._placeholder(module, name, tensors[name])
             self.size += tensors[name].nbytes
+        quantised = [name for name, kept in self._placeholders.items() if type(kept) is not nn.Parameter]
+        beside = [_statistics(name) for name in quantised if "weight" in name]
+        self._beside = [name for name in beside if name in self.weights_map]
         if self.prefetcher is not None:
             self.prefetcher.register(self)
         self._let_go(module)
@@ -187,12 +190,7 @@ class AlignDevicesHook(ModelHook):
 
     def _names(self) -> list[str]:
         """The offloaded weights, and the row statistics that lie beside those of 8 bits."""
-        names = list(self._placeholders)
-        for name, placeholder in self._placeholders.items():
-            if type(placeholder) is not nn.Parameter and "weight" in name and self.weights_map is not None:
-                beside = _statistics(name)
-                names += [beside] if beside in self.weights_map else []
-        return names
+        return [*self._placeholders, *self._beside]
 
     def _there(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
         if value.device == device:
@@ -231,9 +229,12 @@ class AlignDevicesHook(ModelHook):
                 continue
             if value.dtype != placeholder.dtype and value.is_floating_point():
                 value = value.to(placeholder.dtype)
-            fetched = as_parameter(value, placeholder)
             # A gradient would be lost with the weight; and a graph would keep every weight until the end.
-            fetched.requires_grad_(False)
+            if type(placeholder) is nn.Parameter and not placeholder.__dict__:
+                fetched = nn.Parameter(value, requires_grad=False)
+            else:
+                fetched = as_parameter(value, placeholder)
+                fetched.requires_grad_(False)
             owner._parameters[key] = fetched
             if type(placeholder) is not nn.Parameter and _statistics(name) in values:
                 fetched.SCB = values[_statistics(name)]  # type: ignore[attr-defined]
@@ -286,7 +287,7 @@ class AlignDevicesHook(ModelHook):
                     _RESTORED[placeholder] = as_parameter(self.weights_map[name].to(device), placeholder)
                 owner._parameters[key] = _RESTORED[placeholder]
         self._tie(module)
-        self._placeholders, self._aliases = {}, {}
+        self._placeholders, self._beside, self._aliases = {}, [], {}
         return module
 
 

@@ -207,7 +207,7 @@ class Prefetcher:
             self._jobs.pop(number).cancel()
         started = [self._start(number, unit) for number, unit in chosen.items() if number not in self._jobs]
         if not self._jobs and not any(started):
-            self._rest = max(len(chosen) // 2, _REST)
+            self._rest = max(len(chosen) - _REST, _REST)
 
     def _start(self, number: int, unit: Unit) -> bool:
         """Has a unit read, if it can be and need be. Returns whether somebody should look again before it is used."""

@@ -1,7 +1,7 @@
 """Parts of a file read past the page cache, into memory that is used again and again.
 
 A model that does not fit into memory does not fit into the cache either: to go through it would cost fresh memory for every
-byte, and drive out what else is there. Each part is a tensor of bytes over a buffer, which returns with the last view of it.
+byte, and drive out what else is there. Each part lies in a buffer, which returns with the last tensor on it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import os
 import weakref
 from collections import deque
 
-import torch
-
 from ..runtime.page_cache import open_past
-from .mapped import CutShort, Interrupted, Run, Stop, ask_for_large_pages
+from .mapped import CutShort, Interrupted, Part, Run, Stop, ask_for_large_pages
 
 _CHUNK = 8 << 20
 # Of each size, so many buffers wait to be used again: one for the layer that computes, one for the next.
@@ -57,8 +55,8 @@ class DirectFile:
         if self._descriptor is not None:
             weakref.finalize(self, os.close, self._descriptor)
 
-    def part(self, run: Run, stop: Stop) -> torch.Tensor | None:
-        """The bytes of a part that begins with a page; None where that cannot be done.
+    def part(self, run: Run, stop: Stop) -> Part | None:
+        """A part that begins with a page; None where that cannot be done.
 
         Args:
             run: The part.
@@ -72,7 +70,7 @@ class DirectFile:
             return None
         size = run.stop - run.start
         if not size:
-            return torch.empty(0, dtype=torch.uint8)
+            return Part(b"", 0)
         view = self._buffers.take(size)
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         done = 0
@@ -88,4 +86,4 @@ class DirectFile:
             if not count:
                 raise CutShort
             done += count
-        return torch.frombuffer(view, dtype=torch.uint8, count=size)
+        return Part(view, 0)

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,9 +24,9 @@ _CHUNK = 8 << 20
 _WINDOW = 64 << 20
 _POPULATE_READ = 22  # Linux 5.14; not in Python's mmap yet
 # Reading a part anew costs less processor time than mapping it in small pages twice; but a slow disk has other things to do.
-_SLOWEST = 200e6  # bytes a second
+_SLOWEST = 50e6  # bytes a second
 _TRIES = 3
-_IN_VAIN: dict[int, int] = {}  # device -> how often that took too long, or brought small pages again
+_IN_VAIN: dict[int, int] = {}  # device -> how often in a row that took too long, or brought small pages again
 
 Stop = Callable[[], bool]
 
@@ -61,12 +61,23 @@ class Span:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A part of a file that is brought into memory as one: from `start` to before `stop`."""
 
     start: int
     stop: int
+
+
+class Part(NamedTuple):
+    """A part of a file in memory.
+
+    Attributes:
+        memory: What it lies in, as a buffer; there as long as a tensor on it.
+        offset: Where in that it begins.
+    """
+
+    memory: Any
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -106,42 +117,53 @@ class Layout:
         places = tuple((numbers[span], span.start - runs[numbers[span]].start) for span in spans)
         return cls(tuple(spans), tuple(runs), places)
 
-    def tensors(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors over the bytes of the parts."""
+    def tensors(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """The tensors over the memory of the parts."""
         return [
             _tensor(parts[number], span, offset) for span, (number, offset) in zip(self.spans, self.places, strict=True)
         ]
 
 
-def _tensor(part: torch.Tensor, span: Span, offset: int) -> torch.Tensor:
-    if span.stop == span.start:
+def _tensor(part: Part, span: Span, offset: int) -> torch.Tensor:
+    count, rest = divmod(span.stop - span.start, span.dtype.itemsize)
+    assert not rest, f"{span} is no tensor"
+    if not count:
         return torch.empty(span.shape, dtype=span.dtype)
-    values = part[offset : offset + span.stop - span.start]
-    if offset % span.dtype.itemsize:  # a file that was not written for being mapped
-        values = values.clone()
-    return values.view(span.dtype).view(span.shape)
+    place = part.offset + offset
+    if place % span.dtype.itemsize:  # a file that was not written for being mapped
+        values = torch.frombuffer(part.memory, dtype=torch.uint8, count=span.stop - span.start, offset=place)
+        return values.clone().view(span.dtype).view(span.shape)
+    return torch.frombuffer(part.memory, dtype=span.dtype, count=count, offset=place).view(span.shape)
 
 
 class _Window:
-    """A stretch of a file that is mapped at once; its pages come into memory part by part, and go with the last tensor.
-
-    Attributes:
-        region: Its bytes.
-    """
+    """A stretch of a file that is mapped at once; its pages come into memory part by part, and go with the last tensor."""
 
     def __init__(self, owner: object, descriptor: int, start: int, stop: int) -> None:
-        memory = mmap.mmap(descriptor, stop - start, access=mmap.ACCESS_COPY, offset=start)
-        ask_for_large_pages(memory)
+        self._memory = mmap.mmap(descriptor, stop - start, access=mmap.ACCESS_COPY, offset=start)
+        ask_for_large_pages(self._memory)
         self._owner, self._start, self._stop = owner, start, stop
         self._given: set[Run] = set()
-        self.region = torch.frombuffer(memory, dtype=torch.uint8)
+        self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr() - start
 
-    def part(self, owner: object, run: Run) -> torch.Tensor | None:
-        """The bytes of a part; None when it is not in here, or may have been written to since it was given out."""
-        if owner is not self._owner or run.start < self._start or run.stop > self._stop or run in self._given:
+    def part(self, owner: object, run: Run) -> Part | None:
+        """A part; None when it is not in here, or may have been written to since it was given out."""
+        if not self.covers(owner, run) or run in self._given:
             return None
         self._given.add(run)
-        return self.region[run.start - self._start : run.stop - self._start]
+        return Part(self._memory, run.start - self._start)
+
+    def covers(self, owner: object, run: Run) -> bool:
+        """Whether a part is in here."""
+        return owner is self._owner and self._start <= run.start and run.stop <= self._stop
+
+    def read_in(self, run: Run, stop: Stop) -> None:
+        """Brings a part into memory, piece by piece."""
+        for start in range(run.start, run.stop, _CHUNK):
+            if stop():
+                raise Interrupted
+            if not _populate(self._address + start, min(_CHUNK, run.stop - start)):
+                raise CutShort
 
 
 class Windows:
@@ -150,8 +172,8 @@ class Windows:
     def __init__(self) -> None:
         self._last: _Window | None = None
 
-    def part(self, owner: object, descriptor: int, run: Run, size: int) -> torch.Tensor:
-        """The bytes of a part of a file; its pages need not be in memory yet.
+    def part(self, owner: object, descriptor: int, run: Run, size: int) -> tuple[Part, _Window]:
+        """A part of a file, whose pages need not be in memory yet, and its window.
 
         Args:
             owner: Stands for the file; the number of its descriptor may be another's tomorrow.
@@ -161,11 +183,16 @@ class Windows:
         """
         last = self._last
         part = None if last is None else last.part(owner, run)
-        if part is None:
+        if last is None or part is None:
             last = self._last = _Window(owner, descriptor, run.start, min(max(run.stop, run.start + _WINDOW), size))
             part = last.part(owner, run)
-        assert part is not None
-        return part
+            assert part is not None
+        return part, last
+
+    def cover(self, owner: object, run: Run) -> bool:
+        """Whether a part of a file is in it."""
+        last = self._last
+        return last is not None and last.covers(owner, run)
 
     def close(self) -> None:
         """Lets go of it."""
@@ -188,8 +215,8 @@ class Mapping:
         self._synced = False
         self._small: dict[Run, bool] = {}  # parts whose pages are known, and whether they are small
 
-    def part(self, run: Run, stop: Stop) -> torch.Tensor:
-        """The bytes of a part, read into memory. What is written to them stays with them.
+    def part(self, run: Run, stop: Stop) -> Part:
+        """A part, read into memory. What is written to it stays with it.
 
         Args:
             run: The part.
@@ -200,17 +227,25 @@ class Mapping:
             Interrupted: when `stop` said so.
         """
         if run.stop == run.start:
-            return torch.empty(0, dtype=torch.uint8)
-        region = self._windows.part(self, self._descriptor, run, self._size)
+            return Part(b"", 0)
+        part, window = self._windows.part(self, self._descriptor, run, self._size)
         if run in self._small:
-            _read_in(region, stop)
-            return region
+            window.read_in(run, stop)
+            return part
         before = _faults()
-        _read_in(region, stop)
+        window.read_in(run, stop)
         after = _faults()
         if after[1] == before[1]:  # all of it was in the cache
-            self._small[run] = _small(after[0] - before[0], len(region))
-        return region
+            self._small[run] = _small(after[0] - before[0], run.stop - run.start)
+        return part
+
+    def is_open(self, run: Run) -> bool:
+        """Whether a part lies in what is mapped already."""
+        return self._windows.cover(self, run)
+
+    def is_known(self, run: Run) -> bool:
+        """Whether it is known by what pages a part comes."""
+        return run in self._small
 
     def is_slow(self, run: Run) -> bool:
         """Whether a part was found in small pages, and `renew` may change that."""
@@ -238,24 +273,19 @@ class Mapping:
         os.posix_fadvise(self._descriptor, run.start, run.stop - run.start, os.POSIX_FADV_DONTNEED)
         before, begin = _faults(), time.perf_counter()
         try:
-            _read_in(region := _Window(self, self._descriptor, run.start, run.stop).region, stop)
+            _Window(self, self._descriptor, run.start, run.stop).read_in(run, stop)
         except CutShort:  # whoever needs it will say so
             return True
         took, after = time.perf_counter() - begin, _faults()
         if after[1] == before[1]:  # it was not dropped
             return False
         self._small[run] = False
-        if _small(sum(after) - sum(before), len(region)) or len(region) < _SLOWEST * took:
+        count = run.stop - run.start
+        if _small(sum(after) - sum(before), count) or count < _SLOWEST * took:
             _IN_VAIN[self._device] = _IN_VAIN.get(self._device, 0) + 1
+        else:
+            _IN_VAIN[self._device] = 0
         return True
-
-
-def _read_in(region: torch.Tensor, stop: Stop) -> None:
-    for start in range(0, len(region), _CHUNK):
-        if stop():
-            raise Interrupted
-        if not _populate(region[start : start + _CHUNK]):
-            raise CutShort
 
 
 def _small(faults: int, count: int) -> bool:
@@ -286,16 +316,17 @@ def _madvise() -> Callable[..., int] | None:
     return function  # type: ignore[no-any-return]
 
 
-def _populate(piece: torch.Tensor) -> bool:
-    """Brings the pages of some bytes into memory. Returns whether that was possible."""
+def _populate(address: int, count: int) -> bool:
+    """Brings the pages of some mapped bytes, the first of which begins one, into memory. Returns whether that worked."""
     madvise = _madvise()
     if madvise is not None:
-        extra = piece.data_ptr() % mmap.PAGESIZE
-        if madvise(piece.data_ptr() - extra, len(piece) + extra, _POPULATE_READ) == 0:
+        if madvise(address, count, _POPULATE_READ) == 0:
             return True
         if ctypes.get_errno() != errno.EINVAL:  # which is what a kernel says that cannot do it
             return False
-    piece[:: mmap.PAGESIZE].sum()
+    bytes_there: Any = (ctypes.c_char * count).from_address(address)
+    for place in range(0, count, mmap.PAGESIZE):
+        bytes_there[place]
     return True
 
 

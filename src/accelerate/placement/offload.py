@@ -10,7 +10,7 @@ import functools
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,9 +259,11 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         readings = []
         for path, entries in in_files.items():
             spans = [span for _, span, _ in entries]
-            known = os.fspath(path) in self._files
-            opened = functools.partial(self._open, path)
-            reading = Reading(spans, opened, self._has_room, self._slow.append, keep=known)
+            kept = self._files.get(os.fspath(path))
+            # One of many files with a single weight each is opened when it is read.
+            single = functools.partial(WeightFile, path, self._buffers, self._windows)
+            opened = single if kept is None else functools.partial(_same, kept[1])
+            reading = Reading(spans, opened, self._has_room, self._slow.append, keep=kept is not None)
             readings.append((reading, [(key, dtype) for key, _, dtype in entries]))
         return _Plan(sources, elsewhere, readings)
 
@@ -281,11 +283,6 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         whole = Span(0, torch.Size(shape).numel() * dtype.itemsize, dtype, shape)
         self._size += whole.stop
         return Path(self.save_folder) / f"{info.get('weight_name', key)}.dat", whole, None
-
-    def _open(self, path: Path) -> WeightFile:
-        """A safetensors file, which is kept open; or one of many with a single weight, which is not."""
-        known = self._files.get(os.fspath(path))
-        return WeightFile(path, self._buffers, self._windows) if known is None else known[1]
 
     def _has_room(self) -> bool:
         """Whether memory has room for all that is read from files, and for as much of anything else."""
@@ -321,6 +318,10 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         self._forget()
 
 
+def _same(file: WeightFile) -> WeightFile:
+    return file
+
+
 _OF_A_PROCESS = ("_buffers", "_windows", "_files", "_plans", "_slow", "_size")
 
 
@@ -343,14 +344,14 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
-def read_weights(weights: Mapping[str, Any], names: Iterable[str], stop: Stop = never) -> dict[str, torch.Tensor]:
+def read_weights(weights: Mapping[str, Any], names: Sequence[str], stop: Stop = never) -> dict[str, torch.Tensor]:
     """Several weights of a mapping, for use in one forward; see `OffloadedWeightsLoader.read`."""
-    wanted = list(names)
     source, prefix = _behind(weights)
     if not isinstance(source, OffloadedWeightsLoader):
-        return {name: source[prefix + name] for name in wanted}
-    found = source.read([prefix + name for name in wanted], stop)
-    return {name: found[prefix + name] for name in wanted}
+        return {name: source[prefix + name] for name in names}
+    keys = [prefix + name for name in names]
+    found = source.read(keys, stop)
+    return {name: found[key] for name, key in zip(names, keys, strict=True)}
 
 
 def are_at_hand(weights: Mapping[str, Any], names: Iterable[str]) -> bool:

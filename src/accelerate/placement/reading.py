@@ -57,7 +57,7 @@ class WeightFile:
     def holds(self, runs: Sequence[Run]) -> bool:
         """Whether the cache seems to hold some parts. What it lacks of them is read when they are mapped."""
         holds = self._probe.holds
-        return all(run.start == run.stop or (holds(run.start) and holds(run.stop - 1)) for run in runs)
+        return all(run.start == run.stop or holds((run.start + run.stop) // 2) for run in runs)
 
 
 class Reading:
@@ -82,7 +82,7 @@ class Reading:
         self._open = open_file
         self._room = room
         self._slow = slow
-        self._reported = False
+        self._known = False  # whether mapping is slow
         self._renewals = 0
         size = open_file().size
         self._mapped = Layout.of(spans, size)
@@ -126,7 +126,8 @@ class Reading:
         try:
             if not file.reaches(self._end):
                 raise CutShort
-            if file.holds(self._direct.runs):
+            # What is beside parts that were there a moment ago is there, too.
+            if all(map(file.mapping.is_open, self._mapped.runs)) or file.holds(self._direct.runs):
                 return self._in_place(file, stop)
             if self._passed and self._room():
                 self._passed = False
@@ -143,7 +144,8 @@ class Reading:
 
     def _in_place(self, file: WeightFile, stop: Stop) -> list[torch.Tensor]:
         parts = [file.mapping.part(run, stop) for run in self._mapped.runs]
-        if not self._reported and any(file.mapping.is_slow(run) for run in self._mapped.runs):
-            self._reported = True
-            self._slow(self)
+        if not self._known and all(file.mapping.is_known(run) for run in self._mapped.runs):
+            self._known = True
+            if any(file.mapping.is_slow(run) for run in self._mapped.runs):
+                self._slow(self)
         return self._mapped.tensors(parts)

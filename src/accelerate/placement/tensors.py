@@ -75,7 +75,7 @@ def owner_of(module: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
         ValueError: when that module has no such parameter or buffer.
     """
     path, _, key = tensor_name.rpartition(".")
-    owner = module.get_submodule(path)
+    owner = module.get_submodule(path) if path else module
     if key not in owner._parameters and key not in owner._buffers:
         raise ValueError(f"{type(owner).__name__} has no parameter or buffer {key!r} (looked for {tensor_name!r}).")
     return owner, key
