@@ -188,6 +188,25 @@ def on_this_machine(options: argparse.Namespace, folder: Path, files: list[Path]
         "max(reading, computing)", times.wall["cold, off"] / bound, None)  # fmt: skip
 
 
+def map_times(options: argparse.Namespace) -> None:
+    """`infer_auto_device_map` over two devices and the disk, for a model and for one of ten times the blocks."""
+    times = Times()
+    for blocks in (400, 4000):
+        model = empty(blocks, 64)
+        whole = sum(value.nbytes for value in model.state_dict().values())
+        limits: dict[int | str, int | str] = {0: whole // 3, "cpu": whole // 3, "disk": whole}
+        for _ in range(2 * options.repeats):
+            times.add(
+                str(blocks),
+                lambda model=model, limits=limits: accelerate.infer_auto_device_map(
+                    model, limits, no_split_module_classes=["Block"]
+                ),
+            )
+    few, many = times.wall["400"], times.wall["4000"]
+    row("a map of 400 blocks", few, times.cpu["400"], "seconds", few, 0.03)
+    row("a map of 4,000 blocks", many, times.cpu["4000"], "400 blocks", many / few, 12)
+
+
 def load_times(options: argparse.Namespace, folder: Path, files: list[Path]) -> None:
     times = Times()
 
@@ -335,6 +354,7 @@ def main() -> None:
         print(f"{'':44} {'seconds':>9} {'CPU':>9}   {'ratio':>8}  {'allowed':>8}   beside")
         if options.device == "cpu":
             on_this_machine(options, folder, files)
+            map_times(options)
             load_times(options, folder, files)
             peak_memory(options, folder)
             hook_overhead()

@@ -14,8 +14,8 @@ from tests.helpers.ranks import RankPool
 from tests.helpers.reset import reset_singletons
 
 # What decides whether a change lands gives the same answer twice; pytest --hypothesis-profile=thorough looks further.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("thorough", max_examples=2000)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile("repeatable")
 
 # A shell starts its background jobs with Ctrl-C ignored, and every child inherits that: tests that interrupt one would wait.

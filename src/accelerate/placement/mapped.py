@@ -266,26 +266,36 @@ class Mapping:
         """
         if not self.is_slow(run):
             return True
-        if not self._synced:  # what is not on disk yet cannot be dropped
-            os.fsync(self._descriptor)
-            self._synced = True
-        self._windows.close()  # nor what is mapped
-        os.posix_fadvise(self._descriptor, run.start, run.stop - run.start, os.POSIX_FADV_DONTNEED)
-        before, begin = _faults(), time.perf_counter()
+        count = run.stop - run.start
         try:
-            _Window(self, self._descriptor, run.start, run.stop).read_in(run, stop)
+            minor, major = self._faults_of(run, stop)
+            if major or not _small(minor, count):  # another process has done so, or it is not in the cache any more
+                self._small[run] = False
+                return True
+            if not self._synced:  # what is not on disk yet cannot be dropped
+                os.fsync(self._descriptor)
+                self._synced = True
+            self._windows.close()  # nor what is mapped
+            os.posix_fadvise(self._descriptor, run.start, count, os.POSIX_FADV_DONTNEED)
+            begin = time.perf_counter()
+            minor, major = self._faults_of(run, stop)
         except CutShort:  # whoever needs it will say so
             return True
-        took, after = time.perf_counter() - begin, _faults()
-        if after[1] == before[1]:  # it was not dropped
+        if not major:  # it was not dropped
             return False
         self._small[run] = False
-        count = run.stop - run.start
-        if _small(sum(after) - sum(before), count) or count < _SLOWEST * took:
+        if _small(minor + major, count) or count < _SLOWEST * (time.perf_counter() - begin):
             _IN_VAIN[self._device] = _IN_VAIN.get(self._device, 0) + 1
         else:
             _IN_VAIN[self._device] = 0
         return True
+
+    def _faults_of(self, run: Run, stop: Stop) -> tuple[int, int]:
+        """How many faults it takes to map a part: pages in the cache, and pages on disk."""
+        before = _faults()
+        _Window(self, self._descriptor, run.start, run.stop).read_in(run, stop)
+        after = _faults()
+        return after[0] - before[0], after[1] - before[1]
 
 
 def _small(faults: int, count: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from accelerate.placement import mapped
 from accelerate.placement.direct import Buffers, DirectFile
 from accelerate.placement.mapped import Interrupted, Layout, Mapping, Run, Span, Windows, never
 from accelerate.placement.reading import Reading, WeightFile
@@ -145,23 +146,26 @@ def test_small_ones_are_kept_and_given_out_as_copies(path: Path) -> None:
     assert torch.equal(wanted.read()[0], before) and wanted.at_hand()
 
 
-def whole(mapping: Mapping) -> torch.Tensor:
-    layout = Layout.of([span(0, SIZE)], SIZE)
+def whole(mapping: Mapping, size: int) -> torch.Tensor:
+    layout = Layout.of([span(0, size)], size)
     return layout.tensors([mapping.part(run, never) for run in layout.runs])[0]
 
 
-def test_what_was_read_by_others_is_read_anew(path: Path) -> None:
+def test_what_others_read_in_small_pages_is_read_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "_IN_VAIN", {})
+    path.write_bytes(path.read_bytes() * 3)
     forget(path)
-    with open(path, "rb") as file:
-        mapping, run = Mapping(file.fileno(), Windows()), Run(0, SIZE)
-        content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-        assert torch.equal(whole(mapping), content)
-        mapping._small[run] = True  # on a real disk it depends on who read it, and how
-        assert mapping.is_slow(run)
-        used = whole(mapping)
+    with open(path, "rb", buffering=0) as file:
+        size, descriptor = os.fstat(file.fileno()).st_size, file.fileno()
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        content = b"".join(os.pread(descriptor, 4096, place) for place in range(0, size, 4096))
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NORMAL)
+        expected = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        mapping, run = Mapping(descriptor, Windows()), Run(0, size)
+        used = whole(mapping, size)
+        assert torch.equal(used, expected) and mapping.is_slow(run)
         assert not mapping.renew(run, never) and mapping.is_slow(run)  # not while somebody reads it there
         del used
         gc.collect()
-        assert mapping.renew(run, never)
-        assert not mapping.is_slow(run) and held(path)
-        assert torch.equal(whole(mapping), content)
+        assert mapping.renew(run, never) and not mapping.is_slow(run) and held(path)
+        assert torch.equal(whole(mapping, size), expected)
