@@ -749,11 +749,23 @@ class Accelerator(CheckpointMethods, TrackerMethods):
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Gathers predictions, and drops at the end of a loader what was added to make the ranks even.
 
+        Ranks that share sequences (context or sequence parallelism) first bring together what they made of their parts:
+        tensors with the tokens of a part in dimension 1 are joined along it, other floats averaged; see docs/mesh.md.
+
         Args:
             input_data: A tree of tensors, or any objects (a list of them is joined over the ranks).
             use_gather_object: Gather tensors as objects, when their shapes differ or they should stay lists.
+
+        Raises:
+            ValueError: for other tensors of parts that are not the same on the ranks which share sequences: sums, say.
         """
-        return loading.gather_for_metrics(input_data, self.gradient_state, use_gather_object=use_gather_object)
+        together = self.strategy.put_together(input_data)
+        return loading.gather_for_metrics(
+            together,
+            self.gradient_state,
+            use_gather_object=use_gather_object,
+            data_ranks=self.strategy.data_ranks,
+        )
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """The ``sum`` or ``mean`` over the ranks, times `scale`; ``none`` gives back what came in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,95 @@ def test_masks_are_whole_and_what_would_go_wrong_in_silence_is_refused(
     folder: Path, tmp_path: Path, run_ranks: Any
 ) -> None:
     run_ranks(2, _masked_and_refused, folder, tmp_path, env={"HF_HUB_OFFLINE": "1"})
+
+
+# Trainer's evaluation -------------------------------------------------------------------------------------------------
+
+
+def _evaluated(folder: Path, output: Path, sizes: dict[str, int] | None) -> tuple[dict[str, float], Any, Any, Any]:
+    """What Trainer makes of 5 sequences, in batches of 2, and passes to `compute_metrics`."""
+    torch.set_num_threads(1)
+    seen: list[Any] = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        seen.extend((prediction.predictions, prediction.label_ids, prediction.inputs))
+        return {"right": float((prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]).mean())}
+
+    rows = torch.randint(0, 32, (5, 8), generator=torch.Generator().manual_seed(0))
+    labels = rows.clone()
+    labels[1, 5:] = -100  # the ranks' parts count differently many tokens
+    labels[2:, 1] = -100
+    arguments = transformers.TrainingArguments(
+        str(output),
+        use_cpu=True,
+        report_to=[],
+        per_device_eval_batch_size=2,
+        include_for_metrics=["inputs"],
+        disable_tqdm=True,
+        **({} if sizes is None else {"parallelism_config": ParallelismConfig(**sizes)}),
+    )
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").double()
+    data = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+    trainer = transformers.Trainer(model, arguments, eval_dataset=data, compute_metrics=compute_metrics)
+    found = trainer.evaluate()
+    return {name: found[name] for name in ("eval_loss", "eval_right")}, *seen
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"tp_size": 2}], ids=["sequences", "tensors"])
+def test_trainer_evaluates_as_on_one_rank(
+    sizes: dict[str, int], folder: Path, tmp_path: Path, run_ranks: Any, rank_pool: Any
+) -> None:
+    offline = {"HF_HUB_OFFLINE": "1"}
+    (alone,) = rank_pool.run(1, _evaluated, folder, tmp_path, None, env=offline)
+    for found in run_ranks(2, _evaluated, folder, tmp_path, sizes, env=offline):
+        assert found[0] == pytest.approx(alone[0], rel=1e-6)  # transformers computes losses in 32 bits
+        for mine, other in zip(found[1:], alone[1:], strict=True):
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(other), rtol=0, atol=1e-9)
+
+
+# Trainer's checkpoints ------------------------------------------------------------------------------------------------
+
+
+def _trained(folder: Path, output: Path, sizes: dict[str, int] | None, resumes: bool = False) -> list[float]:
+    """Losses of four steps, of which the last two may be those of a run that goes on; the weights are in ``final``."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    rows = torch.randint(0, 32, (16, 8), generator=torch.Generator().manual_seed(0))
+    shared: dict[str, Any] = {}
+    if sizes is not None:
+        shared = {"parallelism_config": ParallelismConfig(**sizes), "fsdp": "full_shard auto_wrap"}
+        shared["fsdp_config"] = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    arguments = transformers.TrainingArguments(
+        str(output),
+        use_cpu=True,
+        report_to=[],
+        max_steps=4,
+        save_steps=2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        per_device_train_batch_size=4,
+        disable_tqdm=True,
+        **shared,
+    )
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-2") if resumes else None)
+    trainer.save_model(str(output / "final"))
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_trainer_saves_and_resumes_with_tensors_shared(
+    folder: Path, tmp_path: Path, run_ranks: Any, rank_pool: Any
+) -> None:
+    offline, load = {"HF_HUB_OFFLINE": "1"}, transformers.LlamaForCausalLM.from_pretrained
+    (alone,) = rank_pool.run(1, _trained, folder, tmp_path / "alone", None, env=offline)
+    expected = load(tmp_path / "alone" / "final").state_dict()
+    for resumes in (False, True):
+        for losses in run_ranks(2, _trained, folder, tmp_path, {"tp_size": 2}, resumes, env=offline):
+            assert losses == pytest.approx(alone, rel=1e-5)
+        assert (tmp_path / "checkpoint-4" / "optimizer.bin").exists()
+        for name, value in load(tmp_path / "final").state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-5)
+        for folder_of_end in ("final", "checkpoint-4"):
+            shutil.rmtree(tmp_path / folder_of_end)

@@ -94,6 +94,8 @@ ROWS: dict[str, Row] = {
     "TP 2": Row(2, sizes={"tp_size": 2}),
     "TP 2, optimizer made after": Row(2, sizes={"tp_size": 2}, more={"late": True}),
     "replicas x TP 2x2, the exact mean": Row(4, sizes={"dp_replicate_size": 2, "tp_size": 2}, more={"items": True}),
+    "FSDP 2 over TP 2": _two(2, {"tp_size": 2}, more={"lacking": True}, cpu_ram_efficient_loading=True),
+    "FSDP 2 over replicas x TP 2x2": _two(4, {"dp_replicate_size": 2, "tp_size": 2}),
     "FSDP 2 x TP 2x2": _two(4, {"dp_shard_size": 2, "tp_size": 2}),
     "CP 2": Row(2, sizes={"cp_size": 2}),
     "CP 2, in a ring": Row(2, sizes={"cp_size": 2, "cp_handler": TorchContextParallelConfig("alltoall")}),

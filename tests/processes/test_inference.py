@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -235,3 +236,23 @@ def test_a_stage_that_fails_leaves_nobody_waiting(gather: bool, run_ranks: Any) 
     assert last == [text if one else "right" for one in bad]
     assert failed == [text if one else "right" if gather else "nothing" for one in bad]
     assert first == (last if gather else ["nothing"] * 6)
+
+
+def _leaves_early() -> bool:
+    """The first process is through, and gone, while the second computes."""
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    x = torch.ones(4, 5)
+    stack = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    expected = stack(x)
+    model = prepare_pippy(stack, example_args=(x,))
+    if state.process_index:
+        stage = model.forward.stage.module
+        stage.register_forward_pre_hook(lambda *_: time.sleep(0.3))
+    output = model(x)
+    state.destroy_process_group()
+    return output is None or bool(torch.allclose(output, expected))
+
+
+def test_a_process_that_is_through_may_leave(run_ranks: Any) -> None:
+    assert run_ranks(2, _leaves_early, timeout=60) == [True, True]

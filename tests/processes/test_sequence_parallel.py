@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -125,6 +127,20 @@ class Configured(Attend):
         return super().forward(x)
 
 
+class Adapted(Configured):
+    """A model that holds another and does not name what it hands on, as peft's do."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.base = Configured(2)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base
+
+    def forward(self, x: torch.Tensor, **more: Any) -> torch.Tensor:
+        return self.base(x, **more)
+
+
 def _accelerator(handler: DeepSpeedSequenceParallelConfig | None = None, **sizes: int) -> Accelerator:
     AcceleratorState._reset_state()
     return Accelerator(cpu=True, parallelism_config=ParallelismConfig(sp_handler=handler, **(sizes or {"sp_size": 2})))
@@ -185,6 +201,11 @@ def _refused() -> None:
             ValueError, match="Configured was given no position_ids and would count those of each rank's"
         ):
             counting(x)
+        with pytest.raises(ValueError, match="Adapted was given no position_ids"):
+            accelerator.prepare(Adapted())(x)
+    plain = accelerator.unwrap_model(model)
+    for copied in (copy.deepcopy(plain), pickle.loads(pickle.dumps(plain))):  # hooks are no hindrance
+        assert torch.equal(copied.inner.weight, plain.inner.weight)
     with pytest.raises(ValueError, match="deepspeed_ulysses_dl_adapter belongs to DeepSpeed.*maybe_context_parallel"):
         accelerator.deepspeed_ulysses_dl_adapter([], model)
     with pytest.raises(NotImplementedError, match="share its tensors or sequences"):

@@ -209,7 +209,7 @@ def _impossible(**sizes: int) -> list[str]:
     with pytest.raises(ValueError) as caught:
         Accelerator(cpu=True, parallelism_config=ParallelismConfig(**sizes))
     said.append(str(caught.value))
-    for version, given in ((1, {"dp_shard_size": 1, "tp_size": 2}), (1, {"cp_size": 2}), (2, {"tp_size": 2})):
+    for version, given in ((1, {"dp_shard_size": 1, "tp_size": 2}), (1, {"cp_size": 2}), (2, {"dp_replicate_size": 2})):
         AcceleratorState._reset_state()
         with pytest.raises(ValueError) as caught:
             plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
@@ -222,7 +222,7 @@ def test_an_impossible_mesh_is_one_clear_error(run_ranks):
     for product, first, second, alone in run_ranks(2, _impossible, dp_replicate_size=2, tp_size=2):
         assert "dp_replicate_size 2 x tp_size 2 = 4 ranks, but 2 processes take part" in product
         assert "tp_size=2" in first and "cp_size=2" in second and "it needs version 2" in first + second
-        assert "dp_shard_size, cp_size or sp_size above 1" in alone
+        assert "dp_shard_size, cp_size, sp_size or tp_size above 1" in alone
 
 
 # Models that come with shared tensors --------------------------------------------------------------------------------

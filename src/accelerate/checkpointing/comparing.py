@@ -114,8 +114,9 @@ def innermost(optimizer: Any) -> Any:
 
 
 def kind_of(optimizer: Any) -> str:
-    """The class of an optimizer, as a checkpoint records it."""
-    return type(innermost(optimizer)).__name__
+    """The class of an optimizer, as a checkpoint records it; of one that somebody derived from torch's, torch's."""
+    classes = type(innermost(optimizer)).__mro__
+    return next(filter(_is_known, classes), classes[0]).__name__
 
 
 def is_shaped_like_parameters(optimizer: Any) -> bool:
@@ -125,7 +126,11 @@ def is_shaped_like_parameters(optimizer: Any) -> bool:
 
 def _kept(optimizer: Any) -> frozenset[str] | None:
     kind = type(innermost(optimizer))
-    return _KEPT.get(kind.__name__) if kind.__module__.startswith("torch.optim.") else None
+    return _KEPT[kind.__name__] if _is_known(kind) else None
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__name__ in _KEPT and kind.__module__.startswith("torch.optim.")
 
 
 def compare_optimizers(
@@ -139,15 +144,15 @@ def compare_optimizers(
         groups: The options of each of the saved parameter groups.
         states: What was saved of each parameter.
     """
-    kept = _kept(optimizer)
-    live, saved = _keys(optimizer.state.values()), _keys(states)
+    kept, saved = _kept(optimizer), _keys(states)
     if kept is None:  # all there is to go by is what it keeps now; that may vary
-        lacks, foreign = live - saved, saved - live
-        differs = saved and lacks and foreign
+        ways = [(live - saved, saved - live) for live in _kept_now(optimizer)]
+        lacks, foreign = ways[0]
+        differs = all(less and more for less, more in ways)
     else:
         lacks, foreign = set(kept - saved), saved & _EVER_KEPT - kept
-        differs = saved and (lacks or foreign)
-    if differs:
+        differs = bool(lacks or foreign)
+    if saved and differs:
         return [other_kind(path, "optimizer", kind_of(optimizer), lacks, foreign)]
     defaults = getattr(innermost(optimizer), "defaults", {})
     # Releases add switches, which are on, off or not set.
@@ -157,6 +162,12 @@ def compare_optimizers(
     if needed - found and foreign:
         return [other_kind(path, "optimizer", kind_of(optimizer), needed - found, foreign)]
     return []
+
+
+def _kept_now(optimizer: Any) -> list[set[str]]:
+    """What an optimizer keeps of parameters, by the names it uses and by those it saves (bitsandbytes' puts all in one)."""
+    state = optimizer.state_dict().get("state", {})
+    return [_keys(optimizer.state.values()), _keys(state.values())]
 
 
 def _keys(mappings: Iterable[Any]) -> set[str]:

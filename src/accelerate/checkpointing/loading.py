@@ -169,7 +169,8 @@ def _of_another_class(entry: Entry, manifest: manifests.Manifest | None) -> list
     saved = "" if manifest is None else manifest.kinds.get(entry.path, "")
     if not saved or not entry.kind or saved == entry.kind:
         return []
-    return [Problem(entry.path, "state", f"it was saved by {saved}, and this run has {entry.kind}")]
+    text = f"it was saved by {saved}, and this run has {entry.kind}, which has to begin anew (strict=False)"
+    return [Problem(entry.path, "state", text)]
 
 
 def _reason(error: Exception) -> str:

@@ -7,7 +7,7 @@ The counterpart of `DataLoaderStateMixin`: everything here goes by the `Round` o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from ..runtime import collectives as operations
 from ..runtime import world
-from ..runtime.pytree import is_torch_tensor, map_tensors, recursively_apply
+from ..runtime.pytree import holds_only_tensors, map_tensors, recursively_apply
 from ..runtime.transport import Collectives, TorchCollectives
+from ..runtime.world import DataRanks
 from ..state import GradientState
 from .base import DataLoaderAdapter, DataLoaderStateMixin
 from .deal import Round
@@ -104,7 +105,13 @@ def gather_items(items: Sequence[Any], round: Round | None, collectives: Collect
     return gathered[: round.rows] if round is not None and round.padded and not round.whole else gathered
 
 
-def gather_for_metrics(input_data: Any, gradient_state: GradientState, *, use_gather_object: bool = False) -> Any:
+def gather_for_metrics(
+    input_data: Any,
+    gradient_state: GradientState,
+    *,
+    use_gather_object: bool = False,
+    data_ranks: Callable[[], DataRanks] | None = None,
+) -> Any:
     """Brings together what the ranks made of the current batch of the loader that is being iterated over.
 
     Args:
@@ -112,6 +119,7 @@ def gather_for_metrics(input_data: Any, gradient_state: GradientState, *, use_ga
             picklable objects, one for each sample.
         gradient_state: Knows the loader. Outside of any prepared loader's loop nothing is left out.
         use_gather_object: Gather tensors as objects.
+        data_ranks: Tells who shares out the data outside of any prepared loader's loop; None: all ranks.
 
     Returns:
         The same structure with the rows (a list with the items) of all ranks, without those of repeated samples. With
@@ -119,9 +127,9 @@ def gather_for_metrics(input_data: Any, gradient_state: GradientState, *, use_ga
         result lacks those samples. Rank 0 always has them all.
     """
     loader = gradient_state.active_dataloader
-    comm = _collectives_of(loader)
+    comm = _collectives_of(loader, data_ranks)
     round = loader.round if isinstance(loader, DataLoaderStateMixin) else None
-    if use_gather_object or not _holds_tensors(input_data):
+    if use_gather_object or not holds_only_tensors(input_data):
         return _gathered_objects(input_data, round, comm, _rest(loader))
     if round is None and comm is world.current().collectives:
         gathered = operations.gather(input_data)  # compares shapes in debug mode
@@ -150,16 +158,6 @@ def _gathered_objects(data: Any, round: Round | None, comm: Collectives, rest: i
     return gathered if rest is None else gathered[:rest]
 
 
-def _holds_tensors(data: Any) -> bool:
-    """Whether there are tensors in a tree, and nothing else."""
-    found: list[torch.Tensor] = []
-    try:
-        recursively_apply(found.append, data, error_on_other_type=True, test_type=is_torch_tensor)
-    except TypeError:
-        return False
-    return bool(found)
-
-
 def _rest(loader: Any) -> int | None:
     """What to trim by for a loader of another library that has registered with `GradientState`: it has no `round`."""
     if loader is None or isinstance(loader, DataLoaderStateMixin):
@@ -168,15 +166,19 @@ def _rest(loader: Any) -> int | None:
     return int(loader.remainder) if ends else None
 
 
-def _collectives_of(loader: Any) -> Collectives:
+def _collectives_of(loader: Any, data_ranks: Callable[[], DataRanks] | None) -> Collectives:
     """Those of the ranks that share out a loader's data."""
     everyone = world.current().collectives
     plan = loader._plan if isinstance(loader, DataLoaderAdapter) else None
-    if plan is not None and plan.ranks.count == 1:
-        return Collectives(everyone.device)
-    if plan is None or plan.ranks.group is None:
+    if plan is not None:
+        ranks = plan.ranks
+    elif data_ranks is None or everyone.size == 1:
         return everyone
-    return _of_group(plan.ranks.group, everyone)
+    else:
+        ranks = data_ranks()
+    if ranks.count == 1:
+        return Collectives(everyone.device)
+    return everyone if ranks.group is None else _of_group(ranks.group, everyone)
 
 
 _by_group: weakref.WeakKeyDictionary[Any, Collectives] = weakref.WeakKeyDictionary()

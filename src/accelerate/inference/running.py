@@ -1,7 +1,7 @@
 """A batch through the stages of a pipeline: filled up, in rounds, and put together again.
 
-A stage that fails hands on empty outputs, and words about what happened after them: nobody waits in vain, and the next
-batch is as good as the first.
+A stage that fails hands on empty outputs, and with all outputs go words about what has failed: nobody waits in vain, and
+the next batch is as good as the first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -38,14 +37,15 @@ class Pipeline(ForwardWrapper):
         from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
         here = world.current()
-        self.stage = _Unfailing(cut.stage, here.device)
+        self.stage = _Unfailing(cut.stage, here.rank, here.device)
+        words = _words("", here.device)
         stage = PipelineStage(
             self.stage,
             here.rank,
             here.size,
             here.device,
-            input_args=cut.stage.inputs,
-            output_args=cut.stage.outputs,
+            input_args=(*cut.stage.inputs, words) if here.rank else cut.stage.inputs,
+            output_args=(*cut.stage.outputs, words),
         )
         self.schedule = ScheduleGPipe(stage, chunks)
         self.round = chunks * rows_of(example, "the example")
@@ -54,7 +54,6 @@ class Pipeline(ForwardWrapper):
         leaves, self.inputs = pytree.tree_flatten(example)
         self.names = list(example[1])
         self.expected = [_kind(leaf) for leaf in leaves]
-        self.telling: tuple[Any, torch.Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,9 +65,10 @@ class Pipeline(ForwardWrapper):
         found = []
         for start in range(0, self._filled(rows), self.round):
             found.append(self.schedule.step(*(leaf[start : start + self.round] for leaf in given)))
-        self._tell()
+        self._raise_failure()
         if here.rank == here.size - 1:
-            whole = [torch.cat(parts)[:rows] for parts in zip(*map(_as_tuple, found), strict=True)]
+            *columns, _ = zip(*found, strict=True)
+            whole = [torch.cat(parts)[:rows] for parts in columns]
         elif not self.gather_output:
             return None
         else:
@@ -89,8 +89,8 @@ class Pipeline(ForwardWrapper):
                 leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
                 given = [resized(leaf.to(here.device), self._filled(rows)) for leaf in leaves]
                 answer = [rows]
-            except (ValueError, RuntimeError) as error:
-                answer = [str(error)]
+            except Exception as error:  # noqa: BLE001 - the others wait for an answer, whatever happens here
+                answer = [str(error) or type(error).__name__]
         (rows,) = broadcast_object_list(answer)
         if isinstance(rows, str):
             raise ValueError(rows)
@@ -100,27 +100,16 @@ class Pipeline(ForwardWrapper):
         """The rows of as many rounds as it takes."""
         return -(-rows // self.round) * self.round
 
-    def _tell(self) -> None:
+    def _raise_failure(self) -> None:
         """Raises where this stage or one before has failed; with `gather_output`, where any has.
 
-        What is said goes the way of the outputs, and nobody waits for stages behind it: they may have more to do.
+        Nobody waits to hear of stages behind it: they may have more to do.
         """
-        here, error = world.current(), self.stage.error
-        said = "" if error is None else f"stage {here.rank} of the pipeline failed: {type(error).__name__}: {error}"
-        if here.rank > 0:
-            heard = torch.empty(_ROOM, dtype=torch.uint8, device=here.device)
-            dist.recv(heard, here.rank - 1)
-            said = bytes(heard.tolist()).rstrip(b"\0").decode(errors="ignore") or said
-        if here.rank < here.size - 1:
-            if self.telling is not None:
-                self.telling[0].wait()
-            text = said.encode()[:_ROOM].ljust(_ROOM, b"\0")
-            told = torch.tensor(list(text), dtype=torch.uint8, device=here.device)
-            self.telling = dist.isend(told, here.rank + 1), told
+        said = self.stage.said()
         if self.gather_output:
-            (said,) = broadcast_object_list([said], from_process=here.size - 1)
+            (said,) = broadcast_object_list([said], from_process=world.current().size - 1)
         if said:
-            raise RuntimeError(said) from error
+            raise RuntimeError(said) from self.stage.error
 
     def _checked(self, inputs: Any) -> int:
         """The number of rows.
@@ -139,29 +128,46 @@ class Pipeline(ForwardWrapper):
 
 
 class _Unfailing(nn.Module):
-    """A stage that hands on outputs of zeros from the part on that it fails at.
+    """A stage that hands on outputs of zeros from the part on that it fails at, and words about failures with all.
 
     Attributes:
         error: What it failed with, until that is set back to None.
+
+    Args:
+        stage: The stage.
+        number: Which one it is.
+        device: Where it computes.
     """
 
-    def __init__(self, stage: Stage, device: torch.device) -> None:
+    def __init__(self, stage: Stage, number: int, device: torch.device) -> None:
         super().__init__()
-        self.module, self.outputs, self.device = stage.module, stage.outputs, device
+        self.module, self.outputs, self.number, self.device = stage.module, stage.outputs, number, device
         self.error: Exception | None = None
+        self._heard = _words("", device)
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.number:
+            *inputs, self._heard = inputs  # type: ignore[assignment]
         if self.error is None:
             try:
-                return self.module(*inputs)
+                return (*self.module(*inputs), self._heard)
             except Exception as error:  # noqa: BLE001 - whatever a model raises; told when the others have their outputs
                 self.error = error
         # Not zeros_like: what tracing leaves are fake tensors, whose likes would be sent as nothing.
-        return tuple(torch.zeros(out.shape, dtype=out.dtype, device=self.device) for out in self.outputs)
+        empty = [torch.zeros(out.shape, dtype=out.dtype, device=self.device) for out in self.outputs]
+        return (*empty, _words(self.said(), self.device))
+
+    def said(self) -> str:
+        """What is known to have failed in the last part; the first stage's failure, where several did."""
+        heard = bytes(self._heard.flatten().tolist()).rstrip(b"\0").decode(errors="ignore")
+        if heard or self.error is None:
+            return heard
+        return f"stage {self.number} of the pipeline failed: {type(self.error).__name__}: {self.error}"
 
 
-def _as_tuple(found: Any) -> tuple[Any, ...]:
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+def _words(said: str, device: torch.device) -> torch.Tensor:
+    """A text as something that stages can hand on."""
+    return torch.tensor([list(said.encode()[:_ROOM].ljust(_ROOM, b"\0"))], dtype=torch.uint8, device=device)
 
 
 def rows_of(inputs: Inputs, where: str) -> int:

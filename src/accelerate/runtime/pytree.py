@@ -56,6 +56,16 @@ def is_namedtuple(data: Any) -> bool:
     return isinstance(data, tuple) and hasattr(data, "_asdict") and hasattr(data, "_fields")
 
 
+def holds_only_tensors(data: Any) -> bool:
+    """Whether there are tensors in a tree, and nothing else."""
+    found: list[torch.Tensor] = []
+    try:
+        _apply(found.append, data, (), {}, is_torch_tensor, True)
+    except _ForeignLeafError:
+        return False
+    return bool(found)
+
+
 # Building containers ------------------------------------------------------------------------------------------------
 
 

@@ -276,6 +276,10 @@ class Strategy:
         """A context that cuts sequences over ranks, in a run whose mesh has a dimension for it."""
         return nullcontext() if self._sequences is None else self._sequences.over(buffers, dims, no_restore)
 
+    def put_together(self, data: Any) -> Any:
+        """What ranks that hold parts of the same samples made of them, the same on each: see `shared_results`."""
+        return data if self._sequences is None else self._sequences.put_together(data, self.world.device)
+
     def sequence_parallel_loader(self, loader: Any, model: nn.Module) -> Any:
         """The loader that cuts sequences over ranks for DeepSpeed; here the block of `context_parallel` does.
 

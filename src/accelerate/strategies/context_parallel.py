@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from ..runtime.forward import bare_model
+from ..runtime.transport import TorchCollectives
+from ..state import GradientState
 from .direct_calls import holder_of
 from .sequence_ways import ATTENTION, Way, original, way_of
 from .shared_attention import Layout
+from .shared_results import Cut, put_together
 
 if TYPE_CHECKING:
     from ..parallelism_config import ParallelismConfig
@@ -51,9 +55,18 @@ class SharedSequences:
         self._unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._forwards = self._calls = 0
         self._open = False
-        self._length: int | None = None
+        self._cut: Cut | None = None  # by the latest block, which was in the loop over this loader
+        self._loader: Callable[[], Any] = _no_loader
         self._attend: Callable[..., Tensor] = original
         self._attention = _function_of(self._counted)
+
+    # Models hold on to this by their hooks: a copy is watched as well, and one that was pickled shares nothing.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedSequences:
+        return self
+
+    def __reduce__(self) -> Any:
+        return SharedSequences, (None,)
 
     def check(self, model: nn.Module) -> None:
         """Refuses a model of which can be seen that its sequences cannot be shared.
@@ -90,15 +103,19 @@ class SharedSequences:
             return
         taken = inspect.signature(bare.forward)
         given = {**taken.bind_partial(*args, **kwargs).arguments, **kwargs}
-        if "position_ids" in taken.parameters and given.get("position_ids") is None:
+        inside: Any = getattr(bare, "get_base_model", None)
+        base = bare if inside is None else inside()  # peft's models hand on what they are given
+        if "position_ids" in inspect.signature(base.forward).parameters and given.get("position_ids") is None:
             raise ValueError(
                 f"{type(bare).__name__} was given no position_ids and would count those of each rank's part from 0: pass "
                 "positions of the whole sequence, cut like the tokens (maybe_context_parallel's buffers)."
             )
-        mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == self._length and not bool(mask.all()):
+        mask, cut = given.get("attention_mask"), self._cut
+        if cut is None or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != cut.length:
+            return
+        if not bool(mask.all()):
             raise ValueError(
-                f"{type(bare).__name__} was given an attention_mask of all {self._length} tokens and would take its "
+                f"{type(bare).__name__} was given an attention_mask of all {cut.length} tokens and would take its "
                 "beginning for that of each rank's part: leave it out, or cut it like the tokens (maybe_context_parallel's "
                 "buffers)."
             )
@@ -120,10 +137,11 @@ class SharedSequences:
     def _check_window(self, module: nn.Module) -> None:
         """Models narrow attention by masks, which they leave out where a rank's part is no longer than the window."""
         window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
-        if isinstance(window, int) and self._length is not None and window < self._length:
+        if isinstance(window, int) and self._cut is not None and window < self._cut.length:
             raise ValueError(
                 f"{type(module).__name__} lets a token see {window} tokens (sliding_window), and sequences have "
-                f"{self._length}: {self.way.called} would have them see all before them. Cut sequences to {window} tokens."
+                f"{self._cut.length}: {self.way.called} would have them see all before them. Cut sequences to {window} "
+                "tokens."
             )
 
     @contextmanager
@@ -151,7 +169,8 @@ class SharedSequences:
             fused = stack.enter_context(self.way.fused(layout, length))
             attend = fused or functools.partial(self.way.attend, layout)
             stack.enter_context(_replaced(self._attention))
-            self._attend, self._open, self._length = attend, True, length
+            self._attend, self._open = attend, True
+            self._note(length, layout)
             try:
                 yield
             finally:
@@ -161,6 +180,18 @@ class SharedSequences:
                 f"the model ran under {self.way.called}, but its attention did not go through "
                 f"torch's {ATTENTION}, so each rank has seen its own part of the sequence only: {_ADVICE}"
             )
+
+    def _note(self, length: int | None, layout: Layout) -> None:
+        self._cut = None if length is None else Cut(length, layout)
+        loader = GradientState().active_dataloader
+        self._loader = _no_loader if loader is None else weakref.ref(loader)
+
+    def put_together(self, data: Any, device: torch.device) -> Any:
+        """What ranks made of their parts, put together as the latest block has cut them; all that share them call this."""
+        loader = GradientState().active_dataloader
+        # Another loop, evaluation after training say, may have been without blocks.
+        cut = self._cut if loader is None or loader is self._loader() else None
+        return put_together(data, TorchCollectives(device, self.way.mesh.get_group()), cut)
 
     def _counted(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._calls += 1
@@ -174,6 +205,10 @@ class SharedSequences:
         if mask is not None:
             given.update(self.way.instead_of(mask, query.shape[-2]))
         return self._attend(query, key, value, **given)
+
+
+def _no_loader() -> None:
+    """In the place of a reference to a loader, outside of any loop."""
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ class FullyShard(ShardedStrategy):
     dimensions = frozenset({"dp_replicate", "dp_shard", "cp", "sp", "tp"})
 
     def __init__(self, world: World, settings: RunSettings) -> None:
-        super().__init__(world, settings)
-        self._mesh = _shards(settings, world)
+        super().__init__(world, replace(settings, mesh=_with_shards(settings.mesh)))
+        self._mesh = _shards(self.settings, world)
 
     def is_sharded(self, param: torch.Tensor) -> bool:
         return isinstance(param, DTensor)
@@ -129,6 +130,16 @@ class FullyShard(ShardedStrategy):
             yield
 
 
+def _with_shards(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The mesh; where ranks share tensors and nothing else, one on which each part of these is a single shard."""
+    names = [] if mesh is None else list(mesh.mesh_dim_names or ())
+    if mesh is None or "tp" not in names or not {"dp_shard", "cp", "sp"}.isdisjoint(names):
+        return mesh
+    place = names.index("dp_replicate") + 1 if "dp_replicate" in names else 0
+    names.insert(place, "dp_shard")
+    return DeviceMesh(mesh.device_type, mesh.mesh.unsqueeze(place), mesh_dim_names=tuple(names))
+
+
 def _shards(settings: RunSettings, world: World) -> DeviceMesh:
     """The dimensions over which parameters are replicated (if there is such a one) and sharded."""
     if settings.mesh is None:
@@ -136,7 +147,7 @@ def _shards(settings: RunSettings, world: World) -> DeviceMesh:
     shards = along(settings.mesh, ("dp_shard", "cp", "sp"))
     if shards is None:
         raise ValueError(
-            "fully sharded training needs dp_shard_size, cp_size or sp_size above 1: without, leave FSDP out."
+            "fully sharded training needs dp_shard_size, cp_size, sp_size or tp_size above 1: without, leave FSDP out."
         )
     names = [name for name in settings.mesh.mesh_dim_names or () if name == "dp_replicate"]
     return settings.mesh[tuple(names + list(shards.mesh_dim_names or ()))]

@@ -80,7 +80,6 @@ def _save_whole(save: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any
         raise ValueError(
             "save_pretrained of a model whose tensors lie in parts on several ranks needs its whole state: pass "
             "state_dict=accelerator.get_state_dict(model), which all ranks call together. transformers' Trainer does that "
-            "with FSDP (FULL_STATE_DICT); with tensor parallelism alone, it saves models that transformers has cut: "
-            "from_pretrained(..., tp_plan='auto') and TrainingArguments(save_only_model=True)."
+            "with FSDP 2 (FULL_STATE_DICT), which may have tensor parallelism only (tp_size, no dp_shard_size)."
         )
     return save(folder, *args, **kwargs)

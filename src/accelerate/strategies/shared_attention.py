@@ -159,7 +159,8 @@ def ring(
         )
     grouped = query.unflatten(1, (key.shape[1], -1))  # several heads of queries may share a head of keys
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    result: Tensor = _Ring.apply(grouped, own.unsqueeze(3), group, layout, is_causal, factor)
+    with torch.autocast(query.device.type, enabled=False):  # it would round what is computed exactly here
+        result: Tensor = _Ring.apply(grouped, own.unsqueeze(3), group, layout, is_causal, factor)
     return result.flatten(1, 2)
 
 

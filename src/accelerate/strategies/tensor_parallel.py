@@ -32,7 +32,8 @@ class TensorParallel(ShardedStateStrategy):
         super().__init__(world, settings)
         if settings.precision.scaler is not None:
             raise ValueError(
-                "mixed_precision='fp16' scales losses, which ranks that share tensors would do apart: use 'bf16'."
+                "mixed_precision='fp16' scales losses, which ranks that share tensors would do apart: use 'bf16', or FSDP 2 "
+                "besides (--use_fsdp --fsdp_version 2)."
             )
         self._replaced = replacing.Replaced()
         self._averages = mesh.along(settings.mesh, mesh.AVERAGED)

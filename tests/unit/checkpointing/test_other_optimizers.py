@@ -92,6 +92,23 @@ def test_classes_that_keep_the_same_are_told_apart_by_the_manifest(tmp_path: Pat
     assert optimizer.param_groups[0]["decoupled_weight_decay"]
 
 
+class Derived(torch.optim.AdamW):
+    """AdamW, but for a name."""
+
+
+def test_a_class_derived_from_another_is_that_class(tmp_path: Path) -> None:
+    trained(torch.optim.AdamW)[0].save_state(tmp_path / "plain")
+    trained(Derived)[0].save_state(tmp_path / "derived")
+    for kind, folder in ((Derived, "plain"), (torch.optim.AdamW, "derived")):
+        accelerator, _, optimizer = trained(kind, steps=2)
+        accelerator.load_state(tmp_path / folder)
+        assert [int(values["step"]) for values in optimizer.state.values()] == [1, 1]
+    with pytest.raises(
+        LoadError, match=r"saved by AdamW, and this run has Adam, which has to begin anew \(strict=False"
+    ):
+        trained(torch.optim.Adam)[0].load_state(tmp_path / "derived")
+
+
 def test_what_releases_and_schedulers_add_or_lack_is_no_other_class(tmp_path: Path) -> None:
     saved = trained(torch.optim.AdamW, scheduler=True)[2].state_dict()
     for switch in ("fused", "foreach", "capturable", "decoupled_weight_decay"):
@@ -112,6 +129,32 @@ def test_an_optimizer_that_nobody_knows(tmp_path: Path) -> None:
     assert compare_optimizers("o", trained(Own, steps=0)[2], groups, states) == []  # nothing to compare with
     mine = own.state_dict()
     assert compare_optimizers("o", own, mine["param_groups"], mine["state"].values()) == []
+
+
+class Wrapping(Own):
+    """Saves under other names than it uses, as bitsandbytes' optimizers do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = super().state_dict()
+        return {**saved, "state": {key: {"wrapped": values} for key, values in saved["state"].items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = {key: values.get("wrapped", values) for key, values in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": state})
+
+
+@pytest.mark.parametrize("saving", [Own, Wrapping])
+def test_an_optimizer_may_save_other_names_than_it_uses(tmp_path: Path, saving: Any) -> None:
+    folder = trained(saving)[0].save_state(tmp_path)
+    _as_other_releases_leave_it(folder)
+    for steps in (0, 1):  # a run may go back in the middle
+        accelerator, _, optimizer = trained(Wrapping, steps)
+        accelerator.load_state(folder)
+        assert all(list(values) == ["trace"] for values in optimizer.state.values())
+    with pytest.raises(LoadError, match="another kind of optimizer than Wrapping: no"):
+        other = trained(torch.optim.Adagrad)[0].save_state(tmp_path / "other")
+        _as_other_releases_leave_it(other)
+        accelerator.load_state(other)
 
 
 def test_states_with_names_are_compared_too(tmp_path: Path) -> None:
