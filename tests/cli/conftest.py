@@ -17,6 +17,9 @@ COMMAND = [SCRIPT] if os.path.exists(SCRIPT) else [sys.executable, "-m", "accele
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
+# Ranks share a stream, and print() writes a line in two pieces.
+SAY = "import os\ndef say(*words):\n    os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
+
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:

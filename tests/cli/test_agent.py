@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run, left_over
+from tests.cli.conftest import SAY, Run, left_over
 
 Write = Callable[[str], str]
 Start = Callable[..., subprocess.Popen[str]]
@@ -25,9 +25,7 @@ def lines_of(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_both_streams_go_to_the_screen_and_to_files(accelerate: Run, script: Write, tmp_path: Path) -> None:
-    name = script(
-        f"{RANK}print('out', rank, os.environ['ROLE_NAME'], flush=True)\nprint('err', rank, file=sys.stderr, flush=True)\n"
-    )
+    name = script(f"{SAY}{RANK}say('out', rank, os.environ['ROLE_NAME'])\nos.write(2, b'err %d\\n' % rank)\n")
     done = accelerate(*TWO, "--tee", "3", "--log_dir", "logs", "--role", "teacher", "--monitor_interval", "0.5", name)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [f"[teacher{rank}]:out {rank} teacher" for rank in (0, 1)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.cli.conftest import SAY
+
 SCRIPT = """
 import torch
 from accelerate import Accelerator
@@ -16,13 +18,13 @@ accelerator.clip_grad_value_(model.parameters(), 0.1)
 optimizer.step()
 held = sum(param.to_local().numel() for param in model.parameters())
 state = accelerator.get_state_dict(model)
-print(accelerator.process_index, accelerator.is_fsdp2, held, len(state), accelerator.mixed_precision)
+say(accelerator.process_index, accelerator.is_fsdp2, held, len(state), accelerator.mixed_precision)
 """
 
 
 @pytest.mark.slow
 def test_a_launch_with_flags(accelerate, tmp_path):
-    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "train.py").write_text(SAY + SCRIPT)
     flags = ["--cpu", "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "bf16"]
     flags += [
         "--use_fsdp",
@@ -56,13 +58,13 @@ for step in range(20):
     losses.append(loss.item())
 state = accelerator.get_state_dict(model)
 held = sum(param.numel() for param in model.parameters())
-print(accelerator.process_index, accelerator.is_fsdp2, held, len(state), losses[-1] < losses[0] / 2)
+say(accelerator.process_index, accelerator.is_fsdp2, held, len(state), losses[-1] < losses[0] / 2)
 """
 
 
 @pytest.mark.slow
 def test_the_first_version_is_what_is_started(accelerate, tmp_path):
-    (tmp_path / "train.py").write_text(FIRST_VERSION)
+    (tmp_path / "train.py").write_text(SAY + FIRST_VERSION)
     done = accelerate("launch", "--cpu", "--use_fsdp", "--num_processes", "2", "--main_process_port", "0", "train.py")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["0 False 23 4 True", "1 False 13 0 True"]  # of 36

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run, left_over
+from tests.cli.conftest import SAY, Run, left_over
 
 Write = Callable[[str], str]
 Start = Callable[..., subprocess.Popen[str]]
 TWO = ("launch", "--cpu", "--num_processes", "2")
-# Ranks share a stream, and print() writes a line in two pieces.
-SAY = "import os\ndef say(*words):\n    os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
 # Ranks without torch: a launch then costs what the launcher itself costs.
 RANK = SAY + "import sys, time\nrank = int(os.environ['RANK'])\n"
 WAIT = "say('rank', rank, 'is up')\ntime.sleep(600)\n"

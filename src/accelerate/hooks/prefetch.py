@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
-from ..placement.mapped import Interrupted, Stop
+from ..placement.mapped import Interrupted, Stop, never
 from ..placement.offload import OffloadedWeightsLoader
 from ..settings import env
 from .lanes import Brought, Lane, lane_to
@@ -24,7 +24,8 @@ from .lanes import Brought, Lane, lane_to
 # As much as the largest layer takes may wait ahead of the one that computes, and this much in any case.
 _ROOM = 16 << 20
 _FARTHEST = 64
-_REST = 8
+# Weights that are used where they are take no memory; so much of them is looked up in one go.
+_NEAR = 64 << 20
 _END = -1
 
 
@@ -93,6 +94,18 @@ class Order:
             before, last = last, number
 
 
+class _Here(NamedTuple):
+    """One unit that was at hand, and read before its turn.
+
+    Attributes:
+        sources: What its weights came from.
+        values: The weights by name.
+    """
+
+    sources: list[object]
+    values: dict[str, torch.Tensor]
+
+
 class _Job:
     """One unit being read ahead."""
 
@@ -130,7 +143,7 @@ class Prefetcher:
         self._units: WeakValueDictionary[int, Unit] = WeakValueDictionary()
         self._lanes: dict[torch.device | None, Lane] = {}
         self._jobs: dict[int, _Job] = {}
-        self._rest = 0  # so many units are used before looking ahead again
+        self._here: dict[int, _Here] = {}
         self._leisure: threading.Event | None = None  # ends what is done while there is nothing to read ahead
         self._largest = _ROOM
         self._thread: ThreadPoolExecutor | None = None
@@ -164,11 +177,11 @@ class Prefetcher:
                 self._begin()
             number = self.register(unit)
             self._order.note(number)
-            job = self._jobs.pop(number, None)
-            if self._rest:
-                self._rest -= 1
-            else:
+            job, here = self._jobs.pop(number, None), self._here.pop(number, None)
+            if here is None:
                 self._plan()
+        if here is not None:
+            return here.values if here.sources == unit.sources() else None
         if job is None:
             return None
         if job.future.cancel():  # it has not begun: whoever needs it reads it sooner
@@ -184,47 +197,69 @@ class Prefetcher:
         with self._lock:
             last = self._order.last
             self._order.finish(completed)
-            self._rest = 0
             if completed and last is not None:
                 self._use_leisure(self._units.get(last))
             for job in self._jobs.values():
                 job.cancel()
             self._jobs.clear()
+            self._here.clear()
 
     def _plan(self) -> None:
         """Has those read that come next, as far as there is room, and gives up what was a wrong guess."""
-        chosen: dict[int, Unit] = {}
-        taken = 0
+        coming: set[int] = set()
+        waiting = near = 0  # bytes
         for number in islice(self._order.guesses(), _FARTHEST):
             unit = self._units.get(number)
-            if unit is None or number in chosen:
+            if unit is None or number in coming:
                 break
-            taken += unit.size
-            if chosen and taken > self._largest:
-                break
-            chosen[number] = unit
-        for number in self._jobs.keys() - chosen:
+            if number in self._here or (number not in self._jobs and self._is_near(unit)):
+                near += unit.size
+                if near > _NEAR or not self._read_here(number, unit):
+                    break
+            else:
+                waiting += unit.size
+                if waiting > max(unit.size, self._largest):
+                    break
+                if number not in self._jobs:
+                    self._start(number, unit)
+            coming.add(number)
+        for number in self._jobs.keys() - coming:
             self._jobs.pop(number).cancel()
-        started = [self._start(number, unit) for number, unit in chosen.items() if number not in self._jobs]
-        if not self._jobs and not any(started):
-            self._rest = max(len(chosen) - _REST, _REST)
+        for number in self._here.keys() - coming:
+            del self._here[number]
 
-    def _start(self, number: int, unit: Unit) -> bool:
-        """Has a unit read, if it can be and need be. Returns whether somebody should look again before it is used."""
+    def _lane(self, unit: Unit) -> Lane:
         lane = self._lanes.get(unit.device)
         if lane is None:
             lane = self._lanes[unit.device] = lane_to(unit.device)
-        if not lane.copies and unit.at_hand():  # a thread would take longer than reading
-            return False
+        return lane
+
+    def _is_near(self, unit: Unit) -> bool:
+        """Whether a thread would take longer than reading."""
+        return not self._lane(unit).copies and unit.at_hand()
+
+    def _read_here(self, number: int, unit: Unit) -> bool:
+        """Reads a unit at once: several in a row cost much less than each between two layers that compute."""
+        if number in self._here:
+            return True
         sources = unit.sources()
         if sources is None:
-            return True
+            return False
+        try:
+            self._here[number] = _Here(sources, unit.read(never))
+        except Exception:  # noqa: BLE001 - it will be raised where the weights are needed
+            return False
+        return True
+
+    def _start(self, number: int, unit: Unit) -> None:
+        sources = unit.sources()
+        if sources is None:
+            return
         if self._leisure is not None:
             self._leisure.set()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="accelerate-offload")
-        self._jobs[number] = _Job(unit, lane, sources, self._thread)
-        return True
+        self._jobs[number] = _Job(unit, self._lane(unit), sources, self._thread)
 
     def _use_leisure(self, unit: Unit | None) -> None:
         """Has the loader make faster what was slow in this forward, until something is to be read ahead."""

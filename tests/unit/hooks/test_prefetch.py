@@ -148,16 +148,37 @@ def test_the_next_one_is_read_while_this_one_is_used(shelves: list[Shelf]) -> No
     assert reader.take(shelves[1]) == {"weight": torch.tensor(1)}
 
 
-def test_what_is_at_hand_is_not_read_ahead(shelves: list[Shelf]) -> None:
+def test_what_is_at_hand_is_read_at_once_without_a_thread(shelves: list[Shelf]) -> None:
     reader = over(shelves)
     for shelf in shelves:
         shelf.near = True
-    for shelf in shelves:
-        assert reader.take(shelf) is None
+        shelf.go_on.set()
+    assert reader.take(shelves[0]) is None  # read by who asked
+    threads = threading.active_count()
+    assert all(shelf.ended.is_set() for shelf in shelves[1:])
+    assert reader.take(shelves[1]) == {"weight": torch.tensor(1)}
+    shelves[2].version += 1
+    assert reader.take(shelves[2]) is None  # it has changed since
     reader.finish()
+    assert not reader._here and threading.active_count() == threads
+
     shelves[1].near = False
+    shelves[1].go_on.clear()
+    shelves[1].began.clear()
     assert reader.take(shelves[0]) is None
-    assert shelves[1].began.wait(60) and not shelves[2].began.is_set()
+    assert shelves[1].began.wait(60)  # in a thread
+    shelves[1].go_on.set()
+    assert reader.take(shelves[1]) == {"weight": torch.tensor(1)}
+
+
+def test_an_error_at_hand_comes_up_where_the_weights_are_used(shelves: list[Shelf]) -> None:
+    reader = over(shelves)
+    for shelf in shelves:
+        shelf.near = True
+        shelf.go_on.set()
+    shelves[1].error = RuntimeError("unreadable")
+    assert reader.take(shelves[0]) is None
+    assert reader.take(shelves[1]) is None  # read now: raised there
 
 
 class Slow:
@@ -179,6 +200,7 @@ def test_leisure_ends_when_something_is_to_be_read(shelves: list[Shelf]) -> None
     reader, loader = over(shelves), Slow()
     for shelf in shelves:
         shelf.near, shelf.reader = True, loader
+        shelf.go_on.set()
     reader.take(shelves[0])
     reader.finish(completed=False)
     assert not loader.began.is_set()
