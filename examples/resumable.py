@@ -6,6 +6,8 @@ It goes on where it was, bit for bit, and on another number of processes it sees
 
 A process that is killed has all of them start again from the newest checkpoint, three times at most. Asked to stop
 (SIGTERM, as schedulers send it ahead of time), the run saves and leaves with code 75: nothing failed, start it again.
+
+Needs `pip install "accelerate[examples,stateful]"`.
 """
 
 from __future__ import annotations

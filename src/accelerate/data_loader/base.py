@@ -418,7 +418,7 @@ def present(batch: Any) -> Any:
 
 _NOT_STATEFUL = (
     "this loader keeps no position: prepare it with DataLoaderConfiguration(use_stateful_dataloader=True), which needs "
-    "torchdata (`pip install torchdata`)."
+    "torchdata (`pip install 'accelerate[stateful]'`)."
 )
 
 
@@ -432,8 +432,8 @@ def stateful_class(cls: type) -> type:
         importlib.import_module("torchdata.stateful_dataloader")
     except ImportError as error:
         raise ImportError(
-            "use_stateful_dataloader=True needs torchdata 0.8 or later, which is not installed: `pip install torchdata`, or "
-            "leave it False."
+            "use_stateful_dataloader=True needs torchdata 0.8 or later, which is not installed: "
+            "`pip install 'accelerate[stateful]'`, or leave it False."
         ) from error
     table = importlib.import_module(_STATEFUL).CLASSES
     for plain, stateful in table.items():

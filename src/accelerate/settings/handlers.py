@@ -311,7 +311,8 @@ class DataLoaderConfiguration:
             importlib.import_module("torchdata.stateful_dataloader")
         except ImportError as error:
             raise ImportError(
-                "use_stateful_dataloader=True needs torchdata 0.8 or later: `pip install torchdata`, or leave it False."
+                "use_stateful_dataloader=True needs torchdata 0.8 or later: `pip install 'accelerate[stateful]'`, or "
+                "leave it False."
             ) from error
 
 

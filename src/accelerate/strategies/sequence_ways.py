@@ -6,6 +6,7 @@ exchanged for pieces of the sequence. The block in `context_parallel` cuts tenso
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +27,7 @@ ATTENTION = "scaled_dot_product_attention"
 original = functional.scaled_dot_product_attention
 
 
-class Way:
+class Way(ABC):
     """What the two have in common.
 
     Attributes:
@@ -41,18 +42,19 @@ class Way:
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
 
+    @abstractmethod
     def layout(self, length: int) -> Layout:
         """Who has which part of sequences of this length.
 
         Raises:
             ValueError: when they cannot be cut into equal parts, or are not those that were announced.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
         """Attention of this rank's tokens to those of all ranks, from the arguments that torch's takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def instead_of(self, mask: Tensor, length: int) -> dict[str, Any]:
         """What attention is given in place of a mask that a model has passed to it.
 
@@ -63,16 +65,15 @@ class Way:
         Raises:
             ValueError: for a mask that cannot be shared.
         """
-        raise NotImplementedError
 
-    def check_model(self, model: nn.Module) -> None:
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027 - cp takes what sp refuses
         """Refuses what can be seen of a model before it runs.
 
         Raises:
             ValueError: saying what does not fit.
         """
 
-    def check_loader(self) -> None:
+    def check_loader(self) -> None:  # noqa: B027 - as above
         """Refuses to have a loader cut sequences.
 
         Raises:
