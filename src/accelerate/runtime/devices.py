@@ -91,6 +91,22 @@ class DeviceKind:
             )
         return torch.device(self.name, local_rank)
 
+    def current(self) -> torch.device:
+        """Returns the device of this kind that torch selects for this process, in the form its tensors report.
+
+        Raises:
+            RuntimeError: when this process sees no device of this kind.
+        """
+        import torch
+
+        if self.name == "cpu":
+            return torch.device("cpu")
+        if not self.is_available():
+            raise RuntimeError(f"this process sees no {self.name} device.")
+        module = self.torch_module() if self.indexed else None
+        current_device = getattr(module, "current_device", None)
+        return torch.device(self.name, 0 if current_device is None else int(current_device()))
+
     def set_device(self, device: torch.device) -> None:
         """Makes `device` the one that torch uses when none is named."""
         if self.indexed and (module := self.torch_module()) is not None and hasattr(module, "set_device"):
@@ -154,3 +170,26 @@ def kind_of(device: str | torch.device) -> DeviceKind:
         return DEVICES[name]
     except KeyError:
         raise ValueError(f"unknown kind of device {name!r}; known are {', '.join(DEVICES)}.") from None
+
+
+def with_index(device: str | int | torch.device) -> torch.device:
+    """Returns the device in the form its tensors report: ``"cuda"`` is the current CUDA device, ``1`` may be ``cuda:1``.
+
+    Devices that arguments name go through here before they are compared, stored as a key or passed to functions that
+    require an index. A device that this process does not have is returned as it is; torch raises where it is used.
+
+    Args:
+        device: A device, its name, or the number of an accelerator.
+    """
+    import torch
+
+    if isinstance(device, int):
+        kind = default_kind()
+        return torch.device(kind.name, device) if kind.name != "cpu" else torch.device(device)
+    if not isinstance(device, torch.device):
+        device = torch.device(device)
+    if device.index is not None:
+        return device if device.type != "cpu" else torch.device("cpu")
+    if device.type == "cpu" or (kind := DEVICES.get(device.type)) is None or not kind.is_available():
+        return device
+    return kind.current()

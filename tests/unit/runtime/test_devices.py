@@ -1,0 +1,41 @@
+"""The device table, and the form in which devices are compared."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from accelerate.runtime import devices
+
+
+@pytest.fixture
+def second_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four XPUs, of which torch has selected the second."""
+    module = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 4, current_device=lambda: 1)
+    monkeypatch.setattr(torch, "xpu", module)
+
+
+@pytest.mark.usefixtures("second_of_four")
+class TestWithIndex:
+    """`with_index` returns what a tensor on the device reports."""
+
+    @pytest.mark.parametrize("device", ["xpu", "xpu:1", torch.device("xpu"), torch.device("xpu", 1), 1])
+    def test_spellings_of_one_device_are_equal(self, device: str | int | torch.device) -> None:
+        assert devices.with_index(device) == torch.device("xpu", 1)
+
+    @pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu")])
+    def test_the_cpu_has_no_index(self, device: str | torch.device) -> None:
+        assert devices.with_index(device) == torch.ones(1, device=device).device
+
+    @pytest.mark.parametrize("device", ["cuda", "meta", "hpu:3", "mps"])
+    def test_a_device_that_is_not_here_stays_as_it_is(self, device: str) -> None:
+        if torch.device(device).index is None and device != "meta" and devices.kind_of(device).is_available():
+            pytest.skip(f"this machine has {device}")
+        assert str(devices.with_index(device)) == device
+
+
+def test_mps_has_index_0_as_its_tensors_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.with_index("mps") == torch.device("mps", 0)
