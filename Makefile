@@ -6,10 +6,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
+OUT ?= gpu.json
 CLOUDS := .venv-clouds
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clouds lint format bench crash docs clean
+.PHONY: help demo test clouds lint format bench gpu crash docs clean
 
 # A .venv that was moved or copied still points to the place where it was made: install again.
 MOVED := $(shell [ ! -e $(VENV)/.place ] || [ "$$(cat $(VENV)/.place)" = "$$(pwd -P)" ] || rm -f $(VENV)/.ready-*)
@@ -36,6 +37,9 @@ format: $(VENV)/.ready-quality  ## put imports and format in order
 
 bench: $(VENV)/.ready-test  ## measure what the wrappers cost beside raw PyTorch
 	@"$(PY)" benchmarks/overhead.py
+
+gpu: $(VENV)/.ready-test  ## check what only a GPU runs, in at most 8 minutes, and write gpu.json (OUT=FILE); small on the CPU without one
+	@"$(PY)" -m tests.gpu --out "$(OUT)"
 
 crash: $(VENV)/.ready-test  ## kill and damage checkpoints in thousands of ways and load what is left (needs strace)
 	@"$(PY)" -W ignore -m tests.helpers.crash --points 208

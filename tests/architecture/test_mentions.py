@@ -17,7 +17,7 @@ FOLDERS = ("src", "tests", "examples", "benchmarks", "docs", "tools", ".ci")
 def texts() -> list[Path]:
     inside = [path for folder in FOLDERS for path in (rules.ROOT / folder).rglob("*") if path.is_file()]
     files = [path for path in rules.ROOT.iterdir() if path.is_file()]
-    skipped = {"__pycache__", "accelerate.egg-info"}
+    skipped = {"__pycache__", "accelerate.egg-info", ".git"}  # in a worktree, .git is a file that names a folder
     return [path for path in [*files, *inside] if not skipped & set(path.parts) and path.suffix != ".pyc"]
 
 
