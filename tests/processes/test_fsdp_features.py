@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.precision.loss_scale import LossScaler
 from accelerate.runtime.world import current
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    GradScalerKwargs,
+    broadcast,
     compile_regions_fsdp2,
     fsdp2_apply_ac,
     fsdp2_load_full_state_dict,
@@ -28,7 +32,7 @@ both = pytest.mark.parametrize("version", [1, 2])
 
 def flexible(version: int, **fields: Any) -> Any:
     """The version's plugin; of version 1, one that leaves parameters what they were."""
-    return plugin(version, **({"use_orig_params": True} if version == 1 else {}), **fields)
+    return plugin(version, **{**({"use_orig_params": True} if version == 1 else {}), **fields})
 
 
 # Number formats ------------------------------------------------------------------------------------------------------
@@ -74,34 +78,129 @@ def test_formats_of_weights_and_inside(version, run_ranks):
             assert found == ({weights}, {weights}, {inside})
 
 
-def _overflow(version: int) -> tuple[bool, float, bool]:
-    """One rank's gradients overflow: both skip the step, and train on with the same scale."""
-    accelerator = Accelerator(cpu=True, mixed_precision="fp16", fsdp_plugin=flexible(version))
-    model = nn.Sequential(Block(4), Block(4)).to(torch.bfloat16)
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    factors = [float("inf") if accelerator.is_local_main_process else 1.0, 1.0]
-    skipped = []
-    for factor in factors:
-        out = model(torch.ones(2, 4))
-        accelerator.backward(out.mean() * factor)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        skipped.append(optimizer.step_was_skipped)
-        optimizer.zero_grad()
-    finite = all(bool(param.isfinite().all()) for param in map(local, model.parameters()))
-    assert {param.dtype for param in model.parameters()} | {out.dtype} == {torch.float32}
-    return skipped == [True, False], accelerator.scaler.get_scale(), finite
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": torch.optim.AdamW,
+    "fused AdamW": functools.partial(torch.optim.AdamW, fused=True),
+    "foreach AdamW": functools.partial(torch.optim.AdamW, foreach=True),
+    "SGD": torch.optim.SGD,
+    "fused SGD": functools.partial(torch.optim.SGD, fused=True),
+}
+
+
+class Overflow(NamedTuple):
+    """A step in which the gradients of the last rows overflow, and one after it.
+
+    Attributes:
+        finite: Whether this rank's own gradients of the first step were finite.
+        skipped: Whether the steps were skipped.
+        scales: The loss scale before the first step and after each.
+        weights: The whole weight before the first step and after each.
+    """
+
+    finite: bool
+    skipped: list[bool]
+    scales: list[float]
+    weights: list[torch.Tensor]
+
+
+def _overflow(version: int, optimizer: str, clip: bool, fields: dict[str, Any], sizes: dict[str, int]) -> Overflow:
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision="fp16",
+        fsdp_plugin=flexible(version, transformer_cls_names_to_wrap=[], auto_wrap_policy=None, **fields),
+        parallelism_config=ParallelismConfig(**sizes) if sizes else None,
+        kwargs_handlers=[GradScalerKwargs(init_scale=1024.0)],
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4, bias=False))
+    model._tp_plan = {"0": "colwise_gather_output"}
+    model, stepping = accelerator.prepare(model, OPTIMIZERS[optimizer](model.parameters(), lr=0.1))
+    weights, scales, skipped = [_whole(accelerator, model)], [accelerator.scaler.get_scale()], []
+    for last in (float("inf"), 1.0):
+        # Every rank sees all rows overflow or none: which gradients do is a matter of who holds the last row.
+        accelerator.backward((model(torch.ones(3, 2)) * torch.tensor([0.5, 0.5, 0.5, last])).sum())
+        if last > 1:
+            gradients = [local(param.grad) for param in model.parameters() if param.grad is not None]
+            finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        if clip:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        stepping.step()
+        skipped.append(stepping.step_was_skipped)
+        stepping.zero_grad()
+        weights.append(_whole(accelerator, model))
+        scales.append(accelerator.scaler.get_scale())
+    return Overflow(finite, skipped, scales, weights)
+
+
+def _whole(accelerator: Accelerator, model: nn.Module) -> torch.Tensor:
+    weight = accelerator.get_state_dict(model).get("0.weight")
+    whole = torch.empty(4, 2) if weight is None else weight.clone()
+    return broadcast(whole)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@both
-def test_ranks_agree_on_an_overflow(version, run_ranks):
-    results = run_ranks(2, _overflow, version)
-    assert [(agreed, finite) for agreed, _, finite in results] == [(True, True)] * 2
-    assert results[0][1] == results[1][1] == 32768.0
+def check_overflow(results: list[Overflow]) -> None:
+    """One shard alone overflowed: all ranks skipped that step, halved the scale, and took the next."""
+    assert {result.finite for result in results} == {True, False}, "only some ranks' shards overflow"
+    for result in results:
+        assert result.skipped == [True, False]
+        assert result.scales == [1024.0, 512.0, 512.0]
+        before, skipped, after = result.weights
+        assert torch.equal(before, skipped) and bool(after.isfinite().all())
+        assert bool((after != before).all()) and torch.equal(after, results[0].weights[2])
+
+
+@pytest.mark.parametrize(
+    ("version", "optimizer", "clip"),
+    [
+        *((version, optimizer, False) for version in (1, 2) for optimizer in OPTIMIZERS),
+        *((version, "fused AdamW", True) for version in (1, 2)),
+    ],
+)
+def test_ranks_agree_on_an_overflow(version, optimizer, clip, run_ranks):
+    if (version, optimizer) == (2, "fused SGD"):
+        pytest.skip("torch's DTensor has no fused SGD")
+    check_overflow(run_ranks(2, _overflow, version, optimizer, clip, {}, {}))
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW"])
+@pytest.mark.parametrize(
+    ("version", "fields", "sizes"),
+    [
+        (1, {"use_orig_params": False}, {}),
+        (1, {"sharding_strategy": "HYBRID_SHARD"}, {"dp_replicate_size": 2, "dp_shard_size": 2}),
+        (2, {}, {"dp_replicate_size": 2, "dp_shard_size": 2}),
+        (2, {}, {"tp_size": 2, "dp_shard_size": 2}),
+        (2, {"cpu_offload": True}, {}),
+    ],
+)
+def test_ranks_agree_on_an_overflow_however_parameters_are_sharded(version, fields, sizes, optimizer, run_ranks):
+    check_overflow(run_ranks(4 if sizes else 2, _overflow, version, optimizer, False, fields, sizes))
+
+
+class OffloadedScaler(LossScaler):
+    """Finds overflows where gradients would be that are offloaded from the device of the loss."""
+
+    def _unscale_grads_(self, *args: Any) -> dict[torch.device, torch.Tensor]:
+        return dict.fromkeys([torch.device("meta")], *super()._unscale_grads_(*args).values())
+
+
+def _offloaded() -> tuple[float, float]:
+    here = current()
+    scaler = OffloadedScaler("cpu", init_scale=4.0)
+    scaler.peers = here.collectives
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.scale(weight * (float("inf") if here.rank else 1.0)).backward()
+    scaler.step(optimizer)
+    return weight.item(), scaler.get_scale()
+
+
+def test_ranks_agree_on_an_overflow_of_offloaded_gradients(run_ranks):
+    assert run_ranks(2, _offloaded) == [(0.0, 2.0)] * 2
 
 
 class Adapted(nn.Module):

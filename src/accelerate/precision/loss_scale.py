@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.amp.grad_scaler import OptState
+
+from ..runtime.transport import Collectives
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -17,17 +18,21 @@ class LossScaler(torch.amp.GradScaler):
     scaled, or its state read.
 
     Attributes:
-        agree: Adds up over the ranks what each found in its gradients, where they hold different pieces of them.
+        peers: The ranks that hold other shards of the gradients, and skip a step together; None: each rank sees them all.
     """
 
-    agree: Callable[[torch.Tensor], None] | None = None
+    peers: Collectives | None = None
     _stepped = False
 
     def settle(self) -> None:
         """Updates the factor if any optimizer has stepped since the last update."""
         if self._stepped:
-            self._stepped = False
             self.update()
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """See torch; not needed here, and loops that call it after their steps may do so."""
+        self._stepped = False
+        super().update(new_scale)
 
     def scale(self, outputs: Any) -> Any:
         """See torch; settles first."""
@@ -45,27 +50,39 @@ class LossScaler(torch.amp.GradScaler):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See torch; a step that was noted before belongs to the state that is replaced."""
+        """See torch; steps and overflows recorded since the last update belong to the state that is replaced."""
         self._stepped = False
         super().load_state_dict(state_dict)
+        if self.is_enabled():
+            self._per_optimizer_states.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()  # torch refuses to pickle between a step and its update
+        return super().__getstate__()
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the optimizer's gradients by the factor; once an update, however often it is called."""
-        if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+        if self.is_enabled() and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             super().unscale_(optimizer)
-            if self.agree is not None:
-                self._agree(self.agree, optimizer)
+            if self.peers is not None:
+                self._agree(self.peers, optimizer)
 
-    def _agree(self, add: Callable[[torch.Tensor], None], optimizer: torch.optim.Optimizer) -> None:
+    def _agree(self, peers: Collectives, optimizer: torch.optim.Optimizer) -> None:
+        """Replaces the overflows found per device by one number, 0 or 1 on all ranks: fused kernels compare it to 1."""
         assert self._scale is not None, "unscaling made one"
-        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        # A rank may hold no piece of what has gradients.
-        add(found.setdefault(self._scale.device, torch.zeros(1, device=self._scale.device)))
+        state = self._per_optimizer_states[id(optimizer)]
+        # A rank may hold no shard of what has gradients, and offloaded gradients are not where the loss was.
+        found = [one.to(peers.device) for one in state["found_inf_per_device"].values()]
+        overflow = torch.stack([torch.zeros((), device=peers.device), *found]).max()
+        peers.all_reduce(overflow, "max")
+        state["found_inf_per_device"] = {self._scale.device: overflow.to(self._scale.device)}
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """See torch; the factor is updated later."""
-        if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.STEPPED:
+        if self.is_enabled() and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.STEPPED:
             self.settle()  # two steps on one gradient: what torch would have needed an `update` between
+        if self.peers is not None:
+            self.unscale_(optimizer)  # torch leaves this to fused optimizers, which look at this rank's gradients only
         result = super().step(optimizer, *args, **kwargs)
         self._stepped = self.is_enabled()
         return result
@@ -76,5 +93,7 @@ def overflow_of(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) 
 
     They stay on their devices: reading one waits for it.
     """
+    if not scaler.is_enabled():
+        return []
     found: dict[Any, torch.Tensor] = scaler._found_inf_per_device(optimizer)
     return list(found.values())

@@ -141,11 +141,7 @@ def get_fsdp2_grad_scaler(**kwargs: Any) -> torch.amp.GradScaler:
     """
     here = world.current()
     scaler = LossScaler(**{"device": here.device.type, **kwargs})
-
-    def agree(overflow: torch.Tensor) -> None:
-        here.collectives.all_reduce(overflow)
-
-    scaler.agree = agree
+    scaler.peers = here.collectives
     return scaler
 
 

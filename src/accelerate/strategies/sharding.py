@@ -59,7 +59,7 @@ class ShardedStrategy(ShardedStateStrategy, ABC):
             )
         self._replaced = replacing.Replaced()
         if isinstance(settings.precision.scaler, LossScaler):
-            settings.precision.scaler.agree = self._agree
+            settings.precision.scaler.peers = world.collectives
         if self.plugin.cpu_ram_efficient_loading:  # transformers' from_pretrained reads these
             env.publish({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
 
@@ -145,9 +145,6 @@ class ShardedStrategy(ShardedStateStrategy, ABC):
         return groups_of(param)
 
     # Step and state --------------------------------------------------------------------------------------------------
-
-    def _agree(self, overflow: torch.Tensor) -> None:
-        self.world.collectives.all_reduce(overflow)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
         return clip_grad_norm_(parameters, max_norm, norm_type, device=self.world.device, cut_over=self._cut_over)
