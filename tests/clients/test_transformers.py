@@ -15,18 +15,23 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
 
 SCRIPT = Path(__file__).parent / "trainer_script.py"
+EVALUATION = Path(__file__).parent / "evaluation_script.py"
 pytestmark = pytest.mark.slow
 
 
-def train(folder: Path, batch_size: int, steps: int, *, processes: int = 1, resume: bool = False) -> dict[str, Any]:
+def run(script: Path, folder: Path, *arguments: str, processes: int = 1) -> dict[str, Any]:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", str(processes)]
-    command = [*start, str(SCRIPT), str(folder), str(batch_size), str(steps), *(["resume"] if resume else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*start, str(script), str(folder), *arguments], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
+
+
+def train(folder: Path, batch_size: int, steps: int, *, processes: int = 1, resume: bool = False) -> dict[str, Any]:
+    arguments = [str(batch_size), str(steps), *(["resume"] if resume else [])]
+    return run(SCRIPT, folder, *arguments, processes=processes)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -52,6 +57,19 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5)
     assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_evaluation_shows_the_mean_over_all_samples(tmp_path: Path, processes: int) -> None:
+    result = run(EVALUATION, tmp_path, processes=processes)
+    found, losses = result["found"], torch.tensor(result["losses"])
+    # A rank's loss is that of its whole batch, what was repeated to fill it included: two processes have each other's.
+    of_last = losses[[64, 65]] if processes == 1 else losses[[64, 65, 0, 1, 2, 3, 4, 5]]
+    of_66 = (losses[:64].sum() + 2 * of_last.mean()) / 66
+    assert found["66"] == pytest.approx(of_66.item(), rel=1e-5)
+    assert found["72"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    # Two processes that are sent their rows have one each, so that nothing is repeated.
+    assert found["stream of 66"] == pytest.approx(losses[:66].mean().item(), rel=1e-5)
 
 
 def tiny() -> Any:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from accelerate.data_loader import gather_for_metrics, prepare_data_loader
 from accelerate.state import GradientState, PartialState
-from tests.processes.data_loader_cases import go_through, observe
+from tests.processes.data_loader_cases import go_through, observe, prepared
 
 
 def _cases(ranks: int, count: int) -> list[dict[str, Any]]:
@@ -81,6 +81,80 @@ def test_trees_and_objects_are_gathered_alike(run_ranks: Any, even: bool) -> Non
     assert [len(result[0]) for result in results] == ([2, 2, 2] if even else [2, 1, 1])
 
 
+def _repeated(cases: list[dict[str, Any]]) -> list[Any]:
+    """For each case and step: rows of this rank, what is gathered of them, and of a value repeated to a full batch."""
+    state, rank = GradientState(), PartialState().process_index
+    results = []
+    for case in cases:
+        loader = prepared(case)
+        steps = []
+        for batch in loader:
+            loss = torch.tensor(float(rank)).repeat(loader.full_rows)
+            rows, losses = gather_for_metrics((batch, loss), state)
+            objects = gather_for_metrics(loss.tolist(), state)
+            assert objects == gather_for_metrics((batch, loss.tolist()), state)[1] == losses.tolist()
+            steps.append((len(batch), rows.tolist(), losses.tolist()))
+        results.append(steps)
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_value_repeated_to_a_full_batch_counts_as_often_as_there_are_samples(run_ranks: Any, ranks: int) -> None:
+    cases = [case for case in _cases(ranks, 120) if not case["drop_last"]]
+    by_rank = run_ranks(ranks, _repeated, cases, timeout=120)
+    for number, case in enumerate(cases):
+        for step, (_, rows, losses) in enumerate(by_rank[0][number]):
+            held = [results[number][step][0] for results in by_rank if len(results[number]) > step]
+            owners = [float(rank) for rank, count in enumerate(held) for _ in range(count)]
+            assert losses == owners[: len(rows)], case
+
+
+def _members() -> list[Any]:
+    state, rank = GradientState(), PartialState().process_index
+    loader = prepare_data_loader(DataLoader(list(range(7)), batch_size=2), put_on_device=True, rng_types=["generator"])
+    results = []
+    for batch in loader:
+        ids = batch.tolist()
+        names, tokens = [str(row) for row in ids], [[row, row] for row in ids]
+        results.append(
+            [
+                gather_for_metrics((names, tokens), state),
+                gather_for_metrics({"names": names, "pair": (tokens, [{"id": row} for row in ids])}, state),
+                gather_for_metrics(tuple(names), state),
+                gather_for_metrics(tokens, state),
+                gather_for_metrics(tuple((name, row) for name, row in zip(names, ids, strict=True)), state),
+                gather_for_metrics([names, tokens, names], state),
+            ]
+        )
+        mixed = gather_for_metrics((batch, names, {"more": batch[:, None]}), state)
+        assert [type(member) for member in mixed] == [torch.Tensor, list, dict]
+        results[-1].append((mixed[0].tolist(), mixed[1], mixed[2]["more"].flatten().tolist()))
+        for refused in ({"any": "thing"}, "word", 3):
+            with pytest.raises(TypeError, match="list of objects|lists of objects"):
+                gather_for_metrics(refused, state)
+    outside = gather_for_metrics(([rank], [str(rank)]), state)
+    return [results, outside]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_members_of_tuples_and_mappings_are_gathered_one_by_one(run_ranks: Any, ranks: int) -> None:
+    for results, outside in run_ranks(ranks, _members):
+        assert outside == (list(range(ranks)), [str(rank) for rank in range(ranks)])
+        full = 2 * ranks
+        for step, found in enumerate(results):
+            ids = list(range(7))[step * full : (step + 1) * full]
+            names, tokens = [str(row) for row in ids], [[row, row] for row in ids]
+            assert found == [
+                (names, tokens),
+                {"names": names, "pair": (tokens, [{"id": row} for row in ids])},
+                names,
+                tokens,
+                list(zip(names, ids, strict=True)),
+                [names, tokens, names],
+                (ids, names, ids),
+            ]
+
+
 def _varying(lengths: list[int], even: bool) -> Any:
     numbers = iter(range(1000))
     batches = [[next(numbers) for _ in range(length)] for length in lengths]
@@ -118,8 +192,6 @@ def test_items_that_are_batches(run_ranks: Any, even: bool) -> None:
 
 
 def _with_workers(dispatch: bool) -> Any:
-    from tests.processes.data_loader_cases import prepared
-
     cases = {"n": 13, "batch_size": 2, "workers": 2, "dispatch_batches": dispatch}
     loader = prepared(cases)
     return [go_through(loader)["gathered"] for _ in range(2)]

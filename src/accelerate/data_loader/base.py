@@ -19,6 +19,7 @@ from ..runtime import devices
 from ..runtime.pytree import send_to_device
 from ..state import GradientState
 from . import workers
+from .cut import Cutter
 from .deal import Round
 from .iterable import Counted, IterableDatasetShard, Unmark, is_marked
 from .order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder, Track
@@ -60,6 +61,8 @@ class DataLoaderStateMixin:
             else None. The one thing to gather by: ranks ``0 … round.holders - 1`` have a batch at this step, the others
             have left their loops and must not be waited for; concatenated in rank order, the first ``round.rows`` rows
             are data. `gather_rows` and `gather_items` in `accelerate.data_loader.gathering` do just that.
+        short_rows: The number of rows in this rank's current batch, if they are fewer than `full_rows`; else None. A
+            value repeated to a full batch (``loss.repeat(batch_size)``) counts as often as the batch has rows.
 
     When `round` is set, by mode:
 
@@ -76,6 +79,12 @@ class DataLoaderStateMixin:
     end_of_dataloader: bool = False
     remainder: int = -1
     round: Round | None = None
+    short_rows: int | None = None
+
+    @property
+    def full_rows(self) -> int | None:
+        """Rows in a full batch of this rank; None where batches have no fixed size."""
+        return None
 
     @property
     def gradient_state(self) -> GradientState:
@@ -87,6 +96,7 @@ class DataLoaderStateMixin:
         self.end_of_dataloader = False
         self.remainder = -1
         self.round = None
+        self.short_rows = None
 
     def begin(self) -> None:
         """A loop over this loader begins: it becomes the active one."""
@@ -177,6 +187,20 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             if size is not None and not isinstance(link, SkipBatchSampler):
                 return size
         return None
+
+    @property
+    def full_rows(self) -> int | None:
+        """Rows in a full batch of this rank; None where batches have no fixed size."""
+        if self._plan is not None:
+            return self._plan.batch_size
+        total = self.total_batch_size
+        return None if total is None else total // self._parts()
+
+    def _parts(self) -> int:
+        """Among how many ranks the loader's data are shared."""
+        links: list[Any] = [self.dataset, *chain_from(drawn_from(self))]
+        shards = (link for link in links if isinstance(link, (IterableDatasetShard, BatchSamplerShard)))
+        return next((shard.num_processes for shard in shards), 1)
 
     @property
     def total_dataset_length(self) -> int:
@@ -292,7 +316,9 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         if self._index_stream is None:
             if self._raw_skips():
                 sampler = SkipBatchSampler(sampler, self._raw_skips())
-            self._index_stream = IndexStream(sampler, self._epoch_order(), self._read_ahead(), self._stateful)
+            self._index_stream = IndexStream(
+                sampler, self._epoch_order(), self._read_ahead(), self._stateful, self.full_rows
+            )
         return self._index_stream
 
     def _raw_skips(self) -> int:
@@ -338,18 +364,34 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     def _last(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self.end_of_dataloader = True
+            self._take_rows(batch, self.remainder if self.remainder > 0 else None)
             yield present(batch)
 
     def _tracked(self, batches: Any, track: Track) -> Iterator[Any]:
         position = batches._num_yielded  # above 0 for a loader that resumes
-        rounds = track.rounds
+        rounds, short = track.rounds, track.short
         for batch in batches:
             position += 1
             if position == track.total:
                 self.end_of_dataloader = True
+            if short or self.short_rows is not None:
+                self._take_rows(batch, short.pop(position, None))
             if rounds or self.round is not None:
                 self._take_round(rounds.pop(position, None))
             yield present(batch)
+
+    def _take_rows(self, batch: Any, drawn: int | None) -> None:
+        """Notes whether this rank's batch is shorter than a full one.
+
+        Args:
+            batch: The batch, whose own rows count if it has any that can be counted.
+            drawn: The number of samples drawn for it.
+        """
+        full, rows = self.full_rows, None
+        if full is not None:
+            rows = Cutter().rows(batch)
+            rows = drawn if rows is None else rows
+        self.short_rows = rows if full is not None and rows is not None and rows < full else None
 
     def _take_round(self, round: Round | None) -> None:
         self.round = round
@@ -357,6 +399,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             self.remainder = round.rows
 
     def _streamed(self) -> Iterator[Any]:
+        several = self.num_workers > 1  # their streams end one by one
         for batch, last in self._one_ahead(self.torch_iterator()):
             self.end_of_dataloader = last
             if type(batch) is Counted:
@@ -364,6 +407,8 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
                 batch = batch.batch
             elif self.round is not None:
                 self._take_round(None)
+            if last or several:
+                self._take_rows(batch, None)
             yield present(batch)
 
     def _one_ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:

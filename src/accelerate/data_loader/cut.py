@@ -74,7 +74,7 @@ def take(batch: Any, start: int, stop: int, rows: int | None = None) -> Any:
     if _is_plain_list(batch):
         return batch[start:stop] if len(batch) == rows else batch
     if isinstance(batch, Mapping):
-        return _like(batch, {key: take(batch[key], start, stop, rows) for key in batch})
+        return like_mapping(batch, {key: take(batch[key], start, stop, rows) for key in batch})
     if isinstance(batch, list) and len(batch) == rows and not any(_has_rows(leaf) for _, leaf in _leaves(batch)):
         return batch[start:stop]  # a list of samples, not of columns
     if isinstance(batch, (list, tuple)):
@@ -102,7 +102,7 @@ def _join(batches: Sequence[Any], rows: Sequence[int | None]) -> Any:
     if isinstance(first, Mapping):
         if any(batch.keys() != first.keys() for batch in batches):
             raise CannotCutError(f"batches have different keys: {[list(batch) for batch in batches]}")
-        return _like(first, {key: _join([batch[key] for batch in batches], rows) for key in first})
+        return like_mapping(first, {key: _join([batch[key] for batch in batches], rows) for key in first})
     lists = isinstance(first, (list, tuple))
     if lists and all(_counts_rows(batch, count) for batch, count in zip(batches, rows, strict=True)):
         return type(first)(item for batch in batches for item in batch)
@@ -120,7 +120,8 @@ def _counts_rows(data: Any, rows: int | None) -> bool:
     return _is_plain_list(data) or (type(data) is list and not any(_has_rows(leaf) for _, leaf in _leaves(data)))
 
 
-def _like(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+def like_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the class of `batch` with other items."""
     return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
 
 
@@ -241,7 +242,7 @@ def _cloned(data: Any) -> Any:
     if isinstance(data, np.ndarray):
         return data.copy()
     if isinstance(data, Mapping):
-        return _like(data, {key: _cloned(data[key]) for key in data})
+        return like_mapping(data, {key: _cloned(data[key]) for key in data})
     if isinstance(data, (list, tuple)):
         return honor_type(data, [_cloned(item) for item in data])
     return data

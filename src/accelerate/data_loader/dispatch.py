@@ -110,6 +110,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
                 self.end_of_dataloader = step.last
                 if step.last and step.rows is not None:
                     self.remainder = step.rows
+                self._take_rows(step.batch, None)
                 yield step.batch if move is None else move(step.batch)
             self._finish_epoch()
         finally:
@@ -120,6 +121,9 @@ class DataLoaderDispatcher(DataLoaderAdapter):
 
     def _expected_remainder(self) -> int:
         return -1
+
+    def _parts(self) -> int:
+        return self.ranks.count
 
     def _batches_a_step(self) -> int:
         return 1 if self.split_batches else self.ranks.count

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from ..runtime import collectives as operations
 from ..runtime import world
-from ..runtime.pytree import holds_only_tensors, map_tensors, recursively_apply
+from ..runtime.pytree import holds_only_tensors, honor_type, map_tensors, recursively_apply
 from ..runtime.transport import Collectives, TorchCollectives
 from ..runtime.world import DataRanks
 from ..state import GradientState
 from .base import DataLoaderAdapter, DataLoaderStateMixin
+from .cut import like_mapping
 from .deal import Round
 
 # Groups of the first ranks of others, made when first needed; they end with the group they are part of.
@@ -114,9 +117,13 @@ def gather_for_metrics(
 ) -> Any:
     """Brings together what the ranks made of the current batch of the loader that is being iterated over.
 
+    A tensor (or list) with as many rows as a full batch of this rank has is cut to the rows of its batch where these are
+    fewer: ``loss.repeat(batch_size)`` weighs the last batch by its samples.
+
     Args:
         input_data: A tensor, or lists, tuples and mappings of tensors, with a row for each sample; or a list of any
-            picklable objects, one for each sample.
+            picklable objects, one for each sample. A tuple or mapping of such lists (and tensors) is gathered member by
+            member; so is a list that does not have an item for each sample, but members that do.
         gradient_state: Knows the loader. Outside of any prepared loader's loop nothing is left out.
         use_gather_object: Gather tensors as objects.
         data_ranks: Tells who shares out the data outside of any prepared loader's loop; None: all ranks.
@@ -125,17 +132,25 @@ def gather_for_metrics(
         The same structure with the rows (a list with the items) of all ranks, without those of repeated samples. With
         uneven batches the last step may have a batch on some ranks only; only these call this then, and the others'
         result lacks those samples. Rank 0 always has them all.
+
+    Raises:
+        TypeError: on several ranks, for what has neither rows nor items: a number, a string, a mapping of such.
     """
     loader = gradient_state.active_dataloader
     comm = _collectives_of(loader, data_ranks)
-    round = loader.round if isinstance(loader, DataLoaderStateMixin) else None
+    ours = loader if isinstance(loader, DataLoaderStateMixin) else None
+    round = None if ours is None else ours.round
+    short, full = (None, None) if ours is None else (ours.short_rows, ours.full_rows)
+    rest = _rest(loader)
     if use_gather_object or not holds_only_tensors(input_data):
-        return _gathered_objects(input_data, round, comm, _rest(loader))
+        join = _ObjectJoin(round, rest, concatenate=not use_gather_object)
+        return _gathered_objects(_Part(input_data, short, full), comm, join)
+    if short is not None:
+        input_data = recursively_apply(_cut, input_data, short, full)
     if round is None and comm is world.current().collectives:
         gathered = operations.gather(input_data)  # compares shapes in debug mode
     else:
         gathered = map_tensors("gather_for_metrics", _rows, input_data, round, comm)
-    rest = _rest(loader)
     return gathered if rest is None else recursively_apply(lambda tensor: tensor[:rest], gathered)
 
 
@@ -145,17 +160,98 @@ def _rows(tensor: torch.Tensor, round: Round | None, comm: Collectives) -> torch
     return gather_rows(tensor.to(comm.device), round, comm).to(tensor.device)
 
 
-def _gathered_objects(data: Any, round: Round | None, comm: Collectives, rest: int | None) -> Any:
+def _cut(column: Any, short: int | None, full: int | None) -> Any:
+    """A tensor or list; with the rows of a short batch, if it has as many as a full one."""
+    cuts = short is not None and _is_column(column) and len(column) == full
+    return column[:short] if cuts else column
+
+
+class _Part(NamedTuple):
+    """One rank's objects, with its batch's `short_rows` and `full_rows`."""
+
+    data: Any
+    short: int | None
+    full: int | None
+
+    def member(self, key: Any) -> _Part:
+        return self._replace(data=self.data[key])
+
+    def counts_samples(self, column: Any) -> bool:
+        return self.full is not None and len(column) in (self.full if self.short is None else self.short, self.full)
+
+
+@dataclass(frozen=True)
+class _ObjectJoin:
+    """Joins the ranks' objects: member by member where members hold the samples, else item by item."""
+
+    round: Round | None
+    rest: int | None
+    concatenate: bool
+    """Make tensors one tensor, and not a list of rows."""
+
+    def join(self, parts: list[_Part], own: Any) -> Any:
+        """All ranks' objects; `own` is this rank's."""
+        if isinstance(own, Mapping):
+            return like_mapping(own, {key: self.join([part.member(key) for part in parts], own[key]) for key in own})
+        if all(map(_has_members, parts)):
+            members = (self.join([part.member(i) for part in parts], member) for i, member in enumerate(own))
+            return honor_type(own, members)
+        return self._joined_items(parts, own) if _is_column(own) else own
+
+    def _joined_items(self, parts: list[_Part], own: Any) -> Any:
+        columns = [_cut(*part) for part in parts]
+        end = self.rest
+        if self.round is not None and self.round.whole:
+            columns = columns[: self.round.rows]
+        elif self.round is not None and self.round.padded:
+            end = self.round.rows
+        if len(parts) == 1:
+            return columns[0] if end is None else columns[0][:end]
+        if self.concatenate and isinstance(own, torch.Tensor):
+            return torch.cat([column.to(own.device) for column in columns])[:end]
+        return [item for column in columns for item in column][:end]
+
+
+def _gathered_objects(own: _Part, comm: Collectives, how: _ObjectJoin) -> Any:
+    data = own.data
     if comm.size == 1:
-        gathered = data
-    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Mapping)):
-        gathered = gather_items(list(data), round, comm)
-    else:
+        return data if own.short is None and how.rest is None else how.join([own], data)
+    shared = isinstance(data, Iterable) and not isinstance(data, (str, bytes))
+    if not shared or (isinstance(data, Mapping) and not (data and all(map(_is_member, data.values())))):
         raise TypeError(
             f"gather_for_metrics joins tensors, or lists of objects with an item for each sample; got a "
             f"{type(data).__name__}: {data!r:.80}. Put it into a list."
         )
-    return gathered if rest is None else gathered[:rest]
+    if not isinstance(data, Mapping) and not _is_column(data):
+        data = list(data)
+    return how.join(holders(how.round, comm).all_gather_object(own._replace(data=data)), data)
+
+
+def _is_column(data: Any) -> bool:
+    return isinstance(data, (list, tuple)) or (isinstance(data, (torch.Tensor, np.ndarray)) and data.ndim > 0)
+
+
+def _is_member(data: Any) -> bool:
+    return _is_column(data) or isinstance(data, Mapping)
+
+
+def _has_members(part: _Part) -> bool:
+    """Whether the members of a list or tuple, and not its items, hold something for each sample."""
+    data = part.data
+    if not isinstance(data, (list, tuple)) or not data or not all(map(_is_member, data)):
+        return False
+    if all(isinstance(member, Mapping) for member in data):
+        return False
+    tensors = [isinstance(member, torch.Tensor) for member in data]
+    if isinstance(data, list) and all(tensors):
+        return False  # objects that happen to be tensors
+    complete = all(isinstance(member, Mapping) or part.counts_samples(member) for member in data)
+    if not part.counts_samples(data):
+        return isinstance(data, tuple) or any(tensors) or complete
+    # As many as there are samples: (predictions, references) of a batch of two, or two samples that are lists?
+    if isinstance(data, tuple):
+        return complete and not all(isinstance(member, tuple) for member in data)
+    return complete and any(tensors)
 
 
 def _rest(loader: Any) -> int | None:

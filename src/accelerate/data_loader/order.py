@@ -100,15 +100,17 @@ class Track:
     Attributes:
         total: How many batches of indices there are; None until the last one has been drawn.
         rounds: Position (from 1) -> `Round`, for the steps that have one.
+        short: Position -> number of indices, for the batches that are not full ones.
         drawn: How many have been handed out; not counted where `exact`.
-        exact: `total` was known beforehand, and no step has a `Round`.
+        exact: `total` was known beforehand, no step has a `Round`, and none but the last is short.
     """
 
-    __slots__ = ("drawn", "exact", "rounds", "total")
+    __slots__ = ("drawn", "exact", "rounds", "short", "total")
 
     def __init__(self) -> None:
         self.total: int | None = None
         self.rounds: dict[int, Round] = {}
+        self.short: dict[int, int] = {}
         self.drawn = 0
         self.exact = False
 
@@ -121,16 +123,25 @@ class IndexStream:
         order: Settles the epoch's order; None where nothing has to be settled.
         ahead: How many batches of indices are drawn ahead.
         resumable: Hand out iterators that can save and restore their position (for torchdata).
+        full: Indices in a full batch; None where batches have no fixed size.
 
     Attributes:
         track: What is known of the pass that was begun last.
     """
 
-    def __init__(self, sampler: Any, order: EpochOrder | None = None, ahead: int = 1, resumable: bool = False) -> None:
+    def __init__(
+        self,
+        sampler: Any,
+        order: EpochOrder | None = None,
+        ahead: int = 1,
+        resumable: bool = False,
+        full: int | None = None,
+    ) -> None:
         self.sampler = sampler
         self.order = order
         self.ahead = ahead
         self.resumable = resumable
+        self.full = full
         self.track = Track()
 
     def __len__(self) -> int:
@@ -156,9 +167,12 @@ class IndexStream:
             self.order.start()
         source = enumerate(rounds_of(self.sampler), 1)
         waiting: list[Any] = []
+        full = self.full or 0
         for position, (indices, round) in source:
             if round is not None:
                 track.rounds[position] = round
+            if full and len(indices) < full:
+                track.short[position] = len(indices)
             if position <= skip:
                 track.drawn = position
                 continue

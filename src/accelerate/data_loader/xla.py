@@ -27,7 +27,7 @@ class _Feed:
         reader = copy.copy(self.loader)
         reader.reset()
         for batch in reader._batches():
-            self.states.append((reader.end_of_dataloader, reader.remainder, reader.round))
+            self.states.append((reader.end_of_dataloader, reader.remainder, reader.round, reader.short_rows))
             yield batch
 
 
@@ -52,7 +52,7 @@ class MpDeviceLoaderWrapper(parallel_loader.MpDeviceLoader):
             loader._tell_iteration()
             loader._synchronise()
             for batch in super().__iter__():
-                loader.end_of_dataloader, last_rows, loader.round = states.popleft()
+                loader.end_of_dataloader, last_rows, loader.round, loader.short_rows = states.popleft()
                 loader.remainder = max(remainder, last_rows)
                 yield batch
             loader._finish_epoch()
