@@ -1,11 +1,12 @@
-/* Preloaded by tests: makes calls that change files below one folder fail, as a disk would.
+/* Preloaded by tests: makes calls that change files below one folder fail, or take long, as a disk would.
 
    The file that FAILING_DISK_PLAN names says how, and is read before each call; without it nothing fails:
 
        <folder> <call> <number> <error>
 
    call: open (for writing), write, fsync, rename or mkdir; number: the first that fails, counted since the file was last
-   changed; error: an errno, or 0 for writes that take a third of what they are given. */
+   changed; error: an errno, or 0 for writes that take a third of what they are given. A negative error makes one call take
+   that many milliseconds. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -28,7 +29,7 @@ static int verdict(const char *call, const char *path) {
     const char *plan = getenv("FAILING_DISK_PLAN");
     char folder[4096], which[32];
     long number;
-    int error, result = -1;
+    int error, result = -1, pause = 0;
     struct stat facts;
     if (!plan || stat(plan, &facts)) return -1;
     FILE *file = fopen(plan, "r");
@@ -41,8 +42,10 @@ static int verdict(const char *call, const char *path) {
         changed = facts.st_mtim;
         count = 0;
     }
-    if (++count >= number) result = error;
+    if (++count >= number && error >= 0) result = error;
+    if (count == number && error < 0) pause = -error;
     pthread_mutex_unlock(&lock);
+    if (pause) usleep(pause * 1000);
     return result;
 }
 

@@ -1,21 +1,27 @@
-"""Saves on a disk that is full, read-only or fails: an error on every rank, and nothing lost (by a preloaded library)."""
+"""Saves on a disk that is full, read-only, fails or is slow: an error on every rank, or none (by a preloaded library)."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("torchdata.stateful_dataloader")
 
-from accelerate.checkpointing import SaveError
+from accelerate.checkpointing import CheckpointError, SaveError
 from accelerate.checkpointing.finding import problems_of
+from accelerate.utils.fsdp_utils import save_fsdp_model
 from tests.helpers.crash import Ballast
 from tests.helpers.ranks import RankPool
 from tests.helpers.resuming import Recipe, Training
@@ -114,3 +120,80 @@ def test_a_failing_disk_is_an_error_on_every_rank_and_loses_nothing(
             assert messages == ["", ""], failure
         else:
             assert all(os.strerror(failure[-1]) in message for message in messages), (failure, messages)
+
+
+TIMEOUT, SLOW = 2.0, 4.0
+"""Seconds: of the training group, and of one call of rank 0's disk (or of one object)."""
+
+
+class SlowToLoad(Ballast):
+    def load_state_dict(self, state: Any) -> None:
+        if dist.get_rank() == 0:
+            time.sleep(SLOW)
+
+
+OPERATIONS = ("save_state", "save_state shards", "save_state whole", "asynchronous", "save_model", "save_model whole",
+              "load_state", "resume", "save_fsdp_model")  # fmt: skip
+
+
+def operation_on_a_slow_disk(operation: str, folder: str) -> Any:
+    """Runs one operation of which one call takes longer than the training group's timeout; then the ranks meet there."""
+    sharded = operation.endswith((" shards", " whole", "fsdp_model"))
+    run = Training.start(Recipe(f"{folder}/project", sharded=sharded)).train(1)
+    accelerator = run.accelerator
+    plugin = accelerator.state.fsdp_plugin if sharded else None
+    if plugin is not None:
+        plugin.set_state_dict_type("SHARDED_STATE_DICT" if operation.endswith("shards") else "FULL_STATE_DICT")
+    if operation in ("load_state", "resume"):
+        accelerator.register_for_checkpointing(SlowToLoad())
+        accelerator.save_state()
+    plan = Path(folder) / f"plan {accelerator.process_index}"
+    os.environ[PLAN] = str(plan)
+    if accelerator.process_index == 0:
+        plan.write_text(f"{folder}/project fsync 1 {-int(SLOW * 1000)}\n")
+    accelerator.wait_for_everyone()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT), dist.group.WORLD)
+    if operation == "save_fsdp_model":
+        save_fsdp_model(plugin, accelerator, run.model, f"{folder}/project")
+    elif operation.startswith("save_model"):
+        accelerator.save_model(run.model, f"{folder}/project/model")
+    elif operation == "load_state":
+        accelerator.load_state()
+    elif operation == "resume":
+        assert accelerator.resume() is not None
+    else:
+        accelerator.save_state(asynchronous=operation == "asynchronous")
+        accelerator.wait_for_checkpoint()
+    accelerator.wait_for_everyone()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_ranks_wait_longer_for_a_disk_than_the_training_group_would(
+    pool_on_a_failing_disk: RankPool, tmp_path: Path, operation: str
+) -> None:
+    pool_on_a_failing_disk.run(2, operation_on_a_slow_disk, operation, str(tmp_path))
+
+
+def killed_while_writing(folder: str, sharded: bool, victim: int) -> str:
+    run = Training.start(Recipe(folder, sharded=sharded)).train(1)
+    accelerator = run.accelerator
+
+    def die(*_: Any) -> None:
+        if accelerator.process_index == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    accelerator.register_save_state_pre_hook(die)
+    accelerator.save_state()
+    return ""
+
+
+@pytest.mark.parametrize(("sharded", "victim"), [(False, 0), (True, 0), (True, 1)])
+def test_a_rank_killed_in_a_save_ends_it_on_the_others_at_once(
+    run_ranks: Any, tmp_path: Path, sharded: bool, victim: int
+) -> None:
+    # Far sooner than after the hours for which ranks wait for a disk: else the call would not answer.
+    results = run_ranks(3, killed_while_writing, str(tmp_path), sharded, victim, raises=True, timeout=60)
+    assert results[victim].kind == "died"
+    for failure in (results[rank] for rank in range(3) if rank != victim):
+        assert isinstance(failure.exception, CheckpointError), failure
+        assert "do not answer" in failure.text

@@ -264,3 +264,28 @@ def test_machines_without_a_common_disk_each_commit_their_part(run_ranks: Any, t
     first, second = run_ranks(2, disks_apart, str(tmp_path))
     assert "model.safetensors" in first and "random_states_0.pkl" in first and "manifest.json" in first
     assert second == ["manifest.json", "random_states_1.pkl"]
+
+
+def models_saved(folder: str) -> str:
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    Path(f"{folder}/file").touch()
+    message = ""
+    try:
+        accelerator.save_model(model, f"{folder}/file/below")
+    except (OSError, SaveError) as error:
+        assert isinstance(error, OSError) == accelerator.is_main_process
+        message = str(error)
+    if accelerator.is_main_process:
+        accelerator.save_model(model, f"{folder}/by the first alone")
+    accelerator.save_model(model, f"{folder}/by all")
+    accelerator.wait_for_everyone()
+    return message
+
+
+def test_save_model_may_be_called_by_one_rank_and_fails_on_all_that_call_it(run_ranks: Any, tmp_path: Path) -> None:
+    messages = run_ranks(2, models_saved, str(tmp_path))
+    assert all("Not a directory" in message for message in messages), messages
+    assert "on rank 0" in messages[1]
+    for name in ("by the first alone", "by all"):
+        assert (tmp_path / name / "model.safetensors").is_file()

@@ -1,17 +1,11 @@
-"""One save at a time beside the training: it has a thread, and the ranks talk about it in a group of their own."""
+"""Runs one save at a time beside the training, on a thread."""
 
 from __future__ import annotations
 
 import atexit
 import threading
 
-import torch
-import torch.distributed as dist
-
 from ..logging import get_logger
-from ..runtime import world
-from ..runtime.transport import Collectives, TorchCollectives
-from .errors import SaveError
 from .saving import Job
 
 logger = get_logger(__name__)
@@ -23,26 +17,11 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._group: tuple[Collectives, Collectives] | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a save is under way."""
         return self._thread is not None and self._thread.is_alive()
-
-    def collectives(self) -> Collectives:
-        """The ranks in a group of their own. All ranks call this together the first time."""
-        everyone = world.current().collectives
-        if everyone.size == 1:
-            return everyone
-        if self._group is None or self._group[0] is not everyone:
-            group = _new_group()
-            self._group = (everyone, TorchCollectives(torch.device("cpu"), group))
-            world.at_exit(self._release)
-        return self._group[1]
-
-    def _release(self) -> None:
-        self._group = None
 
     def start(self, job: Job) -> None:
         """Begins a job; the one before has been waited for."""
@@ -77,17 +56,3 @@ class BackgroundWriter:
             self._thread.join()
         if self._error is not None:
             logger.error(f"the last checkpoint was not saved: {self._error}", main_process_only=False)
-
-
-def _new_group() -> dist.ProcessGroup:
-    limit = world.current().timeout or dist.distributed_c10d._get_default_timeout(dist.Backend("gloo"))
-    try:
-        # Gloo waits for a peer to connect five times as long as for one that is connected.
-        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=limit / 5)
-        dist.distributed_c10d._set_pg_timeout(limit, group)
-    except Exception as error:
-        raise SaveError(
-            f"saving in the background cannot begin: the other processes do not answer ({error}). One of them has probably "
-            "ended."
-        ) from error
-    return group

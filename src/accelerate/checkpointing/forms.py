@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from ..runtime.transport import Collectives
 from . import fitting, live, saved
 from .comparing import kind_of
 from .dcp import DESCRIPTION
@@ -82,13 +81,13 @@ def gathered_model(index: int, state: dict[str, Any]) -> Entry:
     return Entry(whole_file(index), capture=lambda: state or None, load=_not_loaded, fresh=True)
 
 
-def gathered_optimizer(index: int, collectives: Collectives, optimizer: Any, models: Sequence[nn.Module]) -> Entry:
+def gathered_optimizer(index: int, rank: int, optimizer: Any, models: Sequence[nn.Module]) -> Entry:
     """The whole state of an optimizer, which rank 0 gathers."""
 
     def capture() -> dict[str, Any] | None:
         groups, names = live.groups_of(optimizer, models)
-        whole = gathered(collectives, live.optimizer_state(optimizer, groups))
-        if collectives.rank:
+        whole = gathered(live.optimizer_state(optimizer, groups))
+        if rank:
             return None
         state: dict[str, dict[str, Any]] = {}
         for (name, key), value in whole.items():

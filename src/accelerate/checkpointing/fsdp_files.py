@@ -5,6 +5,7 @@ The files are those of a checkpoint (see `forms`), without its manifest. All ran
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -18,10 +19,10 @@ from ..runtime import world
 from ..runtime.forward import bare_model
 from . import fitting, forms, live, loading
 from .entries import Entry, Part
-from .errors import SaveError
+from .errors import LoadError, SaveError
 from .files import write_torch
 from .gathering import gathered
-from .joint import together
+from .joint import all_ranks, together
 from .model_files import write_whole
 from .shards import describe
 
@@ -52,7 +53,7 @@ def save_fsdp_model(
     here = world.current()
     state, full = _state(model, adapter_only), forms.saves_whole(fsdp_plugin)
     if full:
-        _write(forms.gathered_model(model_index, gathered(here.collectives, state)), Path(output_dir))
+        _write(forms.gathered_model(model_index, gathered(state)), Path(output_dir))
     else:
         _write(forms.shards_of_model(model_index, here.rank, state), Path(output_dir))
 
@@ -94,7 +95,7 @@ def save_fsdp_optimizer(
     """Saves the state of a sharded model's optimizer; arguments as for `save_fsdp_model`."""
     here, models, full = world.current(), [bare_model(model)], forms.saves_whole(fsdp_plugin)
     if full:
-        entry = forms.gathered_optimizer(optimizer_index, here.collectives, optimizer, models)
+        entry = forms.gathered_optimizer(optimizer_index, here.rank, optimizer, models)
     else:
         entry = forms.shards_of_optimizer(optimizer_index, here.rank, optimizer, models)
     _write(entry, Path(output_dir))
@@ -127,7 +128,7 @@ def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
 
 def _write(entry: Entry, folder: Path) -> None:
     """Writes each rank's part, over what was there."""
-    here, path = world.current(), folder / entry.path
+    here, path, ranks = world.current(), folder / entry.path, all_ranks(SaveError)
     state = entry.capture()
 
     def clear() -> None:
@@ -142,18 +143,18 @@ def _write(entry: Entry, folder: Path) -> None:
             write_whole(path, lambda writer: write_torch(state, writer))
         return []
 
-    together(here.collectives, f"preparing {path.parent}", clear, SaveError)
-    places = together(here.collectives, f"writing {path}", write, SaveError)
+    together(ranks, f"preparing {path.parent}", clear, SaveError)
+    places = together(ranks, f"writing {path}", write, SaveError)
 
     def close() -> None:
         if here.rank == 0 and entry.everywhere:
             describe(path.parent, [place for own in places for place in own])
 
-    together(here.collectives, f"describing {path.parent}", close, SaveError)
+    together(ranks, f"describing {path.parent}", close, SaveError)
 
 
 def _load(entry: Entry, folder: Path, strict: bool) -> None:
-    here = world.current()
+    here = dataclasses.replace(world.current(), collectives=all_ranks(LoadError))
     reading = loading.read_entries(folder, [entry], None, {})
     loading.conclude(here, folder, [reading], strict)
     loading.apply(here, folder, [reading])

@@ -7,26 +7,29 @@ from typing import Any
 
 import torch
 
-from ..runtime.transport import Collectives
 from .errors import SaveError
-from .joint import together
+from .joint import all_ranks, together
 from .live import ExtraState
 from .pieces import Box, Held, part_of
 
 _STRETCH = 64 * 2**20
+_ALIGNMENT = 16
 
 # Key, shape of the whole tensor, number format, and the box of it that a rank sends.
 _Offered = tuple[Any, tuple[int, ...], torch.dtype, Box]
 
 
-def gathered(collectives: Collectives, state: Mapping[Any, Any]) -> dict[Any, Any]:
+def gathered(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """The whole state on the CPU of rank 0, in memory of its own, and an empty one elsewhere. Collective.
 
+    Tensors travel through gloo on the CPU, for the last rank sends only when rank 0 has received from all others: NCCL's
+    watchdog would end it, and NCCL opens a communicator for each pair.
+
     Args:
-        collectives: The ranks.
         state: Each rank's part: `Held` tensors, and other values where this rank is the one to give them. Keys of one
             tensor (tied names) share it afterwards, too.
     """
+    collectives = all_ranks(SaveError)
     tied = _tied(state)
     pieces = {
         (key, box): piece
@@ -41,8 +44,13 @@ def gathered(collectives: Collectives, state: Mapping[Any, Any]) -> dict[Any, An
 
     told = together(collectives, "gathering a state on rank 0", own, SaveError)
     result: dict[Any, Any] = {}
+    sizes = [_sum(stretch) for offered, _, _ in told[1:] for stretch in _stretches(offered)]
+    buffer = torch.empty(0)
 
     def make_room() -> None:
+        nonlocal buffer
+        # Nothing is allocated once tensors are on their way: a rank that failed there would leave another one waiting.
+        buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=collectives.device)
         if collectives.rank == 0:
             for _, values, _ in told:
                 result.update({key: value for key, value in values.items() if key not in result})
@@ -52,16 +60,26 @@ def gathered(collectives: Collectives, state: Mapping[Any, Any]) -> dict[Any, An
                         result[key] = torch.empty(shape, dtype=dtype)
 
     together(collectives, "gathering a state on rank 0", make_room, SaveError)
+
+    def transfer() -> None:
+        if collectives.rank:
+            for stretch in _stretches(offer):
+                for (key, _, _, box), part in _parts(buffer, stretch):
+                    part.copy_(pieces[key, box])
+                collectives.send(buffer[: _sum(stretch)], 0)
+            return
+        for (key, box), piece in pieces.items():
+            part_of(result[key], box, (0,) * len(box.offsets)).copy_(piece)
+        for rank, (offered, _, _) in enumerate(told[1:], start=1):
+            for stretch in _stretches(offered):
+                collectives.receive(buffer[: _sum(stretch)], rank)
+                for (key, _, _, box), part in _parts(buffer, stretch):
+                    part_of(result[key], box, (0,) * len(box.offsets)).copy_(part)
+
+    # No rank goes back to the training, and waits there, before rank 0 has everything.
+    together(collectives, "gathering a state on rank 0", transfer, SaveError)
     if collectives.rank:
-        for stretch in _stretches(offer):
-            sent = [_as_bytes(pieces[key, box]).to(collectives.device) for key, _, _, box in stretch]
-            collectives.send(torch.cat(sent), 0)
         return {}
-    for (key, box), piece in pieces.items():
-        part_of(result[key], box, (0,) * len(box.offsets)).copy_(piece)
-    for rank, (offered, _, _) in enumerate(told[1:], start=1):
-        for stretch in _stretches(offered):
-            _receive(collectives, rank, stretch, result)
     for _, _, names in told:
         result.update({key: result[first] for key, first in names.items() if first in result})
     return {key: result[key] for key in (*(k for k in state if k in result), *(k for k in result if k not in state))}
@@ -96,17 +114,18 @@ def _stretches(offer: Sequence[_Offered]) -> Iterator[list[_Offered]]:
 
 
 def _size(offered: _Offered) -> int:
-    return offered[3].count * offered[2].itemsize
+    """The bytes of a tensor in the buffer, where the next one begins aligned for every dtype."""
+    return -(-offered[3].count * offered[2].itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
-def _receive(collectives: Collectives, rank: int, stretch: Sequence[_Offered], result: dict[Any, Any]) -> None:
-    """Puts what a rank sends in its place."""
-    room = torch.empty(sum(map(_size, stretch)), dtype=torch.uint8, device=collectives.device)
-    received = collectives.receive(room, rank).cpu()
-    for (key, _, dtype, box), part in zip(stretch, received.split([_size(one) for one in stretch]), strict=True):
-        values = part.clone().view(dtype).view(box.sizes)  # a copy of its own begins where the format wants it
-        part_of(result[key], box, (0,) * len(box.offsets)).copy_(values)
+def _sum(stretch: Sequence[_Offered]) -> int:
+    return sum(map(_size, stretch))
 
 
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+def _parts(buffer: torch.Tensor, stretch: Sequence[_Offered]) -> Iterator[tuple[_Offered, torch.Tensor]]:
+    """Yields each tensor of a stretch with its place in the buffer."""
+    start = 0
+    for offered in stretch:
+        _, _, dtype, box = offered
+        yield offered, buffer[start : start + box.count * dtype.itemsize].view(dtype).view(box.sizes)
+        start += _size(offered)

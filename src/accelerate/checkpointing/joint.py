@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import datetime
 import functools
 import linecache
 import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch.distributed as dist
+
+from ..runtime import world
+from ..runtime.cpu_groups import cpu_group
 from ..runtime.transport import Collectives
-from .errors import CheckpointError, LoadError
+from .errors import CheckpointError, LoadError, SaveError
 
 _T = TypeVar("_T")
+
+LONGEST = datetime.timedelta(hours=12)
+"""How long ranks wait for each other in a save or a load: longer than a slow disk takes (4 TB at 100 MB/s). A rank that
+died is noticed by its closed connections, long before."""
+
+
+def all_ranks(failure: type[CheckpointError], purpose: str = "checkpoints") -> Collectives:
+    """Returns the ranks in a group of their own, in which they may wait for a disk. The first call is collective.
+
+    Args:
+        failure: The error to raise.
+        purpose: Names the group; a thread that saves beside the training has another one.
+
+    Raises:
+        CheckpointError: on every rank, when one is gone.
+    """
+    everyone = world.current().collectives
+
+    def meet() -> None:  # the training group notices a rank that is gone; a new group would wait for it to come
+        together(everyone, "meeting for a checkpoint", lambda: None, failure)
+
+    return everyone if everyone.size == 1 else cpu_group(purpose, LONGEST, meet)
 
 
 def together(
@@ -60,10 +90,74 @@ def of_the_first(collectives: Collectives, doing: str, value: _T, failure: type[
     return together(collectives, doing, lambda: value, failure)[0]
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, CheckpointError) and not isinstance(error, LoadError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+# A file that one rank writes, perhaps in a call that no other rank makes --------------------------------------------
+
+_calls: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+_OK, _FAILED = "+", "-"
+
+
+@contextlib.contextmanager
+def wait_for_writer(doing: str, writer: int) -> Iterator[None]:
+    """Ends on every rank that enters it when the block has ended on the rank that writes in it.
+
+    No collective, since scripts may make such a call under ``if accelerator.is_main_process``: the writer stores the outcome
+    in the training group's store, which the other ranks poll. (`Store.wait` would hold a lock that NCCL's watchdog needs.)
+    Outcomes are matched by the number of the call. After a call that the writer made alone, other ranks return early.
+
+    Args:
+        doing: The step, for the message.
+        writer: The rank that writes.
+
+    Raises:
+        SaveError: on the other ranks, when the block failed on the writer.
+    """
+    here, store = world.current(), _store()
+    if here.size == 1 or store is None:
+        yield
+        return
+    group = dist.group.WORLD
+    assert group is not None
+    _calls[group] = _calls.get(group, 0) + 1
+    key = f"accelerate/writer_{writer}/call_{_calls[group]}"
+    if here.rank != writer:
+        yield
+        outcome = _polled(store, key, doing, writer)
+        if outcome[:1] == _FAILED:
+            raise SaveError(f"{doing} failed: on rank {writer}: {outcome[1:]}")
+        return
+    try:
+        yield
+    except BaseException as error:
+        store.set(key, _FAILED + _describe(error))
+        raise
+    store.set(key, _OK)
+
+
+def _store() -> dist.Store | None:
+    # torch has no public name for it; without it the other ranks do not wait, and the training group's timeout counts.
+    get = getattr(dist.distributed_c10d, "_get_default_store", None) if dist.is_available() else None
+    return get() if get is not None and dist.is_initialized() else None
+
+
+def _polled(store: dist.Store, key: str, doing: str, writer: int) -> str:
+    pause, limit = 0.005, time.monotonic() + LONGEST.total_seconds()
+    try:
+        while not store.check([key]):
+            if time.monotonic() > limit:
+                raise TimeoutError(f"no answer within {LONGEST}")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        return store.get(key).decode()
+    except Exception as error:
+        raise SaveError(
+            f"{doing}: rank {writer}, which writes, does not answer ({error}). It has probably ended."
+        ) from error
 
 
 # Calls that only one rank makes -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from . import manifest as manifests
 from .dcp import StoredFolder
 from .errors import LoadError, SaveError, listed
 from .files import write_safetensors, write_torch
-from .joint import check_called_by_all, together
+from .joint import all_ranks, check_called_by_all, together
 from .model_files import finish_pieces, piece_names, size_in_bytes, split, write_whole
 
 _MODEL = "model"
@@ -54,17 +54,17 @@ def merge_fsdp_weights(
         ```
     """
     source, target = Path(checkpoint_dir), Path(output_path)
-    collectives = world.current().collectives
+    here = world.current()
 
     def act() -> None:
-        if collectives.rank == 0:
+        if here.rank == 0:
             _merge(source, target, safe_serialization, remove_checkpoint_dir, size_in_bytes(max_shard_size))
 
-    if collectives.size == 1:
+    if here.size == 1:
         act()
         return
-    check_called_by_all(collectives, "merge_fsdp_weights")
-    together(collectives, f"merging {source}", act, SaveError)
+    check_called_by_all(here.collectives, "merge_fsdp_weights")
+    together(all_ranks(SaveError), f"merging {source}", act, SaveError)
 
 
 def _merge(source: Path, target: Path, safe: bool, remove: bool, limit: int) -> None:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..logging import get_logger
 from ..runtime import world
 from . import model_files, remote
+from .joint import wait_for_writer
 from .loading import LoadReport
 from .preemption import StopRequest
 from .progress import Run
@@ -246,19 +247,23 @@ class CheckpointMethods:
 
         Raises:
             RuntimeError: when tensors have no values (device meta).
+            SaveError: on the other processes that call this, which wait for the one that writes, when it failed.
         """
-        if remote.is_url(save_directory):
-            whole = self.get_state_dict(model)
-            if self.should_save_model:
-                remote.save_folder(
-                    str(save_directory),
-                    lambda folder: model_files.save_model(model, whole, folder, max_shard_size, safe_serialization),
-                )
-            return
-        folder = Path(os.path.expanduser(save_directory))
-        if folder.is_file():
-            logger.error(f"save_model needs a folder, and {folder} is a file: nothing was saved.")
-            return
-        state = self.get_state_dict(model)
-        if self.should_save_model:
-            model_files.save_model(model, state, folder, max_shard_size, safe_serialization)
+        here = world.current()
+        writer = here.rank - here.local_rank if self.project_configuration.save_on_each_node else 0
+        with wait_for_writer(f"save_model to {save_directory}", writer):
+            state = self.get_state_dict(model)
+            if not self.should_save_model:
+                return
+
+            def write(folder: Path) -> None:
+                model_files.save_model(model, state, folder, max_shard_size, safe_serialization)
+
+            if remote.is_url(save_directory):
+                remote.save_folder(str(save_directory), write)
+                return
+            folder = Path(os.path.expanduser(save_directory))
+            if folder.is_file():
+                logger.error(f"save_model needs a folder, and {folder} is a file: nothing was saved.")
+            else:
+                write(folder)

@@ -151,7 +151,7 @@ class Job:
 
     Attributes:
         world: This process and its peers.
-        collectives: How the ranks talk in `run`: those of a group of their own if it runs beside the training.
+        collectives: The ranks in `run`: in a group of its own if it runs beside the training.
         disk: Where to.
         parts: This rank's parts.
         step, number: For the manifest.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from .copying import Room
 from .entries import Entry
 from .errors import CheckpointError, LoadError, SaveError, listed
 from .finding import is_whole
-from .joint import check_called_by_all, of_the_first, together
+from .joint import all_ranks, check_called_by_all, of_the_first, together
 from .names import FOLDER, NUMBERED, number_of, numbered_folders
 from .objects import custom_entry, scaler_entry, scheduler_entry
 from .progress import Run
@@ -62,15 +63,16 @@ class Checkpoints:
     def save(self, output_dir: str | os.PathLike[str] | None, safe: bool, asynchronous: bool) -> Path | str:
         """See `Accelerator.save_state`."""
         run = self._run()
-        comm = run.world.collectives
-        check_called_by_all(comm, "save_state")
+        check_called_by_all(run.world.collectives, "save_state")
         self._check_window("save_state", SaveError)
         self.wait()
         for agree in self.boundaries.values():
             agree()
+        run = _apart(run, SaveError)
+        comm = run.world.collectives
         outgoing = remote.Outgoing(run.world, str(output_dir)) if remote.is_url(output_dir) else None
         target = self._named(run, output_dir) if outgoing is None else outgoing.folder
-        collectives = self._writer.collectives() if asynchronous else comm
+        collectives = all_ranks(SaveError, "saves in the background") if asynchronous else comm
         disk = open_staging(run.world, target, self._project.save_on_each_node)
         # Ranks may differ in the folder they asked for; rank 0's counts.
         target = disk.target
@@ -183,6 +185,7 @@ class Checkpoints:
         if project is None:
             raise ValueError("resume looks for checkpoints below the project's folder: Accelerator(project_dir=...).")
         self.wait()
+        run = _apart(run, LoadError)
         folder, passed_over = loading.find(run.world, project)
         if folder is None:
             return None
@@ -195,6 +198,7 @@ class Checkpoints:
         run = self._run()
         check_called_by_all(run.world.collectives, "load_state")
         self.wait()
+        run = _apart(run, LoadError)
         if remote.is_url(input_dir):
             report: loading.LoadReport = remote.fetch(
                 run.world, str(input_dir), lambda folder: self._load(run, folder, verified=False, **options)
@@ -264,6 +268,11 @@ class Checkpoints:
             return
         numbers = [number_of(other) for other in numbered_folders(project)]
         self._project.iteration = max(number for number in numbers if number is not None) + 1
+
+
+def _apart(run: Run, failure: type[CheckpointError]) -> Run:
+    """Returns the run with the ranks in a group of their own, since they wait for each other's disks."""
+    return dataclasses.replace(run, world=dataclasses.replace(run.world, collectives=all_ranks(failure)))
 
 
 def _ranks_in(folder: Path) -> int:

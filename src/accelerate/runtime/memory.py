@@ -13,20 +13,21 @@ import gc
 import inspect
 import logging
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from . import devices
-from .transport import Collectives, TorchCollectives
-from .world import current, is_joined, when_leaving
+from .cpu_groups import cpu_group
+from .transport import Collectives
 
 _R = TypeVar("_R")
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_ATTEMPT = datetime.timedelta(days=365)
+"""How long processes wait for each other between two attempts: an attempt may be the whole training."""
 
 # What allocators say. A device's own message is "<KIND> out of memory", so the kinds come from the table.
 _OUT_OF_MEMORY = (
@@ -256,19 +257,5 @@ class _Agreement:
             ) from error
 
 
-# One for each group of the run; when that is left, torch destroys both.
-_CHANNELS: weakref.WeakKeyDictionary[dist.ProcessGroup, Collectives] = weakref.WeakKeyDictionary()
-when_leaving(_CHANNELS.clear)
-
-
 def _own_channel() -> Collectives:
-    """Collectives that share no group with the training code, and that wait for as long as an attempt may take."""
-    if not (dist.is_available() and dist.is_initialized() and dist.is_gloo_available()):
-        return current().collectives if is_joined() else Collectives(torch.device("cpu"))
-    run = dist.group.WORLD
-    assert run is not None
-    channel = _CHANNELS.get(run)
-    if channel is None:
-        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
-        channel = _CHANNELS[run] = TorchCollectives(torch.device("cpu"), group)
-    return channel
+    return cpu_group("attempts at a batch size", _LONGEST_ATTEMPT)

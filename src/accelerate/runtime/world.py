@@ -63,7 +63,6 @@ class World:
         kind: How the run is distributed, before a strategy refines it.
         debug: Check shapes on all ranks before each collective.
         fork_launched: Whether `notebook_launcher` forked this process.
-        timeout: How long peers may keep this process waiting, in groups of its own too; None: the backend's default.
     """
 
     rank: int
@@ -76,7 +75,6 @@ class World:
     kind: DistributedType
     debug: bool = False
     fork_launched: bool = False
-    timeout: datetime.timedelta | None = None
 
 
 _current: World | None = None
@@ -138,7 +136,6 @@ def join(
     common: dict[str, Any] = {
         "debug": env.flag("ACCELERATE_DEBUG_MODE"),
         "fork_launched": env.flag("FORK_LAUNCHED"),
-        "timeout": timeout,
     }
     if kind.name == "xla":
         return set_current(_xla_world(common))

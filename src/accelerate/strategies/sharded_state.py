@@ -29,7 +29,7 @@ class ShardedStateStrategy(Strategy):
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
-        return gathered(self.world.collectives, live.model_state(bare_model(model)))
+        return gathered(live.model_state(bare_model(model)))
 
     def state_to_save(self, model: nn.Module) -> dict[str, Any]:
         return self.model_state(model) if forms.saves_whole(self.settings.fsdp) else live.model_state(bare_model(model))
@@ -42,10 +42,10 @@ class ShardedStateStrategy(Strategy):
         *,
         safe: bool = True,
     ) -> list[Entry]:
-        bare, rank, comm = list(map(bare_model, models)), self.world.rank, self.world.collectives
+        bare, rank = list(map(bare_model, models)), self.world.rank
         if forms.saves_whole(self.settings.fsdp):
             return [
-                *(forms.gathered_optimizer(index, comm, optimizer, bare) for index, optimizer in enumerate(optimizers)),
+                *(forms.gathered_optimizer(index, rank, optimizer, bare) for index, optimizer in enumerate(optimizers)),
                 *(forms.gathered_model(index, state) for index, state in enumerate(weights)),
             ]
         return [
