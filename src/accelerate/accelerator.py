@@ -83,6 +83,7 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         dynamo_plugin: The same in detail.
         deepspeed_plugins: The same as `deepspeed_plugin`.
         parallelism_config: The sizes of the device mesh.
+        downcast_bf16: On TPUs in bf16, keep fp64 at 32 bits (a setting of old); without effect elsewhere.
         schedule_per_update: Schedulers step once an update, whatever the number of processes. By default an update of N
             processes counts N steps, since it consumes N batches.
         kwarg_handlers: Older spelling of `kwargs_handlers`.
@@ -126,9 +127,11 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
         parallelism_config: ParallelismConfig | None = None,
         *,
+        downcast_bf16: bool | str | None = None,
         schedule_per_update: bool = False,
         kwarg_handlers: list[KwargsHandler] | None = None,
     ) -> None:
+        self.downcast_bf16 = downcast_bf16
         engines = arguments.one_of(deepspeed_plugin=deepspeed_plugin, deepspeed_plugins=deepspeed_plugins)
         distribution = _distribution(fsdp_plugin, engines, megatron_lm_plugin, torch_tp_plugin, parallelism_config)
         self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
@@ -154,17 +157,15 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         self.gradient_state = GradientState(plugin)
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self.dataloader_config = arguments.loading(dataloader_config, split_batches)
-        self.rng_types = arguments.rng_types(rng_types)
 
         precision = choose_precision(self.mixed_precision, self.device, self.autocast_handler, self.scaler_handler)
         settings = RunSettings(
             precision=precision,
-            prepare_loader=self._prepare_loader,
+            loading=arguments.loading(dataloader_config, split_batches),
+            rng_types=arguments.rng_types(rng_types),
             device_placement=device_placement,
             step_scheduler_with_optimizer=step_scheduler_with_optimizer,
             schedule_per_update=schedule_per_update,
-            split_batches=self.dataloader_config.split_batches,
             ddp=self.ddp_handler,
             dynamo=dynamo,
             fsdp=getattr(self.state, "fsdp_plugin", None),
@@ -320,6 +321,24 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         return rank
 
     # Settings of loading and accumulation ------------------------------------------------------------------------------
+
+    @property
+    def dataloader_config(self) -> DataLoaderConfiguration:
+        """How data is shared between the processes; loaders prepared from now on follow it."""
+        return self.strategy.settings.loading
+
+    @dataloader_config.setter
+    def dataloader_config(self, config: DataLoaderConfiguration) -> None:
+        self.strategy.settings.loading = config
+
+    @property
+    def rng_types(self) -> list[str]:
+        """Random number generators that are synchronized at the start of each epoch."""
+        return self.strategy.settings.rng_types
+
+    @rng_types.setter
+    def rng_types(self, rng_types: list[str | RNGType] | None) -> None:
+        self.strategy.settings.rng_types = arguments.rng_types(rng_types)
 
     @property
     def split_batches(self) -> bool:
@@ -478,12 +497,11 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         """Makes models, optimizers, loaders and schedulers ready for the run, and returns them in the same order.
 
         Args:
-            *args: In any order: modules, optimizers, loaders, schedulers. What is prepared already is given back as it
-                is; None and objects of other kinds too.
+            *args: In any order: modules, optimizers, loaders, schedulers. Returns prepared objects, None and objects of
+                other kinds as they came, with a warning about those that look like a mistake (a dataset, a list of models).
             device_placement: For each argument, whether to move it to `device`; None takes the general setting.
 
         Raises:
-            TypeError: for an object that cannot be meant, such as a dataset or a list of models.
             ValueError: for an object that cannot be prepared, saying what to do. Nothing has been changed then.
         """
         placement = device_placement if device_placement is not None else [None] * len(args)
@@ -552,22 +570,9 @@ class Accelerator(CheckpointMethods, TrackerMethods):
             slice_fn_for_dispatch: How rank 0 cuts a batch into the ranks' parts; by default along dimension 0.
         """
         moves = self.device_placement if device_placement is None else device_placement
-        prepared = self._prepare_loader(data_loader, moves, slice_fn_for_dispatch)
+        prepared = self.strategy.prepare_data_loader(data_loader, moves, slice_fn_for_dispatch)
         _append_new(self._dataloaders, prepared)
         return prepared
-
-    def _prepare_loader(self, data_loader: Any, on_device: bool, slice_fn: Any) -> Any:
-        if isinstance(data_loader, (loading.DataLoaderShard, loading.DataLoaderDispatcher)):
-            return data_loader
-        plan = loading.plan_data(
-            data_loader,
-            self.dataloader_config,
-            self.strategy.data_ranks(),
-            put_on_device=on_device,
-            rng_types=self.rng_types,
-            slice_fn=slice_fn,
-        )
-        return plan.build(self.device, self.torch_device_mesh)
 
     def _register(self, bundle: Bundle) -> None:
         for models, known in (
@@ -768,7 +773,7 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         )
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """The ``sum`` or ``mean`` over the ranks, times `scale`; ``none`` gives back what came in."""
+        """Returns the ``sum``, ``mean``, ``max`` or ``min`` over the ranks, times `scale`; ``none`` returns the input."""
         return collectives.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:

@@ -5,6 +5,7 @@ Ranks meet at a store on 127.0.0.1; an error in one ends the others and is raise
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -73,7 +74,9 @@ def notebook_launcher(
         log_line_prefix_template: Prefix of lines that torch's agent copies, where several machines take part.
 
     Raises:
-        ValueError: when a precision or a number of processes makes no sense, or this process has an `Accelerator`.
+        TypeError: for a `function` that cannot be called with `args`.
+        ValueError: for numbers of processes or machines, a precision or a port that cannot be used; when this process has
+            an `Accelerator`.
         RuntimeError: when this process has used its accelerator already.
         torch.multiprocessing.ProcessRaisedException: when `function` raised, with the traceback of the first to fail.
         torch.multiprocessing.ProcessExitedException: when a process was killed or left with another exit code.
@@ -87,6 +90,15 @@ def notebook_launcher(
         raise ValueError(
             f"mixed_precision={mixed_precision!r}: expected one of {', '.join(map(str, PrecisionType.list()))}."
         )
+    _check_call("notebook_launcher", function, args)
+    if num_nodes < 1 or not 0 <= node_rank < num_nodes:
+        raise ValueError(
+            f"node_rank={node_rank}, num_nodes={num_nodes}: machines are numbered from 0 to num_nodes - 1, and the ranks "
+            "of this one would wait for others that never come."
+        )
+    if max_restarts < 0:
+        raise ValueError(f"max_restarts={max_restarts}: expected 0 or more.")
+    port = _port(use_port)
     kind, count = _count(num_processes)
     precision = {"ACCELERATE_MIXED_PRECISION": mixed_precision}
     if count == 1 and num_nodes == 1:
@@ -102,12 +114,12 @@ def notebook_launcher(
     if num_nodes == 1 and rdzv_backend == "static":
         for attempt in range(max_restarts + 1):
             try:
-                return _fork(function, args, count, precision, _port(use_port), attempt, max_restarts)
+                return _fork(function, args, count, precision, port, attempt, max_restarts)
             except _rank_errors():
                 if attempt == max_restarts:
                     raise
                 print(f"A process failed; starting all again ({max_restarts - attempt} more times).")
-    endpoint = rdzv_endpoint or f"{master_addr}:{_port(use_port)}"
+    endpoint = rdzv_endpoint or f"{master_addr}:{port}"
     config = {
         "min_nodes": num_nodes,
         "max_nodes": num_nodes,
@@ -132,10 +144,12 @@ def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_p
         num_processes: How many processes.
 
     Raises:
+        TypeError: for a `function` that cannot be called with `args`.
         ValueError: for fewer than one process, or when this process is part of a process group itself.
         torch.multiprocessing.ProcessRaisedException: when `function` raised, with the traceback of the first to fail.
         torch.multiprocessing.ProcessExitedException: when a process was killed or left with another exit code.
     """
+    _check_call("debug_launcher", function, args)
     if num_processes < 1:
         raise ValueError(f"num_processes={num_processes}: expected at least 1.")
     _refuse_if_grouped("debug_launcher")
@@ -164,11 +178,30 @@ def _count(wanted: int | None) -> tuple[devices.DeviceKind, int]:
     return kind, wanted
 
 
+def _check_call(launcher: str, function: Any, args: Any) -> None:
+    """Raises a TypeError if ``function(*args)`` cannot be called."""
+    if not callable(function):
+        raise TypeError(
+            f"{launcher} takes the function that each process runs, found {type(function).__name__} {function!r}: pass the "
+            f"function itself, without calling it, and its arguments in `args`: {launcher}(train, args=(1, 2))."
+        )
+    try:
+        inspect.signature(function).bind(*args)
+    except ValueError:  # a builtin without a signature
+        return
+    except TypeError as error:
+        name = getattr(function, "__name__", repr(function))
+        raise TypeError(f"{launcher} would call {name} with args={args!r}: {error}.") from None
+
+
 def _port(port: str | int) -> int:
     try:
-        return int(port)
+        number = int(port)
     except ValueError:
-        raise ValueError(f"use_port={port!r}: expected the number of a port.") from None
+        number = -1
+    if not 0 <= number < 2**16:
+        raise ValueError(f"use_port={port!r}: expected the number of a port, 0 to 65535.")
+    return number
 
 
 def _refuse_if_started(launcher: str) -> None:
@@ -227,21 +260,22 @@ def _fork(
     """Runs `function` on `count` forked ranks and waits for them; see `notebook_launcher` for what is raised."""
     if not hasattr(os, "fork"):
         raise RuntimeError("this system cannot fork: put the function into a script and use `accelerate launch`.")
-    meeting = Loopback(port)
-    if port not in (0, meeting.port):
-        print(f"Port {port} is taken, using port {meeting.port}.")
-    common = {
-        **variables,
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count,
-        "NODE_RANK": 0,
-        "NPROC": count,
-        "MASTER_ADDR": ADDRESS,
-        "MASTER_PORT": meeting.port,
-        "TORCHELASTIC_USE_AGENT_STORE": True,
-        "TORCHELASTIC_RESTART_COUNT": attempt,
-        "TORCHELASTIC_MAX_RESTARTS": max_restarts,
-    }
+    meeting = Loopback(port) if count > 1 else None
+    common: dict[str, Any] = dict(variables)
+    if meeting is not None:
+        if port not in (0, meeting.port):
+            print(f"Port {port} is taken, using port {meeting.port}.")
+        common |= {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "NODE_RANK": 0,
+            "NPROC": count,
+            "MASTER_ADDR": ADDRESS,
+            "MASTER_PORT": meeting.port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": attempt,
+            "TORCHELASTIC_MAX_RESTARTS": max_restarts,
+        }
     sys.stdout.flush()
     sys.stderr.flush()
     context = multiprocessing.get_context("fork")
@@ -257,11 +291,13 @@ def _fork(
         try:
             for rank in ranks:
                 rank.start()
-            meeting.serve()
+            if meeting is not None:
+                meeting.serve()
             _wait(ranks, notes)
         finally:
             _end(ranks)
-            meeting.shutdown()
+            if meeting is not None:
+                meeting.shutdown()
 
 
 def _rank(
@@ -278,7 +314,11 @@ def _rank(
 
     torch.set_num_threads(env.integer("OMP_NUM_THREADS", 1))
     try:
-        PrepareForLaunch(function)(index, *args)
+        if "WORLD_SIZE" in common:
+            PrepareForLaunch(function)(index, *args)
+        else:  # a rank without peers has no group
+            env.publish({"FORK_LAUNCHED": 1})
+            function(*args)
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
     except Exception:  # noqa: BLE001 - the parent raises it

@@ -144,6 +144,14 @@ class PartialState(_Shared):
     def __repr__(self) -> str:
         return _described(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if world.is_joined():  # which holds these two as well: collectives read them there
+            if name == "debug":
+                world.set_debug(value)
+            elif name == "device" and value != world.current().device:
+                world.set_device(torch.device(value))
+        super().__setattr__(name, value)
+
     @staticmethod
     def _reset_state() -> None:
         """Forgets who this process is; a process group stays up and is taken up again by the next instance."""
@@ -339,14 +347,18 @@ class AcceleratorState(_Shared):
         if cpu and partial.device.type != "cpu":
             raise ValueError(_ALREADY.format(setting="cpu=True"))
         mesh = sizes.get_device_mesh(partial.device.type) if sizes is not None else None
-        self.__dict__.update(partial.__dict__)
         self._mixed_precision = wanted
         self.dynamo_plugin = dynamo_plugin
         self.deepspeed_plugins = plugins.deepspeed
         self.torch_tp_plugin = torch_tp_plugin
         self.parallelism_config = sizes
         self.device_mesh = mesh
-        if plugins.kind is not None:
+        if plugins.kind is DistributedType.FSDP and partial.backend is None:
+            logger.warning(
+                "fully sharded training was asked for, and this process is alone: it trains unsharded. Start several with "
+                "`accelerate launch --use_fsdp --num_processes N`."
+            )
+        elif plugins.kind is not None:
             self.distributed_type = plugins.kind
         if plugins.fsdp is not None:
             self.fsdp_plugin = plugins.fsdp
@@ -380,9 +392,15 @@ class AcceleratorState(_Shared):
 
     def __getattr__(self, name: str) -> Any:
         # distributed_type, device …: PartialState's, unless a strategy has refined them here; likewise its methods.
-        if not name.startswith("__") and self._shared_state and hasattr(PartialState, name):
+        if not name.startswith("__") and self._shared_state and _is_of_partial_state(name):
             return getattr(PartialState(), name)
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PartialState._known_attributes and name != "distributed_type":  # a strategy refines that one here
+            setattr(PartialState(), name, value)
+        else:
+            super().__setattr__(name, value)
 
     @staticmethod
     def _reset_state(reset_partial_state: bool = False) -> None:
@@ -400,8 +418,7 @@ class AcceleratorState(_Shared):
     @property
     def is_fsdp2(self) -> bool:
         """Whether the run uses FSDP in its second version."""
-        plugin = self.__dict__.get("fsdp_plugin")
-        return plugin is not None and plugin.fsdp_version == 2
+        return self.distributed_type is DistributedType.FSDP and self.fsdp_plugin.fsdp_version == 2
 
     @property
     def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
@@ -480,6 +497,10 @@ class AcceleratorState(_Shared):
     def print(self, *args: Any, **kwargs: Any) -> None:
         """See `PartialState.print`."""
         PartialState().print(*args, **kwargs)
+
+
+def _is_of_partial_state(name: str) -> bool:
+    return name in PartialState._known_attributes or hasattr(PartialState, name)
 
 
 _ALREADY = (

@@ -46,6 +46,20 @@ def test_the_scripts_arguments_are_untouched(words: list[str], accelerate: Run, 
     assert report_of(accelerate("launch", "--num_processes", "1", "--", name, *words))["argv"] == words
 
 
+def test_a_launch_from_python_returns(accelerate: Run, script: Write) -> None:
+    name = script("import os, sys\nprint(os.getpid(), flush=True)\nsys.exit(int(sys.argv[1]))\n")
+    driver = (
+        "import os, sys\nfrom accelerate.commands.launch import launch_command, launch_command_parser\n"
+        "args = launch_command_parser().parse_args(['--cpu', '--num_processes', '1', sys.argv[1], sys.argv[2]])\n"
+        "try:\n    launch_command(args)\nexcept SystemExit as end:\n    print('ended with', end.code)\n"
+        "else:\n    print('returned')\nprint(os.getpid())\n"
+    )
+    for code, end in (("0", "returned"), ("3", "ended with 3")):
+        done = accelerate(name, code, command=[sys.executable, "-c", driver])
+        child, said, caller = done.stdout.splitlines()
+        assert said == end and child != caller, done.stderr
+
+
 OBSERVED = ["cli.launch.flags", "cli.launch.no_python", "cli.launch.dash_alias"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from accelerate import PartialState
 from accelerate.runtime import world
 from accelerate.runtime.collectives import (
     CannotPadNestedTensorWarning,
@@ -24,6 +25,7 @@ from accelerate.runtime.collectives import (
     pad_input_tensors,
     reduce,
 )
+from accelerate.state import AcceleratorState
 from tests.helpers.behaviours import encode, outputs, per_rank
 
 RunRanks = Callable[..., list[Any]]
@@ -281,6 +283,37 @@ def mismatches() -> dict[str, str]:
     assert pad_across_processes(torch.ones(rank + 1, rank + 2)).shape == (here.size, rank + 2)
     assert "gather was given a str" in str(raised(lambda: gather("text")))
     return texts
+
+
+def debug_set_later() -> tuple[str, bool]:
+    state = PartialState(cpu=True)
+    state.debug = True
+    error = raised(lambda: reduce(torch.ones(state.process_index + 1)))
+    assert isinstance(error, DistributedOperationException), error
+    AcceleratorState().debug = False
+    return str(error), world.current().debug
+
+
+def test_debug_mode_can_be_set_at_run_time(run_ranks: RunRanks) -> None:
+    (first, off), (second, _) = run_ranks(2, debug_set_later)
+    assert "[1]" in first and "[2]" in first and first == second
+    assert not off
+
+
+def extremes() -> list[Any]:
+    rank = world.join(cpu=True).rank
+    tree = {
+        "i": torch.tensor([rank, -rank]),
+        "b": torch.tensor([rank == 1, False]),
+        "h": torch.tensor(rank + 0.5).half(),
+    }
+    most, least = reduce(tree, "max"), reduce(tree, "min", scale=2)
+    assert [most[key].dtype for key in tree] == [torch.int64, torch.bool, torch.float16]
+    return [*(most[key].tolist() for key in tree), *(least[key].tolist() for key in ("i", "h"))]
+
+
+def test_reduce_takes_the_largest_and_the_smallest(run_ranks: RunRanks) -> None:
+    assert run_ranks(3, extremes) == [[[2, 0], [True, False], 2.5, [0, -4], 1.0]] * 3
 
 
 @pytest.mark.parametrize("size", [2, 3])

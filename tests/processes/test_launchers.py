@@ -145,6 +145,12 @@ def test_ranks_for_a_test(cell: Any) -> None:
     assert error[0] == "ValueError" and after == "1"
 
 
+def test_one_rank_for_a_test_is_on_its_own(cell: Any) -> None:
+    [[row]] = cell("debug_launcher(report, ('x',), num_processes=1)")
+    assert row["kind"] == "DistributedType.NO" and row["ranks"] == [0] and row["forked"]
+    assert "WORLD_SIZE" not in row["env"]
+
+
 def test_the_first_rank_to_fail_is_the_one_named(cell: Any) -> None:
     raised, left, killed = cell(
         """
@@ -209,6 +215,25 @@ def test_what_cannot_be_launched_is_said(cell: Any) -> None:
     for (_, text), words in zip(
         errors, ["num_processes", "num_processes=-1", "fp15", "use_port", "Accelerator"], strict=True
     ):
+        assert words in text
+
+
+def test_arguments_are_checked_before_anything_starts(cell: Any) -> None:
+    errors = cell(
+        """
+        attempt(notebook_launcher, report, num_processes=1, num_nodes=2, node_rank=2)
+        attempt(notebook_launcher, report, num_processes=1, num_nodes=0)
+        attempt(notebook_launcher, None, num_processes=2)
+        attempt(debug_launcher, report())
+        attempt(debug_launcher, lambda first, second: None, (1,))
+        attempt(notebook_launcher, report, num_processes=2, use_port=70000)
+        attempt(notebook_launcher, report, num_processes=2, max_restarts=-1)
+        """
+    )
+    wanted = ["node_rank=2, num_nodes=2", "num_nodes=0", "without calling it", "without calling it", "'second'"]
+    wanted += ["use_port=70000", "max_restarts=-1"]
+    errors = [error for error in errors if not isinstance(error[0], dict)]
+    for (_, text), words in zip(errors, wanted, strict=True):
         assert words in text
 
 

@@ -76,11 +76,21 @@ def test_accelerator_state_adds_precision_and_answers_for_partial_state():
     assert state.distributed_type is DistributedType.NO
     assert (state.num_processes, state.process_index, state.device.type) == (1, 0, "cpu")
     assert repr(state).endswith("\nMixed precision type: bf16\n")
-    assert set(AcceleratorState._known_attributes) == set(vars(state))
+    assert all(hasattr(state, name) for name in AcceleratorState._known_attributes)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = state.nonsense
     with state.split_between_processes([1]) as part:
         assert part == [1]
+
+
+def test_debug_and_device_are_one_setting_wherever_they_are_set():
+    partial, state = PartialState(cpu=True), AcceleratorState(cpu=True)
+    partial.debug = True
+    assert state.debug and world.current().debug
+    state.debug = False
+    assert not partial.debug and not world.current().debug
+    state.device = torch.device("cpu", 0)
+    assert partial.device == world.current().device == world.current().collectives.device == torch.device("cpu", 0)
 
 
 def test_settings_of_a_run_do_not_change():

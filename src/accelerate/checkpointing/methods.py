@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,14 @@ class CheckpointMethods:
 
     @cached_property
     def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(self._run, self.strategy, self.project_configuration)
+        bound = weakref.WeakMethod(self._run)  # a reference cycle would keep models alive until the collector runs
+
+        def run() -> Run:
+            method = bound()
+            assert method is not None, "the Accelerator calls its own checkpoints"
+            return method()
+
+        return Checkpoints(run, self.strategy, self.project_configuration)
 
     def _run(self: Any) -> Run:
         return Run(

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(format_help(words.flags))
             return 0
-        return _start(words)
+        return _start(words, replace=True)
     except SettingsError as error:
         print(f"accelerate launch: {error}", file=sys.stderr)
         return 2
@@ -37,21 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _start(words: parse.Words) -> int:
+def _start(words: parse.Words, *, replace: bool) -> int:
     from ..launch.run import launch
 
     settings, file = parse.of_words(words)
-    return launch(settings, file.path if file is not None else None)
+    return launch(settings, file.path if file is not None else None, replace=replace)
 
 
 def launch_command(args: argparse.Namespace) -> None:
-    """Launches what `args`, from `launch_command_parser`, describe. A single process takes this one's place.
+    """Launches what `args`, from `launch_command_parser`, describe, and returns when it has ended.
 
     Raises:
         SystemExit: with the exit code, unless it is 0.
     """
     try:
-        code = _start(parse.of_namespace(args))
+        code = _start(parse.of_namespace(args), replace=False)
     except SettingsError as error:
         print(f"accelerate launch: {error}", file=sys.stderr)
         code = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..runtime.place import DEFAULT_PORT, LOOPBACK
 from ..settings import env
@@ -12,6 +12,9 @@ from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
 from .console import say
 from .plan import LaunchPlan
+
+Starter = Callable[[str, Sequence[str], Mapping[str, str]], int]
+"""Runs a program and returns its exit code: `become` or `run_beside`."""
 
 
 def become(program: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -25,20 +28,43 @@ def become(program: str, command: Sequence[str], environment: Mapping[str, str])
     Raises:
         SettingsError: when it cannot be started.
     """
+    if os.name == "nt":  # there, exec starts another process and leaves
+        return run_beside(program, command, environment)
     sys.stdout.flush()
     sys.stderr.flush()
-    if os.name == "nt":  # there, exec starts another process and leaves
-        import subprocess
-
-        return subprocess.run([program, *command[1:]], env=environment, check=False).returncode
     try:
         os.execve(program, list(command), dict(environment))
     except OSError as error:
         raise SettingsError(f"{program} cannot be started: {error.strerror}.") from None
 
 
-def start_mpirun(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    """Becomes ``mpirun``, which starts the processes and looks after them.
+def run_beside(program: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs the program in a child process and waits for it: the caller is somebody's Python, and goes on.
+
+    Args:
+        program: Its path.
+        command: The words it is called with.
+        environment: All of its environment.
+
+    Returns:
+        Its exit code; 128 plus the number of the signal that ended it.
+
+    Raises:
+        SettingsError: when it cannot be started.
+    """
+    import subprocess
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        code = subprocess.run([program, *command[1:]], env=dict(environment), check=False).returncode
+    except OSError as error:
+        raise SettingsError(f"{program} cannot be started: {error.strerror}.") from None
+    return code if code >= 0 else 128 - code
+
+
+def start_mpirun(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+    """Runs ``mpirun`` through `start`; it starts the processes and looks after them.
 
     Raises:
         SettingsError: when it cannot be used here.
@@ -58,11 +84,11 @@ def start_mpirun(plan: LaunchPlan, settings: LaunchSettings) -> int:
     if settings.machines == 1:
         wanted = DEFAULT_PORT if settings.main_process_port is None else settings.main_process_port
         environment["MASTER_PORT"] = str(_free_port(wanted, settings.quiet))
-    return become(program, plan.command, environment)
+    return start(program, plan.command, environment)
 
 
-def start_deepspeed(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    """Becomes ``deepspeed``, which starts the processes on all machines.
+def start_deepspeed(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+    """Runs ``deepspeed`` through `start`; it starts the processes on all machines.
 
     Raises:
         SettingsError: when it cannot be used here.
@@ -84,7 +110,7 @@ def start_deepspeed(plan: LaunchPlan, settings: LaunchSettings) -> int:
             "the launcher's variables go to the other machines by a DS_ENV_FILE (with your .deepspeed_env)",
             settings.quiet,
         )
-    return become(program, plan.command, environment)
+    return start(program, plan.command, environment)
 
 
 def _in_memory(text: str) -> str:

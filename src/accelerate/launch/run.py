@@ -16,20 +16,21 @@ from ..settings.option import SettingsError
 from .console import say
 from .machine import Machine, look, remarks, resolve
 from .plan import LaunchPlan, build, check_named, choose
-from .programs import become
+from .programs import Starter, become, run_beside, start_deepspeed, start_mpirun
 
 _FP8_PACKAGES = {"te": "transformer_engine", "ao": "torchao", "msamp": "msamp"}
 
 
-def launch(settings: LaunchSettings, file: str | None = None) -> int:
+def launch(settings: LaunchSettings, file: str | None = None, *, replace: bool = True) -> int:
     """Plans for this machine and starts.
 
     Args:
         settings: What was asked for.
         file: The configuration file that took part.
+        replace: A single process takes this one's place, as the command line wants it; False: it is a child.
 
     Returns:
-        The exit code of a run of several processes; a single process takes this one's place instead.
+        The exit code, where this process was not replaced.
 
     Raises:
         SettingsError: when the settings cannot be used here.
@@ -49,7 +50,7 @@ def launch(settings: LaunchSettings, file: str | None = None) -> int:
     chosen = _choices(settings, resolved, machine) if file is None else []
     for line in (*plan.notes, *remarks(settings, machine), *_absent(settings, machine, plan), *chosen):
         say(line, resolved.quiet)
-    return start(plan, resolved)
+    return _STARTERS[plan.starter](plan, resolved, become if replace else run_beside)
 
 
 def _print(plan: LaunchPlan, settings: LaunchSettings) -> int:
@@ -61,11 +62,6 @@ def _print(plan: LaunchPlan, settings: LaunchSettings) -> int:
     sys.stdout.buffer.write(text.encode(errors="surrogateescape"))  # file names need not be valid text
     sys.stdout.flush()
     return 0
-
-
-def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    """Starts `plan`; see `launch`."""
-    return _STARTERS[plan.starter](plan, settings)
 
 
 def check_script(settings: LaunchSettings) -> None:
@@ -149,49 +145,37 @@ def _choices(asked: LaunchSettings, resolved: LaunchSettings, machine: Machine) 
     return [f"{processes} on {where}, mixed precision {resolved.mixed_precision or 'no'} (see -h to change)"]
 
 
-def _in_place(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    """Becomes the script: its signals, its exit code and its last words are its own."""
+def _alone(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+    """Runs the script; where this process becomes it, its signals, its exit code and its last words are its own."""
     environment = plan.environment_over(env.snapshot())
     program = _program(plan.command[0]) if settings.no_python else plan.command[0]
-    return become(program, plan.command, environment)
+    return start(program, plan.command, environment)
 
 
-def _ranks(plan: LaunchPlan, settings: LaunchSettings) -> int:
+def _ranks(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
     from .ranks import run
 
     return run(plan, settings)
 
 
-def _mpirun(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    from .programs import start_mpirun
-
-    return start_mpirun(plan, settings)
-
-
-def _deepspeed(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    from .programs import start_deepspeed
-
-    return start_deepspeed(plan, settings)
-
-
-def _pod(plan: LaunchPlan, settings: LaunchSettings) -> int:
+def _pod(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
     from .tpu import start_pod
 
     return start_pod(plan, settings)
 
 
-def _sagemaker(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    from .sagemaker import start
+def _sagemaker(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+    from .sagemaker import start as start_job
 
-    return start(plan, settings)
+    return start_job(plan, settings)
 
 
-_STARTERS: dict[str, Callable[[LaunchPlan, LaunchSettings], int]] = {
-    "python": _in_place,
+_STARTERS: dict[str, Callable[[LaunchPlan, LaunchSettings, Starter], int]] = {
+    "python": _alone,
     "torch": _ranks,
-    "mpirun": _mpirun,
-    "deepspeed": _deepspeed,
-    "tpu": _in_place,
+    "mpirun": start_mpirun,
+    "deepspeed": start_deepspeed,
+    "tpu": _alone,
     "tpu-pod": _pod,
     "sagemaker": _sagemaker,
 }

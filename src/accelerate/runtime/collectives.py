@@ -150,18 +150,19 @@ def _check_rank(rank: int, comm: Collectives) -> None:
 
 @verify_operation
 def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
-    """Adds up the tensors of all processes, on all of them.
+    """Combines the tensors of all processes element by element, on all of them.
 
     Args:
         tensor: A tensor, or lists, tuples and mappings of tensors, of the same structure, shapes and dtypes on every
             process.
-        reduction: ``"sum"``, ``"mean"``, or ``"none"``, which communicates nothing and gives back `tensor` itself.
+        reduction: ``"sum"``, ``"mean"``, ``"max"``, ``"min"``, or ``"none"``, which communicates nothing and returns
+            `tensor` itself.
         scale: Factor on the result.
 
     Returns:
         The same structure with new tensors, contiguous, without gradient where there are several processes, on the
         device that the input was on. The dtype stays, except: the mean of integers, and a scaled integer, is a float;
-        booleans are counted, in int64.
+        ``"sum"`` and ``"mean"`` count booleans, in int64.
 
     Raises:
         TypeError: when something in `tensor` is not a tensor.
@@ -170,8 +171,8 @@ def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
     """
     if reduction == "none":
         return tensor
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction={reduction!r} is unknown: choose 'sum', 'mean' or 'none'.")
+    if reduction not in ("sum", "mean", "max", "min"):
+        raise ValueError(f"reduction={reduction!r} is unknown: choose 'sum', 'mean', 'max', 'min' or 'none'.")
     return map_tensors("reduce", _reduce_one, tensor, current().collectives, reduction, scale)
 
 
@@ -179,8 +180,9 @@ def _reduce_one(tensor: torch.Tensor, comm: Collectives, reduction: str, scale: 
     if comm.size == 1:
         return tensor.clone() if scale == 1 else tensor * scale
     total = tensor.detach().to(comm.device, _SUMMED_AS.get(tensor.dtype, tensor.dtype), copy=True).contiguous()
-    comm.all_reduce(total)
-    if total.dtype != tensor.dtype and tensor.dtype != torch.bool:
+    adds = reduction in ("sum", "mean")
+    comm.all_reduce(total, "sum" if adds else reduction)
+    if total.dtype != tensor.dtype and not (adds and tensor.dtype == torch.bool):
         total = total.to(tensor.dtype)
     if reduction == "mean":
         total = total / comm.size

@@ -105,6 +105,11 @@ def set_device(device: torch.device) -> World:
     return set_current(replace(world, device=device))
 
 
+def set_debug(debug: bool) -> World:
+    """Turns the comparison of shapes before each collective on or off."""
+    return set_current(replace(current(), debug=debug))
+
+
 def forget() -> None:
     """Drops the record and keeps the process group: the next `join` takes it up again."""
     global _current

@@ -48,6 +48,7 @@ class DistributedType(str, enum.Enum):
     DEEPSPEED = "DEEPSPEED"
     FSDP = "FSDP"
     XLA = "XLA"
+    TPU = "XLA"  # noqa: PIE796 - the name of old is an alias
     MEGATRON_LM = "MEGATRON_LM"
 
 

@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..checkpointing.forms import model_in, optimizer_in
 from ..checkpointing.objects import model_entry, optimizer_entry
+from ..data_loader import DataLoaderDispatcher, DataLoaderShard, plan_data
 from ..data_loader.mesh import data_ranks_of_mesh
 from ..optimizer import AcceleratedOptimizer
 from ..placement.tensors import check_device_same
@@ -25,6 +26,7 @@ from ..runtime.world import DataRanks, World
 from ..scheduler import AcceleratedScheduler
 from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
+from ..settings.handlers import DataLoaderConfiguration
 from .context_parallel import shared_sequences
 from .mesh import agree_on_random_states
 from .sequence_ways import check_details
@@ -77,21 +79,21 @@ class RunSettings:
         device_placement: Move models, optimizers and batches to the run's device unless told otherwise.
         step_scheduler_with_optimizer: Schedulers step when their optimizers did.
         schedule_per_update: Schedulers step once an update, whatever the number of processes.
-        split_batches: A loader's batch is split over the processes.
         ddp: Arguments for DistributedDataParallel.
         dynamo: How models are compiled.
         fsdp: How models are sharded.
         mesh: The device mesh.
         sizes: What the mesh was built from, and details of its dimensions.
-        prepare_loader: Turns a loader, and whether to move its batches, into this rank's prepared loader.
+        loading: How data is shared between the processes.
+        rng_types: Random number generators to synchronize at the start of each epoch.
     """
 
     precision: Precision
-    prepare_loader: Callable[[Any, bool, Any], Any]
+    loading: DataLoaderConfiguration = field(default_factory=DataLoaderConfiguration)
+    rng_types: list[str] = field(default_factory=list)
     device_placement: bool = True
     step_scheduler_with_optimizer: bool = True
     schedule_per_update: bool = False
-    split_batches: bool = False
     ddp: DistributedDataParallelKwargs | None = None
     dynamo: TorchDynamoPlugin | None = None
     fsdp: FullyShardedDataParallelPlugin | None = None
@@ -167,7 +169,7 @@ class Strategy:
         for place, optimizer in bundle.optimizers.items():
             bundle.optimizers[place] = self.prepare_optimizer(optimizer, place in bundle.on_device)
         for place, loader in bundle.loaders.items():
-            bundle.loaders[place] = self.settings.prepare_loader(loader, place in bundle.on_device, None)
+            bundle.loaders[place] = self.prepare_data_loader(loader, place in bundle.on_device)
         return bundle
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
@@ -206,9 +208,30 @@ class Strategy:
             scheduler,
             matching or list(optimizers),
             step_with_optimizer=self.settings.step_scheduler_with_optimizer,
-            split_batches=self.settings.split_batches,
+            split_batches=self.settings.loading.split_batches,
             per_update=self.settings.schedule_per_update,
         )
+
+    def prepare_data_loader(self, loader: Any, on_device: bool, slice_fn: Any = None) -> Any:
+        """Builds the loader of this rank's share; one that is prepared already stays.
+
+        Args:
+            loader: A torch ``DataLoader``.
+            on_device: Move its batches to the run's device.
+            slice_fn: Cuts a batch into the ranks' parts where rank 0 reads for all; None cuts along dimension 0.
+        """
+        if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)):
+            return loader
+        settings = self.settings
+        plan = plan_data(
+            loader,
+            settings.loading,
+            self.data_ranks(),
+            put_on_device=on_device,
+            rng_types=settings.rng_types,
+            slice_fn=slice_fn,
+        )
+        return plan.build(self.world.device, settings.mesh)
 
     def data_ranks(self) -> DataRanks:
         """Who reads which part of the data."""

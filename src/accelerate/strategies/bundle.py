@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,18 +15,30 @@ from ..optimizer import AcceleratedOptimizer
 from ..scheduler import AcceleratedScheduler
 from .base import Bundle
 
+logger = logging.getLogger(__name__)
+
 
 def classify(objects: Sequence[Any], *, on_device: frozenset[int], prepared: Iterable[Any] = ()) -> Bundle:
-    """The objects by kind; those in `prepared`, None, and objects of unknown kinds are left alone.
+    """Sorts objects by kind; those in `prepared`, None, and objects of unknown kinds are left alone.
 
-    Raises:
-        TypeError: for what cannot be meant, saying what to pass instead.
+    Objects that were most likely passed by mistake are left alone as well, with one warning for the call.
     """
     bundle = Bundle(on_device=on_device)
     known = list(prepared)
     for place, item in enumerate(objects):
         item = next((other for other in known if item is not None and item is _wrapped_in(other)), item)
         _kind_of(item, bundle, known)[place] = item
+    odd = [
+        f"{type(item).__name__} {_short(item)}: {advice}"
+        for item in bundle.others.values()
+        if (advice := _advice(item))
+    ]
+    if odd:
+        logger.warning(
+            "prepare returns these objects as they came, since it prepares models, optimizers, data loaders and "
+            "schedulers only: %s",
+            "; ".join(odd),
+        )
     return bundle
 
 
@@ -47,12 +60,6 @@ def _kind_of(item: Any, bundle: Bundle, known: list[Any]) -> dict[int, Any]:
         return bundle.schedulers
     if isinstance(item, DataLoader):
         return bundle.loaders
-    advice = _advice(item)
-    if advice is not None:
-        raise TypeError(
-            f"cannot prepare {type(item).__name__} {_short(item)}: pass models, optimizers, data loaders and "
-            f"schedulers. {advice}"
-        )
     return bundle.others
 
 
@@ -61,19 +68,19 @@ def _steps_like_a_scheduler(item: Any) -> bool:
 
 
 def _advice(item: Any) -> str | None:
-    """What the user most likely meant, for objects that are certainly a mistake."""
+    """Returns the remedy for an object that was most likely passed by mistake, else None."""
     if isinstance(item, (list, tuple, set, dict)):
-        return "Unpack it: prepare(*objects)."
+        return "to prepare what it holds, unpack it (prepare(*objects))"
     if inspect.isclass(item):
-        return "This is a class: pass an instance."
+        return "this is a class; pass an instance"
     if isinstance(item, Dataset):
-        return "Put the dataset into a DataLoader first."
+        return "put the dataset into a DataLoader first"
     if isinstance(item, torch.Tensor):
-        return "Tensors are moved with `tensor.to(accelerator.device)`."
+        return "a tensor is moved with tensor.to(accelerator.device)"
     if isinstance(item, (str, bytes, int, float, complex)):
-        return "This is a plain value."
+        return "a plain value needs no preparation"
     if inspect.isgenerator(item):
-        return "A generator of parameters belongs into an optimizer; a generator of batches into an IterableDataset."
+        return "parameters belong into an optimizer, batches into an IterableDataset"
     return None
 
 

@@ -52,11 +52,6 @@ class ShardedStrategy(ShardedStateStrategy, ABC):
         super().__init__(world, settings)
         assert settings.fsdp is not None, "the state makes one"
         self.plugin: FullyShardedDataParallelPlugin = settings.fsdp
-        if world.backend is None:
-            raise ValueError(
-                "fully sharded training needs a process group, even of one process: start the script with "
-                f"`accelerate launch --use_fsdp --fsdp_version {self.plugin.fsdp_version}`."
-            )
         self._replaced = replacing.Replaced()
         if isinstance(settings.precision.scaler, LossScaler):
             settings.precision.scaler.peers = world.collectives

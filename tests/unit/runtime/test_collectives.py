@@ -38,10 +38,13 @@ def test_reduce_on_one_process() -> None:
     tensor = torch.tensor([1.0, 2.0])
     total = reduce({"a": tensor}, "sum", scale=0.5)["a"]
     assert total.tolist() == [0.5, 1.0]
+    assert reduce(tensor, "max").tolist() == reduce(tensor, "min").tolist() == [1.0, 2.0]
     copied = reduce(tensor)
     assert copied is not tensor
     assert torch.equal(copied, tensor)
-    with pytest.raises(ValueError, match="reduction='product' is unknown: choose 'sum', 'mean' or 'none'"):
+    with pytest.raises(
+        ValueError, match="reduction='product' is unknown: choose 'sum', 'mean', 'max', 'min' or 'none'"
+    ):
         reduce(tensor, "product")
 
 
