@@ -27,6 +27,7 @@ from .hooks.dispatch import Dispatch
 from .placement.device_map import (
     check_device_map,
     infer_auto_device_map,
+    settled,
 )
 from .placement.loading import load_checkpoint_in_model, load_weights
 from .placement.memory import OFFLOADED, get_balanced_memory
@@ -38,7 +39,7 @@ from .placement.offload import (
 )
 from .placement.sizes import Dtype
 from .placement.tensors import Place
-from .runtime.devices import default_kind
+from .runtime.devices import default_kind, require_device, with_index
 from .settings import env
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def init_on_device(device: torch.device, include_buffers: bool | None = None) -> Iterator[None]:
+def init_on_device(device: Place, include_buffers: bool | None = None) -> Iterator[None]:
     """Modules made inside have their parameters on a device.
 
     Args:
@@ -79,12 +80,13 @@ def init_on_device(device: torch.device, include_buffers: bool | None = None) ->
     """
     if include_buffers is None:
         include_buffers = env.flag("ACCELERATE_INIT_INCLUDE_BUFFERS")
+    device = with_index(device)
     register_parameter, register_buffer = nn.Module.register_parameter, nn.Module.register_buffer
 
     def parameter_there(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register_parameter(module, name, param)
-        if param is not None and param.device != torch.device(device):
-            module._parameters[name] = _moved(param, torch.device(device))
+        if param is not None and param.device != device:
+            module._parameters[name] = _moved(param, device)
 
     def buffer_there(module: nn.Module, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
         register_buffer(module, name, tensor, persistent)
@@ -95,7 +97,7 @@ def init_on_device(device: torch.device, include_buffers: bool | None = None) ->
     if include_buffers:
         nn.Module.register_buffer = buffer_there  # type: ignore[method-assign,assignment]
     try:
-        with torch.device(device) if include_buffers else nullcontext():
+        with device if include_buffers else nullcontext():
             yield
     finally:
         nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
@@ -118,12 +120,12 @@ def _moved(param: nn.Parameter, device: torch.device) -> nn.Parameter:
 
 def _default_device(model: nn.Module) -> torch.device:
     parameter = next((p for p in model.parameters() if not p.is_meta), None)
-    return parameter.device if parameter is not None else torch.device(default_kind().name)
+    return parameter.device if parameter is not None else default_kind().current()
 
 
 def cpu_offload(
     model: _Module,
-    execution_device: torch.device | None = None,
+    execution_device: Place | None = None,
     offload_buffers: bool = False,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     preload_module_classes: Sequence[str] | None = None,
@@ -143,7 +145,7 @@ def cpu_offload(
     Returns:
         The model.
     """
-    device = _default_device(model) if execution_device is None else execution_device
+    device = _default_device(model) if execution_device is None else require_device(execution_device)
     if state_dict is None:
         state_dict = {name: value.to("cpu") for name, value in model.state_dict().items()}
     return _offloaded(model, device, state_dict, offload_buffers, preload_module_classes, prefetch)
@@ -194,6 +196,8 @@ def cpu_offload_with_hook(
         second.offload()
         ```
     """
+    if execution_device is not None:
+        execution_device = require_device(execution_device)
     hook = CpuOffload(execution_device=execution_device, prev_module_hook=prev_module_hook)
     add_hook_to_module(model, hook, append=True)
     return model, UserCpuOffloadHook(model, hook)
@@ -202,7 +206,7 @@ def cpu_offload_with_hook(
 def disk_offload(
     model: _Module,
     offload_dir: Folder,
-    execution_device: torch.device | None = None,
+    execution_device: Place | None = None,
     offload_buffers: bool = False,
     preload_module_classes: Sequence[str] | None = None,
     prefetch: bool | None = None,
@@ -221,7 +225,7 @@ def disk_offload(
     Returns:
         The model.
     """
-    device = _default_device(model) if execution_device is None else execution_device
+    device = _default_device(model) if execution_device is None else require_device(execution_device)
     if not (Path(offload_dir) / INDEX_NAME).is_file():
         offload_state_dict(offload_dir, model.state_dict())
     weights = OffloadedWeightsLoader(save_folder=offload_dir)
@@ -234,7 +238,7 @@ def disk_offload(
 def dispatch_model(
     model: _Module,
     device_map: Mapping[str, Place],
-    main_device: torch.device | None = None,
+    main_device: Place | None = None,
     state_dict: Mapping[str, torch.Tensor] | None = None,
     offload_dir: Folder | None = None,
     offload_index: Mapping[str, Any] | None = None,
@@ -270,7 +274,7 @@ def dispatch_model(
         FileNotFoundError: when everything goes to disk; `disk_offload` is for that.
     """
     check_device_map(model, device_map)
-    where = {name: _plain(device) for name, device in device_map.items()}
+    where = settled(device_map)
     used = set(where.values())
     if used == {"disk"} and offload_dir is not None and offload_index is None and not force_hooks:
         raise FileNotFoundError(
@@ -289,17 +293,13 @@ def dispatch_model(
     return model
 
 
-def _plain(device: Place) -> int | str:
-    return device if isinstance(device, (int, str)) else str(device)
-
-
-def _move_to(model: nn.Module, device: int | str) -> None:
+def _move_to(model: nn.Module, device: str | torch.device) -> None:
     if any(tensor.is_meta for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, torch.Tensor)):
         raise ValueError(
             f"{type(model).__name__} has tensors without values (device meta), which cannot be moved to {device}: load its "
             "weights first, as load_checkpoint_and_dispatch does."
         )
-    model.to(torch.device(device))
+    model.to(device)
 
 
 def load_checkpoint_and_dispatch(

@@ -20,6 +20,7 @@ from ..placement.tensors import (
     owner_of,
     set_module_tensor_to_device,
 )
+from ..runtime.devices import with_index
 from ..runtime.pytree import find_device, send_to_device
 from .base import ModelHook, SequentialHook, not_compiled, remove_hook_from_module
 from .prefetch import Prefetcher
@@ -59,6 +60,7 @@ class AlignDevicesHook(ModelHook):
         tied_params_map: TiedMap | None = None,
         prefetcher: Prefetcher | None = None,
     ) -> None:
+        self.device: torch.device | None = None
         self.execution_device = execution_device
         self.offload = offload
         self.io_same_device = io_same_device
@@ -154,9 +156,14 @@ class AlignDevicesHook(ModelHook):
         ]
 
     @property
-    def device(self) -> torch.device | None:
-        """Where offloaded weights are fetched to; None: they stay where they are."""
-        return None if self.execution_device is None else torch.device(self.execution_device)
+    def execution_device(self) -> torch.device | None:
+        """Where the module runs, with its index; None: inputs and weights stay where they are."""
+        return self.device
+
+    @execution_device.setter
+    def execution_device(self, place: Place | None) -> None:
+        # A device without an index equals that of no tensor, and what is there already would be taken to be elsewhere.
+        self.device = None if place is None else with_index(place)
 
     def fetch(self, ahead: bool = True) -> dict[str, torch.Tensor]:
         """The values of all offloaded weights, on the execution device. The one place where they come from.
@@ -196,10 +203,12 @@ class AlignDevicesHook(ModelHook):
         if value.device == device:
             return value
         shared = self.tied_params_map.get(value.data_ptr()) if self.tied_params_map else None
+        # Out of pinned memory the copy takes its turn on the stream; the caller need not wait for what is before it.
+        aside = device.type != "cpu" and value.is_pinned()
         if shared is None:
-            return value.to(device)
+            return value.to(device, non_blocking=aside)
         if device not in shared:
-            shared[device] = value.to(device)
+            shared[device] = value.to(device, non_blocking=aside)
             self.tied_pointers_to_remove.add((value.data_ptr(), device))
         return shared[device]
 
@@ -212,11 +221,11 @@ class AlignDevicesHook(ModelHook):
                 require_values(module)
         if self.offload:
             self._fill(module, self.fetch())
-        if self.execution_device is None:
+        if self.device is None:
             return args, kwargs
         return (
-            send_to_device(args, self.execution_device, skip_keys=self.skip_keys),
-            send_to_device(kwargs, self.execution_device, skip_keys=self.skip_keys),
+            send_to_device(args, self.device, skip_keys=self.skip_keys),
+            send_to_device(kwargs, self.device, skip_keys=self.skip_keys),
         )
 
     def _fill(self, module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
@@ -311,7 +320,7 @@ def has_offloaded_params(module: nn.Module) -> bool:
 
 
 @contextmanager
-def align_module_device(module: nn.Module, execution_device: torch.device | None = None) -> Iterator[None]:
+def align_module_device(module: nn.Module, execution_device: Place | None = None) -> Iterator[None]:
     """Brings a module's own parameters to a device, fetched if they are offloaded; afterwards all is as before.
 
     Values written to offloaded parameters on their execution device are lost with them.

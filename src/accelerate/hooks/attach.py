@@ -10,6 +10,7 @@ from torch import nn
 
 from ..placement.offload import PrefixedDataset
 from ..placement.tensors import Place, TiedMap, named_module_tensors
+from ..runtime.devices import with_index
 from .align import AlignDevicesHook, SkipKeys
 from .base import add_hook_to_module
 from .prefetch import Prefetcher, prefetcher
@@ -47,7 +48,7 @@ def _has_tensors(module: nn.Module) -> bool:
 
 def attach_align_device_hook(
     module: nn.Module,
-    execution_device: torch.device | None = None,
+    execution_device: Place | None = None,
     offload: bool = False,
     weights_map: Mapping[str, torch.Tensor] | None = None,
     offload_buffers: bool = False,
@@ -121,7 +122,7 @@ def reader_for(
     """
     if isinstance(prefetch, Prefetcher):
         return prefetch
-    there = device is None or torch.device(device).type == "cpu"
+    there = device is None or with_index(device).type == "cpu"
     if not offload or (there and (weights_map is None or isinstance(weights_map, dict))):
         return None
     return prefetcher(prefetch)
@@ -182,7 +183,7 @@ def _attach_to_all(
         reader = reader_for(prefetch, device, True, weights_map)
         attach_align_device_hook(
             module,
-            torch.device(device) if device is not None else None,
+            device,
             True,
             weights_map,
             offload_buffers,
@@ -243,7 +244,7 @@ class _Blocks:
             return
         attach_align_device_hook(
             module,
-            device,  # type: ignore[arg-type]
+            device,
             True,
             self._weights_map,
             self._offload_buffers,

@@ -15,6 +15,7 @@ from ..placement.memory import OFFLOADED
 from ..placement.offload import INDEX_NAME, OffloadedWeightsLoader, offload_state_dict, read_offload_index
 from ..placement.tensors import Place, TiedMap, set_module_tensor_to_device
 from ..placement.tied import find_tied_parameters, retie_parameters
+from ..runtime.devices import require_device
 from .attach import attach_align_device_hook_on_blocks
 
 Folder = str | os.PathLike[str]
@@ -25,21 +26,25 @@ class Dispatch:
 
     Args:
         model: The model.
-        where: Devices by name of module or tensor.
+        where: Devices by name of module or tensor, as `settled` returns them.
         main_device: Where offloaded parts run; None: the first device of the map that computes.
         offload_buffers: Offload buffers too.
     """
 
     def __init__(
-        self, model: nn.Module, where: Mapping[str, int | str], main_device: Place | None, offload_buffers: bool
+        self,
+        model: nn.Module,
+        where: Mapping[str, str | torch.device],
+        main_device: Place | None,
+        offload_buffers: bool,
     ) -> None:
         self._model = model
         self._where = where
         self._offload_buffers = offload_buffers
         computing = [device for device in where.values() if device not in OFFLOADED]
-        self._main: Place = main_device if main_device is not None else next(iter(computing), "cpu")
+        self._main = require_device(next(iter(computing), "cpu") if main_device is None else main_device)
         # Without a device that computes, parts in memory run where they are.
-        self._waiting = OFFLOADED if torch.device(self._main).type != "cpu" else OFFLOADED[1:]
+        self._waiting = OFFLOADED if self._main.type != "cpu" else OFFLOADED[1:]
 
     def fill(
         self, state_dict: Mapping[str, torch.Tensor] | None, index: Mapping[str, Any], folder: Folder | None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..placement.tensors import Place
+from ..runtime.devices import with_index
 from ..runtime.memory import clear_device_cache
 from ..runtime.pytree import send_to_device
 from ..state import PartialState
@@ -27,7 +28,8 @@ class CpuOffload(ModelHook):
         self, execution_device: Place | None = None, prev_module_hook: UserCpuOffloadHook | None = None
     ) -> None:
         self.prev_module_hook = prev_module_hook
-        self.execution_device = execution_device if execution_device is not None else PartialState().default_device
+        place = execution_device if execution_device is not None else PartialState().default_device
+        self.execution_device = with_index(place)
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Moves the model to memory."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..runtime.devices import require_device
 from ..runtime.helpers import convert_bytes
 from .memory import OFFLOADED, Device, Limits, accelerators, get_max_memory
 from .pieces import Groups, groups_of
@@ -284,6 +285,27 @@ def device_of(name: str, device_map: Mapping[str, _Place]) -> _Place | None:
         name = name.rpartition(".")[0]
 
 
+def settled(device_map: Mapping[str, Device | torch.device]) -> dict[str, str | torch.device]:
+    """Returns a device map in the form in which places are compared: ``"cpu"``, ``"disk"``, or a device with its index.
+
+    Raises:
+        RuntimeError: when a part goes to a device that this process does not have.
+    """
+    found: dict[str, str | torch.device] = {}
+    known: dict[Device | torch.device, str | torch.device] = {"disk": "disk"}
+    for name, place in device_map.items():
+        if place not in known:
+            try:
+                device = require_device(place)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the device_map sends {name or 'the whole model'!r} to {place!r}: {error}"
+                ) from None
+            known[place] = "cpu" if device.type == "cpu" else device
+        found[name] = known[place]
+    return found
+
+
 def check_device_map(model: nn.Module, device_map: Mapping[str, Device | torch.device]) -> None:
     """Checks that a device map covers a model.
 
@@ -318,7 +340,7 @@ def check_tied_parameters_in_config(model: nn.Module) -> bool:
 
 
 def check_tied_parameters_on_same_device(
-    tied_params: Iterable[Sequence[str]], device_map: Mapping[str, Device]
+    tied_params: Iterable[Sequence[str]], device_map: Mapping[str, _Place]
 ) -> None:
     """Warns of tied parameters that a device map separates: each device then holds a copy of its own."""
     for names in tied_params:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .checkpoints import EXTRA_STATE, Inspection, WeightFile, WeightsError, find_checkpoint, inspect
-from .device_map import check_tied_parameters_on_same_device, device_of
+from .device_map import check_tied_parameters_on_same_device, device_of, settled
 from .offload import offload_weight, save_offload_index
 from .sharded import is_shard, load_sharded
 from .sizes import as_dtype
@@ -113,6 +113,7 @@ def load_weights(
     Raises:
         WeightsError: listing everything that is wrong.
     """
+    device_map = None if device_map is None else settled(device_map)
     wanted = as_dtype(dtype)
     if wanted is not None and not isinstance(wanted, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no format that torch can hold weights in.")
@@ -123,7 +124,7 @@ def load_weights(
     plan = {file: job.plan(file, found) for file in found.files}
     _judge(checkpoint, found, strict)
     if device_map is not None:
-        check_tied_parameters_on_same_device(tied, {name: _plain(device) for name, device in device_map.items()})
+        check_tied_parameters_on_same_device(tied, device_map)
     for file, places in plan.items():
         for name, device in places.items():
             job.load(name, file, device)
@@ -149,10 +150,6 @@ def _tell(checkpoint: Folder, loose: list[str]) -> None:
             checkpoint,
             "; ".join(loose[:20]) + more,
         )
-
-
-def _plain(device: Place) -> int | str:
-    return device if isinstance(device, (int, str)) else str(device)
 
 
 _Slot = tuple[dict[str, Any], str]
@@ -226,7 +223,7 @@ class _Job:
         value, wanted = file[name], dtype or present.dtype
         if device == "cpu" and present.is_meta and type(present) is nn.Parameter and value.dtype == wanted:
             held[key] = as_parameter(value, present)  # mapped, not copied
-        elif present.device == torch.device(device) and present.dtype == wanted:
+        elif present.device == (torch.device("cpu") if device == "cpu" else device) and present.dtype == wanted:
             # In place: optimizers, and modules that share it, hold this very tensor.
             with torch.no_grad():
                 present.copy_(value)

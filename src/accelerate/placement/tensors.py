@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.devices import with_index
 from ..runtime.memory import clear_device_cache
 from .sizes import as_dtype
 
@@ -58,13 +59,9 @@ def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
 
 
 def check_device_same(first_device: Place, second_device: Place) -> bool:
-    """Whether two devices are one; ``"cuda"`` is ``"cuda:0"``."""
-    first, second = _device(first_device), _device(second_device)
+    """Returns whether two devices are one; ``"cuda"`` is the current CUDA device."""
+    first, second = with_index(first_device), with_index(second_device)
     return first.type == second.type and (first.index or 0) == (second.index or 0)
-
-
-def _device(place: Place) -> torch.device:
-    return place if isinstance(place, torch.device) else torch.device(place)
 
 
 def owner_of(module: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
@@ -112,7 +109,7 @@ def set_module_tensor_to_device(
     owner, key = owner_of(module, tensor_name)
     is_buffer = key in owner._buffers
     old = (owner._buffers if is_buffer else owner._parameters)[key]
-    target = _device(device)
+    target = with_index(device)
     _check(type(owner).__name__, tensor_name, old, value, target)
     shared = _shared_copies(tied_params_map, value, old)
     if shared is not None and target in shared:

@@ -18,13 +18,13 @@ from torch import nn
 
 from ..big_modeling import dispatch_model, made_map
 from ..placement.checkpoints import WeightFile, WeightsError, find_checkpoint, inspect
-from ..placement.device_map import check_device_map, device_of
+from ..placement.device_map import check_device_map, device_of, settled
 from ..placement.memory import OFFLOADED
 from ..placement.offload import offload_weight, save_offload_index
 from ..placement.tensors import Place, get_non_persistent_buffers, owner_of, set_module_tensor_to_device
 from ..placement.tied import find_tied_parameters
 from ..runtime import world
-from ..runtime.devices import default_kind
+from ..runtime.devices import default_kind, with_index
 from ..settings.quantization import BnbQuantizationConfig
 from .selection import Linear, fp32_modules, layers_to_quantise, named, special_dtypes
 
@@ -107,11 +107,13 @@ def load_and_quantize_model(
     assert where is not None
     job = _Job(model, config, layers, where, offload_folder)
     job.check(weights_location)
+    job.where = settled(where)
     if weights_location is None:
         job.quantise_in_place()
     else:
         job.load(weights_location)
     job.spread()
+    model.hf_device_map = dict(where)  # type: ignore[assignment]  # a plain attribute, as the caller wrote it
     model.is_loaded_in_8bit = config.load_in_8bit  # type: ignore[assignment]  # plain attributes, as clients expect
     model.is_loaded_in_4bit = config.load_in_4bit  # type: ignore[assignment]
     return model
@@ -152,7 +154,7 @@ class _Job:
     @cached_property
     def main(self) -> torch.device:
         """Where parts run that wait elsewhere: the first device of the map that computes."""
-        return torch.device(next((device for device in self.where.values() if device not in OFFLOADED), "cpu"))
+        return with_index(next((device for device in self.where.values() if device not in OFFLOADED), "cpu"))
 
     @cached_property
     def waiting(self) -> Sequence[str]:
@@ -287,7 +289,7 @@ class _Job:
 
     def _device(self, layer: Linear) -> torch.device:
         place = device_of(layer.name, self.where)
-        return self.main if place is None or place in self.waiting else torch.device(place)
+        return self.main if place is None or place in self.waiting else with_index(place)
 
     def _placed(self, layer: Linear, module: _Layer) -> None:
         name = f"{layer.name}.weight"

@@ -193,3 +193,24 @@ def with_index(device: str | int | torch.device) -> torch.device:
     if device.type == "cpu" or (kind := DEVICES.get(device.type)) is None or not kind.is_available():
         return device
     return kind.current()
+
+
+def require_device(device: str | int | torch.device) -> torch.device:
+    """Returns the device as `with_index` does, after a check that this process has it.
+
+    Raises:
+        RuntimeError: when this process does not see such a device.
+    """
+    kind = default_kind() if isinstance(device, int) else DEVICES.get(str(device).split(":")[0])
+    if kind is None or (kind.name == "cpu" and not isinstance(device, int)):
+        return with_index(device)
+    count = kind.count() if kind.name != "cpu" else 0
+    index = device if isinstance(device, int) else int(str(device).partition(":")[2] or 0)
+    if index < count:
+        return with_index(device)
+    name = "accelerator" if kind.name == "cpu" else f"{kind.name} device"
+    hidden = f" (or shown by {kind.visible_devices})" if kind.visible_devices else ""
+    raise RuntimeError(
+        f"device {device!r} was asked for, and this process sees {count or 'no'} {name}{'' if count == 1 else 's'}. Name "
+        f"one that is there{hidden}, or 'cpu'. torch.__version__ says which devices this build of torch supports."
+    )

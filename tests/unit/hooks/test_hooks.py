@@ -30,6 +30,7 @@ from accelerate.hooks import (
     remove_hook_from_module,
     remove_hook_from_submodules,
 )
+from accelerate.hooks.align import fill_offloaded
 from accelerate.runtime.forward import ForwardWrapper, unwrap_forward, wrap_forward
 from tests.helpers.nets import Blk, Net, Tied
 
@@ -366,3 +367,49 @@ def test_a_loader_of_offloaded_weights_travels_without_its_open_files(tmp_path: 
     assert weights["emb.bias"].dtype == torch.float16
     assert torch.equal(pickle.loads(pickle.dumps(weights))["emb.bias"], weights["emb.bias"])
     assert torch.equal(copy.deepcopy(weights)["emb.bias"], weights["emb.bias"])
+
+
+# Without a device, on meta ---------------------------------------------------------------------------------------------
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("place", ["meta", META])
+@pytest.mark.parametrize("how", ["memory", "disk", "map", "attached", "blocks", "tied", "preload"])
+def test_what_moves_to_a_device_moves_to_meta(tmp_path: Path, how: str, place: Any, buffers: bool) -> None:
+    net = (Tied() if how == "tied" else Net()).eval()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    parts = [name for name, _ in net.named_children()]
+    if how in ("memory", "tied"):
+        accelerate.cpu_offload(net, place, offload_buffers=buffers)
+    elif how == "preload":
+        accelerate.cpu_offload(net, place, offload_buffers=buffers, preload_module_classes=["Blk"])
+    elif how == "disk":
+        accelerate.disk_offload(net, tmp_path, place, offload_buffers=buffers)
+    elif how == "map":
+        where = {name: "disk" if name == "layers" else "cpu" for name in parts}
+        accelerate.dispatch_model(net, where, main_device=place, offload_dir=tmp_path, offload_buffers=buffers)
+    elif how == "attached":
+        attach_align_device_hook(net, place, offload=True, weights_map=dict(state), offload_buffers=buffers)
+    else:
+        offload = {name: name != "head" for name in parts}
+        attach_align_device_hook_on_blocks(
+            net, dict.fromkeys(parts, place), offload=offload, weights_map=dict(state), offload_buffers=buffers
+        )
+    for grad in (torch.enable_grad, torch.inference_mode):
+        with grad():
+            assert net(torch.zeros(3, 4, device="meta")).is_meta
+    if how == "attached":  # nothing is around the whole: inputs are moved all the same
+        assert net(torch.zeros(3, 4)).is_meta
+    offloaded = [name for name, _ in net.named_parameters() if how != "blocks" or not name.startswith("head")]
+    assert all(net.get_parameter(name).is_meta for name in offloaded)
+    seen = {name: value for name, value in fill_offloaded(net, net.state_dict()).items() if name in offloaded}
+    assert all(torch.equal(value, state[name]) for name, value in seen.items())
+
+
+def test_an_execution_device_has_one_form() -> None:
+    hook = AlignDevicesHook("cpu")
+    assert hook.execution_device == CPU
+    hook.execution_device = "meta"
+    assert hook.execution_device == META and hook.device == META

@@ -20,7 +20,6 @@ from torch import nn
 
 import accelerate
 from accelerate.hooks import AlignDevicesHook, align_module_device, remove_hook_from_submodules
-from accelerate.hooks.lanes import Ring
 from accelerate.hooks.prefetch import Order, Prefetcher
 from accelerate.placement.mapped import Interrupted, Stop
 from tests.helpers.nets import Net
@@ -449,28 +448,3 @@ def test_a_compiled_model_breaks_off_at_its_hooks(tmp_path: Path, net: nn.Module
         for _ in range(2):
             assert torch.equal(compiled(x), net(x))
     torch._dynamo.reset()
-
-
-# Copies to a device ----------------------------------------------------------------------------------------------------
-
-
-class Waited:
-    """An event that says how often it was waited for."""
-
-    count = 0
-
-    def synchronize(self) -> None:
-        Waited.count += 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_a_ring_of_buffers_waits_before_it_uses_one_again(dtype: torch.dtype) -> None:
-    Waited.count = 0
-    ring = Ring([torch.empty(64, dtype=torch.uint8) for _ in range(2)])
-    source = torch.arange(100).reshape(10, 10).to(dtype)
-    target = torch.empty_like(source)
-    pieces = list(ring.copy(source, target, lambda: False, Waited))
-    assert torch.equal(source, target)
-    assert len(pieces) == -(-source.nbytes // 64) and Waited.count == max(len(pieces) - 2, 0)
-    with pytest.raises(Interrupted):
-        list(ring.copy(source, target, lambda: True, Waited))

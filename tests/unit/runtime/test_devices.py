@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import pytest
 import torch
 
 from accelerate.runtime import devices
+from accelerate.runtime.devices import require_device
+from tests.helpers import streams
 
 
 @pytest.fixture
@@ -39,3 +42,23 @@ class TestWithIndex:
 def test_mps_has_index_0_as_its_tensors_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert devices.with_index("mps") == torch.device("mps", 0)
+
+
+@pytest.mark.parametrize(("count", "device"), [(0, 0), (0, "cuda"), (0, "cuda:1"), (2, 2), (2, torch.device("cuda:2"))])
+def test_a_device_that_is_not_there_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, count: int, device: Any
+) -> None:
+    streams.install(monkeypatch, count)
+    with pytest.raises(RuntimeError, match=f"sees {count or 'no'} .*'cpu'"):
+        require_device(device)
+
+
+def test_a_device_that_is_there_has_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams.install(monkeypatch, 2)
+    assert [str(require_device(device)) for device in (1, "cuda", "cuda:1", "cpu", "meta")] == [
+        "cuda:1",
+        "cuda:0",
+        "cuda:1",
+        "cpu",
+        "meta",
+    ]
