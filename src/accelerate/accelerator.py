@@ -24,6 +24,7 @@ from .runtime.memory import release_memory
 from .scheduler import AcceleratedScheduler
 from .settings import arguments
 from .settings.enums import PROFILE_PATTERN_NAME, DistributedType, DynamoBackend, FP8BackendType, RNGType
+from .settings.fp8 import AORecipeKwargs, FP8RecipeKwargs, MSAMPRecipeKwargs, TERecipeKwargs
 from .settings.handlers import (
     AutocastKwargs,
     DataLoaderConfiguration,
@@ -55,7 +56,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HANDLERS = (AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs)
+_RECIPES = (FP8RecipeKwargs, TERecipeKwargs, AORecipeKwargs, MSAMPRecipeKwargs)
+_HANDLERS = (
+    *(AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs),
+    *_RECIPES,
+)
 
 
 class Accelerator(CheckpointMethods, TrackerMethods):
@@ -143,6 +148,7 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         self.scaler_handler: GradScalerKwargs | None = handlers[GradScalerKwargs]
         self.init_handler: InitProcessGroupKwargs | None = handlers[InitProcessGroupKwargs]
         self.profile_handler: ProfileKwargs | None = handlers[ProfileKwargs]
+        self.fp8_recipe_handler = next((handlers[kind] for kind in _RECIPES if handlers[kind] is not None), None)
         plugin = arguments.accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
         dynamo = arguments.dynamo(dynamo_backend, dynamo_plugin)
 
@@ -267,6 +273,16 @@ class Accelerator(CheckpointMethods, TrackerMethods):
     def fp8_enabled(self) -> bool:
         """Whether models compute in 8 bits."""
         return self.mixed_precision == "fp8"
+
+    @property
+    def has_fp8_handler(self) -> bool:
+        """Whether a recipe for fp8 was given."""
+        return self.fp8_recipe_handler is not None
+
+    @property
+    def delayed_fp8_autocast(self) -> bool:
+        """Whether models enter fp8's autocast after they were wrapped; False without fp8."""
+        return False
 
     @property
     def deepspeed_plugin(self) -> DeepSpeedPlugin | None:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate.settings.planned import Planned
 from tests.architecture import rules
 
 DATA = rules.ROOT / "tests" / "data"
@@ -60,6 +61,9 @@ def missing_names(paths: dict[str, dict[str, list[str]]]) -> Iterator[str]:
         try:
             found = resolve(path)
         except LookupError:
+            yield path
+            continue
+        if inspect.isclass(found) and issubclass(found, Planned):  # a placeholder
             yield path
             continue
         for member in facts.get("members", []):

@@ -32,7 +32,7 @@ def test_without_deepspeed_the_error_says_what_to_install(accelerate: Run, scrip
     words = ("--use_deepspeed", "--num_machines", "2", "--num_processes", "2", "--deepspeed_hostfile", "hosts")
     done = accelerate("launch", *words, script(NOTHING))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "DeepSpeed is not installed: pip install" in done.stderr
+    assert "DeepSpeed is not installed, and this version cannot train with it even where it is: leave" in done.stderr
 
 
 STAND_IN = """#!{python}

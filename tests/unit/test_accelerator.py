@@ -17,8 +17,9 @@ from accelerate import Accelerator, ParallelismConfig, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.settings import env
-from accelerate.settings.deepspeed import DeepSpeedPlugin
+from accelerate.settings.deepspeed import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from accelerate.settings.enums import DistributedType, RNGType
+from accelerate.settings.fp8 import FP8RecipeKwargs
 from accelerate.settings.fsdp import FullyShardedDataParallelPlugin
 from accelerate.settings.handlers import (
     AutocastKwargs,
@@ -29,7 +30,7 @@ from accelerate.settings.handlers import (
     ProfileKwargs,
     TorchDynamoPlugin,
 )
-from accelerate.settings.megatron import MegatronLMPlugin
+from accelerate.settings.megatron import MegatronLMDummyScheduler, MegatronLMPlugin
 from accelerate.settings.parallel import TorchTensorParallelPlugin
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
@@ -373,6 +374,28 @@ def test_a_mesh_fits_the_ranks():
         Accelerator(cpu=True, torch_tp_plugin=TorchTensorParallelPlugin(tp_size=2))
 
 
+@pytest.mark.parametrize("placeholder", [DummyOptim(()), DummyScheduler(None), MegatronLMDummyScheduler(None)])
+def test_what_stands_for_an_engines_objects_needs_the_engine(placeholder):
+    with pytest.raises(ValueError, match=rf"{type(placeholder).__name__} stands for .* uses neither"):
+        Accelerator(cpu=True).prepare(nn.Linear(1, 1), placeholder)
+
+
+def test_an_fp8_recipe_is_kept_for_a_run_in_another_precision():
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[recipe := FP8RecipeKwargs()])
+    assert accelerator.has_fp8_handler and accelerator.fp8_recipe_handler is recipe
+    assert not Accelerator().has_fp8_handler and not accelerator.delayed_fp8_autocast
+
+
+def test_hooks_are_found_by_the_names_that_libraries_use():
+    accelerator = Accelerator(cpu=True)
+    handle = accelerator.register_save_state_pre_hook(print)
+    accelerator.register_load_state_pre_hook(repr)
+    assert list(accelerator._save_model_state_pre_hook.values()) == [print]
+    assert list(accelerator._load_model_state_pre_hook.values()) == [repr]
+    handle.remove()
+    assert not accelerator._save_model_state_pre_hook
+
+
 def test_a_mesh_of_one_process_is_none():
     accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig())
     assert accelerator.parallelism_config.total_size == 1 and accelerator.torch_device_mesh is None
@@ -456,7 +479,8 @@ def test_a_tracker_of_ones_own():
     accelerator.log({"x": 1}, step=3)
     accelerator.log({"x": 2}, log_kwargs={"list": {"z": 1}})
     assert accelerator.get_tracker("list") is tracker and accelerator.get_tracker("list", unwrap=True) is tracker.logs
-    assert type(accelerator.get_tracker("tensorboard")) is GeneralTracker
+    with pytest.raises(ValueError, match="no tracker 'tensorboard'"):
+        accelerator.get_tracker("tensorboard")
     accelerator.end_training()
     assert tracker.logs == [("config", {"lr": 1}), ({"x": 1}, 3, {}), ({"x": 2}, None, {"z": 1}), "finish"]
 

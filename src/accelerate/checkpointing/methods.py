@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -198,6 +199,16 @@ class CheckpointMethods:
                 + ", ".join(type(o).__name__ for o in lacking)
             )
         self._custom_objects.extend(objects)
+
+    @property
+    def _save_model_state_pre_hook(self) -> OrderedDict[int, Callable[..., None]]:
+        """Hooks of `save_state` by handle, under the name that other libraries look them up by."""
+        return self._checkpoints.save_hooks
+
+    @property
+    def _load_model_state_pre_hook(self) -> OrderedDict[int, Callable[..., None]]:
+        """Hooks of `load_state` by handle, under the name that other libraries look them up by."""
+        return self._checkpoints.load_hooks
 
     def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Has `hook` called by `save_state` before anything is written.

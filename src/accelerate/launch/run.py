@@ -18,6 +18,7 @@ from .machine import Machine, look, remarks, resolve
 from .plan import LaunchPlan, build, check_named, choose
 from .programs import Starter, become, run_beside, start_deepspeed, start_mpirun
 
+_NOT_YET = "this version cannot train with it even where it is"
 _FP8_PACKAGES = {"te": "transformer_engine", "ao": "torchao", "msamp": "msamp"}
 
 
@@ -109,15 +110,15 @@ def check_packages(settings: LaunchSettings) -> None:
 
         raise SettingsError(INSTALL)
     if settings.use_deepspeed and find_spec("deepspeed") is None:
-        raise SettingsError("DeepSpeed is not installed: pip install deepspeed, or leave --use_deepspeed out.")
+        raise SettingsError(f"DeepSpeed is not installed, and {_NOT_YET}: leave --use_deepspeed out.")
     if settings.use_megatron_lm and find_spec("megatron") is None:
-        raise SettingsError("Megatron-LM is not installed: pip install megatron-core, or leave --use_megatron_lm out.")
+        raise SettingsError(f"Megatron-LM is not installed, and {_NOT_YET}: leave --use_megatron_lm out.")
     if settings.mixed_precision == "fp8":
         backend = settings.fp8.backend
         wanted = [_FP8_PACKAGES[backend]] if backend is not None else list(_FP8_PACKAGES.values())
         if not any(find_spec(package) is not None for package in wanted):
             libraries = f"one of {', '.join(wanted)}, and none" if len(wanted) > 1 else f"{wanted[0]}, which"
-            raise SettingsError(f"mixed precision fp8 needs {libraries} is not installed.")
+            raise SettingsError(f"mixed precision fp8 needs {libraries} is not installed; and {_NOT_YET}: use bf16.")
 
 
 def _program(name: str) -> str:

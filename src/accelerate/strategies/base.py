@@ -25,8 +25,10 @@ from ..runtime.forward import extract_model_from_parallel
 from ..runtime.world import DataRanks, World
 from ..scheduler import AcceleratedScheduler
 from ..settings import env
+from ..settings.deepspeed import DummyOptim, DummyScheduler
 from ..settings.enums import DistributedType, DynamoBackend
 from ..settings.handlers import DataLoaderConfiguration
+from ..settings.megatron import MegatronLMDummyScheduler
 from .context_parallel import shared_sequences
 from .mesh import agree_on_random_states
 from .sequence_ways import check_details
@@ -151,6 +153,7 @@ class Strategy:
         Raises:
             ValueError: saying what cannot be prepared and what to do.
         """
+        _check_placeholders(bundle.others.values())
         for place, model in bundle.models.items():
             if self._sequences is not None:
                 self._sequences.check(model)
@@ -379,6 +382,16 @@ def _is_dispatched(model: nn.Module) -> bool:
 def is_dispatched(models: Iterable[nn.Module]) -> bool:
     """Whether any module of these models was spread over several devices by a device map."""
     return any(_is_dispatched(module) for model in models for module in model.modules())
+
+
+def _check_placeholders(objects: Iterable[Any]) -> None:
+    """Raises for objects that stand for what an engine would make, in a run without that engine."""
+    for item in objects:
+        if isinstance(item, (DummyOptim, DummyScheduler, MegatronLMDummyScheduler)):
+            raise ValueError(
+                f"{type(item).__name__} stands for an object that DeepSpeed or Megatron-LM makes from its configuration, "
+                "and this run uses neither: pass an optimizer or a scheduler of torch."
+            )
 
 
 def _check_parameters(model: nn.Module, moves: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .base import GeneralTracker
-from .registry import start_trackers
+from .registry import logging_here, start_trackers
 
 
 class TrackerMethods:
@@ -29,14 +29,20 @@ class TrackerMethods:
         )
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """The running tracker of that name, or with `unwrap` the object of the library behind it.
+        """Returns the running tracker of that name, or with `unwrap` the object of the library behind it.
 
-        Without such a tracker (or on a process that does not log), one that does nothing.
+        In a run without trackers, and on a process that the tracker does not log on, returns one that does nothing.
+
+        Raises:
+            ValueError: If the run has trackers, and none of that name.
         """
-        for tracker in self.trackers:
-            if tracker.name == name:
-                return tracker.tracker if unwrap else tracker
-        return GeneralTracker(_blank=True)
+        found = next((tracker for tracker in self.trackers if tracker.name == name), None)
+        if found is None and self.trackers:
+            names = ", ".join(repr(tracker.name) for tracker in self.trackers)
+            raise ValueError(f"this run has no tracker {name!r}; it has {names}.")
+        if found is None or not any(logging_here([found])):
+            return GeneralTracker(_blank=True)
+        return found.tracker if unwrap else found
 
     def log(self, values: dict[str, Any], step: int | None = None, log_kwargs: Any = None) -> None:
         """Sends values to every tracker.
@@ -46,9 +52,9 @@ class TrackerMethods:
             step: The step they belong to.
             log_kwargs: Tracker's name -> arguments for its ``log``.
         """
-        for tracker in self.trackers:
+        for tracker in logging_here(self.trackers):
             tracker.log(values, step=step, **(log_kwargs or {}).get(tracker.name, {}))
 
     def _finish_trackers(self) -> None:
-        for tracker in self.trackers:
+        for tracker in logging_here(self.trackers):
             tracker.finish()

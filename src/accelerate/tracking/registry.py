@@ -6,12 +6,16 @@ A row is a dotted name, so that no tracker's library is imported before a run as
 from __future__ import annotations
 
 import importlib
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from ..runtime import world
 from ..settings.enums import LoggerType
 from .base import GeneralTracker, check_tracker
+
+logger = logging.getLogger(__name__)
 
 # name -> "module:Class"; the module lies in this package, one small file per tracker.
 _BUILT_IN: dict[str, str] = {}
@@ -97,7 +101,14 @@ def _resolved(wanted: object, logging_dir: str | os.PathLike[str] | None) -> lis
     name = str(wanted)
     if name == LoggerType.ALL.value:
         # "all" means what can be used here: without a folder, that leaves out the trackers which need one.
-        return [known for known in get_available_trackers() if logging_dir is not None or not _needs_folder(known)]
+        usable = [known for known in get_available_trackers() if logging_dir is not None or not _needs_folder(known)]
+        if not usable:
+            logger.warning(
+                "log_with='all' finds no tracker that can be used here, and nothing is logged: this version has no "
+                "built-in ones yet. Pass an instance of a GeneralTracker subclass as well (log_with=['all', tracker])."
+            )
+        return list(usable)
+    tracker_class(name)  # raises for a name that nobody has registered
     if logging_dir is None and _needs_folder(name):
         raise ValueError(
             f"the tracker {name!r} writes into a folder: pass Accelerator(project_dir=...) or "
@@ -118,6 +129,12 @@ def _unknown(name: str) -> str:
         )
     known = ", ".join(get_available_trackers()) or "none yet"
     return f"no tracker is called {name!r}; known by name: {known}. An instance of a GeneralTracker subclass works too."
+
+
+def logging_here(trackers: Iterable[GeneralTracker]) -> Iterator[GeneralTracker]:
+    """Yields the trackers that log on this process: on others than the main one, those that want every process."""
+    is_main = world.current().rank == 0
+    return (tracker for tracker in trackers if is_main or not tracker.main_process_only)
 
 
 def start_trackers(
@@ -145,7 +162,7 @@ def start_trackers(
         kind: Any = tracker_class(tracker)
         folder = [logging_dir] if kind.requires_logging_directory else []
         trackers.append(kind(project_name, *folder, **arguments.get(tracker, {})))
-    for tracker in trackers:
+    for tracker in logging_here(trackers):
         tracker.start()
         if config is not None:
             tracker.store_init_configuration(config)

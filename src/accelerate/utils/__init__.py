@@ -238,6 +238,22 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "TorchTensorParallelConfig",
         "TorchTensorParallelPlugin",
     ),
+    "settings.planned": (
+        "AbstractTrainStep",
+        "BertTrainStep",
+        "DeepSpeedSchedulerWrapper",
+        "GPTTrainStep",
+        "MegatronLMDummyDataLoader",
+        "T5TrainStep",
+        "add_model_config_to_megatron_parser",
+        "apply_fp8_autowrap",
+        "contextual_fp8_autocast",
+        "convert_model",
+        "convert_model_to_fp8_ao",
+        "filter_first_and_last_linear_layers",
+        "has_ao_layers",
+        "has_transformer_engine_layers",
+    ),
     "settings.quantization": ("BnbQuantizationConfig",),
     "strategies.compile": (
         "compile_regions",
@@ -257,6 +273,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
 }
 _EXPORTS = {name: home for home, names in _HOMES.items() for name in names}
 _SUBMODULES = (
+    "ao",
     "bnb",
     "constants",
     "dataclasses",
@@ -273,6 +290,7 @@ _SUBMODULES = (
     "other",
     "random",
     "tqdm",
+    "transformer_engine",
     "versions",
 )
 

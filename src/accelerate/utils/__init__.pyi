@@ -236,6 +236,20 @@ from accelerate.settings.parallel import DeepSpeedSequenceParallelConfig as Deep
 from accelerate.settings.parallel import TorchContextParallelConfig as TorchContextParallelConfig
 from accelerate.settings.parallel import TorchTensorParallelConfig as TorchTensorParallelConfig
 from accelerate.settings.parallel import TorchTensorParallelPlugin as TorchTensorParallelPlugin
+from accelerate.settings.planned import AbstractTrainStep as AbstractTrainStep
+from accelerate.settings.planned import BertTrainStep as BertTrainStep
+from accelerate.settings.planned import DeepSpeedSchedulerWrapper as DeepSpeedSchedulerWrapper
+from accelerate.settings.planned import GPTTrainStep as GPTTrainStep
+from accelerate.settings.planned import MegatronLMDummyDataLoader as MegatronLMDummyDataLoader
+from accelerate.settings.planned import T5TrainStep as T5TrainStep
+from accelerate.settings.planned import add_model_config_to_megatron_parser as add_model_config_to_megatron_parser
+from accelerate.settings.planned import apply_fp8_autowrap as apply_fp8_autowrap
+from accelerate.settings.planned import contextual_fp8_autocast as contextual_fp8_autocast
+from accelerate.settings.planned import convert_model as convert_model
+from accelerate.settings.planned import convert_model_to_fp8_ao as convert_model_to_fp8_ao
+from accelerate.settings.planned import filter_first_and_last_linear_layers as filter_first_and_last_linear_layers
+from accelerate.settings.planned import has_ao_layers as has_ao_layers
+from accelerate.settings.planned import has_transformer_engine_layers as has_transformer_engine_layers
 from accelerate.settings.quantization import BnbQuantizationConfig as BnbQuantizationConfig
 from accelerate.strategies.compile import compile_regions as compile_regions
 from accelerate.strategies.compile import compile_regions_deepspeed as compile_regions_deepspeed
@@ -248,6 +262,7 @@ from accelerate.strategies.fsdp2_functions import fsdp2_load_full_state_dict as 
 from accelerate.strategies.fsdp2_functions import fsdp2_prepare_model as fsdp2_prepare_model
 from accelerate.strategies.fsdp2_functions import fsdp2_switch_optimizer_parameters as fsdp2_switch_optimizer_parameters
 from accelerate.strategies.fsdp2_functions import get_fsdp2_grad_scaler as get_fsdp2_grad_scaler
+from accelerate.utils import ao as ao
 from accelerate.utils import bnb as bnb
 from accelerate.utils import constants as constants
 from accelerate.utils import dataclasses as dataclasses
@@ -263,4 +278,5 @@ from accelerate.utils import offload as offload
 from accelerate.utils import operations as operations
 from accelerate.utils import other as other
 from accelerate.utils import random as random
+from accelerate.utils import transformer_engine as transformer_engine
 from accelerate.utils import versions as versions

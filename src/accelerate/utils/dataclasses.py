@@ -40,6 +40,7 @@ from ..settings.parallel import (
     TorchTensorParallelConfig,
     TorchTensorParallelPlugin,
 )
+from ..settings.planned import add_model_config_to_megatron_parser
 from ..settings.quantization import BnbQuantizationConfig
 
 __all__ = [
@@ -78,5 +79,6 @@ __all__ = [
     "TorchDynamoPlugin",
     "TorchTensorParallelConfig",
     "TorchTensorParallelPlugin",
+    "add_model_config_to_megatron_parser",
     "get_module_class_from_name",
 ]

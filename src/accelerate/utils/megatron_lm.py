@@ -4,5 +4,14 @@ from __future__ import annotations
 
 from ..runtime.collectives import avg_losses_across_data_parallel_group
 from ..settings.megatron import MegatronLMDummyScheduler
+from ..settings.planned import AbstractTrainStep, BertTrainStep, GPTTrainStep, MegatronLMDummyDataLoader, T5TrainStep
 
-__all__ = ["MegatronLMDummyScheduler", "avg_losses_across_data_parallel_group"]
+__all__ = [
+    "AbstractTrainStep",
+    "BertTrainStep",
+    "GPTTrainStep",
+    "MegatronLMDummyDataLoader",
+    "MegatronLMDummyScheduler",
+    "T5TrainStep",
+    "avg_losses_across_data_parallel_group",
+]

@@ -203,4 +203,15 @@ def test_through_the_accelerator(registered, tmp_path):
     ]
     assert accelerator.get_tracker("file", unwrap=True)[2] == ("log", {"loss": 0.5}, 1, {"unit": "nat"})
     assert accelerator.get_tracker("file").logging_dir == tmp_path
-    assert accelerator.get_tracker("other").tracker is None
+    with pytest.raises(ValueError, match="no tracker 'other'; it has 'mine', 'file'"):
+        accelerator.get_tracker("other")
+
+
+def test_all_without_any_is_said(caplog):
+    assert filter_trackers("all") == []
+    assert "finds no tracker" in caplog.text
+
+
+def test_a_typo_is_found_before_the_run_starts(registered, tmp_path):
+    with pytest.raises(ValueError, match="no tracker is called 'flie'"):
+        Accelerator(cpu=True, log_with="flie", project_dir=tmp_path)

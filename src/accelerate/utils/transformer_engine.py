@@ -1,0 +1,12 @@
+"""TransformerEngine: models in fp8."""
+
+from __future__ import annotations
+
+from ..settings.planned import (
+    apply_fp8_autowrap,
+    contextual_fp8_autocast,
+    convert_model,
+    has_transformer_engine_layers,
+)
+
+__all__ = ["apply_fp8_autowrap", "contextual_fp8_autocast", "convert_model", "has_transformer_engine_layers"]
