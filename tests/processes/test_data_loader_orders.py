@@ -6,11 +6,19 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
-from accelerate.data_loader import prepare_data_loader
-from accelerate.state import PartialState
+from accelerate.data_loader import gather_for_metrics, prepare_data_loader
+from accelerate.state import GradientState, PartialState
 
 N = 13
 
@@ -91,3 +99,26 @@ def test_the_order_is_the_one_of_a_plain_loader_on_rank_0(run_ranks: Any) -> Non
     by_rank = run_ranks(2, _equal_to_plain)
     dealt = [row for step in zip(by_rank[0][1], by_rank[1][1], strict=True) for batch in step for row in batch]
     assert dealt == by_rank[0][0]
+
+
+class MadeByEpoch(SequentialSampler):
+    """A sampler that makes its state when it is given the epoch, and has none before."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order = [(index + epoch) % 8 for index in range(8)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
+
+
+def _by_epoch(dispatch: bool) -> list[list[int]]:
+    state = GradientState()
+    plain = DataLoader(list(range(8)), batch_size=2, sampler=MadeByEpoch(range(8)))
+    loader = prepare_data_loader(plain, put_on_device=True, dispatch_batches=dispatch)
+    return [[row for batch in loader for row in gather_for_metrics(batch, state).tolist()] for _ in range(3)]
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_samplers_are_given_every_epoch(run_ranks: Any, dispatch: bool) -> None:
+    expected = [[(index + epoch) % 8 for index in range(8)] for epoch in range(3)]
+    assert run_ranks(2, _by_epoch, dispatch) == [expected] * 2

@@ -156,8 +156,9 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         self.iteration = iteration
         self._drop_last = _drop_last
         self._index_stream: IndexStream | None = None
-        self._epochs_told: dict[int, int] = {}
         super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
+        # The epoch that each of them showed last; one that shows another since has been set by the user.
+        self._epochs_seen: dict[int, Any] = {id(taker): _epoch_of(taker) for taker in self._epoch_takers()}
 
     # What it is made of -----------------------------------------------------------------------------------------------
 
@@ -247,6 +248,8 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         """Tells the epoch to the samplers, batch samplers and datasets that have a ``set_epoch``, and counts on from
         it.
 
+        The start of each iteration does so too, from epoch 0 on; an epoch that the user set on one of them since stands.
+
         Args:
             epoch: The number of the epoch whose order the next iteration takes, from 0.
         """
@@ -261,14 +264,13 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
 
     def _tell(self, taker: Any, epoch: int) -> None:
         taker.set_epoch(epoch)
-        self._epochs_told[id(taker)] = epoch
+        self._epochs_seen[id(taker)] = _epoch_of(taker)
 
     def _tell_iteration(self) -> None:
-        # One that shows another epoch than it was told has been set by the user, whose word counts.
         for taker in self._epoch_takers():
-            told = self._epochs_told.get(id(taker), 0)
+            shown = _epoch_of(taker)
             ours = isinstance(taker, SeedableRandomSampler)  # counts for itself, and may have got ahead
-            if ours or (self.iteration != told and getattr(taker, "epoch", told) == told):
+            if ours or shown == self._epochs_seen.get(id(taker), shown):
                 self._tell(taker, self.iteration)
 
         if self._sample_seeds is not None:
@@ -437,7 +439,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
 
     def __getstate__(self) -> dict[str, Any]:
         # Iterators, with their worker processes, stay here. A track belongs to an iterator.
-        return {**self.__dict__, "_iterator": None, "_index_stream": None, "_epochs_told": {}}
+        return {**self.__dict__, "_iterator": None, "_index_stream": None, "_epochs_seen": {}}
 
     def adjust_state_dict_for_prefetch(self) -> None:
         """Kept for callers of the documented interface: the position is noted before anything is read ahead."""
@@ -449,6 +451,10 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes from a position at the next iteration; only with ``use_stateful_dataloader=True``."""
         raise TypeError(_NOT_STATEFUL)
+
+
+def _epoch_of(taker: Any) -> Any:
+    return getattr(taker, "epoch", None)
 
 
 def present(batch: Any) -> Any:

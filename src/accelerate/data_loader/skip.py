@@ -45,6 +45,7 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
     if isinstance(dataloader, DataLoaderAdapter):
         later = copy.copy(dataloader)
         later._origin = dataloader
+        later._epochs_seen = dataloader._epochs_seen  # the same samplers and dataset, whichever of the two is used
         if later.is_stream or isinstance(later, DataLoaderDispatcher):
             later.skip_batches += count
             return later

@@ -27,6 +27,7 @@ from accelerate.data_loader import (
     get_sampler,
     override_even_batches,
     prepare_data_loader,
+    skip_first_batches,
 )
 from accelerate.state import GradientState
 
@@ -200,11 +201,101 @@ def test_samplers_are_told_the_epoch(ranks: int) -> None:
     )
     list(loader)
     list(loader)
-    assert sampler.told == [1]
+    assert sampler.told == [0, 1]
     loader.set_epoch(7)
     assert (sampler.epoch, loader.iteration) == (7, 7)
     list(loader)
-    assert (sampler.told, loader.iteration) == ([1, 7], 8)
+    assert (sampler.told, loader.iteration) == ([0, 1, 7, 7], 8)
+
+
+class MadeByEpoch(SequentialSampler):
+    """A sampler that makes its state when it is given the epoch, and has none before."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order = [(index + epoch) % 8 for index in range(8)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
+
+
+class BatchesByEpoch(BatchSampler):
+    def set_epoch(self, epoch: int) -> None:
+        self.batches = [[(index + epoch) % 8, (index + epoch + 1) % 8] for index in range(0, 8, 2)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class StreamByEpoch(Stream):
+    def set_epoch(self, epoch: int) -> None:
+        self.order = [(index + epoch) % 8 for index in range(8)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
+
+
+class RowsByEpoch(list):
+    def set_epoch(self, epoch: int) -> None:
+        self.offset = epoch
+
+    def __getitem__(self, index: Any) -> int:
+        return (index + self.offset) % 8
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(list(range(8)), batch_size=2, sampler=MadeByEpoch(range(8))),
+        lambda: DataLoader(list(range(8)), batch_sampler=BatchesByEpoch(SequentialSampler(range(8)), 2, False)),
+        lambda: DataLoader(StreamByEpoch(8), batch_size=2),
+        lambda: DataLoader(RowsByEpoch(range(8)), batch_size=2),
+        lambda: DataLoader(StreamByEpoch(8), batch_size=2, num_workers=1),
+    ],
+    ids=["sampler", "batch sampler", "stream", "dataset", "stream in a worker"],
+)
+@pytest.mark.parametrize("options", [{}, {"dispatch_batches": True}, {"use_stateful_dataloader": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+def test_state_that_is_made_of_the_epoch_is_there_from_the_first_on(make: Any, options: Any) -> None:
+    def orders(loader: Any, epochs: int) -> list[Any]:
+        return [[row for batch in rows(loader) for row in batch] for _ in range(epochs)]
+
+    def expected(epoch: int) -> list[int]:
+        return [(index + epoch) % 8 for index in range(8)]
+
+    def prepared() -> Any:
+        return prepare_data_loader(make(), put_on_device=True, **options)
+
+    assert orders(prepared(), 3) == [expected(epoch) for epoch in range(3)]
+    assert orders(skip_first_batches(prepared(), 1), 1) == [expected(0)[2:]]
+    loader = prepared()
+    loader.set_epoch(5)
+    assert orders(loader, 2) == [expected(5), expected(6)]
+    loader = prepared()
+    loader.set_epoch(5)
+    assert orders(skip_first_batches(loader, 1), 1) == [expected(5)[2:]]
+    assert orders(loader, 1) == [expected(6)]
+
+
+def test_a_sampler_that_was_used_before_starts_anew() -> None:
+    sampler = DistributedSampler(range(8), num_replicas=1, rank=0, shuffle=True)
+    sampler.set_epoch(4)
+    loader = prepare_data_loader(DataLoader(list(range(8)), sampler=sampler))
+    list(loader)
+    assert sampler.epoch == 0
+
+
+def test_an_epoch_set_on_the_users_own_sampler_stands_when_batches_are_skipped() -> None:
+    sampler = DistributedSampler(range(8), num_replicas=1, rank=0, shuffle=True)
+    loader = prepare_data_loader(DataLoader(list(range(8)), sampler=sampler))
+    sampler.set_epoch(5)
+    list(skip_first_batches(loader, 1))
+    assert sampler.epoch == 5
+    loader = prepare_data_loader(DataLoader(list(range(8)), sampler=sampler))
+    loader.iteration = 3
+    list(skip_first_batches(loader, 1))
+    assert sampler.epoch == 3
+    list(loader)
+    assert sampler.epoch == 4, "what the later start set is not taken for the user's"
 
 
 def test_batch_samplers_and_datasets_are_told_too() -> None:
