@@ -27,19 +27,20 @@ _BUFFER_BYTES = 256 * 2**20
 class LocalSGD:
     """Context of a training loop whose processes average parameters now and then instead of gradients every step.
 
-    Gradient accumulation goes on as usual: a step counts when it has used its gradients. Buffers (batch norm's running
-    statistics) are not averaged, nor is the optimizer's state. All processes must take the same number of steps.
+    Gradient accumulation goes on as usual. Calls of `step` are counted, within ``accumulate`` those of batches that only
+    accumulate too: to average every 8 updates of 2 batches each, pass ``local_sgd_steps=16``. Buffers (batch norm's
+    running statistics) are not averaged, nor is the optimizer's state. All processes must take the same number of steps.
 
     Within the block `save_state` averages first, since a checkpoint holds one model, and the count to the next average
     begins anew: there, and in the run that resumes. Each process's optimizer goes on from rank 0's then.
 
     Attributes:
-        num_steps: Optimizer steps taken so far.
+        num_steps: Calls of `step` so far.
 
     Args:
         accelerator: The accelerator that prepared the model.
         model: The prepared model.
-        local_sgd_steps: Average after this many optimizer steps; and once more when the block ends.
+        local_sgd_steps: Average after this many calls of `step`; and once more when the block ends.
         enabled: False leaves training as it is without this context.
 
     Raises:
@@ -108,9 +109,7 @@ class LocalSGD:
             self.model_sync_obj = None
 
     def step(self) -> None:
-        """To be called after each ``optimizer.step()``: averages the parameters when it is time to."""
-        if not self.accelerator.sync_gradients:  # accumulating: the optimizer has not moved
-            return
+        """Counts a step, and averages the parameters at every `local_sgd_steps`-th. Call it after ``optimizer.step()``."""
         self.num_steps += 1
         if self.enabled and self.num_steps - self._averaged_at >= self.local_sgd_steps:
             self._average()
