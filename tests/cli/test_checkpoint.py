@@ -31,9 +31,26 @@ def test_verify_and_list(tmp_path: Path) -> None:
     )
     listing = typed("list", str(tmp_path))
     assert listing.returncode == 0
-    headers, _, whole, damaged = listing.stdout.splitlines()
-    assert headers.split() == ["checkpoint", "saved", "step", "processes", "size", "state"]
-    assert re.fullmatch(r"checkpoint_0 +\S+ \S+ UTC +0 +1 +\S+ KB +whole", whole)
+    headers, _, whole, damaged, _, legend = listing.stdout.splitlines()
+    assert headers.split() == ["checkpoint", "saved", "processes", "size", "state"]
+    assert re.fullmatch(r"checkpoint_0 +\S+ \S+ UTC +1 +\S+ KB +complete", whole)
+    assert legend.startswith("complete: all files are there in the size they were saved with.") and "verify" in legend
     assert damaged.startswith("checkpoint_1 ") and damaged.endswith("not whole")
     assert typed("list", str(tmp_path / "none")).returncode == 1
     assert typed("verify", str(tmp_path)).returncode == 1
+
+
+def test_what_a_listing_has_not_read_it_does_not_call_whole(tmp_path: Path) -> None:
+    config = ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True)
+    saved = Path(Accelerator(cpu=True, project_config=config).save_state()) / "random_states_0.pkl"
+    content = saved.read_bytes()
+    saved.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "whole" not in typed("list", str(tmp_path)).stdout
+    assert "not whole: 1 problem" in typed("verify", str(saved.parent)).stdout
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"")
+    done = typed("verify", str(tmp_path / "model.bin"))
+    assert done.returncode == 1 and "it is a file; a checkpoint is a folder" in done.stdout
+    assert "there is no such folder" in typed("verify", str(tmp_path / "none")).stdout

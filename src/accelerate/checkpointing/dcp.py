@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import pickle
 import zipfile
 import zlib
@@ -18,13 +19,16 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..placement.sizes import is_shape
+from ..runtime.file_names import LARGEST_TEXT, FileNameError, path_inside, read_bytes, shown, size_of
 from .errors import LoadError, Problem, listed
 from .parallel import in_parallel
-from .pieces import Box, overlap, part_of
+from .pieces import Box, is_tiled, overlap, part_of
 
 DESCRIPTION = ".metadata"
 """The file that says which tensors there are, and where each piece of them lies."""
 _PIECE = 2**20
+_LARGEST = 4 * LARGEST_TEXT
 _THREADS = 4
 
 # Module -> the names in it that a description is made of.
@@ -91,17 +95,12 @@ class Stored:
     pieces: tuple[Piece, ...]
 
     def is_covered(self) -> bool:
-        """Whether the pieces lie within the shape and have as many elements."""
-        inside = all(
-            len(piece.offsets) == len(piece.sizes) == len(self.shape)
-            and all(0 <= at <= at + size <= most for at, size, most in _edges(piece, self.shape))
-            for piece in self.pieces
-        )
-        return inside and math.prod(self.shape) == sum(math.prod(piece.sizes) for piece in self.pieces)
+        """Whether every element of the tensor lies in exactly one piece."""
+        return is_tiled(self.shape, [(piece.offsets, piece.sizes) for piece in self.pieces])
 
-
-def _edges(piece: Piece, shape: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    return zip(piece.offsets, piece.sizes, shape, strict=True)
+    def takes_more_than(self, piece: Piece) -> bool:
+        """Whether the values of a piece take more bytes than its file has for it: they are not compressed."""
+        return self.dtype is not None and math.prod(piece.sizes) * self.dtype.itemsize > piece.length
 
 
 class StoredFolder:
@@ -130,15 +129,22 @@ class StoredFolder:
         for name, entry in self.entries.items():
             for piece in entry.pieces:
                 needed[piece.file] = max(needed.get(piece.file, 0), piece.start + piece.length)
+                if piece.start < 0 or piece.length < 0 or entry.takes_more_than(piece):
+                    end = piece.start + piece.length
+                    text = f"{name}: bytes {piece.start} to {end} of {shown(piece.file)} cannot hold it"
+                    yield Problem(DESCRIPTION, "corrupt", text)
             if entry.dtype is not None and not entry.is_covered():
-                yield Problem(DESCRIPTION, "corrupt", f"{name}: its pieces do not make up the shape {entry.shape}")
+                text = f"{name}: its pieces overlap or do not make up the shape {entry.shape}"
+                yield Problem(DESCRIPTION, "corrupt", text)
         for file, end in sorted(needed.items()):
-            path = self.folder / file
-            if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-                yield Problem(DESCRIPTION, "corrupt", f"it names a file outside the folder: {file}")
-            elif not path.is_file():
+            try:
+                size = size_of(path_inside(self.folder, file))
+            except FileNameError as error:
+                yield Problem(DESCRIPTION, "corrupt", f"it names a file that is not read: {error}")
+                continue
+            if size is None:
                 yield Problem(file, "missing", f"{DESCRIPTION} names it; copy it here from where it was saved")
-            elif (size := path.stat().st_size) < end:
+            elif size < end:
                 yield Problem(file, "corrupt", f"it has {size} bytes, at least {end} expected")
 
     def verify(self) -> None:
@@ -231,11 +237,15 @@ def _first_line(error: Exception) -> str:
 
 def _description(folder: Path) -> Any:
     path = folder / DESCRIPTION
+    if folder.exists() and not folder.is_dir():
+        raise LoadError(
+            f"{folder} is a file; expected a folder of shards.", [Problem(str(folder), "missing", "no folder")]
+        )
     if not folder.is_dir():
         raise LoadError(
             f"{folder}: there is no such folder.", [Problem(str(folder), "missing", "there is no such folder")]
         )
-    if not path.is_file():
+    if not path.exists():
         raise LoadError(
             f"{folder} holds no sharded checkpoint: there is no file {DESCRIPTION} in it.{_nearby(folder)}",
             [Problem(DESCRIPTION, "missing", "it says what is in the folder")],
@@ -243,8 +253,7 @@ def _description(folder: Path) -> Any:
     from torch.distributed.checkpoint.metadata import Metadata
 
     try:
-        with open(path, "rb") as file:
-            found = _Description(file).load()
+        found = _Description(io.BytesIO(read_bytes(path, _LARGEST))).load()
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"expected a description of a checkpoint, found {type(found).__name__}")
     except Exception as error:
@@ -271,18 +280,30 @@ def _entries(description: Any, folder: Path) -> dict[str, Stored]:
         for name, facts in description.state_dict_metadata.items():
             path = tuple(str(part) for part in paths.get(name, (name,)))
             of_tensor = hasattr(facts, "chunks")
-            chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in facts.chunks] if of_tensor else []
+            chunks = (
+                [(_whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)) for chunk in facts.chunks or ()]
+                if of_tensor
+                else []
+            )
             pieces = [_piece(places[name][offsets], offsets, sizes) for offsets, sizes in chunks]
             if not of_tensor:
                 pieces = [_piece(places[name][None])]
-            shape, dtype = (tuple(facts.size), facts.properties.dtype) if of_tensor else ((), None)
+            shape, dtype = (_whole_numbers(facts.size), facts.properties.dtype) if of_tensor else ((), None)
+            if not path or not is_shape(shape) or (of_tensor and not isinstance(dtype, torch.dtype)):
+                raise ValueError(
+                    f"{shown(name)} has the keys {shown(path)}, the shape {shown(shape)} and the dtype {shown(dtype)}"
+                )
             entries[name] = Stored(path, shape, dtype, tuple(pieces))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         text = f"{type(error).__name__}: {error}"
         raise LoadError(
             f"{folder / DESCRIPTION} is damaged: {text}", [Problem(DESCRIPTION, "corrupt", text)]
         ) from error
     return entries
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    return tuple(map(operator.index, values))
 
 
 def _piece(info: Any, offsets: tuple[int, ...] = (), sizes: tuple[int, ...] = ()) -> Piece:

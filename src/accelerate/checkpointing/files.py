@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..runtime import file_names
 from .checked import CheckedFile
 from .disk import FileRecord, FileWriter
 
@@ -186,4 +187,4 @@ def write_json(state: Any, writer: FileWriter) -> None:
 
 def read_json(path: Path) -> Any:
     """Plain data from text."""
-    return json.loads(path.read_bytes())
+    return file_names.read_json(path)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..runtime.file_names import require_regular
 from . import manifest as manifests
 from .commit import COMMITTED, settle
 from .dcp import StoredFolder
@@ -59,7 +60,8 @@ def settle_all(project: Path) -> None:
 def problems_of(folder: Path) -> list[Problem]:
     """What is wrong with a checkpoint by itself: not one, unfinished, or files that are not as they were saved."""
     if not folder.is_dir():
-        return [Problem(str(folder), "missing", "there is no such folder")]
+        text = "it is a file; a checkpoint is a folder" if folder.exists() else "there is no such folder"
+        return [Problem(str(folder), "missing", text)]
     try:
         manifest = manifests.read(folder)
     except FileNotFoundError:
@@ -73,7 +75,7 @@ def problems_without_manifest(folder: Path) -> list[Problem]:
     """The same for a folder without a manifest: it may come from another release, whose files are all that can be seen."""
     from .entries import SAFETENSORS, TORCH
 
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and is_ours(path.name))
+    names = sorted(path.name for path in folder.iterdir() if not path.is_dir() and is_ours(path.name))
     if not any(name.startswith("random_states_") for name in names):
         return [Problem(str(folder), "corrupt", "it is no checkpoint: it has neither a manifest nor random states")]
     problems = []
@@ -81,6 +83,7 @@ def problems_without_manifest(folder: Path) -> list[Problem]:
         if name.endswith(".json"):
             continue
         try:
+            require_regular(folder / name)
             state = (SAFETENSORS if name.endswith(".safetensors") else TORCH).read(folder / name)
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a reader raise
             problems.append(Problem(name, "corrupt", f"it cannot be read ({_first_line(error)})"))
@@ -109,7 +112,4 @@ def is_whole(folder: Path) -> bool:
         return folder.is_dir() and not problems_without_manifest(folder)
     except (OSError, ValueError):
         return False
-    try:
-        return all((folder / record.path).stat().st_size == record.size for record in manifest.files)
-    except OSError:
-        return False
+    return manifests.has_all_files(folder, manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from .errors import SaveError
 from .joint import all_ranks, together
 from .live import ExtraState
-from .pieces import Box, Held, part_of
+from .pieces import Box, Held, is_tiled, part_of
 
 _STRETCH = 64 * 2**20
 _ALIGNMENT = 16
@@ -52,6 +52,7 @@ def gathered(state: Mapping[Any, Any]) -> dict[Any, Any]:
         # Nothing is allocated once tensors are on their way: a rank that failed there would leave another one waiting.
         buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=collectives.device)
         if collectives.rank == 0:
+            _check_whole(offered for offers, _, _ in told for offered in offers)
             for _, values, _ in told:
                 result.update({key: value for key, value in values.items() if key not in result})
             for offered, _, _ in told:
@@ -93,6 +94,16 @@ def _tied(state: Mapping[Any, Any]) -> dict[Any, Any]:
         if isinstance(value, Held) and first.setdefault(id(value), key) != key:
             tied[key] = first[id(value)]
     return tied
+
+
+def _check_whole(offers: Iterable[_Offered]) -> None:
+    """Raises where ranks hold no whole tensor together: some of it would be whatever memory held before."""
+    boxes: dict[Any, tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]] = {}
+    for key, shape, _, box in offers:
+        boxes.setdefault(key, (shape, []))[1].append((box.offsets, box.sizes))
+    for key, (shape, found) in boxes.items():
+        if not is_tiled(shape, found):
+            raise ValueError(f"the parts that ranks hold of {key} overlap or do not make up the shape {list(shape)}")
 
 
 def _other(value: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..logging import get_logger
+from ..runtime.file_names import require_regular
 from ..runtime.world import World
 from ..settings.enums import SAMPLER_NAME
 from . import manifest as manifests
@@ -15,7 +17,7 @@ from .checked import DamagedError
 from .commit import settle
 from .entries import Entry
 from .errors import LoadError, Problem, listed
-from .finding import newest_valid, problems_without_manifest
+from .finding import newest_valid, problems_of, problems_without_manifest
 from .joint import together
 from .names import files_of, is_shared, part_of
 
@@ -77,7 +79,7 @@ def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
 
     def look() -> tuple[Any, list[Problem]]:
         if not folder.is_dir():
-            return None, [Problem(str(folder), "missing", "there is no such folder")]
+            return None, problems_of(folder)
         try:
             return manifests.read(folder), []
         except FileNotFoundError:
@@ -139,11 +141,13 @@ def read_entries(
     reading = Reading()
     records = {} if manifest is None else {record.path: record for record in manifest.files}
     for entry in entries:
-        if not (folder / entry.path).exists():
+        if not os.path.lexists(folder / entry.path):
             if entry.required:
                 reading.problems.append(Problem(entry.path, "missing", "this run needs it"))
             continue
         try:
+            if not (folder / entry.path).is_dir():
+                require_regular(folder / entry.path)
             own = {"mmap": False, "record": records.get(entry.path)} if entry.kept else {}
             state = entry.read(folder, {**options, **own})
             problems = _of_another_class(entry, manifest) or entry.check(state)

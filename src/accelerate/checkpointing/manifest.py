@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime.file_names import FileNameError, parse_json, path_inside, read_bytes, shown, size_of
 from .disk import STRETCH, FileRecord, FileWriter, sum_of_stretch
 from .errors import Problem
 from .parallel import in_parallel
@@ -113,25 +114,58 @@ def read(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: when there is none.
-        ValueError: when it is damaged, or of a format that this version does not know.
+        ValueError: when it is damaged, or of a format that this version does not know, or names files outside the folder.
     """
-    content = (folder / NAME).read_bytes()
+    content = read_bytes(folder / NAME)
     try:
-        body = json.loads(content)
+        body = parse_json(content)
         body.pop("checksum")
         intact = _serialised(body) == content
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise ValueError("it is damaged: its content and its checksum do not agree")
+    _check_types(body)
     if body["format"] != FORMAT or body["stretch"] != STRETCH:
         raise ValueError(
             f"it has format {body['format']}, saved by accelerate {body['versions'].get('accelerate')}; this version, "
             f"{library_versions()['accelerate']}, reads format {FORMAT}"
         )
-    files = tuple(FileRecord(path, facts["size"], tuple(facts["crc32"])) for path, facts in body["files"].items())
+    files = tuple(_record_in(folder, path, facts) for path, facts in body["files"].items())
     rest = {name: body[name] for name in ("world_size", "step", "iteration", "format", "versions", "saved_at")}
     return Manifest(files, kinds=body.get("kinds", {}), **rest)
+
+
+# Key -> its type, and the least number.
+_NUMBERS = {"format": 0, "iteration": 0, "step": 0, "stretch": 1, "world_size": 1}
+_MAPPINGS = {"files": dict, "versions": str, "kinds": str}
+
+
+def _check_types(body: dict[str, Any]) -> None:
+    """Raises ValueError for a manifest whose checksum is right, and whose values are of other types than ours."""
+    for key, least in _NUMBERS.items():
+        value = body.get(key)
+        if type(value) is not int or not least <= value < 2**63:
+            raise ValueError(f"its {key!r} is {shown(value)}; expected a number of at least {least}")
+    for key, kind in _MAPPINGS.items():
+        value = body.get(key, {} if key == "kinds" else None)
+        if not isinstance(value, dict) or not all(isinstance(one, kind) for one in value.values()):
+            raise ValueError(
+                f"its {key!r} is {shown(value)}; expected a mapping of names to values of type {kind.__name__}"
+            )
+    if not isinstance(body.get("saved_at"), str):
+        raise ValueError(f"its 'saved_at' is {shown(body.get('saved_at'))}; expected a time")
+
+
+def _record_in(folder: Path, path: str, facts: dict[str, Any]) -> FileRecord:
+    """A record of the manifest, its types and its path checked."""
+    path_inside(folder, path)
+    size, sums = facts.get("size"), facts.get("crc32")
+    if path == NAME or type(size) is not int or not 0 <= size < 2**63 or not isinstance(sums, list):
+        raise ValueError(f"its entry of {shown(path)} is {shown(facts)}; expected a size and a list of checksums")
+    if len(sums) != max(1, -(-size // STRETCH)) or not all(isinstance(one, str) for one in sums):
+        raise ValueError(f"its entry of {shown(path)} has {len(sums)} checksums, which is not what {size} bytes have")
+    return FileRecord(path, size, tuple(sums))
 
 
 def verify(
@@ -141,6 +175,7 @@ def verify(
     share: tuple[int, int] = (0, 1),
     only: Callable[[str], bool] | None = None,
     unread: Container[str] = (),
+    locate: Callable[[str], Path] | None = None,
 ) -> list[Problem]:
     """Compares the files of a folder with its manifest, by several threads.
 
@@ -151,21 +186,22 @@ def verify(
             are checked by the first.
         only: Leave out files whose path this is false for.
         unread: Of these files only the size is compared.
+        locate: Where a file is, by its path; None: in `folder`.
 
     Returns:
         A `Problem` for each file that is missing, of another size or of another content.
     """
     index, count = share
+    at = locate or (lambda path: folder / path)
     problems: list[Problem] = []
     jobs: list[tuple[FileRecord, int]] = []
     number = 0
     for record in manifest.files:
         if only is not None and not only(record.path):
             continue
-        found = _size(folder / record.path)
-        if found != record.size:
+        if problem := _misfit(at(record.path), record):
             if index == 0:
-                problems.append(_sized(record, found))
+                problems.append(problem)
             continue
         for stretch in range(len(record.sums) if record.path not in unread else 0):
             if number % count == index:
@@ -174,7 +210,7 @@ def verify(
 
     def check(job: tuple[FileRecord, int]) -> str | None:
         record, stretch = job
-        with open(folder / record.path, "rb", buffering=0) as file:
+        with open(at(record.path), "rb", buffering=0) as file:
             intact = sum_of_stretch(file.fileno(), stretch * STRETCH) == record.sums[stretch]
         return None if intact else record.path
 
@@ -182,14 +218,19 @@ def verify(
     return problems + [Problem(path, "corrupt", "its content is not what was saved (checksum)") for path in damaged]
 
 
-def _size(path: Path) -> int | None:
+def _misfit(path: Path, record: FileRecord) -> Problem | None:
+    """What is wrong with a file by its kind and size."""
     try:
-        return path.stat().st_size if path.is_file() else None
-    except OSError:
-        return None
-
-
-def _sized(record: FileRecord, found: int | None) -> Problem:
+        found = size_of(path)
+    except FileNameError as error:
+        return Problem(record.path, "corrupt", str(error))
     if found is None:
         return Problem(record.path, "missing", "the checkpoint was saved with this file")
-    return Problem(record.path, "corrupt", f"it has {found} bytes and was saved with {record.size}")
+    if found != record.size:
+        return Problem(record.path, "corrupt", f"it has {found} bytes and was saved with {record.size}")
+    return None
+
+
+def has_all_files(folder: Path, manifest: Manifest) -> bool:
+    """Whether all files of a manifest are in a folder, with the sizes they were saved with. Their content is not read."""
+    return not any(_misfit(folder / record.path, record) for record in manifest.files)

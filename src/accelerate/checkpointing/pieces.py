@@ -6,7 +6,7 @@ A box is a stretch of every dimension. A shard along a dimension is one box; a s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,6 +168,47 @@ def overlap(one: Box, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box |
     if any(start >= end for start, end in zip(starts, ends, strict=True)):
         return None
     return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
+
+
+def is_tiled(shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """True if boxes lie within a shape and every element lies in exactly one of them.
+
+    Boxes within the shape that do not overlap and have as many elements as it cover it. A sweep along the dimension in which
+    most of them begin apart finds overlaps: boxes cut along one dimension, or along the rows of a flattened tensor, take
+    ``n log n`` steps.
+
+    Args:
+        shape: The tensor's.
+        boxes: (offsets, sizes) of each.
+    """
+    whole_tensor = ((0,) * len(shape), tuple(shape))
+    if len(boxes) == 1 and boxes[0] == whole_tensor:
+        return all(size >= 0 for size in shape)
+    for offsets, sizes in boxes:
+        if not len(offsets) == len(sizes) == len(shape):
+            return False
+        if any(not 0 <= at <= at + size <= most for at, size, most in zip(offsets, sizes, shape, strict=True)):
+            return False
+    filled = [(offsets, sizes) for offsets, sizes in boxes if math.prod(sizes)]
+    if math.prod(shape) != sum(math.prod(sizes) for _, sizes in filled):
+        return False
+    return not _overlap_somewhere(filled, len(shape))
+
+
+def _overlap_somewhere(boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], dimensions: int) -> bool:
+    """Whether any two boxes with elements share one."""
+    if len(boxes) < 2:
+        return False
+    if not dimensions:
+        return True
+    along = max(range(dimensions), key=lambda dimension: len({offsets[dimension] for offsets, _ in boxes}))
+    reached: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for offsets, sizes in sorted(boxes, key=lambda box: box[0][along]):
+        reached = [box for box in reached if box[0][along] + box[1][along] > offsets[along]]
+        if any(overlap(Box(offsets, sizes), *other) for other in reached):
+            return True
+        reached.append((offsets, sizes))
+    return False
 
 
 def part_of(tensor: torch.Tensor, box: Box, origin: tuple[int, ...]) -> torch.Tensor:

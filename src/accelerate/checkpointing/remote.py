@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..runtime.file_names import FileNameError, path_inside, shown
 from ..runtime.world import World
 from . import manifest as manifests
 from .errors import CheckpointError, LoadError, SaveError
@@ -75,14 +76,32 @@ class Place:
                 raise OSError(f"{self.url}/{name} has {size} bytes, not the {(folder / name).stat().st_size} written")
 
     def download(self, folder: Path) -> None:
-        """Fetches all files from there into a new folder; which are missing or damaged the load will find."""
-        found = self.files.find(self.path) if self.files.exists(self.path) else []
+        """Fetches all files from there into a new folder; which are missing or damaged the load will find.
+
+        Raises:
+            FileNotFoundError: where there are none.
+            FileNameError: where a name leads out of the folder; nothing has been fetched then.
+            OSError: where they do not fit on the disk.
+        """
+        found = self.files.find(self.path, detail=True) if self.files.exists(self.path) else {}
         if not found:
             raise FileNotFoundError(f"there is no checkpoint at {self.url}")
-        for path in found:
-            here = folder / str(path)[len(self.path) :].lstrip("/")
+        places = {str(path): path_inside(folder, self._name_of(str(path))) for path in found}
+        size = sum(facts.get("size") or 0 for facts in found.values())
+        if size > (free := shutil.disk_usage(folder).free):
+            raise OSError(
+                f"{self.url} has {size} bytes, and {folder} has room for {free}: set TMPDIR to a larger place"
+            )
+        for path, here in places.items():
             here.parent.mkdir(parents=True, exist_ok=True)
             self.files.get_file(path, str(here))
+
+    def _name_of(self, path: str) -> str:
+        """The name of a file in the folder, from the path that a listing gives."""
+        prefix = f"{self.path}/" if self.path else ""
+        if not path.startswith(prefix):
+            raise FileNameError(f"the listing of {self.url} has {shown(path)}, which is not below it")
+        return path.removeprefix(prefix) if prefix else path.removeprefix("/")
 
 
 class Outgoing:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from ..runtime.file_names import shown
 from .copying import as_bytes, is_plain
 from .dcp import DESCRIPTION
 from .disk import FileWriter
 from .files import write_torch
-from .pieces import Box, Held
+from .pieces import Box, Held, is_tiled
 
 Key = tuple[Any, ...]
 """The keys that lead to a value in a nested state, such as ``("model", "layer.weight")``."""
@@ -154,7 +155,12 @@ def description(places: Iterable[Place]) -> Any:
 def _check_whole(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         chunks = getattr(value, "chunks", None)
-        if chunks is not None and (count := sum(chunk.sizes.numel() for chunk in chunks)) != value.size.numel():
+        if chunks is None:
+            continue
+        boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+        if not is_tiled(tuple(value.size), boxes):
+            count = sum(chunk.sizes.numel() for chunk in chunks)
             raise ValueError(
-                f"{name} of shape {list(value.size)} has {value.size.numel()} elements, and the ranks wrote {count}"
+                f"{name} of shape {list(value.size)} has {value.size.numel()} elements, and the ranks wrote {count}, in "
+                f"pieces that leave some out or write some twice: {shown(boxes)}"
             )

@@ -40,7 +40,7 @@ def _verify(folder: Path) -> int:
         manifest = None
     print(folder)
     if manifest is not None:
-        print(f"  saved     {_when(manifest.saved_at)}, step {manifest.step}, {_processes(manifest.world_size)}")
+        print(f"  saved     {_when(manifest.saved_at)}, {_processes(manifest.world_size)}")
         print(f"  versions  {', '.join(f'{name} {version}' for name, version in sorted(manifest.versions.items()))}\n")
         wrong = {problem.file: f"{problem.kind}: {problem.text}" for problem in problems}
         files = [
@@ -70,11 +70,16 @@ def _list(project: Path) -> int:
         try:
             manifest = manifests.read(folder)
             size = _size(sum(file.size for file in manifest.files))
-            facts = (_when(manifest.saved_at), str(manifest.step), str(manifest.world_size), size)
+            facts = (_when(manifest.saved_at), str(manifest.world_size), size)
+        except FileNotFoundError:
+            facts = ("no manifest", "?", "?")
         except (OSError, ValueError):
-            facts = ("no manifest", "?", "?", "?")
-        rows.append((folder.name, *facts, "whole" if is_whole(folder) else "not whole"))
-    _print_table(("checkpoint", "saved", "step", "processes", "size", "state"), rows, right={2, 3, 4})
+            facts = ("damaged manifest", "?", "?")
+        rows.append((folder.name, *facts, "complete" if is_whole(folder) else "not whole"))
+    _print_table(("checkpoint", "saved", "processes", "size", "state"), rows, right={2, 3})
+    print(
+        "\ncomplete: all files are there in the size they were saved with. Only `accelerate checkpoint verify` reads them."
+    )
     return 0
 
 

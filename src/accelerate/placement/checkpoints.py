@@ -6,7 +6,6 @@ Everything that is wrong is collected, so that one error can list it before any 
 from __future__ import annotations
 
 import functools
-import json
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.file_names import FileNameError, path_inside, read_json
 from ..settings.enums import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from .safetensors_file import SafetensorsFile
 
@@ -195,13 +195,18 @@ def find_checkpoint(checkpoint: str | os.PathLike[str]) -> Checkpoint:
 
 def _indexed(path: Path) -> Checkpoint:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
+    except FileNameError as error:
+        raise ValueError(f"{path} is no index: {error}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is no index: it is not JSON ({error}).") from error
     places = index.get("weight_map", index) if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ValueError(f"{path} is no index: expected a file for each name, by name or below 'weight_map'.")
-    files = {file: path.parent / file for file in sorted(set(places.values()))}
+    try:
+        files = {file: path_inside(path.parent, file) for file in sorted(set(places.values()))}
+    except FileNameError as error:
+        raise FileNameError(f"{path} is not used, and nothing was read: {error}.") from error
     listed: dict[Path, set[str]] = {file: set() for file in files.values()}
     for name, file in places.items():
         listed[files[file]].add(name)

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..runtime.file_names import path_inside, path_to_change, read_json, replace_file, shown, size_of
 from .direct import Buffers
 from .mapped import Interrupted, Span, Stop, Windows, never
 from .reading import Reading, WeightFile
 from .safetensors_file import SafetensorsFile
+from .sizes import is_shape
 from .tensors import set_module_tensor_to_device
 
 Folder = str | os.PathLike[str]
@@ -43,30 +45,80 @@ def offload_weight(weight: torch.Tensor, weight_name: str, offload_folder: Folde
 
     Returns:
         `index`.
+
+    Raises:
+        ValueError: for a name that leads out of the folder; nothing is written then.
     """
+    path = path_to_change(Path(offload_folder), f"{weight_name}.dat")
     values = weight.detach().cpu().contiguous()
     data: Any = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
-    (Path(offload_folder) / f"{weight_name}.dat").write_bytes(data)
+    replace_file(path, data)
     if index is not None:
         index[weight_name] = {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
     return index
 
 
 def save_offload_index(index: Mapping[str, Any] | None, offload_folder: Folder) -> None:
-    """Adds entries to ``<folder>/index.json``; with none, does nothing."""
+    """Adds entries to ``<folder>/index.json``; with none, does nothing.
+
+    Raises:
+        ValueError: when the index that is there is damaged, or a name leads out of the folder; nothing is written then.
+    """
     if not index:
         return
     path = Path(offload_folder) / INDEX_NAME
-    known = read_offload_index(offload_folder) if path.is_file() else {}
-    unfinished = path.with_suffix(".incomplete")
-    unfinished.write_text(json.dumps({**known, **index}, indent=2), encoding="utf-8")
-    os.replace(unfinished, path)
+    known = {} if size_of(path) is None else read_offload_index(offload_folder)
+    _check_index(path, index)
+    replace_file(path, json.dumps({**known, **index}, indent=2).encode())
 
 
 def read_offload_index(offload_folder: Folder) -> dict[str, Any]:
-    """What `save_offload_index` wrote."""
-    found: dict[str, Any] = json.loads((Path(offload_folder) / INDEX_NAME).read_text(encoding="utf-8"))
+    """Reads what `save_offload_index` wrote.
+
+    Raises:
+        ValueError: when it is damaged, or a name in it leads out of the folder.
+    """
+    path = Path(offload_folder) / INDEX_NAME
+    try:
+        found: dict[str, Any] = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no index of offloaded weights: {error}") from error
+    _check_index(path, found)
     return found
+
+
+def _check_index(path: Path, index: Any) -> None:
+    """Raises ValueError for an index whose entries are not such as `offload_weight` and others make them."""
+    if not isinstance(index, Mapping):
+        raise ValueError(f"{path} is no index of offloaded weights: expected entries by name, found {shown(index)}")
+    for name, info in index.items():
+        if not isinstance(info, Mapping):
+            raise ValueError(f"{path} is no index of offloaded weights: its entry of {shown(name)} is {shown(info)}")
+        file = info.get("safetensors_file")
+        if file is None:
+            path_inside(path.parent, _file_of(name, info))
+            _described(name, info)
+        elif not isinstance(file, str) or not isinstance(info.get("weight_name", name), str):
+            raise ValueError(f"{path} is no index of offloaded weights: its entry of {shown(name)} is {shown(info)}")
+
+
+def _file_of(name: str, info: Mapping[str, Any]) -> str:
+    """The file that holds a weight by itself, as a name in the folder."""
+    return f"{info.get('weight_name', name)}.dat"
+
+
+def _described(name: object, info: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The dtype and the shape in an entry of an index.
+
+    Raises:
+        ValueError: where these are none.
+    """
+    dtype, shape = _dtype(info.get("dtype")), info.get("shape")
+    if dtype is None or not isinstance(shape, (list, tuple)) or not is_shape(shape):
+        raise ValueError(
+            f"the entry of {shown(name)} is {shown(dict(info))}; expected the 'dtype' and 'shape' of a tensor"
+        )
+    return dtype, tuple(shape)
 
 
 def offload_state_dict(save_dir: Folder, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -95,11 +147,13 @@ def load_offloaded_weight(weight_file: Folder, weight_info: Mapping[str, Any]) -
 
     Raises:
         RuntimeError: when the file is not there or shorter than the entry says.
+        ValueError: when it is no regular file, or the entry describes no tensor.
     """
-    shape, dtype = weight_info["shape"], getattr(torch, weight_info["dtype"])
+    dtype, shape = _described(weight_file, weight_info)
     count = torch.Size(shape).numel()
     if not count:
         return torch.empty(shape, dtype=dtype)
+    size_of(Path(weight_file))
     return torch.from_file(str(weight_file), shared=False, size=count, dtype=dtype).reshape(shape)
 
 
@@ -186,7 +240,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
             return self._from_safetensors(info["safetensors_file"], info.get("weight_name", key), info.get("dtype"))
         if self.save_folder is None:
             raise KeyError(f"{key} is in a .dat file, and no save_folder says where that is.")
-        return load_offloaded_weight(Path(self.save_folder) / f"{info.get('weight_name', key)}.dat", info)
+        return load_offloaded_weight(path_inside(Path(self.save_folder), _file_of(key, info)), info)
 
     def _from_safetensors(self, file: str, name: str, dtype: str | None) -> torch.Tensor:
         tensor = self._file(file)[0][name]
@@ -278,11 +332,10 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
             return None if span is None else (Path(name), span, _dtype(info.get("dtype")))
         if self.save_folder is None:
             return None
-        dtype, shape = _dtype(info["dtype"]), tuple(info["shape"])
-        assert dtype is not None
+        dtype, shape = _described(key, info)
         whole = Span(0, torch.Size(shape).numel() * dtype.itemsize, dtype, shape)
         self._size += whole.stop
-        return Path(self.save_folder) / f"{info.get('weight_name', key)}.dat", whole, None
+        return path_inside(Path(self.save_folder), _file_of(key, info)), whole, None
 
     def _has_room(self) -> bool:
         """Whether memory has room for all that is read from files, and for as much of anything else."""
@@ -339,8 +392,12 @@ class _Plan(NamedTuple):
     readings: list[tuple[Reading, list[tuple[str, torch.dtype | None]]]]
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
-    found: torch.dtype | None = None if name is None else getattr(torch, name.removeprefix("torch."))
+def _dtype(name: Any) -> torch.dtype | None:
+    if name is None:
+        return None
+    found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{shown(name)} is no dtype of torch")
     return found
 
 

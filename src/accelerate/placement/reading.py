@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..runtime.file_names import regular_size
 from ..runtime.page_cache import CacheProbe
 from .direct import Buffers, DirectFile
 from .mapped import CutShort, Layout, Mapping, Run, Span, Stop, Windows, never
@@ -34,11 +35,12 @@ class WeightFile:
 
     def __init__(self, path: str | os.PathLike[str], buffers: Buffers, windows: Windows) -> None:
         self.path = Path(path)
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
         self._buffers = buffers
-        self.size = os.fstat(descriptor).st_size
+        self.size = regular_size(os.fstat(descriptor), self.path)
         self.mapping = Mapping(descriptor, windows)
 
     @cached_property

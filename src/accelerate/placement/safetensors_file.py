@@ -6,7 +6,6 @@ it is. The safetensors library does the same; one header read for all tensors is
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -16,7 +15,11 @@ from typing import Any
 
 import torch
 
+from ..runtime.file_names import parse_json, require_regular, shown
 from .mapped import Span
+from .sizes import is_shape
+
+_LARGEST_HEADER = 100_000_000  # as in the safetensors library
 
 FORMATS = {
     "BOOL": torch.bool,
@@ -54,6 +57,7 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        require_regular(path)
         self._identity = _identity(path)
         self._size = path.stat().st_size
         header, self._start = _read_header(path, self._size)
@@ -121,11 +125,15 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"its header should end at byte {8 + length}, and it has {size} bytes")
+        if length > _LARGEST_HEADER:
+            raise ValueError(f"its header has {length} bytes, more than the {_LARGEST_HEADER} that the format allows")
         text = file.read(length)
-    header = json.loads(text.decode("utf-8")) if text[:1] == b"{" else None
+    header = parse_json(text) if text[:1] == b"{" else None
     if not isinstance(header, dict):
         raise ValueError("it does not begin with a header of safetensors")
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise ValueError(f"the '__metadata__' of its header is {shown(notes)}; expected a mapping of names to texts")
     return header, 8 + length
 
 
@@ -135,7 +143,8 @@ def _place(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int, str]
         (begin, end), shape, kind = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"its header has no dtype, shape and offsets for {name!r}") from None
-    if not isinstance(kind, str) or any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+    offsets = all(type(number) is int and 0 <= number < 2**63 for number in (begin, end))
+    if not isinstance(kind, str) or not offsets or not is_shape(shape):
         raise ValueError(f"its header has no usable dtype, shape and offsets for {name!r}")
     dtype = FORMATS.get(kind)
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:

@@ -22,6 +22,14 @@ Sizes = defaultdict[str, int]
 _SUB_BYTE = {CustomDtype.FP8: 1.0, CustomDtype.INT4: 0.5, CustomDtype.INT2: 0.25, torch.bool: 0.125}
 
 
+def is_shape(dimensions: Sequence[object]) -> bool:
+    """True if torch can have a tensor of these dimensions: integers whose product, zeros aside, fits into 64 bits."""
+    if not all(type(size) is int and 0 <= size < 2**63 for size in dimensions):
+        return False
+    sizes = [size for size in dimensions if isinstance(size, int) and size]
+    return math.prod(sizes) < 2**63
+
+
 def dtype_byte_size(dtype: torch.dtype | CustomDtype) -> float:
     """Bytes that one number of a format takes: 0.5 for ``CustomDtype.INT4``, and an eighth for a boolean.
 

@@ -152,7 +152,7 @@ def test_a_file_outside_the_folder_is_not_read(shards: Path) -> None:
     path = shards / ".metadata"
     name = next(shards.glob("*.distcp")).name
     path.write_bytes(path.read_bytes().replace(name.encode(), b"../" + name[3:].encode()))
-    refused(shards, "outside the folder")
+    refused(shards, "no name of a file in the folder")
 
 
 def test_a_manifest_around_the_shards_is_held_to(tmp_path: Path) -> None:
@@ -183,3 +183,60 @@ def test_a_folder_is_read_one_tensor_at_a_time(shards: Path) -> None:
         "model.c": (),
     }
     assert torch.equal(stored.tensor("model.a.weight"), STATE["a.weight"])
+
+
+# Pieces ---------------------------------------------------------------------------------------------------------------
+
+
+def cut(shards: Path, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Has the description say that the tensor ``a.weight`` consists of these pieces, all in the place of the whole one."""
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+    path = shards / ".metadata"
+    with open(path, "rb") as file:
+        found = pickle.load(file)
+    name = "model.a.weight"
+    [info] = [found.storage_data.pop(index) for index in list(found.storage_data) if index.fqn == name]
+    found.state_dict_metadata[name].chunks[:] = [
+        ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes
+    ]
+    for offsets, _ in boxes:
+        found.storage_data[MetadataIndex(name, torch.Size(offsets))] = info
+    path.write_bytes(pickle.dumps(found))
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [((0, 0), (10, 30)), ((0, 0), (10, 30))],  # the same half twice
+        [((0, 0), (10, 30)), ((5, 0), (10, 30))],
+        [((0, 0), (20, 15)), ((0, 10), (20, 15))],
+        [((0, 0), (20, 10)), ((0, 10), (10, 20)), ((5, 10), (10, 20))],
+        [((0, 0), (20, 29))],
+        [((0, 0), (20, 31))],
+    ],
+)
+def test_pieces_that_overlap_or_leave_something_out(shards: Path, boxes: Any) -> None:
+    cut(shards, boxes)
+    refused(shards, "a.weight: its pieces overlap or do not make up the shape (20, 30)")
+
+
+def test_a_piece_larger_than_its_bytes(shards: Path) -> None:
+    path = shards / ".metadata"
+    with open(path, "rb") as file:
+        found = pickle.load(file)
+    facts = found.state_dict_metadata["model.b"]
+    facts.size = facts.chunks[0].__dict__["sizes"] = torch.Size([2**40])
+    path.write_bytes(pickle.dumps(found))
+    refused(shards, "model.b", "cannot hold it")
+
+
+@pytest.mark.parametrize("size", [(2**62, 2**62, 0), (-1,), ("a",)])
+def test_dimensions_that_no_tensor_has(shards: Path, size: Any) -> None:
+    path = shards / ".metadata"
+    with open(path, "rb") as file:
+        found = pickle.load(file)
+    found.state_dict_metadata["model.b"].size = list(size)
+    path.write_bytes(pickle.dumps(found))
+    with pytest.raises(LoadError):
+        StoredFolder(shards)

@@ -1,0 +1,202 @@
+"""Names that come out of files: checked to stay inside their folder before anything is opened, written or removed.
+
+A manifest, an index, the description of a sharded checkpoint and the listing of a remote folder name other files. Each may
+be damaged or hostile: a name is joined to its folder only by `path_inside`, read only through `size_of` or `read_bytes`, and
+changed only through `path_to_change` or `replace_file`. Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import threading
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+LARGEST_TEXT = 256 * 2**20
+"""Bytes that a manifest, an index or another description may have: some hundred times those of the largest models."""
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_LONGEST_PART, _LONGEST = 255, 4096  # bytes that file systems take
+
+
+class FileNameError(ValueError):
+    """A name does not stand for a file inside its folder, or the file is no regular one. Nothing was read or changed."""
+
+
+def path_inside(folder: Path, name: object) -> Path:
+    """Joins a name that was read from a file to its folder.
+
+    Only the name is looked at. The file itself may be a link to a file elsewhere, as in the cache of the Hugging Face Hub.
+
+    Args:
+        folder: The folder.
+        name: The name: parts separated by slashes, none of them empty, ``.`` or ``..``.
+
+    Returns:
+        The path in `folder`.
+
+    Raises:
+        FileNameError: for every other name.
+    """
+    if isinstance(name, str) and _PLAIN.fullmatch(name):
+        return folder / name
+    if not isinstance(name, str):
+        raise FileNameError(f"{shown(name)} is no name of a file: expected a string, found {type(name).__name__}")
+    if reason := _reason(name):
+        raise FileNameError(
+            f"{shown(name)} is no name of a file in the folder: {reason}. Expected a relative path, such as 'a/b.bin'; "
+            "whoever made this may want other files read, replaced or removed"
+        )
+    return folder / name
+
+
+def _reason(name: str) -> str:
+    parts = name.split("/")
+    if not name:
+        return "it is empty"
+    if _CONTROL.search(name):
+        return "it has control characters"
+    if name.startswith("/") or PureWindowsPath(name).drive:
+        return "it is an absolute path"
+    if "\\" in name:
+        return "it has a backslash, which separates folders on some systems"
+    if not {"", ".", ".."}.isdisjoint(parts):
+        return "a part of it is empty, '.' or '..'"
+    try:
+        lengths = [len(os.fsencode(part)) for part in parts]
+    except UnicodeEncodeError:
+        return "it has characters that no file name can have"
+    return "it is too long" if max(lengths) > _LONGEST_PART or sum(lengths) + len(parts) > _LONGEST else ""
+
+
+def shown(name: object) -> str:
+    """A value from a file as it may stand in a message: on one line, and short."""
+    text = repr(name)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
+def path_to_change(folder: Path, name: object) -> Path:
+    """The same as `path_inside` for a file that is to be replaced or removed: no folder on the way to it is a link.
+
+    The last part may be a link: it is replaced itself, and what it points to is left alone.
+
+    Raises:
+        FileNameError: where the name, or a link, leads out of the folder.
+    """
+    path = path_inside(folder, name)
+    for parent in path.parents:
+        if parent == folder:
+            break
+        if parent.is_symlink():
+            raise FileNameError(f"{shown(name)} lies behind {parent}, a link that leads out of {folder}")
+    return path
+
+
+def size_of(path: Path) -> int | None:
+    """The size of a regular file in bytes, also through a link; None where there is none.
+
+    Raises:
+        FileNameError: for a folder, a pipe, a socket or a device, which are not opened.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a circle of links, a name that the system does not take
+        raise FileNameError(f"{path} cannot be looked at: {error}") from error
+    return regular_size(status, path)
+
+
+def regular_size(status: os.stat_result, path: Path) -> int:
+    """The size in bytes of a file whose status is known; errors as for `size_of`."""
+    if not stat.S_ISREG(status.st_mode):
+        raise FileNameError(f"{path} is no regular file, but {_kind(status.st_mode)}")
+    return status.st_size
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def require_regular(path: Path) -> int:
+    """The size of a regular file in bytes.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        FileNameError: where it is something else than a regular file.
+    """
+    size = size_of(path)
+    if size is None:
+        raise FileNotFoundError(f"{path} is not there")
+    return size
+
+
+def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
+    """Reads a regular file of a sane size whole.
+
+    Args:
+        path: The file.
+        most: Bytes it may have.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        FileNameError: where it is no regular file, or larger.
+    """
+    size = require_regular(path)
+    if size > most:
+        raise FileNameError(f"{path} has {size} bytes, more than the {most} that such a file may have")
+    with open(path, "rb") as file:
+        return file.read(most + 1)[:most]
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file of JSON text.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: where it is no regular file, too large, or no JSON.
+    """
+    return parse_json(read_bytes(path))
+
+
+def parse_json(content: bytes) -> Any:
+    """Parses JSON text, in UTF-8.
+
+    Raises:
+        ValueError: where it is none.
+    """
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def replace_file(path: Path, content: Any) -> None:
+    """Writes a file beside its place and moves it there, so that a link or a pipe at that place is replaced, not written to.
+
+    Args:
+        path: The file.
+        content: Its bytes, as any object with a buffer.
+    """
+    unfinished = path.with_name(f".{os.getpid()}.{threading.get_ident()}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    try:
+        with open(unfinished, "xb") as file:
+            file.write(content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        if error.filename == str(unfinished) or error.filename is None:  # the name that the caller knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
