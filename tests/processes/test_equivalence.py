@@ -92,6 +92,7 @@ ROWS: dict[str, Row] = {
     "FSDP 2, weights on rank 0 only": _two(more={"lacking": True}, cpu_ram_efficient_loading=True),
     "HSDP 2x2": _two(4, _2X2),
     "TP 2": Row(2, sizes={"tp_size": 2}),
+    "TP 2, weights on rank 0 only": Row(2, sizes={"tp_size": 2}, more={"lacking": True}),
     "TP 2, optimizer made after": Row(2, sizes={"tp_size": 2}, more={"late": True}),
     "replicas x TP 2x2, the exact mean": Row(4, sizes={"dp_replicate_size": 2, "tp_size": 2}, more={"items": True}),
     "FSDP 2 over TP 2": _two(2, {"tp_size": 2}, more={"lacking": True}, cpu_ram_efficient_loading=True),

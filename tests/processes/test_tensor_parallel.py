@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.weak import TensorWeakRef
 
 from accelerate import (
     Accelerator,
@@ -20,6 +25,8 @@ from accelerate import (
     PartialState,
 )
 from accelerate.state import AcceleratorState
+from accelerate.strategies import averaging
+from accelerate.strategies.mesh import local_part
 from accelerate.utils import (
     TorchTensorParallelConfig,
     TorchTensorParallelPlugin,
@@ -164,6 +171,132 @@ def test_parts_in_use_on_some_ranks_only(run_ranks):
     assert run_ranks(4, _some_ranks_only) == [([[1, 1], [1, 1]], [[0.5, 0.5], [0.5, 0.5]], None)] * 4
 
 
+class Checkpointed(nn.Module):
+    """Layers that are recomputed in backwards inside the backward; one of them is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.layers, self.layers[1]):
+            x = checkpoint(layer, x, use_reentrant=True)
+        return self.layers[2](x)
+
+
+def _fail(_: torch.Tensor) -> None:
+    raise ArithmeticError
+
+
+def _overlapped() -> list[Any]:
+    """When what is sent in a backward, and whether gradients are right then, after one that failed, and in nested ones."""
+    accelerator = _run(dp_replicate_size=2, tp_size=2)
+    replica = accelerator.data_parallel_rank
+    model, alone = Mlp(4).double(), Mlp(4).double()
+    alone.load_state_dict(model.state_dict())
+    events: list[str] = []
+    all_reduce, tolist, size = dist.all_reduce, torch.Tensor.tolist, averaging._BUCKET_BYTES
+
+    def sending(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        events.append("sent")
+        return all_reduce(tensor, *args, **kwargs)
+
+    def looking(tensor: torch.Tensor) -> Any:
+        events.append("looked")
+        return tolist(tensor)
+
+    def gap(mine: nn.Module, expected: nn.Module) -> float:
+        pairs = zip(mine.parameters(), expected.parameters(), strict=True)
+        return max(float((_full(a.grad) - b.grad).abs().max()) for a, b in pairs)
+
+    def compare(model: nn.Module, alone: nn.Module) -> float:
+        model.zero_grad()
+        alone.zero_grad()
+        for number in range(2):
+            (alone(torch.full((1, 4), number + 1.0, dtype=torch.float64, requires_grad=True)).sum() / 2).backward()
+        inputs = torch.full((1, 4), replica + 1.0, dtype=torch.float64, requires_grad=True)
+        inputs.register_hook(lambda _: events.append("reached the input"))
+        accelerator.backward(model(inputs).sum())
+        return gap(model, alone)
+
+    try:
+        averaging._BUCKET_BYTES = 1
+        dist.all_reduce, torch.Tensor.tolist = sending, looking
+        model = accelerator.prepare(model)
+        events.clear()
+        found: list[Any] = [compare(model, alone)]
+        seen, events[:] = list(events), []
+        inputs = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
+        inputs.register_hook(_fail)
+        with pytest.raises(ArithmeticError):
+            accelerator.backward(model(inputs).sum())
+        found.append(compare(model, alone))
+        handler = TorchTensorParallelConfig(plan={"layers.0": "colwise_rep", "layers.1": "colwise_rep"})
+        accelerator.strategy.settings.sizes.tp_handler = handler
+        nested, alone = Checkpointed().double(), Checkpointed().double()
+        alone.load_state_dict(nested.state_dict())
+        nested = accelerator.prepare(nested)
+        found += [compare(nested, alone), compare(nested, alone)]
+    finally:
+        averaging._BUCKET_BYTES, dist.all_reduce, torch.Tensor.tolist = size, all_reduce, tolist
+    return [seen, *found]
+
+
+def test_gradients_are_sent_while_the_backward_runs(run_ranks):
+    for rank, (seen, *gaps) in enumerate(run_ranks(4, _overlapped)):
+        assert max(gaps) < 1e-12, (rank, gaps)
+        assert seen.count("sent") >= 3 and seen.index("sent") < seen.index("reached the input")
+        assert "looked" not in seen
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """Records the most bytes that tensors made by operations have held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._made: list[TensorWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        with torch.no_grad():  # else a view of the local part
+            made = [local_part(tensor) for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+        self._made += [TensorWeakRef(tensor) for tensor in made if not tensor.is_meta]
+        self.peak = max(self.peak, self.live())
+        return out
+
+    def live(self) -> int:
+        """The bytes that are held now."""
+        storages = [tensor.untyped_storage() for ref in self._made if (tensor := ref()) is not None]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _moved() -> tuple[int, int, int, int]:
+    """What a rank that has no weights holds after `prepare` and at its peak, the bytes of the model, and of a tensor."""
+    accelerator = _run(None, tp_size=2)
+    with torch.device("cpu" if accelerator.is_main_process else "meta"):
+        model = Llama(width=64, layers=6)
+    whole = sum(param.nbytes for param in model.parameters())
+    largest = max(param.nbytes for param in model.parameters())
+    frozen = [name for name, param in model.named_parameters() if not param.requires_grad]
+    norm = model.norm.weight
+    with Allocations() as allocations:
+        model = accelerator.prepare(model)
+    assert model.lm_head.weight is model.embed_tokens.weight and model.norm.weight is norm
+    assert frozen == [name for name, param in model.named_parameters() if not param.requires_grad]
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return allocations.live(), allocations.peak, whole, largest
+
+
+def test_no_rank_but_the_first_holds_more_than_its_shards_and_one_tensor(run_ranks):
+    _, (held, peak, whole, largest) = run_ranks(2, _moved)
+    assert 0.45 * whole < held < 0.55 * whole  # the norms are whole, everything else is cut in two
+    assert peak <= held + largest
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +309,7 @@ def _refusals() -> None:
         ({"0": "colwise"}, nn.Sequential(nn.Linear(2, 5)), r"0 cannot be shared by 2 ranks .*5 = 2 x 2 \+ 1"),
         ({"lm_head": "colwise_rep"}, Llama(), "tears a shared parameter apart .*embed_tokens.weight: whole"),
         ({"lm_head": "rowwise", "embed_tokens": "embedding_rowwise"}, Llama(), "lm_head.weight: along dimension 1"),
+        (layers, Mlp(4).to("meta"), "'gate_proj.weight' is on the meta device of rank 0 and holds no values"),
     ]
     for plan, model, message in cases:
         before = list(model.parameters())

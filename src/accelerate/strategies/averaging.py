@@ -1,5 +1,4 @@
-"""Averages gradients over ranks when a backward has ended, whatever the parameters are: whole, or parts that other ranks
-complete.
+"""Averages gradients over ranks in each backward, whatever the parameters are: whole, or parts that other ranks complete.
 
 DistributedDataParallel does this for whole parameters, and while the backward runs. It cannot for those that tensor
 parallelism has cut, and does not for those that were frozen when it was made, and are trained since.
@@ -32,6 +31,7 @@ def average_gradients(
     group: ProcessGroup | None,
     *,
     all_used: bool,
+    overlapped: bool = False,
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Has gradients of a model averaged. Parameters that are frozen cost nothing until they are trained.
@@ -41,9 +41,11 @@ def average_gradients(
         params: Parameters of it, in the same order on all ranks.
         group: The ranks that have seen different data; None: all.
         all_used: Every backward comes by one of the parameters, on all ranks; else all that go through the model average.
+        overlapped: Average while the backward runs, not at its end. Only where ranks of `group` have no other collectives
+            in a backward: ranks that use different parts of the model would call them in different orders.
         wanted: Asked in each backward besides `averaging`.
     """
-    average = _of_models[model] = GradientAverage(params, group, wanted)
+    average = _of_models[model] = GradientAverage(params, group, wanted, overlapped)
     if average.params and not all_used:
         average.watch(model)
 
@@ -74,7 +76,11 @@ def _average_of(model: nn.Module) -> GradientAverage | None:
 
 
 class GradientAverage:
-    """Hooks on parameters that average their gradients over a group at the end of each backward.
+    """Hooks on parameters that all-reduce their gradients over a group in each backward.
+
+    As in DistributedDataParallel, gradients travel in buckets, in an order that is the same on all ranks. If overlapped, a
+    bucket is sent as soon as its gradients are complete and those before it were sent, while the backward runs on. The
+    rest is sent at its end, where all are waited for; until then each `grad` holds this rank's own values.
 
     Attributes:
         active: False: gradients stay as each rank has them, and are averaged by the next backward that finds this True.
@@ -84,14 +90,24 @@ class GradientAverage:
         params: The parameters, in the same order on all ranks.
         group: The ranks that have seen different data; None: all.
         wanted: Asked in each backward besides `active`.
+        overlapped: See `average_gradients`.
     """
 
-    def __init__(self, params: Iterable[Tensor], group: ProcessGroup | None, wanted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        group: ProcessGroup | None,
+        wanted: Callable[[], bool],
+        overlapped: bool = False,
+    ) -> None:
         self.active = True
         self.params = [param for param in params if _can_be_trained(param)]
         self._group = group
         self._wanted = wanted
-        self._backward = -1  # the number of the one that has been told to average when it ends
+        self._overlapped = overlapped
+        self._reduction: _Reduction | None = None  # of the backward that is running, or has failed
+        self._form: list[tuple[bool, torch.dtype]] = []
+        self._buckets: list[list[Tensor]] = []
         arrived = weakref.WeakMethod(self._arrived)  # a hook that held on to the parameters would keep them for ever
         for param in self.params:
             trained = param.requires_grad
@@ -110,55 +126,134 @@ class GradientAverage:
     def _came_out(self, _: nn.Module, __: Any, output: Any) -> None:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(self._arrived)
+                tensor.register_hook(self._begin)
 
-    def _arrived(self, _: Tensor) -> None:
+    def _arrived(self, param: Tensor) -> None:
+        self._begin(param)
+        if self._overlapped and self._reduction is not None:
+            self._reduction.arrived(param)
+
+    def _begin(self, _: Tensor) -> None:
         backward = torch._C._current_graph_task_id()  # a flag would stay when a backward fails
-        if self._backward != backward and self.active and self._wanted():
-            self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+        before = self._reduction
+        if (before is not None and before.backward == backward) or not (self.active and self._wanted()):
+            return
+        if before is not None and self._overlapped:
+            # That one failed, or this one runs inside it (reentrant checkpoints), where parameters may get gradients after
+            # their bucket was sent. Ranks send all buckets or none; what came of them is dropped, for the gradients are
+            # still each rank's own.
+            self._overlapped = False
+            before.wait()
+        reduction = self._reduction = _Reduction(backward, self._current_buckets(), self._group)
+        torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, reduction))
+
+    def _finish(self, reduction: _Reduction) -> None:
+        if self._reduction is reduction:  # else another backward has begun inside this one, and averaged all there was
+            self._reduction = None
+            reduction.finish()
+
+    def _current_buckets(self) -> list[list[Tensor]]:
+        form = [(param.requires_grad, param.dtype) for param in self.params]
+        if form != self._form:
+            self._form, self._buckets = form, _buckets([param for param in self.params if param.requires_grad])
+        return self._buckets
+
+
+class _Reduction:
+    """The all-reduces of one backward.
+
+    Args:
+        backward: The number of autograd's task.
+        buckets: Parameters whose gradients are sent together, in the order of sending.
+        group: The ranks that take part; None: all.
+    """
+
+    def __init__(self, backward: int, buckets: list[list[Tensor]], group: ProcessGroup | None) -> None:
+        self.backward = backward
+        self._buckets = buckets
+        self._group = group
+        self._missing = [len(bucket) for bucket in buckets]
+        self._bucket_of = {id(param): number for number, bucket in enumerate(buckets) for param in bucket}
+        self._sent: list[tuple[Tensor, dist.Work | None]] = []
+
+    def arrived(self, param: Tensor) -> None:
+        """Sends the buckets that are complete with this parameter's gradient, in order."""
+        number = self._bucket_of.get(id(param))
+        if number is not None:
+            self._missing[number] -= 1
+            while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
+                self._send()
 
     @torch.no_grad()
-    def _average(self) -> None:
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for param in self.params:
-            if not param.requires_grad:
-                continue
-            local = local_part(param)
-            by_kind.setdefault((local.device, local.dtype), []).append(param)
-        for params in by_kind.values():
-            bucket: list[Tensor] = []
-            size = 0
-            for param in params:
-                bucket.append(param)
-                size += local_part(param).nbytes
-                if size >= _BUCKET_BYTES:
-                    self._average_bucket(bucket)
-                    bucket, size = [], 0
-            if bucket:
-                self._average_bucket(bucket)
-
-    def _average_bucket(self, params: list[Tensor]) -> None:
+    def _send(self) -> None:
         # A parameter may be out of use on some ranks. They add nothing, but take part.
-        for param in params:
-            summed(param)
-        locals_ = [local_part(param if param.grad is None else param.grad) for param in params]
+        params = self._buckets[len(self._sent)]
+        gradients = [summed(param) for param in params]
         pieces = [
-            torch.zeros_like(local).flatten() if param.grad is None else local.flatten()
-            for param, local in zip(params, locals_, strict=True)
+            torch.zeros_like(local_part(param)).flatten() if gradient is None else local_part(gradient).flatten()
+            for param, gradient in zip(params, gradients, strict=True)
         ]
-        used = locals_[0].new_tensor([param.grad is not None for param in params])
+        used = pieces[0].new_ones(len(params))
+        for place, gradient in enumerate(gradients):
+            if gradient is None:
+                used[place].zero_()  # made on the device: a list of Python's numbers would wait for it
         flat = torch.cat([*pieces, used])
-        dist.all_reduce(flat, group=self._group)
-        flat.div_(dist.get_world_size(self._group))
-        *averages, used = flat.split([*(piece.numel() for piece in pieces), len(params)])
-        for param, local, average, anywhere in zip(params, locals_, averages, used.tolist(), strict=True):
-            if param.grad is not None:
-                local.copy_(average.view_as(local))
-            elif anywhere:
-                fresh = torch.zeros_like(param)
-                local_part(fresh).copy_(average.view_as(local))
-                param.grad = fresh
+        self._sent.append((flat, dist.all_reduce(flat, group=self._group, async_op=True)))
+
+    def wait(self) -> None:
+        """Sends what is left, and waits for all: on an accelerator its stream does, not the process."""
+        while len(self._sent) < len(self._buckets):
+            self._send()
+        for _, work in self._sent:
+            if work is not None:
+                work.wait()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Gives the parameters the averages."""
+        self.wait()
+        self._make_gradients()
+        for params, (flat, _) in zip(self._buckets, self._sent, strict=True):
+            flat.div_(dist.get_world_size(self._group))
+            places = [local_part(param if param.grad is None else param.grad) for param in params]
+            averages = flat.split([*(place.numel() for place in places), len(params)])
+            pairs = zip(params, places, averages, strict=False)
+            given = [(place, average.view_as(place)) for param, place, average in pairs if param.grad is not None]
+            if given:
+                torch._foreach_copy_([place for place, _ in given], [average for _, average in given])
+
+    def _make_gradients(self) -> None:
+        """Gives a gradient to parameters that have none here and are in use on another rank: the one look at the device."""
+        lacking = [
+            (param, flat[place - len(params)])
+            for params, (flat, _) in zip(self._buckets, self._sent, strict=True)
+            for place, param in enumerate(params)
+            if param.grad is None
+        ]
+        if lacking:
+            device = lacking[0][1].device
+            counts = torch.stack([count.to(device, torch.float32) for _, count in lacking]).tolist()
+            for (param, _), count in zip(lacking, counts, strict=True):
+                if count:
+                    param.grad = torch.zeros_like(param)
+
+
+def _buckets(params: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters by device and dtype, in buckets of `_BUCKET_BYTES`, about in the order in which a backward comes by."""
+    buckets: list[list[Tensor]] = []
+    open_: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
+    with torch.no_grad():
+        for param in reversed(params):
+            local = local_part(param)
+            kind = local.device, local.dtype
+            bucket, size = open_.pop(kind, ([], 0))
+            bucket.append(param)
+            size += local.nbytes
+            if size >= _BUCKET_BYTES:
+                buckets.append(bucket)
+            else:
+                open_[kind] = bucket, size
+    return [*buckets, *(bucket for bucket, _ in open_.values())]
 
 
 def _call(method: weakref.WeakMethod[Any], param: Tensor) -> None:

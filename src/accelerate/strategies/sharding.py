@@ -32,7 +32,7 @@ from .averaging import average_gradients
 from .base import Bundle, RunSettings, check_device_map
 from .mesh import AVERAGED, along, clip_grad_norm_, clip_grad_value_, groups_of
 from .sharded_state import ShardedStateStrategy
-from .weights import is_composed
+from .weights import check_weights
 
 if TYPE_CHECKING:
     from ..settings.fsdp import FullyShardedDataParallelPlugin
@@ -79,22 +79,8 @@ class ShardedStrategy(ShardedStateStrategy, ABC):
         replacing.check_optimizers(bundle, self._replaced, self.is_sharded)
 
     def _check_weights(self, models: Iterable[nn.Module]) -> None:
-        """Every rank starts from the weights of rank 0, so that one must have or be able to make them. Collective."""
-        empty = [(name, param) for model in models for name, param in model.named_parameters() if param.is_meta]
-        lacking = next((name for name, _ in empty), None)
-        composed = next((name for name, param in empty if is_composed(param)), None)
-        said = self.world.collectives.all_gather_object((lacking, composed))
-        if said[0][0] is not None:
-            raise ValueError(
-                f"parameter {said[0][0]!r} is on the meta device of rank 0 and holds no values: load the weights there "
-                "before `prepare`; the other ranks receive them."
-            )
-        for rank, (_, name) in enumerate(said):
-            if name is not None:
-                raise ValueError(
-                    f"parameter {name!r} is on the meta device of rank {rank} and made of several tensors, which cannot be "
-                    "sent: load it on every rank (cpu_ram_efficient_loading=False)."
-                )
+        """See `check_weights`; a subclass may make the weights that rank 0 lacks."""
+        check_weights(models, self.world.collectives)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
         replacing.give_new_parameters(optimizer, self._replaced)

@@ -6,6 +6,7 @@ sharded training, which shares tensors in the same way.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.world import World
@@ -20,6 +22,7 @@ from . import mesh, replacing, tensor_plan
 from .averaging import average_gradients, averaging
 from .base import Bundle, RunSettings, check_device_map
 from .sharded_state import ShardedStateStrategy, guard_save_pretrained
+from .weights import check_weights, lift, lower
 
 
 class TensorParallel(ShardedStateStrategy):
@@ -36,36 +39,50 @@ class TensorParallel(ShardedStateStrategy):
                 "besides (--use_fsdp --fsdp_version 2)."
             )
         self._replaced = replacing.Replaced()
+        self._whole = WeakIdKeyDictionary()  # a set of the prepared parameters that the plan leaves whole
         self._averages = mesh.along(settings.mesh, mesh.AVERAGED)
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
     def check(self, bundle: Bundle) -> None:
-        super().check(bundle)
+        # Parameters on the meta device get memory here, so only rank 0 needs values.
+        super().check(dataclasses.replace(bundle, on_device=frozenset()))
         check_device_map(bundle.models.values())
+        check_weights(bundle.models.values(), self.world.collectives)
         for model in bundle.models.values():
             tensor_plan.check(model, self.settings.mesh, self.settings.sizes)
         replacing.check_optimizers(bundle, self._replaced, self._is_prepared)
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         before = dict(model.named_parameters(remove_duplicate=False))
-        if on_device:
-            model = model.to(self.world.device)
-        mesh.same_everywhere(model, self.world, self.settings.mesh)
-        tensor_plan.share(model, self.settings.mesh, self.settings.sizes)
+        planned = tensor_plan.planned(model, self.settings.sizes)
+        if planned is not None:
+            # Shard first, then move: no device ever holds the whole model, and ranks but 0 need no values.
+            lifted = lift(model, only=planned)
+            tensor_plan.share(model, self.settings.mesh, self.settings.sizes)
+            lower(model, lifted, self.world.collectives, self.world.device, offload=False)
+        else:  # came sharded, as transformers loads models
+            if on_device:
+                model = model.to(self.world.device)
+            mesh.same_everywhere(model, self.world, self.settings.mesh)
         for name, param in model.named_parameters(remove_duplicate=False):
-            self._replaced[before[name]] = param
+            if param is before[name]:
+                self._whole[param] = None
+            else:
+                self._replaced[before[name]] = param
         self.agree_on_random_states()
         guard_save_pretrained(model)
         return super().prepare_model(model, False, evaluation)
 
     def _is_prepared(self, param: torch.Tensor) -> bool:
-        # Those that the plan leaves whole are their own successors.
-        return isinstance(param, DTensor) or self._replaced.get(param) is param
+        return isinstance(param, DTensor) or param in self._whole
 
     def synchronise(self, model: nn.Module) -> nn.Module:
         if self._averages is not None:
-            average_gradients(model, model.parameters(), self._averages.get_group(), all_used=True)
+            # Replicas have no other collectives in a backward; ranks that share sequences do.
+            overlapped = self._averages.mesh_dim_names == ("dp_replicate",)
+            group = self._averages.get_group()
+            average_gradients(model, model.parameters(), group, all_used=True, overlapped=overlapped)
         return model
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:

@@ -69,6 +69,13 @@ def check(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | 
         )
 
 
+def planned(model: nn.Module, sizes: ParallelismConfig | None) -> set[nn.Parameter] | None:
+    """Returns the parameters that `share` may replace; None for a model that came sharded."""
+    if next(_sharing(model), None) is not None:
+        return None
+    return {param for path in _plan_for(model, sizes) for param in model.get_submodule(path).parameters()}
+
+
 def share(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> None:
     """Gives each rank its part of the tensors, of which every rank has the same values. Tied ones stay tied.
 

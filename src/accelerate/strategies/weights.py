@@ -18,18 +18,44 @@ from ..runtime.transport import Collectives
 BLOCK_BYTES = 4 * 2**20
 
 
-def lift(model: nn.Module, wide: Container[nn.Parameter]) -> dict[str, nn.Parameter]:
+def check_weights(models: Iterable[nn.Module], collectives: Collectives) -> None:
+    """Raises unless every rank can start from the weights of rank 0. Collective.
+
+    Raises:
+        ValueError: If parameters of rank 0 are on the meta device, or those of another rank which cannot be sent.
+    """
+    empty = [(name, param) for model in models for name, param in model.named_parameters() if param.is_meta]
+    lacking = next((name for name, _ in empty), None)
+    composed = next((name for name, param in empty if is_composed(param)), None)
+    found = collectives.all_gather_object((lacking, composed))
+    if found[0][0] is not None:
+        raise ValueError(
+            f"parameter {found[0][0]!r} is on the meta device of rank 0 and holds no values: load the weights there "
+            "before `prepare`; the other ranks receive them."
+        )
+    for rank, (_, name) in enumerate(found):
+        if name is not None:
+            raise ValueError(
+                f"parameter {name!r} is on the meta device of rank {rank} and made of several tensors, which cannot be "
+                "sent: load it on every rank (cpu_ram_efficient_loading=False)."
+            )
+
+
+def lift(
+    model: nn.Module, wide: Container[nn.Parameter] = (), only: Container[nn.Parameter] | None = None
+) -> dict[str, nn.Parameter]:
     """Puts the model's parameters on the meta device, tied ones still tied, and gives back those it had, by name.
 
     Args:
         model: The model. What is a piece already, or stands for several tensors, stays as it is.
         wide: Parameters that become float32.
+        only: Leave all other parameters as they are; None: lift every parameter.
     """
     lifted: dict[str, nn.Parameter] = {}
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, param in module._parameters.items():
-            if param is None or is_composed(param):
+            if param is None or is_composed(param) or (only is not None and param not in only):
                 continue
             if param not in stand_ins:
                 dtype = torch.float32 if param in wide else param.dtype
@@ -45,18 +71,24 @@ def lower(
 ) -> None:
     """Gives a lifted model, sharded by now, its memory, and the values that rank 0 had. Collective.
 
+    No rank holds more on the device than its shards, what stays whole, and a block of `BLOCK_BYTES`.
+
     Args:
-        model: The model.
-        lifted: What `lift` gave back; emptied on the way, so that rank 0 can let go.
+        model: The model. Whole parameters that were not lifted go to the device as the objects they are.
+        lifted: What `lift` gave back; emptied on the way, so that rank 0 can release it.
         collectives: Of the run.
         device: Where parameters and buffers go.
         offload: Pieces go to the CPU.
     """
     there = torch.device("cpu") if offload else device
     receive_buffers(model, collectives, device)
+    here = dict(model.named_parameters(remove_duplicate=False))
+    sent = {here[name] for name in lifted}
     for param in model.parameters():  # those that stay whole
         if not isinstance(param, DTensor):
             give_memory(param, device)
+            if param not in sent:
+                spread(param, param, collectives, device)
     # torch keeps a second reference to each piece, which follows on this road only.
     model._apply(lambda tensor: torch.empty_like(tensor, device=there) if tensor.is_meta else tensor)
     here = dict(model.named_parameters(remove_duplicate=False))
