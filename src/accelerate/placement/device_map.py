@@ -15,6 +15,7 @@ from torch import nn
 
 from ..runtime.devices import require_device
 from ..runtime.helpers import convert_bytes
+from ..settings import env
 from .memory import OFFLOADED, Device, Limits, accelerators, get_max_memory
 from .pieces import Groups, groups_of
 from .sizes import Dtype
@@ -40,8 +41,9 @@ def infer_auto_device_map(
     """A device for each part of a model, filling accelerators first, then memory, then the disk.
 
     Layers are placed in order, so that activations travel as little as they can. Tied weights go together. If not all fits
-    on the accelerators, the first keeps room for the largest layer it can run, since offloaded layers are moved there when
-    they are used. A layer larger than a device goes to the next where it fits, and those after it still fill the first.
+    on the accelerators, the first keeps room for the largest layer that it has to run, and for two modules that are
+    fetched one after the other, since weights are read ahead. A layer that does not fit on a device ends it: what comes
+    after goes to the same device as this layer or to later ones.
 
     Args:
         model: The model; its values are not looked at, and may be on the meta device.
@@ -54,7 +56,7 @@ def infer_auto_device_map(
         clean_result: Name a module instead of its parts where all go to one device. False keeps the root's parts apart.
         offload_buffers: Buffers of offloaded layers are offloaded too. False: they stay on the first accelerator, and room
             is kept there.
-        fallback_allocation: Accepted; a layer that does not fit in order is always looked a place for.
+        fallback_allocation: A layer larger than a device does not end it, and smaller layers after it still fill it.
 
     Returns:
         Devices by name of module (or of a tensor that lies directly on a larger module); ``{"": device}`` where all goes
@@ -71,7 +73,13 @@ def infer_auto_device_map(
     limits = get_max_memory(max_memory)
     limits.setdefault("disk", _UNLIMITED)
     groups = groups_of(model, no_split_module_classes, dtype, special_dtypes)
-    places = place(groups, limits, offload_buffers=offload_buffers)
+    places = place(
+        groups,
+        limits,
+        offload_buffers=offload_buffers,
+        fallback=fallback_allocation,
+        ahead=env.flag("ACCELERATE_OFFLOAD_PREFETCH", default=True),
+    )
     if verbose:
         for names, size, device in zip(groups.names(), groups.sizes, places, strict=True):
             logger.info("%s (%s) goes to %s", ", ".join(names), convert_bytes(size), device)
@@ -96,49 +104,70 @@ class _Room:
     passed: bool = False
 
 
-def place(groups: Groups, limits: Limits, *, offload_buffers: bool = True) -> list[Device]:
-    """A device for each group. Pure.
+def place(
+    groups: Groups, limits: Limits, *, offload_buffers: bool = True, fallback: bool = False, ahead: bool = True
+) -> list[Device]:
+    """Returns a device for each group. Pure.
 
     Args:
         groups: What to place, in order.
         limits: Bytes by device, fastest first.
         offload_buffers: Buffers go where the rest of a group goes; else to the first device.
+        fallback: A group larger than a device passes it by, and later ones may still go there. Else it ends the device.
+        ahead: While one module computes, the next ones are on their way to the same device.
 
     Raises:
         ValueError: when a group fits nowhere.
     """
-    sizes = groups.sizes
     fast = {device: limits[device] for device in accelerators(limits)}
     if fast:
         # In order first, so that nothing is sent back to a device already left; then wherever there is room.
-        for skip in (False, True):
-            found = _in_order(sizes, fast, skip=skip)
+        for skip in (False, True) if fallback else (False,):
+            found = _in_order(groups.sizes, fast, skip=skip)
             if None not in found:
                 return [device for device in found if device is not None]
     main = next((device for device, limit in (fast or limits).items() if limit > 0), next(iter(limits)))
-    reserve = max((size for size in sizes if size <= limits[main]), default=0)
-    kept = 0  # buffers of offloaded groups, which the first device holds as well
+    waits = OFFLOADED if fast else OFFLOADED[OFFLOADED.index(str(main)) + 1 :]
+    count_buffers = bool(fast) and not offload_buffers
+    kept = 0  # bytes on the first device for groups that wait elsewhere; the less it is, the fewer groups wait
     while True:
-        room = {**limits, main: max(limits[main] - reserve - kept, 0)}
-        if sum(sizes) <= limits[main]:
-            room[main] = limits[main]
-        found = _in_order(sizes, room, skip=True)
+        found = _in_order(groups.sizes, {**limits, main: max(limits[main] - kept, 0)}, skip=fallback)
         places = [device for device in found if device is not None]
-        if len(places) < len(sizes):
-            raise ValueError(_refusal(found, groups, limits, reserve, main))
-        if offload_buffers or not fast:
-            return places
-        needed = sum(size for size, device in zip(groups.buffers, places, strict=True) if device in OFFLOADED)
-        if needed <= kept or limits[main] <= reserve + kept:
-            if needed > kept:
-                logger.warning(
-                    "the buffers of offloaded layers take %s on device %s, which has no such room left: pass "
-                    "offload_buffers=True to offload them too.",
-                    convert_bytes(needed),
-                    main,
-                )
+        if len(places) < len(found):
+            raise ValueError(_refusal(found, groups, limits, kept, main))
+        waiting = [number for number, device in enumerate(places) if device in waits]
+        needed = _room_to_run(groups, waiting, limits[main], with_buffers=offload_buffers, ahead=ahead and bool(fast))
+        buffers = sum(groups.buffers[number] for number in waiting)
+        if count_buffers and needed + buffers > limits[main]:
+            # To send the rest of the model away would not make them fit.
+            logger.warning(
+                "the buffers of offloaded layers take %s on device %s, which has no such room left: pass "
+                "offload_buffers=True to offload them too.",
+                convert_bytes(buffers),
+                main,
+            )
+            count_buffers, kept = False, 0
+            continue
+        needed += buffers if count_buffers else 0
+        if needed <= kept:
             return places
         kept = needed
+
+
+def _room_to_run(groups: Groups, waiting: Sequence[int], limit: int, *, with_buffers: bool, ahead: bool) -> int:
+    """Returns the bytes that groups which wait elsewhere take on the device where they run.
+
+    That is the largest of them, and with reading ahead two of the largest modules that are fetched as one: the one that
+    computes, and as much again on its way.
+    """
+    sizes, units = [], []
+    for number in waiting:
+        size = groups.sizes[number] - (0 if with_buffers else groups.buffers[number])
+        unit = min(groups.units[number], size)
+        sizes.append(size if size <= limit else 0)  # a larger one cannot run there in any case
+        units.append(unit if unit <= limit else 0)
+    largest = max(sizes, default=0)
+    return max(largest, min(2 * max(units, default=0), sum(sizes))) if ahead else largest
 
 
 def _in_order(sizes: Sequence[int], limits: Mapping[Device, int], *, skip: bool) -> list[Device | None]:

@@ -30,7 +30,8 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> Limi
 
     Args:
         max_memory: Limits by device: numbers of bytes, or sizes such as ``"10GiB"`` and ``"10GB"``. A device that is not
-            named is not used. None: what is free now on each accelerator that this process sees, and of the machine's
+            named is not used. Sizes in a dictionary become numbers of bytes in place, on which callers rely. None:
+            what is free now on each accelerator that this process sees, and of the machine's
             memory.
 
     Returns:
@@ -48,6 +49,8 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> Limi
                 f"max_memory names the device {device!r}: expected the number of an accelerator (0, 1 ...), 'mps', 'cpu' "
                 "or 'disk'."
             )
+    if isinstance(max_memory, dict):
+        max_memory.update(limits)
     numbered: list[Device] = sorted(device for device in limits if isinstance(device, int))
     numbered += [device for device in ("mps", *OFFLOADED) if device in limits]
     return {device: limits[device] for device in numbered}

@@ -24,6 +24,7 @@ class Groups:
         tree: The model.
         sizes: Bytes of each group, each tensor counted once; in the order of the groups' first pieces.
         buffers: Bytes of these that are buffers.
+        units: Bytes of the largest module in each, without those inside it: what a hook fetches as one.
         visited: Positions of the modules that are pieces, and of those that were cut open, in order.
         numbers: For each of these, the group that it belongs to (or the tensors that lie directly on it); -1: none does.
     """
@@ -31,6 +32,7 @@ class Groups:
     tree: Tree
     sizes: list[int] = field(default_factory=list)
     buffers: list[int] = field(default_factory=list)
+    units: list[int] = field(default_factory=list)
     visited: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
 
@@ -73,7 +75,7 @@ def groups_of(
     here = 0
     while here < len(tree):
         found.visited.append(here)
-        start, after = tree.starts[here], tree.ends[here]
+        first, start, after = here, tree.starts[here], tree.ends[here]
         whole = after == here + 1 or keep_whole(tree.modules[here])
         here = after if whole else here + 1
         stop = tree.starts[here]
@@ -83,6 +85,8 @@ def groups_of(
         found.numbers.append(len(found.sizes))
         found.sizes.append(taken[stop] - taken[start])
         found.buffers.append(buffers_before(stop) - buffers_before(start))
+        ends = [taken[position] for position in tree.starts[first : here + 1]]
+        found.units.append(max(end - begin for begin, end in itertools.pairwise(ends)))
         behind.append(stop)
     if tree.repeated:
         _join(found, behind)
@@ -103,9 +107,11 @@ def _join(found: Groups, behind: Sequence[int]) -> None:
         for number in others:
             found.sizes[first] += found.sizes[number]
             found.buffers[first] += found.buffers[number]
+            found.units[first] = max(found.units[first], found.units[number])
             taker[number] = first
     left = [number for number, by in enumerate(taker) if number == by]
     renumbered = dict(zip(left, itertools.count()))
     found.sizes = [found.sizes[number] for number in left]
     found.buffers = [found.buffers[number] for number in left]
+    found.units = [found.units[number] for number in left]
     found.numbers = [renumbered[current(number)] if number >= 0 else -1 for number in found.numbers]

@@ -15,8 +15,9 @@ from torch import nn
 
 import accelerate
 from accelerate.hooks import get_state_dict_offloaded_model, remove_hook_from_submodules
-from accelerate.placement.device_map import device_of, infer_auto_device_map
+from accelerate.placement.device_map import device_of, infer_auto_device_map, place
 from accelerate.placement.memory import get_balanced_memory
+from accelerate.placement.pieces import groups_of
 from accelerate.placement.sizes import compute_module_sizes
 from accelerate.placement.tensors import set_module_tensor_to_device
 from accelerate.placement.tied import find_tied_parameters, retie_parameters
@@ -188,7 +189,52 @@ def test_what_fits_nowhere_is_named_with_what_each_device_has() -> None:
         infer_auto_device_map(model, max_memory={0: 500, "disk": 1000})
 
 
-def test_an_oversized_layer_does_not_empty_the_fast_device() -> None:
+def test_an_oversized_layer_ends_the_fast_device_unless_a_fallback_is_wanted() -> None:
     model = nn.Sequential(nn.Linear(100, 100), *[nn.Linear(8, 8) for _ in range(4)])
-    found = infer_auto_device_map(model, max_memory={0: 1000, "cpu": 10**6}, clean_result=False)
-    assert found == {"0": "cpu", "1": 0, "2": 0, "3": "cpu", "4": "cpu"}  # and room is left to run the last two
+    limits: dict[Any, Any] = {0: 1000, "cpu": 10**6}
+    assert infer_auto_device_map(model, max_memory=limits) == {"": "cpu"}
+    found = infer_auto_device_map(model, max_memory=limits, clean_result=False, fallback_allocation=True)
+    assert found == {"0": "cpu", "1": 0, "2": "cpu", "3": "cpu", "4": "cpu"}  # and room is left to run two of them
+
+
+def test_room_is_kept_for_the_layer_that_computes_and_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(10, 10, bias=False) for _ in range(6)])
+    limits: dict[Any, Any] = {0: 5 * 400, "cpu": 10**6}
+    on_0 = lambda: list(infer_auto_device_map(model, limits, clean_result=False).values()).count(0)  # noqa: E731
+    assert on_0() == 3
+    monkeypatch.setenv("ACCELERATE_OFFLOAD_PREFETCH", "0")
+    assert on_0() == 4
+
+
+def test_buffers_without_room_do_not_send_the_model_away(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*[nn.Linear(10, 10, bias=False) for _ in range(6)])
+    model[5].register_buffer("table", torch.zeros(10_000))
+    found = infer_auto_device_map(model, max_memory={0: 5 * 400, "cpu": 10**6}, clean_result=False)
+    assert list(found.values()) == [0, 0, 0, "cpu", "cpu", "cpu"]
+    assert "offload_buffers=True" in caplog.text
+
+
+@settings(max_examples=150, deadline=None)
+@given(models(), st.lists(st.integers(0, 900), max_size=3), st.one_of(st.none(), st.integers(0, 2000)), st.booleans())
+def test_devices_are_filled_in_order_and_nothing_moves_on_that_fits(
+    model: nn.Module, fast: list[int], memory: int | None, ahead: bool
+) -> None:
+    limits: dict[Any, int] = dict(enumerate(fast)) | ({} if memory is None else {"cpu": memory}) | {"disk": 2**63}
+    groups = groups_of(model, ["Whole"])
+    found = place(groups, limits, ahead=ahead)
+    order = list(limits)
+    steps = [(order.index(device), size) for device, size in zip(found, groups.sizes, strict=True) if size]
+    ranks = [rank for rank, _ in steps]
+    assert ranks == sorted(ranks)  # never back to an earlier device
+    waits = ("cpu", "disk") if fast else ("disk",)
+    waiting = [number for number, device in enumerate(found) if device in waits]
+    largest = max((groups.sizes[number] for number in waiting), default=0)
+    kept = max(largest, 2 * max((groups.units[number] for number in waiting), default=0) if ahead else 0)
+    main = next(
+        (device for device in order if limits[device] > 0 and (device not in ("cpu", "disk") or not fast)), None
+    )
+    for rank, device in enumerate(order):
+        after = next((size for other, size in steps if other > rank), None)
+        if after is not None:
+            taken = sum(size for other, size in steps if other == rank)
+            assert taken + after > limits[device] - (kept if device == main else 0)
