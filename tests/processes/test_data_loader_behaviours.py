@@ -44,6 +44,8 @@ def test_prepared_loaders_give_what_was_recorded(run_ranks: Any, ranks: int) -> 
 
 def _compare(fact: dict[str, Any], recorded: dict[str, Any], ours: dict[str, Any]) -> None:
     case = fact["input"]
+    if "len" in recorded:  # decided difference: of what comes, on each rank
+        recorded = {**recorded, "len": len(recorded["batches[batch,end,remainder]"])}
     for name in ("type", "len", "total_batch_size", "total_dataset_length"):
         if name in recorded:
             assert ours[name] == recorded[name], (case, name)

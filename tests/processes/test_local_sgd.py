@@ -98,7 +98,9 @@ def test_observed_steps(run_ranks: RunRanks) -> None:
     assert ours == observed
 
 
-@pytest.mark.parametrize(("size", "steps", "every", "accumulation"), [(2, 7, 3, 1), (3, 4, 2, 1), (2, 12, 2, 3), (2, 12, 4, 2)])
+@pytest.mark.parametrize(
+    ("size", "steps", "every", "accumulation"), [(2, 7, 3, 1), (3, 4, 2, 1), (2, 12, 2, 3), (2, 12, 4, 2)]
+)
 def test_weights_are_those_of_training_by_hand(
     run_ranks: RunRanks, size: int, steps: int, every: int, accumulation: int
 ) -> None:

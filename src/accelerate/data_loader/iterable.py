@@ -6,7 +6,6 @@ padded; its first sample carries the `Round` through torch's fetching and collat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -115,9 +114,8 @@ class IterableDatasetShard(IterableDataset):
             self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        # As documented: whole stretches of `batch_size * num_processes`, in samples of one rank.
-        stretches = len(self.dataset) / (self.batch_size * self.num_processes)
-        return (math.floor(stretches) if self.drop_last else math.ceil(stretches)) * self.batch_size
+        full, rest = divmod(len(self.dataset), self.stretch)
+        return full * self.share + (0 if self.drop_last else self._part_of(rest))
 
     def batches(self) -> int:
         """Number of batches this rank gets.
@@ -125,9 +123,13 @@ class IterableDatasetShard(IterableDataset):
         Raises:
             TypeError: when the dataset has no length.
         """
-        full, rest = divmod(len(self.dataset), self.stretch)
-        held = rest > 0 if self.even_batches else rest > self.process_index * self.share
-        return full + (held and not self.drop_last)
+        return -(-len(self) // self.share)
+
+    def _part_of(self, rest: int) -> int:
+        """This rank's samples of an incomplete stretch."""
+        if self.even_batches:
+            return self.share if rest else 0
+        return min(self.share, max(0, rest - self.process_index * self.share))
 
     def __iter__(self) -> Iterator[Any]:
         start = self.process_index * self.share

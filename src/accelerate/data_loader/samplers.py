@@ -128,14 +128,23 @@ class BatchSamplerShard(BatchSampler):
         return len(self.batch_sampler)
 
     def __len__(self) -> int:
-        # Counts this rank's rounds. (An uneven split leaves the last ranks without rows in the last one.)
         batches = len(self.batch_sampler)
-        if self.split_batches or self.num_processes == 1:
+        if self.num_processes == 1:
             return batches
+        if self.split_batches:
+            return batches - self._without_rows_in_the_last()
         full, extra = divmod(batches, self.num_processes)
         if self.drop_last or not extra:
             return full
         return full + (self.even_batches or self.process_index < extra)
+
+    def _without_rows_in_the_last(self) -> bool:
+        """Whether an uneven split gives this rank nothing of the last batch; False where its size is not known."""
+        sampler: Any = getattr(self.batch_sampler, "sampler", None)
+        if self.even_batches or self.drop_last or self.batch_size is None or not hasattr(sampler, "__len__"):
+            return False
+        rest = len(sampler) % self.batch_size
+        return 0 < rest <= self.process_index * (self.batch_size // self.num_processes)
 
     def rounds(self) -> Iterator[tuple[list[Any], Round | None]]:
         """This rank's index batches, each with the `Round` it belongs to (None: a plain one)."""
