@@ -6,12 +6,17 @@ changes; `session` puts them in order for an `Accelerator`, whose methods are in
 
 from __future__ import annotations
 
-from .entries import Entry
-from .errors import CheckpointError, LoadError, Problem, SaveError
-from .loading import LoadReport
-from .methods import CheckpointMethods
-from .model_files import clean_state_dict_for_safetensors, load, save
-from .preemption import EXIT_CODE
+from typing import TYPE_CHECKING
+
+from ..runtime.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .entries import Entry
+    from .errors import CheckpointError, LoadError, Problem, SaveError
+    from .loading import LoadReport
+    from .methods import CheckpointMethods
+    from .model_files import clean_state_dict_for_safetensors, load, save
+    from .preemption import EXIT_CODE
 
 __all__ = [
     "EXIT_CODE",
@@ -26,3 +31,20 @@ __all__ = [
     "load",
     "save",
 ]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "EXIT_CODE": "preemption",
+        "CheckpointError": "errors",
+        "CheckpointMethods": "methods",
+        "Entry": "entries",
+        "LoadError": "errors",
+        "LoadReport": "loading",
+        "Problem": "errors",
+        "SaveError": "errors",
+        "clean_state_dict_for_safetensors": "model_files",
+        "load": "model_files",
+        "save": "model_files",
+    },
+)

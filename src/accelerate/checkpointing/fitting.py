@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.dtensor import is_dtensor
 from . import live
 from .comparing import (
     compare_optimizers,
@@ -23,7 +24,7 @@ from .comparing import (
 )
 from .errors import Problem
 from .live import ExtraState, Parameter
-from .pieces import Held, is_dtensor
+from .pieces import Held
 from .saved import Saved, SavedOptimizer, SavedWeights
 
 # Weights ----------------------------------------------------------------------------------------------------------------
@@ -191,5 +192,5 @@ def _spread(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
         return value
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh: Any = param.device_mesh  # type: ignore[attr-defined]
+    mesh: Any = param.device_mesh
     return DTensor.from_local(value.to(param.device), mesh, [Replicate()] * mesh.ndim, run_check=False)

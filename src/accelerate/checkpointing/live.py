@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..runtime.dtensor import is_dtensor
 from .comparing import EXTRA
-from .pieces import Held, Layout, held, is_dtensor, stretch, whole
+from .pieces import Held, Layout, held, stretch, whole
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 

@@ -11,19 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.hooks import RemovableHandle
-
 from ..logging import get_logger
 from ..runtime import world
-from . import model_files, remote
-from .joint import wait_for_writer
-from .loading import LoadReport
-from .preemption import StopRequest
-from .progress import Run
-from .session import Checkpoints
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from .loading import LoadReport
+    from .preemption import StopRequest
+    from .progress import Run
+    from .session import Checkpoints
 
 logger = get_logger(__name__)
 
@@ -38,6 +36,8 @@ class CheckpointMethods:
 
     @cached_property
     def _checkpoints(self) -> Checkpoints:
+        from .session import Checkpoints
+
         bound = weakref.WeakMethod(self._run)  # a reference cycle would keep models alive until the collector runs
 
         def run() -> Run:
@@ -48,6 +48,8 @@ class CheckpointMethods:
         return Checkpoints(run, self.strategy, self.project_configuration)
 
     def _run(self: Any) -> Run:
+        from .progress import Run
+
         return Run(
             world.current(),
             self._models,
@@ -156,6 +158,8 @@ class CheckpointMethods:
 
     @cached_property
     def _stop_request(self) -> StopRequest:
+        from .preemption import StopRequest
+
         return StopRequest()
 
     def stop_on(self, *signals: int) -> None:
@@ -242,6 +246,8 @@ class CheckpointMethods:
             f: A path, a URL or an open binary file.
             safe_serialization: As safetensors: `obj` is then a dictionary of tensors.
         """
+        from . import model_files
+
         model_files.save(
             obj,
             f,
@@ -268,6 +274,9 @@ class CheckpointMethods:
             RuntimeError: when tensors have no values (device meta).
             SaveError: on the other processes that call this, which wait for the one that writes, when it failed.
         """
+        from . import model_files, remote
+        from .joint import wait_for_writer
+
         here = world.current()
         writer = here.rank - here.local_rank if self.project_configuration.save_on_each_node else 0
         with wait_for_writer(f"save_model to {save_directory}", writer):

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..runtime.dtensor import is_dtensor
+
 
 @dataclass(frozen=True)
 class Box:
@@ -127,15 +129,6 @@ def held(tensor: torch.Tensor) -> Held:
         return Held(_layout_of_dtensor(dtensor), dtensor.detach().to_local())
     first = not dist.is_initialized() or dist.get_rank() == 0
     return Held(whole(tuple(tensor.shape), first), tensor.detach())
-
-
-def is_dtensor(value: Any) -> bool:
-    """Whether a value is a tensor that a device mesh shares."""
-    if type(value) is torch.Tensor or not dist.is_available() or not dist.is_initialized():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(value, DTensor)
 
 
 def _layout_of_dtensor(tensor: Any) -> Layout:

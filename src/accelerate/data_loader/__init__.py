@@ -6,20 +6,24 @@ prepared loader tells whoever gathers results is set down in `DataLoaderStateMix
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .base import DataLoaderAdapter, DataLoaderStateMixin
-from .deal import Round
-from .dispatch import DataLoaderDispatcher
-from .gathering import gather_for_metrics, gather_items, gather_rows
-from .iterable import IterableDatasetShard
-from .mesh import data_ranks_of_mesh
-from .plan import DataPlan, Reading, Shuffle, Source, logger, plan_data
-from .prepare import override_even_batches, prepare_data_loader
-from .samplers import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler, get_sampler
-from .shard import DataLoaderShard, SkipDataLoader
-from .skip import skip_first_batches
-from .wire import CannotDispatchError, ReadingRankError
+from ..runtime.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from .base import DataLoaderAdapter, DataLoaderStateMixin
+    from .deal import Round
+    from .dispatch import DataLoaderDispatcher
+    from .gathering import gather_for_metrics, gather_items, gather_rows
+    from .iterable import IterableDatasetShard
+    from .mesh import data_ranks_of_mesh
+    from .plan import DataPlan, Reading, Shuffle, Source, logger, plan_data
+    from .prepare import override_even_batches, prepare_data_loader
+    from .samplers import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler, get_sampler
+    from .shard import DataLoaderShard, SkipDataLoader
+    from .skip import skip_first_batches
+    from .wire import CannotDispatchError, ReadingRankError
+    from .xla import MpDeviceLoaderWrapper as MpDeviceLoaderWrapper  # needs torch_xla
 
 __all__ = [
     "BatchSamplerShard",
@@ -50,10 +54,35 @@ __all__ = [
     "skip_first_batches",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "MpDeviceLoaderWrapper":  # needs torch_xla
-        from .xla import MpDeviceLoaderWrapper
-
-        return MpDeviceLoaderWrapper
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "BatchSamplerShard": "samplers",
+        "CannotDispatchError": "wire",
+        "data_ranks_of_mesh": "mesh",
+        "DataLoaderAdapter": "base",
+        "DataLoaderDispatcher": "dispatch",
+        "DataLoaderShard": "shard",
+        "DataLoaderStateMixin": "base",
+        "DataPlan": "plan",
+        "gather_for_metrics": "gathering",
+        "gather_items": "gathering",
+        "gather_rows": "gathering",
+        "get_sampler": "samplers",
+        "IterableDatasetShard": "iterable",
+        "logger": "plan",
+        "MpDeviceLoaderWrapper": "xla",
+        "override_even_batches": "prepare",
+        "plan_data": "plan",
+        "prepare_data_loader": "prepare",
+        "Reading": "plan",
+        "ReadingRankError": "wire",
+        "Round": "deal",
+        "SeedableRandomSampler": "samplers",
+        "Shuffle": "plan",
+        "skip_first_batches": "skip",
+        "SkipBatchSampler": "samplers",
+        "SkipDataLoader": "shard",
+        "Source": "plan",
+    },
+)

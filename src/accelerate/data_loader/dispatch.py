@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,9 +14,10 @@ from ..runtime.transport import Collectives
 from ..runtime.world import DataRanks
 from ..state import PartialState
 from .base import DataLoaderAdapter, mover
-from .cut import Cutter
 from .mesh import data_ranks_of_mesh
-from .wire import Channel, Step
+
+if TYPE_CHECKING:
+    from .wire import Channel, Step
 
 
 class DataLoaderDispatcher(DataLoaderAdapter):
@@ -145,6 +146,8 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             yield from self._deal(None)
             return
         if self._channel is None or self._channel.collectives is not collectives:
+            from .wire import Channel  # here: most runs dispatch nothing
+
             self._channel = Channel(collectives)
         if collectives.rank == 0:
             yield from self._deal(self._channel)
@@ -161,6 +164,9 @@ class DataLoaderDispatcher(DataLoaderAdapter):
     # Rank 0 -----------------------------------------------------------------------------------------------------------
 
     def _deal(self, channel: Channel | None) -> Iterator[Step]:
+        from .cut import Cutter
+        from .wire import Step
+
         ranks, cutter = self.ranks, Cutter(self.slice_fn)
         groups = self._groups()
         start: list[Any] | None = None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import env
-from .deepspeed import DeepSpeedPlugin
 from .enums import DistributedType, DynamoBackend, RNGType
-from .fsdp import FullyShardedDataParallelPlugin
 from .handlers import DataLoaderConfiguration, GradientAccumulationPlugin, KwargsHandler, TorchDynamoPlugin
-from .megatron import MegatronLMPlugin
-from .parallel import TorchTensorParallelPlugin
+
+if TYPE_CHECKING:
+    from .deepspeed import DeepSpeedPlugin
+    from .fsdp import FullyShardedDataParallelPlugin
+    from .megatron import MegatronLMPlugin
+    from .parallel import TorchTensorParallelPlugin
 
 UNSET: Any = object()
 """The default of an argument for which None would mean something."""
@@ -89,16 +92,16 @@ def plugins(
     if deepspeed is not None and not isinstance(deepspeed, dict):
         deepspeed = {"default": deepspeed}
     for name, plugin in (deepspeed or {}).items():
-        _check_kind(f"deepspeed_plugin {name!r}", plugin, DeepSpeedPlugin)
-    _check_kind("fsdp_plugin", fsdp, FullyShardedDataParallelPlugin)
-    _check_kind("megatron_lm_plugin", megatron, MegatronLMPlugin)
-    _check_kind("torch_tp_plugin", tensor_parallel, TorchTensorParallelPlugin)
+        _check_kind(f"deepspeed_plugin {name!r}", plugin, _DEEPSPEED)
+    _check_kind("fsdp_plugin", fsdp, _FSDP)
+    _check_kind("megatron_lm_plugin", megatron, _MEGATRON)
+    _check_kind("torch_tp_plugin", tensor_parallel, "parallel:TorchTensorParallelPlugin")
     if launched and fsdp is None and env.flag("ACCELERATE_USE_FSDP"):
-        fsdp = FullyShardedDataParallelPlugin()
+        fsdp = _plugin_class(_FSDP)()
     if launched and deepspeed is None and env.flag("ACCELERATE_USE_DEEPSPEED"):
-        deepspeed = {"default": DeepSpeedPlugin()}
+        deepspeed = {"default": _plugin_class(_DEEPSPEED)()}
     if launched and megatron is None and env.flag("ACCELERATE_USE_MEGATRON_LM"):
-        megatron = MegatronLMPlugin()
+        megatron = _plugin_class(_MEGATRON)()
     asked = {"FSDP": fsdp, "DeepSpeed": deepspeed, "Megatron-LM": megatron}
     names = [name for name, plugin in asked.items() if plugin is not None]
     if len(names) > 1:
@@ -109,9 +112,20 @@ def plugins(
     return Plugins(fsdp, deepspeed or None, megatron, tensor_parallel)
 
 
-def _check_kind(name: str, plugin: Any, kind: type) -> None:
-    if plugin is not None and not isinstance(plugin, kind):
-        raise TypeError(f"{name} must be an instance of {kind.__name__}, found {plugin!r}.")
+# Imported when first used: most runs have none of them.
+_FSDP = "fsdp:FullyShardedDataParallelPlugin"
+_DEEPSPEED = "deepspeed:DeepSpeedPlugin"
+_MEGATRON = "megatron:MegatronLMPlugin"
+
+
+def _plugin_class(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)
+
+
+def _check_kind(name: str, plugin: Any, path: str) -> None:
+    if plugin is not None and not isinstance(plugin, _plugin_class(path)):
+        raise TypeError(f"{name} must be an instance of {path.partition(':')[2]}, found {plugin!r}.")
 
 
 def accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> GradientAccumulationPlugin:

@@ -15,23 +15,16 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..checkpointing.forms import model_in, optimizer_in
-from ..checkpointing.objects import model_entry, optimizer_entry
-from ..data_loader import DataLoaderDispatcher, DataLoaderShard, plan_data
 from ..data_loader.mesh import data_ranks_of_mesh
 from ..optimizer import AcceleratedOptimizer
-from ..placement.tensors import check_device_same
 from ..runtime.forward import extract_model_from_parallel
+from ..runtime.lazy import loaded_classes
 from ..runtime.world import DataRanks, World
 from ..scheduler import AcceleratedScheduler
 from ..settings import env
-from ..settings.deepspeed import DummyOptim, DummyScheduler
 from ..settings.enums import DistributedType, DynamoBackend
 from ..settings.handlers import DataLoaderConfiguration
-from ..settings.megatron import MegatronLMDummyScheduler
-from .context_parallel import shared_sequences
 from .mesh import agree_on_random_states
-from .sequence_ways import check_details
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,6 +37,7 @@ if TYPE_CHECKING:
     from ..settings.arguments import Plugins
     from ..settings.fsdp import FullyShardedDataParallelPlugin
     from ..settings.handlers import DistributedDataParallelKwargs, TorchDynamoPlugin
+    from .context_parallel import SharedSequences
 
 _UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
 
@@ -124,7 +118,7 @@ class Strategy:
     def __init__(self, world: World, settings: RunSettings) -> None:
         self.world = world
         self.settings = settings
-        self._sequences = shared_sequences(settings.mesh, settings.sizes)
+        self._sequences = _shared_sequences(settings)
         if self._sequences is not None:
             self.supports_local_sgd = False  # ranks that share a sequence have to have the same weights
 
@@ -143,6 +137,8 @@ class Strategy:
         Raises:
             ValueError: saying what this way of distributing does not have.
         """
+        from .sequence_ways import check_details
+
         check_details(sizes)
 
     # Prepare ---------------------------------------------------------------------------------------------------------
@@ -223,6 +219,8 @@ class Strategy:
             on_device: Move its batches to the run's device.
             slice_fn: Cuts a batch into the ranks' parts where rank 0 reads for all; None cuts along dimension 0.
         """
+        from ..data_loader import DataLoaderDispatcher, DataLoaderShard, plan_data
+
         if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)):
             return loader
         settings = self.settings
@@ -352,6 +350,8 @@ class Strategy:
             weights: The models' states, as `state_to_save` gives them.
             safe: Models as safetensors, where they are whole.
         """
+        from ..checkpointing.objects import model_entry, optimizer_entry
+
         entries = [model_entry(index, state=state, safe=safe) for index, state in enumerate(weights)]
         return entries + [optimizer_entry(index, optimizer) for index, optimizer in enumerate(optimizers)]
 
@@ -363,6 +363,8 @@ class Strategy:
             models: Prepared models.
             options: For the models' ``load_state_dict``, where they are whole.
         """
+        from ..checkpointing.forms import model_in
+
         bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
         return [model_in(folder, i, model, sharded=False, options=options) for i, model in enumerate(bare)]
 
@@ -370,8 +372,18 @@ class Strategy:
         self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
     ) -> list[Entry]:
         """The optimizers' part of a checkpoint that is to be loaded; `models` give the names of their parameters."""
+        from ..checkpointing.forms import optimizer_in
+
         bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
         return [optimizer_in(folder, i, optimizer, bare, sharded=False) for i, optimizer in enumerate(optimizers)]
+
+
+def _shared_sequences(settings: RunSettings) -> SharedSequences | None:
+    if settings.mesh is None:  # a run without a mesh does not import how sequences are shared
+        return None
+    from .context_parallel import shared_sequences
+
+    return shared_sequences(settings.mesh, settings.sizes)
 
 
 def _is_dispatched(model: nn.Module) -> bool:
@@ -386,8 +398,13 @@ def is_dispatched(models: Iterable[nn.Module]) -> bool:
 
 def _check_placeholders(objects: Iterable[Any]) -> None:
     """Raises for objects that stand for what an engine would make, in a run without that engine."""
+    kinds = loaded_classes(
+        "accelerate.settings.deepspeed:DummyOptim",
+        "accelerate.settings.deepspeed:DummyScheduler",
+        "accelerate.settings.megatron:MegatronLMDummyScheduler",
+    )
     for item in objects:
-        if isinstance(item, (DummyOptim, DummyScheduler, MegatronLMDummyScheduler)):
+        if isinstance(item, kinds):
             raise ValueError(
                 f"{type(item).__name__} stands for an object that DeepSpeed or Megatron-LM makes from its configuration, "
                 "and this run uses neither: pass an optimizer or a scheduler of torch."
@@ -427,6 +444,8 @@ def _check_quantised(model: nn.Module, world: World) -> None:
             f"{name} is spread over {', '.join(sorted(map(str, devices)))} and cannot be trained: load it without a "
             "device_map, so that all of it goes to this process's device."
         )
+    from ..placement.tensors import check_device_same
+
     there = next(iter(devices), world.device)
     if not check_device_same(there, world.device) and not env.flag("ACCELERATE_BYPASS_DEVICE_MAP"):
         raise ValueError(

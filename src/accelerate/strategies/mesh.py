@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 
 from ..parallelism_config import DIMENSIONS
 from ..runtime import devices
+from ..runtime.dtensor import is_dtensor
 from ..runtime.transport import Collectives, TorchCollectives
 from ..runtime.world import World
 
@@ -40,7 +40,7 @@ def same_everywhere(model: nn.Module, world: World, mesh: DeviceMesh | None = No
     averaged = along(mesh, AVERAGED)
     peers = None if averaged is None else _collectives(averaged, world.device)
     for value in {id(value): value.data for value in (*model.parameters(), *model.buffers())}.values():
-        if not isinstance(value, DTensor):
+        if not is_dtensor(value):
             _broadcast(value, world.collectives)
         elif peers is not None:
             _broadcast(local_part(value), peers)
@@ -139,7 +139,7 @@ def _total_norm(
 
 def groups_of(tensor: Tensor) -> tuple[ProcessGroup, ...]:
     """The groups whose ranks hold different pieces of a tensor; none for one that each rank has whole."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return ()
     cut = (dim for dim, placement in enumerate(tensor.placements) if hasattr(placement, "dim"))
     return tuple(tensor.device_mesh.get_group(dim) for dim in cut)
@@ -147,13 +147,15 @@ def groups_of(tensor: Tensor) -> tuple[ProcessGroup, ...]:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that may be cut; changing it changes the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def summed(param: Tensor) -> Tensor | None:
     """A parameter's gradient; where ranks hold summands of it, it is added up first."""
     gradient = param.grad
-    if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
+    if is_dtensor(gradient) and any(placement.is_partial() for placement in gradient.placements):
+        from torch.distributed.tensor import Replicate
+
         whole = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
         param.grad = gradient = gradient.redistribute(placements=whole)
     return gradient

@@ -1,0 +1,31 @@
+"""Imports at first use: a run that saves no checkpoint does not import how it is done."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+
+
+def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """Returns the ``__getattr__`` (PEP 562) of a package.
+
+    Args:
+        package: The package's ``__name__``.
+        homes: Public name -> the submodule that defines it.
+    """
+
+    def look_up(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value: object = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return look_up
+
+
+def loaded_classes(*paths: str) -> tuple[type, ...]:
+    """Returns the classes ("module:Class") whose modules have been imported: of any other, there is no instance."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in (path.split(":") for path in paths))
+    return tuple(cls for cls in found if isinstance(cls, type))
