@@ -183,13 +183,15 @@ class PartialState(_Shared):
     @property
     def default_device(self) -> torch.device:
         """The device a process of this kind uses when nobody chose one."""
-        return torch.device("cpu") if self._cpu else torch.device(devices.default_kind().name)
+        return world.lone_device(self._kind())
 
     def set_device(self) -> None:
-        """Takes this process's device anew from its rank on the machine and makes it torch's current one."""
-        kind = devices.DEVICES["cpu"] if self._cpu else devices.default_kind()
-        device = kind.device(self.local_process_index) if self.use_distributed else torch.device(kind.name)
+        """Takes this process's device anew, as on joining the run, and makes it torch's current one."""
+        device = world.current().device if self.use_distributed else world.lone_device(self._kind())
         self.device = world.set_device(device).device
+
+    def _kind(self) -> devices.DeviceKind:
+        return devices.DEVICES["cpu"] if self._cpu else devices.default_kind()
 
     # Together ------------------------------------------------------------------------------------------------------
 

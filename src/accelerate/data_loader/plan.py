@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 
 from ..logging import get_logger
+from ..runtime.devices import with_index
 from ..runtime.world import DataRanks
 from ..settings.enums import RNGType
 from ..settings.handlers import DataLoaderConfiguration
@@ -154,7 +155,7 @@ class DataPlan:
             that was planned for stays usable; a custom batch sampler's sampler may have been given a generator.
         """
         state = PartialState()
-        target = state.device if device is None else torch.device(device)
+        target = state.device if device is None else with_index(device)
         for note in self.notes:
             logger.warning_once(note)
         on_xla = self.put_on_device and target.type == "xla"

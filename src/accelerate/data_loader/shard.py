@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..runtime import rng
+from ..runtime.devices import with_index
 from ..settings.enums import RNGType
 from .base import DataLoaderAdapter, mover
 
@@ -51,7 +52,7 @@ class DataLoaderShard(DataLoaderAdapter):
         iteration: int = 0,
         **kwargs: Any,
     ) -> None:
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else with_index(device)
         self.rng_types = None if rng_types is None else list(rng_types)
         self.synchronized_generator = synchronized_generator
         self._non_blocking = _non_blocking

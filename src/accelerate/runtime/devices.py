@@ -173,7 +173,7 @@ def kind_of(device: str | torch.device) -> DeviceKind:
 
 
 def with_index(device: str | int | torch.device) -> torch.device:
-    """Returns the device in the form its tensors report: ``"cuda"`` is the current CUDA device, ``1`` may be ``cuda:1``.
+    """Returns the device in the form its tensors report: ``"cuda"`` is the current CUDA device.
 
     Devices that arguments name go through here before they are compared, stored as a key or passed to functions that
     require an index. A device that this process does not have is returned as it is; torch raises where it is used.
@@ -184,15 +184,25 @@ def with_index(device: str | int | torch.device) -> torch.device:
     import torch
 
     if isinstance(device, int):
-        kind = default_kind()
-        return torch.device(kind.name, device) if kind.name != "cpu" else torch.device(device)
+        return _numbered(device)
     if not isinstance(device, torch.device):
         device = torch.device(device)
-    if device.index is not None:
-        return device if device.type != "cpu" else torch.device("cpu")
-    if device.type == "cpu" or (kind := DEVICES.get(device.type)) is None or not kind.is_available():
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.index is not None or (kind := DEVICES.get(device.type)) is None or not kind.is_available():
         return device
     return kind.current()
+
+
+def _numbered(index: int) -> torch.device:
+    import torch
+
+    try:
+        return torch.device(index)  # of torch's accelerator: finding the kind in the table takes a millisecond
+    except RuntimeError:
+        if (kind := default_kind()).name == "cpu":
+            raise
+        return torch.device(kind.name, index)
 
 
 def require_device(device: str | int | torch.device) -> torch.device:

@@ -28,6 +28,7 @@ class Placement(NamedTuple):
         address: Where the main process is met.
         port: The port it is met at.
         guessed_from: What led to `address`, where it is rank 0's machine as a rule only.
+        is_local_rank_given: Whether a launcher's variable gives `local_rank`.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class Placement(NamedTuple):
     address: str = LOOPBACK
     port: int = DEFAULT_PORT
     guessed_from: str = ""
+    is_local_rank_given: bool = True
 
 
 # source, (rank, size, local rank, local size): the variables of each launcher, most specific first.
@@ -118,7 +120,7 @@ def of_group(rank: int, size: int) -> Placement:
         local_rank = env.integer(names[2], -1)
         if local_rank >= 0:
             return Placement(rank, size, local_rank, _local_size(names[3], size), "an initialised group")
-    return Placement(rank, size, rank, size, "an initialised group")
+    return Placement(rank, size, rank, size, "an initialised group", is_local_rank_given=False)
 
 
 def _checked(source: str, names: tuple[str, str, str, str], rank: int, size: int) -> Placement:

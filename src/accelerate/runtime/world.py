@@ -150,7 +150,7 @@ def join(
     else:
         place = places.from_environment(address_needed=init_method is None)
     if place is None:
-        device = _lone_device(kind)
+        device = lone_device(kind)
         kind.set_device(device)
         _bind_to_processors(0)
         return set_current(World(0, 1, 0, 1, device, None, Collectives(device), DistributedType.NO, **common))
@@ -205,10 +205,36 @@ def when_leaving(release: Callable[[], object]) -> None:
 
 
 def _device_index(kind: devices.DeviceKind, place: Placement) -> int:
-    """Which of the devices that this process sees is its own."""
-    # A scheduler may show each of its tasks one device only (srun --gpus-per-task=1), which is device 0 for all of them.
-    scheduled = env.get("TORCHELASTIC_RUN_ID") is None and places.of_scheduler() is not None
-    return 0 if scheduled and kind.indexed and kind.count() == 1 else place.local_rank
+    """Returns which of the devices that this process sees is its own."""
+    count = kind.count() if kind.indexed else 0
+    if count == 1 and not _shares_device(kind):
+        return 0
+    if count and not place.is_local_rank_given:
+        return _device_of_group(kind, place.rank, count)
+    return place.local_rank
+
+
+def _shares_device(kind: devices.DeviceKind) -> bool:
+    """Returns whether a process that sees one device sees the one that its peers on this machine see, too.
+
+    Ranks see a device each under a scheduler (srun --gpus-per-task=1), Ray, MIG, or a script that sets a variable for each.
+    torchrun and the launcher start all ranks with the same environment: there, more ranks than devices is a mistake.
+    """
+    if env.get("TORCHELASTIC_RUN_ID") is None:
+        return False
+    # The one of the table, and those of ROCm, which torch calls cuda.
+    restricting = (kind.visible_devices or "", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    return not any(env.get(name) for name in restricting)
+
+
+def _device_of_group(kind: devices.DeviceKind, rank: int, count: int) -> int:
+    """Returns the device of a rank of somebody else's group, where no variable gives its rank on the machine."""
+    assert dist.group.WORLD is not None
+    bound = getattr(dist.group.WORLD, "bound_device_id", None)  # init_process_group(device_id=...)
+    if bound is not None and bound.type == kind.name:
+        return int(bound.index)
+    # A current device other than 0 was selected by somebody; 0 is also what it is when nobody has selected one.
+    return kind.current().index or rank % count
 
 
 def _bind_to_processors(local_rank: int) -> None:
@@ -216,12 +242,12 @@ def _bind_to_processors(local_rank: int) -> None:
         machine.set_numa_affinity(local_rank)
 
 
-def _lone_device(kind: devices.DeviceKind) -> torch.device:
+def lone_device(kind: devices.DeviceKind) -> torch.device:
+    """Returns the device of a process on its own: the one ACCELERATE_TORCH_DEVICE names, else torch's current one."""
+    if not kind.indexed:
+        return torch.device(kind.name)
     wanted = env.get("ACCELERATE_TORCH_DEVICE")
-    if wanted is not None and kind.name != "cpu":
-        return torch.device(wanted)
-    # A lone process does not insist on device 0: "cuda" means the one torch has selected.
-    return torch.device(kind.name)
+    return kind.current() if wanted is None else devices.with_index(wanted)
 
 
 def _xla_world(common: dict[str, Any]) -> World:

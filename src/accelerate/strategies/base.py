@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..data_loader.mesh import data_ranks_of_mesh
 from ..optimizer import AcceleratedOptimizer
+from ..runtime.devices import with_index
 from ..runtime.forward import extract_model_from_parallel
 from ..runtime.lazy import loaded_classes
 from ..runtime.world import DataRanks, World
@@ -438,7 +439,7 @@ def _check_quantised(model: nn.Module, world: World) -> None:
             f"{name} has no weights that can be trained: quantised ones cannot. Add adapters to it (peft), or prepare it "
             "without an optimizer, for inference."
         )
-    devices = {torch.device(d) if d != "disk" else d for d in getattr(model, "hf_device_map", {}).values()}
+    devices = {with_index(d) if d != "disk" else d for d in getattr(model, "hf_device_map", {}).values()}
     if len(devices) > 1 or "disk" in devices:
         raise ValueError(
             f"{name} is spread over {', '.join(sorted(map(str, devices)))} and cannot be trained: load it without a "
