@@ -130,7 +130,10 @@ class PartialState(_Shared):
             if kwargs:
                 logger.warning("this process has joined its run already: %s came too late and is ignored.", kwargs)
             return
-        here = world.current() if world.is_joined() and not kwargs and not cpu else world.join(cpu=cpu, **kwargs)
+        # Known before the plugin is: scripts create PartialState first, and its group stays.
+        offloads = env.flag("ACCELERATE_USE_FSDP") and env.flag("FSDP_OFFLOAD_PARAMS")
+        options = {"cpu": cpu, "cpu_tensors": offloads, **kwargs}
+        here = world.current() if world.is_joined() and not kwargs and not cpu else world.join(**options)
         self._cpu = cpu or env.flag("ACCELERATE_USE_CPU")
         self.process_index = here.rank
         self.num_processes = here.size
@@ -345,6 +348,8 @@ class AcceleratorState(_Shared):
         if wanted is None:
             wanted = env.choice("ACCELERATE_MIXED_PRECISION", PrecisionType.list(), "no")
         wanted = plugins.set_mixed_precision(wanted)
+        if plugins.fsdp is not None and plugins.fsdp.offloads and not (PartialState._shared_state or world.is_joined()):
+            kwargs["cpu_tensors"] = True
         partial = PartialState(cpu, **kwargs)
         if cpu and partial.device.type != "cpu":
             raise ValueError(_ALREADY.format(setting="cpu=True"))

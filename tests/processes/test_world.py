@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import subprocess
 import sys
+import warnings
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from accelerate.runtime import world
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.runtime import devices, world
 from accelerate.settings import env
 from accelerate.settings.enums import DistributedType
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 
 
 def taken_up() -> tuple[object, ...]:
@@ -44,6 +49,77 @@ def left_and_joined_again() -> list[int]:
 
 def test_a_run_can_be_left_and_joined_again(run_ranks):
     assert run_ranks(3, left_and_joined_again, join=False) == [[6, 6]] * 3
+
+
+class PretendedCuda(devices.DeviceKind):
+    """A machine with a GPU for each rank, whose backend carries nothing."""
+
+    def count(self) -> int:
+        return 8
+
+    def set_device(self, device: torch.device) -> None:
+        pass
+
+
+def joined_with_offload(made_before: bool, fields: dict[str, Any]) -> tuple[str, str | None, str, list[float]]:
+    """The group's backends, that of the state, and of a group of some ranks; a sum over CPU tensors, if there can be one."""
+    # torch's own stand-in for NCCL, which has no public name: importing it registers the backend "fake".
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    kind = PretendedCuda("cuda", DistributedType.MULTI_GPU, ("fake",))
+    with mock.patch.object(devices, "default_kind", lambda: kind):
+        if made_before:
+            PartialState(timeout=datetime.timedelta(seconds=20))
+        state = AcceleratorState(
+            fsdp_plugin=FullyShardedDataParallelPlugin(**fields) if fields else None,
+            **({} if made_before else {"timeout": datetime.timedelta(seconds=20)}),
+        )
+        some = dist.new_group([0, 1])
+        summed = torch.ones(1)
+        if "gloo" in dist.get_backend_config():
+            dist.all_reduce(summed, group=some)
+            current = world.current().collectives
+            current.barrier()
+            assert current.all_gather_object(state.process_index) == [0, 1]
+        return dist.get_backend_config(), state.backend, dist.get_backend_config(some), summed.tolist()
+
+
+BOTH = ("cuda:fake,cpu:gloo", "fake", "cuda:fake,cpu:gloo", [2.0])
+VARIABLES = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"}
+
+
+@pytest.mark.parametrize(
+    ("made_before", "fields", "env", "both"),
+    [
+        (False, {"fsdp_version": 2, "cpu_offload": True}, {}, True),
+        (False, {"fsdp_version": 1, "cpu_offload": True}, {}, True),
+        (False, {}, VARIABLES, True),
+        (True, {}, VARIABLES, True),
+        (False, {"fsdp_version": 2, "cpu_offload": False}, {}, False),
+        (True, {"fsdp_version": 2, "cpu_offload": True}, {}, False),  # the group is there, and stays
+        (False, {}, {}, False),
+    ],
+)
+def test_offloaded_parameters_need_gloo_besides(made_before, fields, env, both, run_ranks):
+    for found in run_ranks(2, joined_with_offload, made_before, fields, join=False, env=env):
+        assert (found == BOTH) if both else ("gloo" not in found[0] and found[1] == "fake")
+
+
+def offloaded_in_fp16() -> str:
+    importlib.import_module("torch.testing._internal.distributed.fake_pg")
+    kind = PretendedCuda("cuda", DistributedType.MULTI_GPU, ("fake",))
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)
+    with mock.patch.object(devices, "default_kind", lambda: kind):
+        PartialState(backend="cuda:fake", timeout=datetime.timedelta(seconds=20))
+        with warnings.catch_warnings(), pytest.raises(ValueError, match="cpu:gloo") as raised:
+            warnings.simplefilter("ignore")  # torch's, of a scaler without a GPU
+            Accelerator(mixed_precision="fp16", fsdp_plugin=plugin)
+        PartialState().destroy_process_group()
+    return str(raised.value)
+
+
+def test_a_group_without_gloo_is_refused_where_fp16_needs_it(run_ranks):
+    for message in run_ranks(2, offloaded_in_fp16, join=False):
+        assert "backend='cuda:fake,cpu:gloo'" in message and "--fsdp_offload_params" in message
 
 
 def joined_through_mpi() -> tuple[int, int, int]:

@@ -93,6 +93,8 @@ class TorchCollectives(Collectives):
     def __init__(self, device: torch.device, group: ProcessGroup | None = None) -> None:
         super().__init__(device, dist.get_rank(group), dist.get_world_size(group))
         self.group = group
+        # Releases of torch refuse devices for other groups; where gloo is one of two backends, it takes the barrier.
+        self._names_device = dist.get_backend(group) == "nccl"
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()
@@ -134,7 +136,7 @@ class TorchCollectives(Collectives):
         return tensor
 
     def barrier(self) -> None:
-        device_ids = [self.device.index] if self.device.type == "cuda" and self.device.index is not None else None
+        device_ids = [self.device.index] if self._names_device and self.device.index is not None else None
         dist.barrier(group=self.group, device_ids=device_ids)
 
     def _global_rank(self, rank: int) -> int:

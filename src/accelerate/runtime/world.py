@@ -58,7 +58,7 @@ class World:
         local_rank: 0 to ``local_size - 1``, on this machine.
         local_size: Number of processes on this machine.
         device: The device this process computes on.
-        backend: torch.distributed's name of the communication library, or None for a process on its own.
+        backend: torch.distributed's name of the library that carries tensors of `device`, or None for a process on its own.
         collectives: What carries tensors between the ranks.
         kind: How the run is distributed, before a strategy refines it.
         debug: Check shapes on all ranks before each collective.
@@ -122,15 +122,18 @@ def join(
     backend: str | None = None,
     init_method: str | None = None,
     timeout: datetime.timedelta | None = None,
+    cpu_tensors: bool = False,
 ) -> World:
     """Joins the run that the environment describes and records it.
 
     Args:
         cpu: Compute on the CPU even where an accelerator is at hand.
-        backend: Communication library; None takes the device table's. A backend for another kind of device than the
-            one in use (``nccl`` on a CPU) is replaced by the table's.
+        backend: Communication library, or one for each kind of device (``cuda:nccl,cpu:gloo``); None takes the device
+            table's. A backend for another kind of device than the one in use (``nccl`` on a CPU) is replaced by the table's.
         init_method: Address of the rendezvous (``tcp://…``, ``file://…``); None reads the variables.
         timeout: How long peers may keep this process waiting: on joining, and in each collective.
+        cpu_tensors: Tensors on the CPU are communicated besides those of the device: where no backend was chosen, the
+            group has gloo for them. Without effect on a group that is there already.
 
     Raises:
         ValueError: when the variables contradict each other.
@@ -161,7 +164,7 @@ def join(
     kind.set_device(device)
     _bind_to_processors(place.local_rank)  # before the group, whose threads stay where they began
     if not dist.is_initialized():
-        _initialise(place, _backend_for(kind, backend), init_method, timeout)
+        _initialise(place, kind, _backend_for(kind, backend, cpu_tensors), init_method, timeout)
     _leave_at_exit()
     return set_current(
         World(
@@ -170,7 +173,7 @@ def join(
             place.local_rank,
             place.local_size,
             device,
-            dist.get_backend(),
+            serving(dist.get_backend_config(), kind.name) or dist.get_backend(),
             TorchCollectives(device),
             kind.distributed_type,
             **common,
@@ -269,11 +272,26 @@ def _xla_world(common: dict[str, Any]) -> World:
     )
 
 
-def _backend_for(kind: devices.DeviceKind, wanted: str | None) -> str:
+def serving(backends: str, kind: str) -> str | None:
+    """The backend for a kind of device in torch's notation: ``cuda:nccl,cpu:gloo``, or one for all (``gloo``)."""
+    if ":" not in backends:
+        return backends
+    return dict(pair.strip().split(":", 1) for pair in backends.split(",")).get(kind)
+
+
+def _backend_for(kind: devices.DeviceKind, wanted: str | None, cpu_tensors: bool = False) -> str:
+    if wanted is not None and ":" in wanted:
+        own = serving(wanted, kind.name)
+        if own is not None and kind.name != "cpu":
+            return wanted
+        wanted, cpu_tensors = own, True  # a script for other devices
     if wanted is None and kind.name == "cuda" and _sagemakers_backend():
         return "smddp"
-    if wanted is None or (wanted not in kind.backends and wanted in _backends_of_others(kind)):
-        return next((name for name in kind.backends if dist.is_backend_available(name)), kind.backends[0])
+    if wanted is None or not _may_serve(wanted, kind):
+        found = next((name for name in kind.backends if dist.is_backend_available(name)), kind.backends[0])
+        # Not for every run: gloo connects each rank to all others, in each group.
+        both = cpu_tensors and wanted is None and kind.name != "cpu" and dist.is_gloo_available()
+        return f"{kind.name}:{found},cpu:gloo" if both else found
     return wanted
 
 
@@ -285,17 +303,22 @@ def _sagemakers_backend() -> bool:
     return True
 
 
-def _backends_of_others(kind: devices.DeviceKind) -> set[str]:
-    return {name for other in devices.DEVICES.values() if other is not kind for name in other.backends}
+def _may_serve(backend: str, kind: devices.DeviceKind) -> bool:
+    """False if the backend is known, and for other kinds of device only."""
+    others = {name for other in devices.DEVICES.values() if other is not kind for name in other.backends}
+    known: dict[str, list[str]] = dist.Backend.backend_capability
+    return backend in kind.backends or backend not in others or kind.name in known.get(backend, [])
 
 
 def _initialise(
     place: Placement,
+    kind: devices.DeviceKind,
     backend: str,
     init_method: str | None,
     timeout: datetime.timedelta | None,
 ) -> None:
-    limit = timeout if timeout is not None else dist.distributed_c10d._get_default_timeout(dist.Backend(backend))
+    own = dist.Backend(serving(backend, kind.name) or backend)
+    limit = timeout if timeout is not None else dist.distributed_c10d._get_default_timeout(own)
     if "nccl" in backend:
         _avoid_broken_peer_access()
     store = rendezvous.meet(place, init_method, limit)

@@ -315,6 +315,14 @@ class FullyShardedDataParallelPlugin:
             self.set_mixed_precision("no")
         self._check_kind("mixed_precision_policy", (MixedPrecision,), (MixedPrecisionPolicy,))
 
+    @property
+    def offloads(self) -> bool:
+        """Whether parameters and gradients are kept on the CPU."""
+        from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy
+
+        policy = self.cpu_offload
+        return isinstance(policy, CPUOffloadPolicy) or (isinstance(policy, CPUOffload) and policy.offload_params)
+
     def set_cpu_offload(self) -> None:
         """Makes torch's object of a bool in `cpu_offload`."""
         from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, OffloadPolicy

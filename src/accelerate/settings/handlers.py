@@ -156,7 +156,8 @@ class InitProcessGroupKwargs(KwargsHandler):
     """
 
     backend: str | None = "nccl"
-    """The communication library. One that cannot serve the device in use (nccl on a CPU) gives way to one that can."""
+    """The communication library, or one for each kind of device (``cuda:nccl,cpu:gloo``). One that cannot serve the device
+    in use (nccl on a CPU) gives way to one that can."""
     init_method: str | None = None
     """The rendezvous, as ``tcp://…`` or ``file://…``; None reads the launcher's variables."""
     timeout: datetime.timedelta | float | None = None

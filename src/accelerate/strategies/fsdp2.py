@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..runtime.forward import is_compiled_module
-from ..runtime.world import World
+from ..runtime.world import World, serving
 from . import packed, tensor_plan
 from .averaging import averaging
 from .base import Bundle, RunSettings
@@ -34,6 +35,8 @@ class FullyShard(ShardedStrategy):
     dimensions = frozenset({"dp_replicate", "dp_shard", "cp", "sp", "tp"})
 
     def __init__(self, world: World, settings: RunSettings) -> None:
+        if settings.fsdp is not None and settings.fsdp.offloads and settings.precision.scaler is not None:
+            _check_reduces_on_cpu(world)
         super().__init__(world, replace(settings, mesh=_with_shards(settings.mesh)))
         self._mesh = _shards(self.settings, world)
 
@@ -128,6 +131,17 @@ class FullyShard(ShardedStrategy):
         sharded = _sharded(model)
         with nullcontext() if sharded is None else _synchronising(sharded, True):
             yield
+
+
+def _check_reduces_on_cpu(world: World) -> None:
+    """Raises if the group cannot reduce tensors on the CPU, where torch looks for overflows of offloaded gradients."""
+    if world.backend is not None and serving(dist.get_backend_config(), "cpu") is None:
+        raise ValueError(
+            f"fsdp_version=2 with cpu_offload and mixed_precision='fp16' reduces tensors on the CPU, and the process group "
+            f"has {dist.get_backend_config()} only: it was initialized before the plugin was known. Create Accelerator "
+            "before PartialState, launch with --fsdp_offload_params true, or initialize the group with "
+            f"backend='{world.device.type}:{world.backend},cpu:gloo'."
+        )
 
 
 def _with_shards(mesh: DeviceMesh | None) -> DeviceMesh | None:

@@ -1,4 +1,4 @@
-"""Which communication library a run on Amazon SageMaker gets: one that its images bring along, and this machine lacks."""
+"""Which communication library a run gets: on Amazon SageMaker one that its images bring along; one a kind of device."""
 
 from __future__ import annotations
 
@@ -33,3 +33,24 @@ def test_its_own_where_the_image_has_it(on_sagemaker: Path) -> None:
 
 def test_the_tables_where_it_has_not(on_sagemaker: Path) -> None:
     assert _backend_for(DEVICES["cuda"], None) in DEVICES["cuda"].backends
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "cpu_tensors", "backend"),
+    [
+        ("cuda", None, False, "nccl"),
+        ("cuda", None, True, "cuda:nccl,cpu:gloo"),
+        ("xpu", None, True, "xpu:xccl,cpu:gloo"),
+        ("npu", None, True, "npu:hccl,cpu:gloo"),
+        ("hpu", None, True, "hpu:hccl,cpu:gloo"),
+        ("cpu", None, True, "gloo"),
+        ("cuda", "nccl", True, "nccl"),  # the user's word
+        ("cuda", "gloo", True, "gloo"),
+        ("cuda", "cpu:gloo,cuda:nccl", False, "cpu:gloo,cuda:nccl"),
+        ("cpu", "cuda:nccl,cpu:gloo", False, "gloo"),  # a script for GPUs, tried on a CPU
+        ("cpu", "cuda:nccl", False, "gloo"),
+        ("xpu", "cuda:nccl,cpu:gloo", False, "xpu:xccl,cpu:gloo"),
+    ],
+)
+def test_backends_by_device(kind: str, wanted: str | None, cpu_tensors: bool, backend: str) -> None:
+    assert _backend_for(DEVICES[kind], wanted, cpu_tensors) == backend

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -279,3 +280,15 @@ def test_how_transformers_is_told_who_loads():
     assert (os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"]) == ("True", "True")
     disable_fsdp_ram_efficient_loading()
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "False"
+
+
+def test_what_offloads():
+    from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, OffloadPolicy
+
+    def offloads(version: int, value: Any) -> bool:
+        return FullyShardedDataParallelPlugin(fsdp_version=version, cpu_offload=value).offloads
+
+    assert offloads(1, True) and offloads(2, True) and offloads(1, CPUOffload(True)) and offloads(2, CPUOffloadPolicy())
+    assert not (
+        offloads(1, None) or offloads(2, False) or offloads(1, CPUOffload(False)) or offloads(2, OffloadPolicy())
+    )
