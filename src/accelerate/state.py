@@ -304,7 +304,8 @@ class AcceleratorState(_Shared):
     What it does not have itself it answers from `PartialState`.
 
     Args:
-        mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``; None reads ``ACCELERATE_MIXED_PRECISION``.
+        mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``; None reads ``ACCELERATE_MIXED_PRECISION``, then
+            ``MIXED_PRECISION``.
         cpu: Use the CPU even where an accelerator is at hand.
 
     Raises:
@@ -346,7 +347,11 @@ class AcceleratorState(_Shared):
         plugins = arguments.plugins(*given)
         sizes = requested(parallelism_config, torch_tp_plugin)
         if wanted is None:
-            wanted = env.choice("ACCELERATE_MIXED_PRECISION", PrecisionType.list(), "no")
+            plain = (
+                env.get("MIXED_PRECISION") or "no"
+            ).lower()  # documented for torchrun; others may use the name as well
+            default = plain if plain in PrecisionType.list() else "no"
+            wanted = env.choice("ACCELERATE_MIXED_PRECISION", PrecisionType.list(), default)
         wanted = plugins.set_mixed_precision(wanted)
         if plugins.fsdp is not None and plugins.fsdp.offloads and not (PartialState._shared_state or world.is_joined()):
             kwargs["cpu_tensors"] = True

@@ -52,12 +52,9 @@ def test_commands_reach_gcloud_as_one_text(accelerate: Run, gcloud: Gcloud) -> N
     assert gcloud.told == [[*SSH, "set -e\necho 'a b'; $(reboot)\nls x y", "--worker", "all"]]
 
 
-def test_alpha_and_an_installation(accelerate: Run, gcloud: Gcloud) -> None:
-    flags = ["--use_alpha", "--install_accelerate", "--accelerate_version", "1.0.1"]
-    assert accelerate("tpu-config", *WHERE, *flags, PATH=gcloud.path).returncode == 0
-    assert gcloud.told == [
-        ["alpha", *SSH, "python3 -m pip install --upgrade accelerate==1.0.1", "--worker", "all"],
-    ]
+def test_alpha(accelerate: Run, gcloud: Gcloud) -> None:
+    assert accelerate("tpu-config", *WHERE, "--use_alpha", "--command", "ls", PATH=gcloud.path).returncode == 0
+    assert gcloud.told == [["alpha", *SSH, "ls", "--worker", "all"]]
 
 
 def test_debug_prints_what_a_shell_takes(accelerate: Run, gcloud: Gcloud, tmp_path: Path) -> None:
@@ -139,7 +136,8 @@ class TestAPod:
         vms = ["--vm", "wait-for-ever", "--vm", "one"]
         done = accelerate("launch", *self.file(tmp_path), *vms, "train.py", PATH=gcloud.path)
         assert done.returncode == 3
-        assert sorted(words[2] for words in gcloud.told) == ["one", "wait-for-ever"]
+        # The other may be ended before it has noted that it was called.
+        assert {words[2] for words in gcloud.told} | {"wait-for-ever"} == {"one", "wait-for-ever"}
 
 
 def test_one_host_needs_the_function_and_torch_xla(accelerate: Run, tmp_path: Path) -> None:

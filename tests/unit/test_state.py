@@ -108,6 +108,15 @@ def test_precision_comes_from_the_argument_then_the_environment():
     AcceleratorState._reset_state(True)
     assert AcceleratorState(mixed_precision="no", cpu=True).mixed_precision == "no"
     AcceleratorState._reset_state(True)
+    env.publish({"MIXED_PRECISION": "fp16"})
+    assert AcceleratorState(cpu=True).mixed_precision == "bf16", "ACCELERATE_MIXED_PRECISION comes first"
+    AcceleratorState._reset_state(True)
+    env.publish({"ACCELERATE_MIXED_PRECISION": ""})
+    assert AcceleratorState(cpu=True).mixed_precision == "fp16"
+    AcceleratorState._reset_state(True)
+    env.publish({"MIXED_PRECISION": "O2"})
+    assert AcceleratorState(cpu=True).mixed_precision == "no", "another program's variable"
+    AcceleratorState._reset_state(True)
     env.publish({"ACCELERATE_MIXED_PRECISION": "half"})
     with pytest.raises(ValueError, match="ACCELERATE_MIXED_PRECISION: expected one of .* found 'half'"):
         AcceleratorState(cpu=True)

@@ -22,6 +22,8 @@ _T = TypeVar("_T")
 _PLACE_KEYS = ("compute_environment", "distributed_type")
 # Sections of earlier releases whose keys are options at the file's top level.
 OLD_SECTIONS = {"ipex_config": ("ipex", "use_xpu")}
+_SHOWN = 20
+"""How many of a file's problems a message lists."""
 # Values of distributed_type in earlier releases, and what they are today.
 OLD_KINDS = {"TPU": "XLA", "MPS": "NO"}
 _FROM_THE_COMMAND_LINE_ONLY = frozenset({"config_file", "quiet", "module", "no_python", "dry_run"})
@@ -35,7 +37,8 @@ class ConfigFile(NamedTuple):
         values: Converted values by `Entry.dest`.
         keys: Where each of them stands, by `Entry.dest`: ``fsdp_config.fsdp_version``.
         compute_environment: ``LOCAL_MACHINE`` or ``AMAZON_SAGEMAKER``.
-        distributed_type: The file's key of that name, a member of `DistributedType` (or SageMaker's) by value.
+        distributed_type: The file's key of that name, a member of `DistributedType` (or SageMaker's) by value; "" where
+            the file leaves it to the machine and to flags.
         sections: Names of the sections that hold something.
         deepspeed_fields: Keys of the DeepSpeed section.
     """
@@ -95,7 +98,7 @@ def understand(content: Mapping[str, Any], path: str) -> ConfigFile:
         elif key not in _PLACE_KEYS:
             found.put(top, key, key, value, near=(*top, *inside, *_PLACE_KEYS))
     environment = found.attempt(_compute_environment, content) or "LOCAL_MACHINE"
-    kind = found.attempt(_distributed_type, content, environment)
+    kind = found.attempt(_distributed_type, content, environment, found.sections)
     if found.problems:
         raise SettingsError(f"configuration file {path}{_listed(found.problems)}")
     if found.values.get("num_processes") == -1:  # how earlier releases wrote "not said"
@@ -106,7 +109,7 @@ def understand(content: Mapping[str, Any], path: str) -> ConfigFile:
         values=found.values,
         keys=found.keys,
         compute_environment=environment,
-        distributed_type=kind or "NO",
+        distributed_type=kind or "",
         sections=frozenset(found.sections),
         deepspeed_fields=tuple(key for key in deepspeed if key != "deepspeed_config_file"),
     )
@@ -201,7 +204,9 @@ def _home(key: Any) -> str | None:
 def _listed(problems: list[str]) -> str:
     if len(problems) == 1:
         return f": {problems[0]}"
-    return f" has {len(problems)} problems:" + "".join(f"\n  {problem}" for problem in problems)
+    rest = len(problems) - _SHOWN
+    lines = [*problems[:_SHOWN], *([f"… and {rest} more."] if rest > 0 else [])]
+    return f" has {len(problems)} problems:" + "".join(f"\n  {line}" for line in lines)
 
 
 def _compute_environment(content: Mapping[str, Any]) -> str:
@@ -211,8 +216,14 @@ def _compute_environment(content: Mapping[str, Any]) -> str:
     raise SettingsError(f"compute_environment: expected LOCAL_MACHINE or AMAZON_SAGEMAKER, found {shown(value)}.")
 
 
-def _distributed_type(content: Mapping[str, Any], environment: str) -> str:
+_ENGINES = {"deepspeed_config": "DEEPSPEED", "fsdp_config": "FSDP", "megatron_lm_config": "MEGATRON_LM"}
+
+
+def _distributed_type(content: Mapping[str, Any], environment: str, sections: Iterable[str]) -> str:
     value = content.get("distributed_type")
+    meant = [_ENGINES[section] for section in sections if section in _ENGINES]
+    if "distributed_type" not in content and environment == "LOCAL_MACHINE" and not meant:
+        return ""
     kinds: list[str] = [kind.value for kind in DistributedType]
     if environment == "AMAZON_SAGEMAKER":
         kinds = [kind.value for kind in SageMakerDistributedType]
@@ -225,4 +236,5 @@ def _distributed_type(content: Mapping[str, Any], environment: str) -> str:
     raise SettingsError(
         f"distributed_type: expected one of {', '.join(kinds)}, "
         + (f"found {shown(value)}." if "distributed_type" in content else "but the key is missing.")
+        + (f" Its sections are about {' and '.join(meant)}." if meant and "distributed_type" not in content else "")
     )

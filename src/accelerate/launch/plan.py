@@ -328,8 +328,10 @@ def _agent_arguments(settings: LaunchSettings) -> list[str]:
     """Arguments of torch.distributed.run."""
     port = DEFAULT_PORT if settings.main_process_port is None else settings.main_process_port
     arguments = ["--nnodes", str(settings.machines), "--nproc_per_node", str(settings.processes_here)]
-    if settings.machines == 1:
+    if settings.machines == 1 and settings.rdzv_backend == "static":
         arguments += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    elif settings.machines == 1:
+        arguments += ["--rdzv_backend", settings.rdzv_backend, "--rdzv_endpoint", f"127.0.0.1:{port}"]
     else:
         arguments += ["--node_rank", str(settings.machine_rank or 0), "--rdzv_backend", settings.rdzv_backend]
         if settings.same_network and settings.rdzv_backend == "static":

@@ -144,7 +144,7 @@ class _Ranks:
 
     def _rendezvous(self, config: LaunchConfig) -> Any:
         """One of torch's rendezvous handlers, or one of ours."""
-        if self.plan.machines == 1:
+        if self.plan.machines == 1 and config.rdzv_backend in ("static", "c10d"):
             wanted = int(config.rdzv_endpoint.rpartition(":")[2])
             handler = Loopback(wanted)
             if handler.port != wanted:

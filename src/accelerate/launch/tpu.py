@@ -6,12 +6,13 @@ ssh hands it to a shell there; here, no shell takes part.
 
 from __future__ import annotations
 
+import json
 import os.path
 import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .plan import LaunchPlan
 
 INSTALL = "TPUs need torch_xla, of the version of your torch: pip install 'torch_xla[tpu]'."
-_SOURCE = "git+https://github.com/huggingface/accelerate.git"
 _WORKER = "accelerate.launch.on_tpu"
 
 
@@ -135,7 +135,7 @@ def remote_script(commands: Iterable[str], install: str | None = None) -> str:
 
     Args:
         commands: What to run, in order.
-        install: The version of accelerate to install first: ``latest``, ``dev`` or a number.
+        install: The version of accelerate to install first: ``latest`` (the one installed here), ``dev`` or a number.
 
     Raises:
         SettingsError: when there is nothing to run, or no such version.
@@ -152,18 +152,43 @@ def remote_script(commands: Iterable[str], install: str | None = None) -> str:
 
 
 def _requirement(version: str) -> str:
-    if version == "latest":
-        return "accelerate"
-    if version == "dev":
-        return _SOURCE
+    """Returns what pip is to install: this distribution, from where it was installed here.
+
+    The name alone would bring another distribution: on PyPI, ``accelerate`` is the project whose interface this one has.
+    """
     from packaging.version import InvalidVersion, Version
 
     try:
-        return f"accelerate=={Version(version)}"
+        tag = "" if version in ("latest", "dev") else f"v{Version(version)}"
     except InvalidVersion:
         raise SettingsError(
             f"--accelerate_version: expected latest, dev or a version such as 1.0.1, found {version!r}."
         ) from None
+    origin = _origin()
+    repository = origin.get("vcs_info", {})
+    url = origin.get("url", "")
+    if repository.get("vcs") == "git" and not url.startswith("file:"):
+        revision = repository.get("commit_id", "") if version == "latest" else tag
+        return f"accelerate @ git+{url}" + (f"@{revision}" if revision else "")
+    if version == "latest" and url.startswith(("https://", "http://")):
+        return f"accelerate @ {url}"
+    raise SettingsError(
+        "--install_accelerate: this distribution was not installed from an address that other hosts can reach, and the "
+        "name accelerate on PyPI is another distribution's. Put a wheel where they find it, and install it with "
+        "--command 'pip install URL'."
+    )
+
+
+def _origin() -> dict[str, Any]:
+    """Returns where pip has installed this distribution from (PEP 610); empty for an index."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        text = distribution("accelerate").read_text("direct_url.json")
+        found = json.loads(text or "{}")
+    except (PackageNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_commands(path: str) -> str:

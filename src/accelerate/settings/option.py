@@ -60,6 +60,7 @@ class Option(NamedTuple):
     switch: bool
     off: str | None
     choices: tuple[Any, ...]
+    numbered: tuple[Any, ...]
     minimum: float | None
     key: str | None
     keys: tuple[str, ...]
@@ -77,6 +78,7 @@ def option(
     switch: bool = False,
     off: str | None = None,
     choices: tuple[Any, ...] = (),
+    numbered: tuple[Any, ...] = (),
     minimum: float | None = None,
     key: str | None = None,
     keys: tuple[str, ...] = (),
@@ -94,6 +96,7 @@ def option(
         switch: The flag takes no value and means True.
         off: A flag that means False.
         choices: The values allowed; words are compared without regard to case and kept as spelt here.
+        numbered: The choices that the documentation numbers, from 1: the number is accepted as well.
         minimum: The smallest number allowed.
         key: The key in the file, where it is not the flag's name.
         keys: Older or shorter spellings of the key.
@@ -101,7 +104,7 @@ def option(
         ask: The question of ``accelerate config``.
         secret: The value is neither stored in a file nor shown.
     """
-    return Option(help, default, group, flags, switch, off, choices, minimum, key, keys, env, ask, secret)
+    return Option(help, default, group, flags, switch, off, choices, numbered, minimum, key, keys, env, ask, secret)
 
 
 class _Group(NamedTuple):
@@ -227,6 +230,9 @@ class Entry(NamedTuple):
         for choice in self.option.choices:
             if str(choice).lower() == text.lower():
                 return choice
+        numbers = self.option.numbered
+        if text.isdecimal() and 0 < int(text) <= len(numbers):
+            return numbers[int(text) - 1]
         raise SettingsError(
             f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {shown(value)}."
         )

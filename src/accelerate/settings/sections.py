@@ -200,6 +200,7 @@ class FsdpSettings(Settings):
         None,
         "which modules become units",
         choices=tuple(FSDP_AUTO_WRAP_POLICY),
+        numbered=tuple(FSDP_AUTO_WRAP_POLICY),
         ask="Which modules should become units of their own?",
     )
     transformer_layer_cls_to_wrap: str | None = option(
@@ -212,6 +213,7 @@ class FsdpSettings(Settings):
         None,
         "when the backward gathers the next unit (version 1)",
         choices=tuple(FSDP_BACKWARD_PREFETCH),
+        numbered=tuple(FSDP_BACKWARD_PREFETCH),
         flags=("--fsdp_backward_prefetch", "--fsdp_backward_prefetch_policy"),
         keys=("fsdp_backward_prefetch_policy",),
         ask="When should the backward gather the next unit?",
@@ -220,6 +222,7 @@ class FsdpSettings(Settings):
         None,
         "how checkpoints are written",
         choices=tuple(FSDP_STATE_DICT_TYPE),
+        numbered=tuple(FSDP_STATE_DICT_TYPE),
         ask="How should checkpoints be written?",
     )
     forward_prefetch: bool = option(

@@ -96,6 +96,23 @@ def test_what_distributed_type_stands_for(kind: str, changed: dict[str, Any], tm
     assert {name: getattr(settings, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("", None), ({"compute_environment": "LOCAL_MACHINE", "debug": True}, None), ({"num_processes": 3}, 3)],
+)
+def test_a_file_may_leave_the_way_of_distributing_open(content: Any, said: int | None, tmp_path: Path) -> None:
+    settings = launched(tmp_path, content)
+    assert (settings.num_processes, settings.cpu, settings.multi_gpu) == (said, False, False)
+    assert launched(tmp_path, content, "--cpu", "--num_processes", "2").num_processes == 2
+
+
+def test_numbers_of_the_documentation_stand_for_choices(tmp_path: Path) -> None:
+    numbers = {"fsdp_state_dict_type": 3, "fsdp_auto_wrap_policy": 1, "fsdp_backward_prefetch_policy": "2"}
+    fsdp = launched(tmp_path, {"distributed_type": "FSDP", "num_processes": 2, "fsdp_config": numbers}).fsdp
+    assert fsdp.state_dict_type == "SHARDED_STATE_DICT" and fsdp.auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
+    assert fsdp.backward_prefetch == "BACKWARD_POST"
+
+
 def test_flags_overrule_distributed_type(tmp_path: Path) -> None:
     alone = {"distributed_type": "NO", "num_processes": 8, "use_cpu": True}
     assert launched(tmp_path, alone, "--num_processes", "2").num_processes == 2
@@ -174,8 +191,8 @@ def test_json_is_read_as_well(tmp_path: Path) -> None:
         ("just words", "expected keys and values"),
         ("- a\n- b\n", "expected keys and values"),
         ("1: 2\n", "expected a word as key, found 1"),
-        ("", "distributed_type: expected one of NO, MULTI_CPU"),
-        ({"num_processes": 1}, "but the key is missing"),
+        ({"fsdp_config": {"fsdp_version": 2}}, "but the key is missing. Its sections are about FSDP"),
+        ({"compute_environment": "AMAZON_SAGEMAKER"}, "distributed_type: expected one of NO, DATA_PARALLEL"),
         ({"distributed_type": "MULTI"}, "found 'MULTI'"),
         ({"distributed_type": "NO", "compute_environment": "CLOUD"}, "compute_environment: expected LOCAL_MACHINE"),
         ({"distributed_type": "NO", "num_procesess": 1}, "unknown key num_procesess. Did you mean num_processes?"),

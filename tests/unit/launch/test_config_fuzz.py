@@ -269,17 +269,29 @@ def test_text_of_other_systems_is_read(encoding: str, tmp_path: Path) -> None:
 
 def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("num_procesess: 2\nfsdp_config: {fsdp_versoin: 1, fsdp_use_orig_params: 7}\nmixed_precision: fp1\n")
+    path.write_text(
+        "distributed_type: NONE\nnum_procesess: 2\nmixed_precision: fp1\n"
+        "fsdp_config: {fsdp_versoin: 1, fsdp_use_orig_params: 7}\n"
+    )
     with pytest.raises(SettingsError) as caught:
         launched(str(path))
     assert str(caught.value).splitlines() == [
         f"configuration file {path} has 5 problems:",
         "  unknown key num_procesess. Did you mean num_processes?",
+        "  mixed_precision: expected one of no, fp16, bf16, fp8, found 'fp1'.",
         "  unknown key fsdp_config.fsdp_versoin. Did you mean fsdp_version?",
         "  fsdp_config.fsdp_use_orig_params: expected true or false, found 7.",
-        "  mixed_precision: expected one of no, fp16, bf16, fp8, found 'fp1'.",
-        f"  distributed_type: expected one of {', '.join(kind.value for kind in DistributedType)}, but the key is missing.",
+        f"  distributed_type: expected one of {', '.join(kind.value for kind in DistributedType)}, found 'NONE'.",
     ]
+
+
+def test_thousands_of_mistakes_fit_a_screen(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("".join(f"key_{number}: 1\n" for number in range(5000)))
+    with pytest.raises(SettingsError) as caught:
+        launched(str(path))
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("has 5000 problems:") and lines[-1] == "  … and 4980 more." and len(lines) == 22
 
 
 def test_a_pipe_is_read_and_a_folder_is_not(tmp_path: Path) -> None:

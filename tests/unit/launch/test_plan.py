@@ -205,6 +205,13 @@ def test_several_cpu_processes_meet_on_the_loopback() -> None:
     assert far.environment["GLOO_SOCKET_IFNAME"] == "eth1" and "NCCL_SOCKET_IFNAME" not in far.environment
 
 
+def test_a_rendezvous_that_was_named_counts_on_one_machine_too() -> None:
+    command = plan(
+        ["--cpu", "--num_processes", "2", "--rdzv_backend", "c10d", "--main_process_port", "1", "s.py"]
+    ).command
+    assert " ".join(command).endswith("--rdzv_backend c10d --rdzv_endpoint 127.0.0.1:1 s.py")
+
+
 def test_a_value_that_is_there_wins_over_a_default_only() -> None:
     settings = parse(["--num_processes", "1", "s.py"]).replace(threads=4)
     assert build(settings).environment_over({"OMP_NUM_THREADS": "9"})["OMP_NUM_THREADS"] == "9"

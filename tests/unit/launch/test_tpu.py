@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -132,6 +134,16 @@ class TestAPod:
             build(parse.parse(["--tpu", "--tpu_cluster", "--env", "a b=c", "--vm", "v", "s.py"]))
 
 
+def installed_from(origin: dict[str, Any] | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a distribution of this name in front of the installed one, with what pip notes of its origin (PEP 610)."""
+    facts = folder / "accelerate-2.0.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 2.0.0\n")
+    if origin is not None:
+        (facts / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(folder)
+
+
 class TestRemoteScripts:
     def test_one_command_is_itself(self) -> None:
         assert tpu.remote_script(["echo 'a b'"]) == "echo 'a b'"
@@ -144,15 +156,32 @@ class TestRemoteScripts:
     @pytest.mark.parametrize(
         ("version", "requirement"),
         [
-            ("latest", "accelerate"),
-            ("dev", "git+https://github.com/huggingface/accelerate.git"),
-            ("1.0.1", "accelerate==1.0.1"),
+            ("latest", "accelerate @ git+https://host/accelerate.git@0123abc"),
+            ("dev", "accelerate @ git+https://host/accelerate.git"),
+            ("2.0.1", "accelerate @ git+https://host/accelerate.git@v2.0.1"),
         ],
     )
-    def test_installing(self, version: str, requirement: str) -> None:
-        line = f"python3 -m pip install --upgrade {requirement}"
+    def test_installing(self, version: str, requirement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        origin = {"url": "https://host/accelerate.git", "vcs_info": {"vcs": "git", "commit_id": "0123abc"}}
+        installed_from(origin, tmp_path, monkeypatch)
+        line = f"python3 -m pip install --upgrade '{requirement}'"
         assert tpu.remote_script([], version) == line
         assert tpu.remote_script(["ls"], version) == f"set -e\n{line}\nls"
+
+    def test_installing_from_a_file_on_the_web(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        wheel = "https://host/accelerate-2.0.0-py3-none-any.whl"
+        installed_from({"url": wheel, "archive_info": {}}, tmp_path, monkeypatch)
+        assert tpu.remote_script([], "latest") == f"python3 -m pip install --upgrade 'accelerate @ {wheel}'"
+        with pytest.raises(SettingsError, match="not installed from an address"):
+            tpu.remote_script([], "2.0.1")
+
+    @pytest.mark.parametrize("origin", [None, {"url": "file:///home/me/accelerate", "dir_info": {"editable": True}}])
+    def test_another_distribution_is_not_installed(
+        self, origin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        installed_from(origin, tmp_path, monkeypatch)
+        with pytest.raises(SettingsError, match="the name accelerate on PyPI is another distribution's"):
+            tpu.remote_script([], "latest")
 
     def test_a_version_is_no_other_text(self) -> None:
         with pytest.raises(SettingsError, match="expected latest, dev or a version such as 1.0.1, found '1; reboot'"):

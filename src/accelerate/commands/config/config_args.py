@@ -105,7 +105,7 @@ class BaseConfig:
     def _from_content(cls: type[_C], content: Mapping[str, Any], path: str) -> _C:
         understood = files.understand(content, path)
         values = cls.process_config(content)
-        values["distributed_type"] = understood.distributed_type
+        values["distributed_type"] = understood.distributed_type or "NO"
         for entry in (*entries(LaunchSettings), *entries(SageMakerSettings)):
             top = entry.section is None or entry.section.key is None
             if top and entry.key in content and entry.dest in understood.values:
