@@ -24,6 +24,7 @@ from .hooks import (
 from .hooks.align import release_offloaded
 from .hooks.attach import reader_for
 from .hooks.dispatch import Dispatch
+from .hooks.moving import guard_moves, release_moves
 from .placement.device_map import (
     check_device_map,
     infer_auto_device_map,
@@ -170,6 +171,7 @@ def _offloaded(
         preload_module_classes=preload_module_classes,
         prefetch=reader if reader is not None else False,
     )
+    guard_moves(model)
     return model
 
 
@@ -255,7 +257,7 @@ def dispatch_model(
             their hooks are removed first. Parts without values take them from `state_dict` and `offload_index`.
         device_map: Devices by name of module (or of a tensor directly on a larger module): a number, a device, ``"cpu"`` or
             ``"disk"``. It must cover the whole model.
-        main_device: Where parts on ``"cpu"`` and ``"disk"`` run. None: the first device of the map that computes.
+        main_device: Where parts on ``"cpu"`` and ``"disk"`` run. None: the first of the map that computes, or the CPU.
         state_dict: The weights of parts on ``"cpu"``, where they are kept already.
         offload_dir: A folder for the weights of parts on ``"disk"``; those not there yet are written.
         offload_index: Where these weights are, by name, if they are in files already.
@@ -271,18 +273,14 @@ def dispatch_model(
 
     Raises:
         ValueError: when the map leaves something out, or parts go to disk and no place is named for them.
-        FileNotFoundError: when everything goes to disk; `disk_offload` is for that.
+        RuntimeError: when a part goes to a device that this process does not have.
     """
     check_device_map(model, device_map)
     where = settled(device_map)
     used = set(where.values())
-    if used == {"disk"} and offload_dir is not None and offload_index is None and not force_hooks:
-        raise FileNotFoundError(
-            "the device_map sends the whole model to disk, so that no part says where it runs: use "
-            "disk_offload(model, offload_dir, execution_device), or name a device for one part."
-        )
     known = {**(offload_index or {}), **(state_dict or {})}
     state_dict = {**(state_dict or {}), **{n: value for n, value in release_offloaded(model).items() if n not in known}}
+    release_moves(model)
     dispatch = Dispatch(model, where, main_device, offload_buffers)
     dispatch.fill(state_dict, offload_index or {}, offload_dir)
     if len(used) == 1 and not used & set(OFFLOADED[1:]) and not force_hooks:

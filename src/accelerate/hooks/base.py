@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..runtime.forward import HookedForward, hook_forward, unhook_forward
+from .moving import release_moves
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -89,6 +90,12 @@ class SequentialHook(ModelHook):
 
     def __init__(self, *hooks: ModelHook) -> None:
         self.hooks = hooks
+
+    @property
+    def execution_device(self) -> torch.device | None:
+        """Where the module runs: the device of the last hook that has one."""
+        devices = [getattr(hook, "execution_device", None) for hook in self.hooks]
+        return next((device for device in reversed(devices) if device is not None), None)
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """See `ModelHook.init_hook`."""
@@ -204,6 +211,7 @@ def remove_hook_from_module(module: _Module, recurse: bool = False) -> _Module:
         del module._hf_hook
     if "_old_forward" in module.__dict__:
         unhook_forward(module)
+    release_moves(module)
     if recurse:
         for child in module.children():
             remove_hook_from_module(child, recurse)

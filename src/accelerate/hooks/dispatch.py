@@ -16,7 +16,10 @@ from ..placement.offload import INDEX_NAME, OffloadedWeightsLoader, offload_stat
 from ..placement.tensors import Place, TiedMap, set_module_tensor_to_device
 from ..placement.tied import find_tied_parameters, retie_parameters
 from ..runtime.devices import require_device
+from .align import AlignDevicesHook
 from .attach import attach_align_device_hook_on_blocks
+from .base import SequentialHook
+from .moving import guard_moves
 
 Folder = str | os.PathLike[str]
 
@@ -95,9 +98,18 @@ class Dispatch:
             tied_params_map=self._shared(tied, weights),
             prefetch=prefetch,
         )
+        self._mark_root()
+        guard_moves(self._model)
         # Parts moved one by one: what was one tensor is one again, unless a part of it comes and goes.
         still = [[n for n in group if not self._is_offloaded(n)] for group in tied]
         retie_parameters(self._model, [group for group in still if len(group) > 1 and self._same_device(group)])
+
+    def _mark_root(self) -> None:
+        """Gives the hook around the whole the main device, which clients look up there."""
+        hook = self._model.__dict__.get("_hf_hook")
+        for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+            if isinstance(one, AlignDevicesHook) and one.io_same_device and one.execution_device is None:
+                one.execution_device = self._main
 
     def _is_offloaded(self, name: str) -> bool:
         return device_of(name, self._where) in self._waiting

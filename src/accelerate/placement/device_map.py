@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -336,14 +337,24 @@ def settled(device_map: Mapping[str, Device | torch.device]) -> dict[str, str | 
 
 
 def check_device_map(model: nn.Module, device_map: Mapping[str, Device | torch.device]) -> None:
-    """Checks that a device map covers a model.
+    """Checks that a device map covers a model; warns of keys that name no part of it.
 
     Raises:
         ValueError: naming every tensor that it leaves out; one that shares a covered tensor's memory counts as covered.
     """
+    tree = walk(model)
+    known = {*tree.names, *tree.tensor_names}
+    for key in device_map.keys() - known:
+        near = difflib.get_close_matches(key, known, 1, 0)
+        logger.warning(
+            "the device_map has an entry for %r, and %s has no such part; the nearest name is %r.",
+            key,
+            type(model).__name__,
+            near[0] if near else "",
+        )
     covered: set[int] = set()
     missing: dict[str, int] = {}
-    for name, tensor in walk(model).named_tensors():
+    for name, tensor in tree.named_tensors():
         if device_of(name, device_map) is None:
             missing[name] = id(tensor)
         else:

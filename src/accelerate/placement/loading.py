@@ -122,6 +122,7 @@ def load_weights(
     found = inspect(model, find_checkpoint(checkpoint), tied)
     job = _Job(model, _slots(tree), device_map, offload_folder, wanted, offload_buffers, list(keep_in_fp32 or ()))
     plan = {file: job.plan(file, found) for file in found.files}
+    found.problems += _other_layout(model, found)
     _judge(checkpoint, found, strict)
     if device_map is not None:
         check_tied_parameters_on_same_device(tied, device_map)
@@ -131,6 +132,22 @@ def load_weights(
         file.release()
     retie_parameters(model, tied)
     return job.index
+
+
+def _other_layout(model: nn.Module, found: Inspection) -> list[str]:
+    """Returns a problem where files hold the weights of a transformers model by other names than the model in memory."""
+    state = model.state_dict(keep_vars=True)
+    empty = [name for name in found.missing if getattr(state[name], "is_meta", False)]
+    if not empty or not found.unexpected or not hasattr(type(model), "from_pretrained"):
+        return []
+    shown = [", ".join(names[:6]) + (", …" if len(names) > 6 else "") for names in (empty, found.unexpected)]
+    name = type(model).__name__
+    problem = (
+        f"the files have another layout than {name} in memory, as where releases of transformers fuse weights: the model's "
+        f"{shown[0]} are not in the files, and the files' {shown[1]} are not in the model. "
+        f"{name}.from_pretrained(folder, device_map=...) converts them while it loads"
+    )
+    return [problem]
 
 
 def _judge(checkpoint: Folder, found: Inspection, strict: bool) -> None:

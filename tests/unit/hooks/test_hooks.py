@@ -413,3 +413,41 @@ def test_an_execution_device_has_one_form() -> None:
     assert hook.execution_device == CPU
     hook.execution_device = "meta"
     assert hook.execution_device == META and hook.device == META
+
+
+# Moving the whole ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "dispatch"])
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to("meta"), lambda m: m.to(device=CPU), lambda m: m.cuda(), lambda m: m.cpu()]
+)
+def test_an_offloaded_model_cannot_be_moved(tmp_path: Path, how: str, move: Any) -> None:
+    net, x = Net().eval(), torch.randn(3, 4)
+    before = net(x)
+    if how == "dispatch":
+        accelerate.dispatch_model(net, {"": "disk"}, offload_dir=tmp_path)
+    else:
+        accelerate.cpu_offload(net, CPU)
+    for one in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        with pytest.raises(RuntimeError, match=r"Net has parts that are offloaded .*remove_hook_from_submodules"):
+            move(one)
+        assert torch.equal(one(x), before)
+    assert net.to(torch.float64)(x.double()).dtype == torch.float64  # that is no move
+    remove_hook_from_submodules(net)
+    assert net.to("meta").emb.weight.is_meta and not {"to", "cuda", "cpu"} & vars(net).keys()
+
+
+def test_a_spread_model_is_moved_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    net = accelerate.dispatch_model(Net(), {"": "cpu"}, force_hooks=True)
+    net.to("cpu")
+    assert "remove_hook_from_submodules" in caplog.text
+
+
+def test_the_root_names_the_device_where_parts_run(tmp_path: Path) -> None:
+    net = accelerate.dispatch_model(
+        Net().eval(), dict.fromkeys(dict(Net().named_children()), "disk"), offload_dir=tmp_path
+    )
+    assert net._hf_hook.execution_device == CPU
+    net = accelerate.dispatch_model(Net().eval(), {"": "cpu"}, main_device="meta", force_hooks=True)
+    assert net._hf_hook.execution_device == META

@@ -229,8 +229,33 @@ def test_dispatch_with_forced_hooks() -> None:
 
 
 def test_dispatch_of_everything_to_disk(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="disk_offload"):
-        accelerate.dispatch_model(Net(), {"": "disk"}, offload_dir=tmp_path)
+    # Decided: the observed one refuses it, although load_checkpoint_and_dispatch takes such a map.
+    for where in ({"": "disk"}, {name: "disk" for name, _ in Net().named_children()}):
+        net, x = Net().eval(), torch.randn(3, 4)
+        before = net(x)
+        accelerate.dispatch_model(net, where, offload_dir=tmp_path / str(len(where)))
+        assert all(parameter.is_meta for parameter in net.parameters()) and torch.equal(net(x), before)
+
+
+def test_keys_of_a_map_that_name_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    modeling.check_device_map(Net(), {"": "cpu", "layer": 0, "layers.1.a": 0, "head.weight": 0})
+    assert [record.getMessage() for record in caplog.records] == [
+        "the device_map has an entry for 'layer', and Net has no such part; the nearest name is 'layers'."
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_map_for_a_device_that_is_not_there(tmp_path: Path) -> None:
+    net = Net()
+    accelerate.Accelerator(cpu=True).save_model(net, tmp_path)
+    for call in (
+        accelerate.dispatch_model,
+        functools.partial(accelerate.load_checkpoint_and_dispatch, checkpoint=tmp_path),
+    ):
+        for where in ({"": 0}, {"": "cuda:0"}, {**{name: "cpu" for name, _ in net.named_children()}, "head": 0}):
+            with pytest.raises(RuntimeError, match=r"device_map sends .* to .*this process sees no"):
+                call(net, device_map=where)
+    assert all(parameter.device.type == "cpu" for parameter in net.parameters()) and not hooked(net)
 
 
 @pytest.mark.parametrize("name", ["cpu_offload", "disk_offload"])

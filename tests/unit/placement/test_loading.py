@@ -233,3 +233,38 @@ def test_a_folder_of_offloaded_weights(tmp_path: Path) -> None:
     assert torch.equal(inside["bias"], net.layers[0].a.bias)
     with pytest.raises(ValueError, match="state_dict"):
         accelerate.utils.OffloadedWeightsLoader()
+
+
+class Pretrained(nn.Sequential):
+    """A model that loads itself, as those of transformers do."""
+
+    def from_pretrained(self) -> None:
+        """Is there."""
+
+
+def test_another_layout_in_the_files_is_named_with_what_converts_it(tmp_path: Path) -> None:
+    save_file({"0.weight": torch.ones(4, 4), "0.part.bias": torch.ones(4)}, tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights():
+        empty = Pretrained(nn.Linear(4, 4))
+    with pytest.raises(
+        ValueError, match=r"(?s)nothing was changed.*0\.bias are not.*0\.part\.bias are not.*from_pretrained"
+    ):
+        accelerate.load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"})
+    assert empty[0].weight.is_meta
+
+
+def test_transformers_spreads_a_model_within_a_limit_in_words(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 100,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    model.save_pretrained(tmp_path)
+    spread = transformers.LlamaForCausalLM.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": "1GB"})
+    x = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(spread(x).logits, model(x).logits)
