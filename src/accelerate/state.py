@@ -130,10 +130,7 @@ class PartialState(_Shared):
             if kwargs:
                 logger.warning("this process has joined its run already: %s came too late and is ignored.", kwargs)
             return
-        # Known before the plugin is: scripts create PartialState first, and its group stays.
-        offloads = env.flag("ACCELERATE_USE_FSDP") and env.flag("FSDP_OFFLOAD_PARAMS")
-        options = {"cpu": cpu, "cpu_tensors": offloads, **kwargs}
-        here = world.current() if world.is_joined() and not kwargs and not cpu else world.join(**options)
+        here = world.current() if world.is_joined() and not kwargs and not cpu else world.join(cpu=cpu, **kwargs)
         self._cpu = cpu or env.flag("ACCELERATE_USE_CPU")
         self.process_index = here.rank
         self.num_processes = here.size

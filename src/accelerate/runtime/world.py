@@ -133,13 +133,15 @@ def join(
         init_method: Address of the rendezvous (``tcp://…``, ``file://…``); None reads the variables.
         timeout: How long peers may keep this process waiting: on joining, and in each collective.
         cpu_tensors: Tensors on the CPU are communicated besides those of the device: where no backend was chosen, the
-            group has gloo for them. Without effect on a group that is there already.
+            group has gloo for them. Without effect on a group that is there already. The launcher's variables may ask for
+            it too: scripts create `PartialState` before the plugin that offloads is known.
 
     Raises:
         ValueError: when the variables contradict each other.
         RuntimeError: when peers or the main process do not answer within the timeout.
     """
     cpu = cpu or env.flag("ACCELERATE_USE_CPU")
+    cpu_tensors = cpu_tensors or (env.flag("ACCELERATE_USE_FSDP") and env.flag("FSDP_OFFLOAD_PARAMS"))
     kind = devices.DEVICES["cpu"] if cpu else devices.default_kind()
     common: dict[str, Any] = {
         "debug": env.flag("ACCELERATE_DEBUG_MODE"),
