@@ -22,7 +22,7 @@ from ..logging import get_logger
 from ..runtime.transport import Collectives
 from ..runtime.world import World
 from .commit import commit, discard, stage
-from .copying import Room, copy_all, is_plain
+from .copying import Room
 from .entries import Entry, Part, Written
 from .errors import SaveError
 from .finding import is_whole
@@ -111,28 +111,28 @@ def capture(entries: Sequence[Entry], disk: Disk, room: Room | None) -> list[Par
     if room is not None:
         room.clear()
     parts = []
-    for entry in entries:
-        saves = entry.everywhere or disk.shared
-        if saves or entry.collective:
-            state = entry.capture()
-            if saves and state is not None:
-                kept = state if room is None or entry.fresh else _copied(state, room)
-                parts.append(Part(entry.path, kept, entry.format, entry.kind))
+    try:
+        for entry in entries:
+            saves = entry.everywhere or disk.shared
+            if saves or entry.collective:
+                state = entry.capture()
+                if saves and state is not None:
+                    kept = state if room is None or entry.fresh else _copied(state, room)
+                    parts.append(Part(entry.path, kept, entry.format, entry.kind))
+    finally:
+        if room is not None:
+            room.wait()
     return parts
 
 
 def _copied(tree: Any, room: Room) -> Any:
     seen: dict[int, torch.Tensor] = {}
-    pairs = []
 
     def walk(node: Any) -> Any:
         if isinstance(node, torch.Tensor):
             # Tied tensors stay tied: they are written once.
-            if id(node) not in seen and is_plain(node):
-                seen[id(node)] = room.like(node)
-                pairs.append((seen[id(node)], node))
-            elif id(node) not in seen:
-                seen[id(node)] = node.detach().to("cpu", copy=True)
+            if id(node) not in seen:
+                seen[id(node)] = room.copy(node)
             return seen[id(node)]
         if isinstance(node, dict):
             return type(node)((key, walk(value)) for key, value in node.items())
@@ -140,9 +140,9 @@ def _copied(tree: Any, room: Room) -> Any:
             return type(node)(walk(value) for value in node)
         return node
 
-    whole = walk(tree)
-    copy_all(pairs)
-    return whole
+    copied = walk(tree)
+    room.copy_plain()
+    return copied
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _by_itself(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().nbytes() == tensor.nbytes and type(tensor) is torch.Tensor:
             return tensor
         return torch.frombuffer(memoryview(as_bytes(tensor)), dtype=tensor.dtype).view(tensor.shape)
-    return tensor.to("cpu", copy=True).contiguous().clone()
+    return tensor.to("cpu", copy=True).contiguous()  # the first is a copy of this tensor alone
 
 
 def describe(folder: Path, places: Iterable[Place]) -> None:
