@@ -9,8 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as by_name
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
@@ -45,7 +48,51 @@ def _differences(length: int) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(("ranks", "length"), [(2, 8), (2, 6), (3, 12), (3, 9)])
+class Largest(TorchDispatchMode):
+    """Records the most elements of a tensor that an operation has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [tensor.numel() for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+        self.found = max([self.found, *made])
+        return out
+
+
+def _memory(way: str, length: int) -> tuple[int, int]:
+    """The elements of the largest tensor in a forward and backward of two heads, and what is saved for the latter."""
+    group, layout = dist.group.WORLD, Layout.of(length, dist.get_world_size())
+    own = [
+        torch.randn(1, heads, length // layout.ranks, 4, requires_grad=True)
+        for heads in ((2, 1, 1) if way == "gathered" else (2, 2, 2))
+    ]
+    how: dict[str, Any] = {"group": group, "layout": layout, "is_causal": True}
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with Largest() as largest, saved_tensors_hooks(note, lambda tensor: tensor):
+        result = gathered(attention, *own, **how, enable_gqa=True) if way == "gathered" else ring(*own, **how)
+        kept = sum(saved.values())
+        result.sum().backward()
+    return largest.found, kept
+
+
+@pytest.mark.parametrize("way", ["gathered", "ring"])
+def test_memory_does_not_grow_with_the_square_of_the_length(way, run_ranks):
+    for (small, kept), (large, more) in zip(
+        run_ranks(2, _memory, way, 2048), run_ranks(2, _memory, way, 8192), strict=True
+    ):
+        assert large <= 2 * 256 * 8192 and large <= 4.1 * small
+        assert more <= 4.1 * kept
+
+
+@pytest.mark.parametrize(("ranks", "length"), [(2, 8), (2, 6), (2, 1048), (3, 12), (3, 9), (3, 789)])
 def test_shared_attention_is_attention(ranks, length, run_ranks):
     for found in run_ranks(ranks, _differences, length):
         assert len(found) == 16 and max(found.values()) < 1e-12, found

@@ -59,6 +59,7 @@ class SharedSequences:
         self._loader: Callable[[], Any] = _no_loader
         self._attend: Callable[..., Tensor] = original
         self._attention = _function_of(self._counted)
+        self._latest: tuple[weakref.ref[Tensor], int, int, dict[str, Any]] | None = None
 
     # Models hold on to this by their hooks: a copy is watched as well, and one that was pickled shares nothing.
 
@@ -128,11 +129,23 @@ class SharedSequences:
             return None
         # Each rank may have made another mask of its positions, or none, and what is sent along depends on it.
         mask = kwargs.get("attention_mask")
-        instead = self.way.instead_of(mask, hidden.shape[-2]) if isinstance(mask, Tensor) else {}
+        instead = self._instead_of(mask, hidden.shape[-2]) if isinstance(mask, Tensor) else {}
         if "attn_mask" in instead:
             return None
         self._check_window(module)
         return (args, {**kwargs, "attention_mask": None, **instead}) if instead else None
+
+    def _instead_of(self, mask: Tensor, length: int) -> dict[str, Any]:
+        """See `Way.instead_of`, which looks at the values of a mask: once for all layers that are given the same."""
+        if mask.is_inference():  # has no version that would show a change
+            return self.way.instead_of(mask, length)
+        latest = self._latest
+        if latest is not None and latest[0]() is mask and latest[1:3] == (mask._version, length):
+            return latest[3]
+        instead = self.way.instead_of(mask, length)
+        kept = {} if "attn_mask" in instead else instead  # which would keep the mask
+        self._latest = (weakref.ref(mask), mask._version, length, instead) if kept else None
+        return instead
 
     def _check_window(self, module: nn.Module) -> None:
         """Models narrow attention by masks, which they leave out where a rank's part is no longer than the window."""
@@ -203,7 +216,7 @@ class SharedSequences:
             )
         mask = given.pop("attn_mask", None)
         if mask is not None:
-            given.update(self.way.instead_of(mask, query.shape[-2]))
+            given.update(self._instead_of(mask, query.shape[-2]))
         return self._attend(query, key, value, **given)
 
 

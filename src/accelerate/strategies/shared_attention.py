@@ -17,6 +17,8 @@ from torch.distributed import ProcessGroup
 
 # The names since torch 2.13, and before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_ROWS = 256
+"""Queries for which scores and masks are in memory at a time: that many by the length of the sequence, not its square."""
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -123,14 +125,29 @@ def gathered(
     keys, values = both.split([width, both.shape[-1] - width], -1)
     if not is_causal:
         return attention(query, keys, values, **more)
-    results = []
     numbers = layout.of_rank(dist.get_rank(group))
+    length = query.shape[-2] // len(numbers)
+    if length > _ROWS and more.pop("enable_gqa", False):  # once, instead of in every block
+        keys, values = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (keys, values))
+    rows = min(_ROWS, length)
+    # The masks of all blocks are parts of this one, right-aligned: a block's last row sees all keys up to itself.
+    bias = torch.full((rows, keys.shape[-2]), -torch.inf, dtype=query.dtype, device=query.device)
+    bias = bias.triu(keys.shape[-2] - rows + 1)
+    results = []
     for number, own in zip(numbers, query.chunk(len(numbers), -2), strict=True):
-        length = own.shape[-2]
-        seen = (number + 1) * length
-        mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(number * length)
-        results.append(attention(own, keys[..., :seen, :], values[..., :seen, :], attn_mask=mask, **more))
+        for start, stop in _blocks(length):
+            seen = number * length + stop
+            mask = bias[rows - (stop - start) :, bias.shape[1] - seen :]
+            if mask.device.type != "cpu":
+                mask = mask.contiguous()  # kernels read aligned rows
+            block = own[..., start:stop, :]
+            results.append(attention(block, keys[..., :seen, :], values[..., :seen, :], attn_mask=mask, **more))
     return torch.cat(results, -2)
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Start and end of the blocks of a chunk's queries that see keys together."""
+    return ((start, min(start + _ROWS, length)) for start in range(0, length, _ROWS))
 
 
 # Keys and values in a ring -------------------------------------------------------------------------------------------
@@ -180,12 +197,16 @@ class _Ring(torch.autograd.Function):
             there = _passed_on(there, group) if step else there
             for mine, theirs, diagonal in _pairs(layout, dist.get_rank(group), step, causal):
                 key, value = _chunk(there, theirs, layout).to(exact)
-                score = _scores(_chunk(query, mine, layout).to(exact), key, scale, diagonal)
-                here = score.logsumexp(-1, keepdim=True)
-                so_far, known = _chunk(result, mine, layout), _chunk(total, mine, layout)
-                both = torch.logaddexp(known, here)
-                so_far.mul_(torch.exp(known - both)).add_(torch.exp(score - both) @ value)
-                known.copy_(both)
+                for start, stop in _blocks(key.shape[-2]):
+                    seen = stop if diagonal else key.shape[-2]
+                    asked, so_far, known = (
+                        _chunk(tensor, mine, layout)[..., start:stop, :] for tensor in (query, result, total)
+                    )
+                    score = _scores(asked.to(exact), key[..., :seen, :], scale, diagonal)
+                    here = score.logsumexp(-1, keepdim=True)
+                    both = torch.logaddexp(known, here)
+                    so_far.mul_(torch.exp(known - both)).add_(torch.exp(score - both) @ value[..., :seen, :])
+                    known.copy_(both)
         ctx.save_for_backward(query, own, result, total)
         return result.to(query.dtype)
 
@@ -201,14 +222,20 @@ class _Ring(torch.autograd.Function):
         for step in range(layout.ranks):
             there = _passed_on(there, group) if step else there
             for mine, theirs, diagonal in _pairs(layout, dist.get_rank(group), step, causal):
-                key, value = _chunk(there, theirs, layout).to(exact)
-                of_key, of_value = _chunk(of_there, theirs, layout)
-                asked, given = _chunk(query, mine, layout).to(exact), _chunk(grad, mine, layout)
-                weight = torch.exp(_scores(asked, key, scale, diagonal) - _chunk(total, mine, layout))
-                of_score = weight * (given @ value.mT - _chunk(shift, mine, layout)) * scale
-                _chunk(of_query, mine, layout).add_(of_score @ key)
-                of_key.add_((of_score.mT @ asked).sum(2, keepdim=True))
-                of_value.add_((weight.mT @ given).sum(2, keepdim=True))
+                pair, of_pair = _chunk(there, theirs, layout).to(exact), _chunk(of_there, theirs, layout)
+                for start, stop in _blocks(pair.shape[-2]):
+                    seen = stop if diagonal else pair.shape[-2]
+                    (key, value), (of_key, of_value) = pair[..., :seen, :], of_pair[..., :seen, :]
+                    asked, given, known, moved, of_asked = (
+                        _chunk(tensor, mine, layout)[..., start:stop, :]
+                        for tensor in (query, grad, total, shift, of_query)
+                    )
+                    asked = asked.to(exact)
+                    weight = torch.exp(_scores(asked, key, scale, diagonal) - known)
+                    of_score = weight * (given @ value.mT - moved) * scale
+                    of_asked.add_(of_score @ key)
+                    of_key.add_((of_score.mT @ asked).sum(2, keepdim=True))
+                    of_value.add_((weight.mT @ given).sum(2, keepdim=True))
             of_there = _passed_on(of_there, group)  # along with what it belongs to; after the last step it is home
         return of_query.to(query.dtype), of_there.to(own.dtype), None, None, None, None
 
@@ -230,10 +257,12 @@ def _chunk(tensor: Tensor, place: int, layout: Layout) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, diagonal: bool) -> Tensor:
+    """Scores of a block of queries; on the diagonal, the last of them sees all keys, and those before one less each."""
     score = query @ key.mT * scale
     if diagonal:
-        later = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).triu(1)
-        score = score.masked_fill_(later, -torch.inf)
+        rows = score.shape[-2]
+        later = torch.ones(rows, rows, dtype=torch.bool, device=score.device).triu(1)
+        score[..., -rows:].masked_fill_(later, -torch.inf)
     return score
 
 
