@@ -5,10 +5,14 @@ Pure functions over mappings; the values may be tensors, or stand for tensors of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
+from ..runtime.file_names import shown
 from .errors import Problem
+from .schema import is_tensor, kinds_of, mistyped
 
 EXTRA = "_extra_state"
 """The last part of the name under which torch keeps what a module has besides tensors."""
@@ -71,7 +75,7 @@ def matching(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any
 
 def _alike(name: str, live: Any, saved: Any) -> bool:
     # What a module keeps besides tensors is its own business.
-    return _shape(live) == _shape(saved) or name.split(".")[-1] == EXTRA
+    return (_shape(live) == _shape(saved) and not _is_of_numpy(saved)) or name.split(".")[-1] == EXTRA
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -82,7 +86,14 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _of(value: Any) -> str:
     shape = _shape(value)
+    if _is_of_numpy(value):
+        return f" of type {type(value).__name__}"
     return "" if shape is None else f" of shape {list(shape)}"
+
+
+def _is_of_numpy(value: Any) -> bool:
+    """True for arrays, which have shapes and are no tensors."""
+    return isinstance(value, (np.ndarray, np.generic))
 
 
 # Optimizers and schedulers ----------------------------------------------------------------------------------------------
@@ -101,6 +112,9 @@ _KEPT = {
     "Rprop": frozenset({"step", "prev", "step_size"}),
     "ASGD": frozenset({"step", "eta", "ax", "mu"}),
 }
+SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
+"""Keys under which these optimizers keep one number of a parameter."""
+_NAMING = {"params", "param_names"}
 _EVER_KEPT = frozenset[str]().union(*_KEPT.values())
 # What schedulers write into the groups of an optimizer.
 _SCHEDULED = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
@@ -144,6 +158,7 @@ def compare_optimizers(
         groups: The options of each of the saved parameter groups.
         states: What was saved of each parameter.
     """
+    groups, states = list(groups), list(states)
     kept, saved = _kept(optimizer), _keys(states)
     if kept is None:  # all there is to go by is what it keeps now; that may vary
         ways = [(live - saved, saved - live) for live in _kept_now(optimizer)]
@@ -158,10 +173,26 @@ def compare_optimizers(
     # Releases add switches, which are on, off or not set.
     needed = {key for key, value in defaults.items() if value is not None and not isinstance(value, bool)}
     known, found = _keys(optimizer.param_groups) | defaults.keys(), _keys(groups)
-    foreign = found - known - _SCHEDULED - {"params", "param_names"}
+    foreign = found - known - _SCHEDULED - _NAMING
     if needed - found and foreign:
         return [other_kind(path, "optimizer", kind_of(optimizer), needed - found, foreign)]
-    return []
+    texts = [
+        text
+        for number, (live, group) in enumerate(zip(optimizer.param_groups, groups, strict=False))
+        for text in mistyped({k: v for k, v in live.items() if k not in _NAMING}, group, f"param_groups[{number}]")
+    ]
+    texts += [text for state in states for text in _mistyped_values(kept, state)]
+    return [Problem(path, "corrupt", text) for text in dict.fromkeys(texts)]
+
+
+def _mistyped_values(kept: frozenset[str] | None, state: Any) -> Iterator[str]:
+    """What cannot be the value of a parameter in an optimizer whose states are numbers or tensors."""
+    for key, value in state.items() if kept is not None and isinstance(state, Mapping) else ():
+        floats = is_tensor(value) and (value.dtype.is_floating_point or value.dtype.is_complex)
+        if value is not None and key not in SCALARS and not floats and key in _EVER_KEPT:
+            yield f"{key!r} of a parameter is {shown(value)}; expected a tensor of floating-point numbers"
+        elif value is not None and not kinds_of(value) & {"a number", "a tensor", "a boolean"}:
+            yield f"{key!r} of a parameter is {shown(value)}; expected a number or a tensor"
 
 
 def _kept_now(optimizer: Any) -> list[set[str]]:

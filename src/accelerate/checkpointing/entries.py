@@ -61,6 +61,8 @@ class Entry:
         partial: Makes what fits of a state that does not fit as a whole; None: it is left out as a whole.
         needs: Added to the message when the file cannot be read.
         kind: The class of what the state belongs to, where another class cannot have it; the manifest records it.
+        revertible: `load` runs code of users, and may raise; `load` of what `capture` gave before undoes it. Such entries
+            are loaded first.
     """
 
     path: str
@@ -76,6 +78,7 @@ class Entry:
     partial: Callable[[Any], Any] | None = None
     needs: str = ""
     kind: str = ""
+    revertible: bool = False
 
     def read(self, folder: Path, options: dict[str, Any]) -> Any:
         """The state in the file.

@@ -2,7 +2,7 @@
 
 CheckpointError(RuntimeError)
 ├── SaveError            nothing was committed: what was there before is untouched
-└── LoadError            nothing was changed: `problems` lists everything that was found
+└── LoadError            `problems` lists everything that was found, `changed` what has been changed all the same
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ class SaveError(CheckpointError):
 
 
 class LoadError(CheckpointError, ValueError):
-    """A checkpoint does not fit, or is damaged. Raised on every rank before anything was changed.
+    """A checkpoint does not fit, or is damaged. Raised on every rank, as a rule before anything was changed.
 
     Attributes:
         problems: Everything that was found.
+        changed: What has a new state, or a part of one, on some rank; empty where everything is as it was.
     """
 
-    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+    def __init__(self, message: str, problems: Sequence[Problem] = (), changed: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = list(problems)
+        self.changed = list(changed)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ..runtime import world
 from ..runtime.forward import bare_model
-from . import fitting, forms, live, loading
+from . import applying, fitting, forms, live, loading
 from .entries import Entry, Part
 from .errors import LoadError, SaveError
 from .files import write_torch
@@ -157,4 +157,4 @@ def _load(entry: Entry, folder: Path, strict: bool) -> None:
     here = dataclasses.replace(world.current(), collectives=all_ranks(LoadError))
     reading = loading.read_entries(folder, [entry], None, {})
     loading.conclude(here, folder, [reading], strict)
-    loading.apply(here, folder, [reading])
+    applying.apply(here, folder, reading.states)

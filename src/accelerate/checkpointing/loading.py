@@ -1,4 +1,4 @@
-"""`load`: every rank checks the whole of its part, all findings come together, and only then is anything changed."""
+"""What a load checks: every rank its part, and all findings come together before anything is changed (`applying`)."""
 
 from __future__ import annotations
 
@@ -93,10 +93,14 @@ def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
     return own
 
 
-def _refuse_damaged(folder: Path, outcomes: Sequence[Sequence[Problem]]) -> None:
+def _left(changed: Sequence[str]) -> str:
+    return f"nothing was changed but {', '.join(changed)}" if changed else "nothing was changed"
+
+
+def _refuse_damaged(folder: Path, outcomes: Sequence[Sequence[Problem]], changed: Sequence[str] = ()) -> None:
     problems = list(dict.fromkeys(problem for found in outcomes for problem in found))
     if problems:
-        raise LoadError(f"{folder} cannot be loaded, and nothing was changed:\n{listed(problems)}", problems)
+        raise LoadError(f"{folder} cannot be loaded, and {_left(changed)}:\n{listed(problems)}", problems, changed)
 
 
 def verify_files(world: World, folder: Path, manifest: manifests.Manifest, entries: Sequence[Entry]) -> None:
@@ -196,8 +200,17 @@ def extra_files(folder: Path, entries: Sequence[Entry], manifest: manifests.Mani
     ]
 
 
-def conclude(world: World, folder: Path, readings: Sequence[Reading], strict: bool) -> list[Problem]:
+def conclude(
+    world: World, folder: Path, readings: Sequence[Reading], strict: bool, changed: Sequence[str] = ()
+) -> list[Problem]:
     """All ranks' findings, once each.
+
+    Args:
+        world: This process and its peers.
+        folder: The checkpoint.
+        readings: What was read.
+        strict: Findings are errors.
+        changed: What has been changed before, for the message.
 
     Raises:
         LoadError: on every rank, with `strict` and any finding, or when anything is damaged.
@@ -209,33 +222,14 @@ def conclude(world: World, folder: Path, readings: Sequence[Reading], strict: bo
 
     outcomes = together(world.collectives, f"checking {folder}", own, LoadError)
     if any(damaged for damaged, _ in outcomes):
-        _refuse_damaged(folder, [found for outcome in outcomes for found in outcome])
+        _refuse_damaged(folder, [found for outcome in outcomes for found in outcome], changed)
     problems = list(dict.fromkeys(problem for _, found in outcomes for problem in found))
     if problems and strict:
         raise LoadError(
-            f"{folder} does not fit this run, and nothing was changed (strict=False loads what fits):\n{listed(problems)}",
+            f"{folder} does not fit this run, and {_left(changed)} (strict=False loads what fits):\n{listed(problems)}",
             problems,
+            changed,
         )
     if problems:
         logger.warning(f"{folder} was loaded except for what does not fit:\n{listed(problems)}", main_process_only=True)
     return problems
-
-
-def apply(world: World, folder: Path, readings: Sequence[Reading]) -> None:
-    """Puts everything that was read in its place.
-
-    Raises:
-        LoadError: on every rank, when an object refuses its state: the run is then half-way between two states.
-    """
-
-    def put() -> None:
-        for reading in readings:
-            for entry, state in reading.states:
-                try:
-                    entry.load(state)
-                except Exception as error:
-                    raise LoadError(
-                        f"{entry.path} was refused by its object: {type(error).__name__}: {error}"
-                    ) from error
-
-    together(world.collectives, f"loading {folder}", put, LoadError)

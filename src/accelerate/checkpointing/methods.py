@@ -119,7 +119,10 @@ class CheckpointMethods:
             What was loaded, left out (with ``strict=False``) and passed over.
 
         Raises:
-            LoadError (a ValueError): on every process, listing everything that was found.
+            LoadError (a ValueError): on every process, listing everything that was found. When a registered object, a
+                scheduler or the scaler raises in its ``load_state_dict``, those loaded before it get their old states back.
+                The error's ``changed`` lists what is not as it was: it is empty, except after hooks, and where a model or an
+                optimizer raises although names, types and shapes fit.
         """
         load_model_func_kwargs.pop(
             "map_location", None

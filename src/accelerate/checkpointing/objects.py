@@ -12,6 +12,7 @@ from torch import nn
 
 from ..settings.enums import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from .comparing import (
+    SCALARS,
     compare_optimizers,
     compare_weights,
     is_shaped_like_parameters,
@@ -25,6 +26,7 @@ from .entries import SAFETENSORS, TORCH, Entry
 from .errors import Problem
 from .model_files import shared_names, without_aliases
 from .names import custom_file, model_file, numbered
+from .schema import mistyped, no_optimizer
 
 # Models ---------------------------------------------------------------------------------------------------------------
 
@@ -105,8 +107,8 @@ def optimizer_entry(index: int, optimizer: Any) -> Entry:
 
 
 def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
-    if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
-        return [Problem(path, "corrupt", "it holds no state of an optimizer (`state` and `param_groups`)")]
+    if text := no_optimizer(saved):
+        return [Problem(path, "corrupt", text)]
     groups, live_groups = saved["param_groups"], optimizer.param_groups
     sizes, live_sizes = ([len(group["params"]) for group in some] for some in (groups, live_groups))
     if sizes != live_sizes:
@@ -116,13 +118,18 @@ def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
         return problems
     for key, parameter in _places(optimizer, saved):
         values = saved["state"].get(key, {})
-        for name, value in values.items() if isinstance(values, dict) else ():
+        for name, value in values.items():
+            live = optimizer.state.get(parameter, {}).get(name)
+            problems += [
+                Problem(path, "corrupt", text) for text in mistyped(live, value, f"{name!r} of parameter {key}")
+            ]
             expected = _expected_shape(optimizer, parameter, name)
+            is_number = isinstance(value, torch.Tensor) and value.numel() == 1
             if (
                 isinstance(value, torch.Tensor)
                 and expected is not None
                 and value.shape != expected
-                and value.numel() != 1
+                and not (is_number and (name in SCALARS or not is_shaped_like_parameters(optimizer)))
             ):
                 text = f"{name!r} of parameter {key} has shape {list(value.shape)}; expected {list(expected)}"
                 problems.append(Problem(path, "shape", text))
@@ -187,6 +194,7 @@ def scheduler_entry(index: int, scheduler: Any) -> Entry:
         capture=scheduler.state_dict,
         load=lambda saved: scheduler.load_state_dict(_cloned(saved)),
         check=lambda saved: _check_scheduler(path, scheduler, saved),
+        revertible=True,
     )
 
 
@@ -199,12 +207,27 @@ def _check_scheduler(path: str, scheduler: Any, saved: Any) -> list[Problem]:
     if live - theirs and theirs - live:
         kind = type(getattr(scheduler, "scheduler", scheduler)).__name__
         return [other_kind(path, "scheduler", kind, live - theirs, theirs - live)]
-    return []
+    texts = mistyped(scheduler.state_dict(), saved, type(getattr(scheduler, "scheduler", scheduler)).__name__)
+    return [Problem(path, "corrupt", text) for text in texts]
 
 
 def scaler_entry(scaler: torch.amp.GradScaler) -> Entry:
     """The state of the gradient scaler."""
-    return Entry(SCALER_NAME, capture=scaler.state_dict, load=lambda saved: scaler.load_state_dict(_cloned(saved)))
+    return Entry(
+        SCALER_NAME,
+        capture=scaler.state_dict,
+        load=lambda saved: scaler.load_state_dict(_cloned(saved)),
+        check=lambda saved: _check_scaler(scaler, saved),
+        revertible=True,
+    )
+
+
+def _check_scaler(scaler: torch.amp.GradScaler, saved: Any) -> list[Problem]:
+    live = scaler.state_dict()
+    if not isinstance(saved, dict):
+        return [Problem(SCALER_NAME, "corrupt", f"expected a scaler's state, found {type(saved).__name__}")]
+    lost = [Problem(SCALER_NAME, "missing", f"no {key!r}") for key in sorted(live.keys() - saved.keys())]
+    return lost or [Problem(SCALER_NAME, "corrupt", text) for text in mistyped(live, saved, "the scaler")]
 
 
 def custom_entry(index: int, registered: Any) -> Entry:
@@ -214,6 +237,7 @@ def custom_entry(index: int, registered: Any) -> Entry:
         custom_file(index),
         capture=registered.state_dict,
         load=lambda saved: registered.load_state_dict(_cloned(saved)),
+        revertible=True,
         needs=(
             f" It belongs to a registered {name}. Checkpoints are read without running code. If its state_dict holds "
             "objects of classes that you trust, allow these before loading: `torch.serialization.add_safe_globals([...])`; "

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..runtime.file_names import shown
 from ..runtime.world import World
 from ..state import GradientState
 from . import random_states
 from .entries import JSON, TORCH, Entry
 from .errors import Problem
 from .names import LOADER_NAME, PROGRESS_NAME, gradients_file, numbered, random_file
+from .schema import is_count
 
 EXTENT = "_extent"
 """Key, in a loader's position, of what one of its steps is."""
@@ -100,6 +102,8 @@ def _check_position(path: str, saved: Any, loader: Any) -> list[Problem]:
     if not isinstance(saved, dict):
         return [Problem(path, "corrupt", f"expected a loader's position, found {type(saved).__name__}")]
     before, now = saved.get(EXTENT), extent(loader)
+    if problem := _mistyped_position(path, before, saved):
+        return [problem]
     if before is None or not ("_snapshot" in saved or "_num_yielded" in saved):
         return []  # another release's, or a loader that had not begun
     problems = []
@@ -117,6 +121,23 @@ def _check_position(path: str, saved: Any, loader: Any) -> list[Problem]:
 
 
 _COUNTS = ("_num_yielded", "_sampler_iter_yielded", "_snapshot_step", "_steps_since_snapshot", "drawn")
+
+
+def _mistyped_position(path: str, before: Any, saved: Any) -> Problem | None:
+    """The first count in a position that is none."""
+    if before is not None:
+        known = isinstance(before, dict) and {"samples", "draws", "workers"} <= before.keys()
+        samples = before["samples"] if known else -1
+        if not known or not (samples is None or is_count(samples, 1)) or not is_count(before["draws"], 1):
+            return Problem(
+                path, "corrupt", f"{EXTENT!r} is {shown(before)}; expected numbers of samples, draws and workers"
+            )
+    for name, value in saved.items():
+        if isinstance(value, dict) and (problem := _mistyped_position(path, None, value)):
+            return problem
+        if name in _COUNTS[:-1] and value is not None and not is_count(value):  # any dataset may have a "drawn"
+            return Problem(path, "corrupt", f"{name!r} is {shown(value)}; expected a number of at least 0")
+    return None
 
 
 def converted(saved: dict[str, Any], loader: Any) -> dict[str, Any]:
@@ -176,7 +197,23 @@ def progress_entry(run: Run) -> Entry:
                 _set_epoch(loader, epoch)
         GradientState()._set_sync_gradients(saved["sync_gradients"])
 
-    return Entry(PROGRESS_NAME, capture=capture, load=load, check=lambda saved: [], required=False, format=JSON)
+    return Entry(PROGRESS_NAME, capture=capture, load=load, check=_check_progress, required=False, format=JSON)
+
+
+def _check_progress(saved: Any) -> list[Problem]:
+    found = saved if isinstance(saved, dict) else {}
+    loaders = found.get("loaders")
+    fits = isinstance(loaders, list) and all(map(_is_epoch, loaders)) and isinstance(found.get("sync_gradients"), bool)
+    if fits and is_count(found.get("step", 0)):
+        return []
+    text = f"it is {shown(saved)}; expected the epochs of loaders, a boolean 'sync_gradients' and a number 'step'"
+    return [Problem(PROGRESS_NAME, "corrupt", text)]
+
+
+def _is_epoch(epoch: Any) -> bool:
+    if not isinstance(epoch, dict) or not {"iteration", "seed"} <= epoch.keys():
+        return False
+    return is_count(epoch["iteration"]) and (epoch["seed"] is None or type(epoch["seed"]) is int)
 
 
 def _epoch_of(loader: Any) -> dict[str, Any]:
@@ -251,7 +288,9 @@ def no_gradients_entry(run: Run) -> Entry:
 
 
 def _check_gradients(path: str, run: Run, saved: Any) -> list[Problem]:
-    if not isinstance(saved, dict) or "gradients" not in saved:
+    grads = saved.get("gradients") if isinstance(saved, dict) else None
+    items = saved.get("items") if isinstance(saved, dict) else None
+    if not isinstance(grads, list) or not all(one is None or isinstance(one, torch.Tensor) for one in [*grads, items]):
         return [Problem(path, "corrupt", "it holds no gradients")]
     shapes = [None if grad is None else grad.shape for grad in saved["gradients"]]
     live = [parameter.shape for parameter in _parameters(run.models)]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..runtime import devices
+from ..runtime.file_names import shown
 from ..runtime.rng import set_seed
 from .errors import Problem
+from .schema import is_count
 
 STEP = "step"
 FORMAT = "format"
@@ -59,13 +62,43 @@ def check(path: str, states: Any) -> list[Problem]:
     """What keeps states from being taken up."""
     if not isinstance(states, dict):
         return [Problem(path, "corrupt", f"expected random states, found {type(states).__name__}")]
-    return [Problem(path, "missing", f"no {name!r}") for name in _REQUIRED if name not in states]
+    lost = [Problem(path, "missing", f"no {name!r}") for name in _REQUIRED if name not in states]
+    return lost or [Problem(path, "corrupt", text) for text in _unusable(states)]
+
+
+def _unusable(states: dict[str, Any]) -> Iterator[str]:
+    """What generators would not take, found by giving it to others than those in use."""
+    trials: dict[str, Callable[[Any], object]] = {
+        "random_state": lambda state: random.Random().setstate(_python_state(state)),
+        "numpy_random_seed": lambda state: np.random.RandomState().set_state(state),
+        "torch_manual_seed": lambda state: torch.Generator().set_state(state.clone()),
+    }
+    for name, take in trials.items():
+        try:
+            take(states[name])
+        except Exception as error:  # noqa: BLE001 - each library has errors of its own
+            yield f"{name!r} is no state of a generator ({type(error).__name__}: {error})"
+    if not is_count(states.get(STEP, 0)):
+        yield f"{STEP!r} is {shown(states[STEP])}; expected a number of at least 0"
+    for kind in devices.DEVICES.values():
+        saved = states.get(_key(kind.name))
+        every = saved if isinstance(saved, (list, tuple)) else [saved]
+        if saved is not None and kind.name not in ("cpu", "xla") and not all(map(_is_bytes, every)):
+            yield f"{_key(kind.name)!r} is {shown(saved)}; expected tensors of bytes"
+
+
+def _is_bytes(state: Any) -> bool:
+    return isinstance(state, torch.Tensor) and state.dtype is torch.uint8 and state.dim() == 1
+
+
+def _python_state(state: Any) -> Any:
+    version, internal, gauss = state
+    return version, tuple(internal), gauss
 
 
 def restore(states: dict[str, Any]) -> None:
     """Takes up the states that `capture` gave. Those of devices this process does not have are left out."""
-    version, internal, gauss = states["random_state"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate(_python_state(states["random_state"]))
     np.random.set_state(states["numpy_random_seed"])
     torch.set_rng_state(states["torch_manual_seed"].clone())
     for kind in devices.DEVICES.values():

@@ -175,7 +175,7 @@ def fetch(world: World, url: str, load: Callable[[Path], Any]) -> Any:
         try:
             loaded = load(folder)
         except LoadError as error:
-            raise LoadError(str(error).replace(str(folder), url), error.problems) from None
+            raise LoadError(str(error).replace(str(folder), url), error.problems, error.changed) from None
         world.collectives.barrier()  # nobody reads any more
         return loaded
     finally:

@@ -17,6 +17,7 @@ from .comparing import ties
 from .dcp import StoredFolder
 from .model_files import shared_names
 from .pieces import Box, part_of
+from .schema import no_optimizer
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
@@ -144,8 +145,8 @@ def optimizer_in_file(state: Any) -> SavedOptimizer:
     Raises:
         ValueError: when it is none.
     """
-    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
-        raise ValueError("it holds no state of an optimizer (`state` and `param_groups`)")
+    if text := no_optimizer(state):
+        raise ValueError(text)
     values = {
         param: {key: of_tensor(value) if isinstance(value, torch.Tensor) else value for key, value in of_param.items()}
         for param, of_param in state["state"].items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..settings.handlers import ProjectConfiguration
 from ..state import GradientState
-from . import loading, progress, remote
+from . import applying, loading, progress, remote
 from .background import BackgroundWriter
 from .copying import Room
 from .entries import Entry
@@ -243,24 +244,38 @@ class Checkpoints:
             loading.verify_files(run.world, folder, manifest, others)
         readings = [loading.read_entries(folder, others, manifest, options)]
         models = list(run.models)
+        changed: list[str] = []
         if self.load_hooks:
             # A hook changes models itself: what can be checked before is checked before.
             loading.conclude(run.world, folder, readings, strict)
-            for hook in self.load_hooks.values():
-                hook(models, str(folder))
+            changed = self._run_load_hooks(run, folder, models)
         entries = self._strategy.model_entries(folder, models, model_options or {})
         readings.append(loading.read_entries(folder, entries, manifest, options))
         hooked = [] if self.load_hooks else loading.extra_files(folder, [*others, *entries], manifest)
         readings.append(loading.Reading(problems=hooked))
-        problems = loading.conclude(run.world, folder, readings, strict)
-        if not GradientState().sync_gradients:
-            progress.drop_gradients(run)
-        loading.apply(run.world, folder, [readings[1], readings[0]])
+        problems = loading.conclude(run.world, folder, readings, strict, changed)
+        begin = None if GradientState().sync_gradients else functools.partial(progress.drop_gradients, run)
+        applying.apply(run.world, folder, [*readings[1].states, *readings[0].states], begin=begin, changed=changed)
         self._strategy.agree_on_random_states()
         self._count_on(folder)
         return loading.LoadReport(
             folder, problems, world_size=size, number=None if manifest is None else manifest.iteration
         )
+
+    def _run_load_hooks(self, run: Run, folder: Path, models: list[Any]) -> list[str]:
+        """Runs the hooks on every rank; returns what they may have changed, for messages."""
+        changed = ["what the hooks of register_load_state_pre_hook changed"]
+
+        def call() -> None:
+            for hook in self.load_hooks.values():
+                hook(models, str(folder))
+
+        try:
+            together(run.world.collectives, f"running the hooks before {folder} is loaded", call, LoadError)
+        except LoadError as error:
+            error.changed = changed
+            raise
+        return changed
 
     def _count_on(self, folder: Path) -> None:
         project = self._project_folder() if number_of(folder) is not None else None
