@@ -171,8 +171,12 @@ def write_file(path: Path, name: str, write: Callable[[FileWriter], None]) -> Fi
         write(writer)
         return writer.finish(name)
     except Exception as error:
-        if writer.error not in (None, error):  # torch.save says that writing failed, and this says why
-            raise writer.error from error
+        # torch.save says that writing failed, and the writer's error says why, but not where.
+        cause = error if writer.error is None else writer.error
+        if isinstance(cause, OSError) and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        if cause is not error:
+            raise cause from error
         raise
     finally:
         writer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -177,3 +178,15 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     record = write_file(tmp_path / "f", "f", write)
     assert (tmp_path / "f").read_bytes() == content and record == record_of(tmp_path / "f", "f")
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    name = "model.safetensors" if safe else "pytorch_model.bin"
+    with pytest.raises(OSError, match=f"No space left on device.*{name}") as caught:
+        Accelerator(cpu=True).save_model(torch.nn.Linear(2, 2), tmp_path / "m", safe_serialization=safe)
+    assert caught.value.errno == errno.ENOSPC and list((tmp_path / "m").iterdir()) == []
