@@ -20,6 +20,7 @@ help:  ## show this list
 
 demo: $(VENV)/.ready-examples  ## train a small network on handwritten digits, on 2 CPU processes
 	@"$(PY)" -m accelerate.commands.accelerate_cli launch --cpu --num_processes 2 examples/digits.py
+	@echo "Next: source $(VENV)/bin/activate, then accelerate launch --cpu --num_processes 2 examples/language_model.py --epochs 1"
 
 test: $(VENV)/.ready-test  ## run the tests (TESTS=tests/unit for a part), and say what was skipped and why
 	@"$(PY)" -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,27 @@ def test_all_ranks_try_the_same_sizes(run_ranks: RunRanks, limits: list[int], fo
             expected.append(size)
             size //= 2
         assert ranks[0] == (found, expected * 2)
+
+
+def words_while_searching() -> list[str]:
+    world.join(cpu=True)
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("accelerate").addHandler(handler)
+
+    @find_executable_batch_size(starting_batch_size=8)
+    def attempt(batch_size: int) -> None:
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    attempt()
+    logging.getLogger("accelerate").removeHandler(handler)
+    return heard
+
+
+def test_a_search_that_goes_well_is_quiet(run_ranks: RunRanks) -> None:
+    assert run_ranks(2, words_while_searching) == [[], []]
 
 
 def joins_inside() -> tuple[int, list[int]]:

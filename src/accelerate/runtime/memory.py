@@ -13,6 +13,7 @@ import gc
 import inspect
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,6 +29,13 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_ATTEMPT = datetime.timedelta(days=365)
 """How long processes wait for each other between two attempts: an attempt may be the whole training."""
+
+_WAITING = (
+    "process %d ran out of memory at batch size %d and waits for the others. If they are inside an operation that waits for "
+    "this process, they cannot come: the run then ends with their timeout."
+)
+_LATE_SECONDS = 30.0
+"""How long a process that ran out of memory waits for the others before it warns."""
 
 # What allocators say. A device's own message is "<KIND> out of memory", so the kinds come from the table.
 _OUT_OF_MEMORY = (
@@ -236,14 +244,20 @@ class _Agreement:
         """Whether the attempt fitted on every process."""
         if self._channel.size == 1:
             self._channel = _own_channel()
-        if not fitted and self._channel.size > 1:
-            logger.warning(
-                "process %d ran out of memory at batch size %d and waits for the others. If they are inside an "
-                "operation that waits for this process, they cannot come: the run then ends with their timeout.",
-                self._channel.rank,
-                batch_size,
-            )
-        return self.least(int(fitted)) == 1
+        if fitted or self._channel.size == 1:
+            return self.least(int(fitted)) == 1
+        # Usually the others come within moments, and there is nothing to say.
+        late = threading.Timer(
+            _LATE_SECONDS,
+            logger.warning,
+            (_WAITING, self._channel.rank, batch_size),
+        )
+        late.daemon = True
+        late.start()
+        try:
+            return self.least(int(fitted)) == 1
+        finally:
+            late.cancel()
 
     def least(self, number: int) -> int:
         """The smallest of the processes' numbers."""

@@ -128,6 +128,11 @@ def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert caught.value.code == 2 and message in said and len(said.splitlines()) == 1
 
 
+def test_a_device_that_is_not_here_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["explain", "--num_processes", "2", "--multi_gpu"])
+    assert "2 processes on cpu (this machine has no cuda device)" in capsys.readouterr().out
+
+
 def test_a_file_for_sagemaker_is_explained_by_its_own_keys(tmp_path: Path) -> None:
     path = tmp_path / "aws.yaml"
     path.write_text(

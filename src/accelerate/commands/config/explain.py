@@ -59,6 +59,7 @@ class Explanation(NamedTuple):
     settings: LaunchSettings
     plan: LaunchPlan
     file: ConfigFile | None
+    device: str
 
 
 def explain(argv: Sequence[str]) -> Explanation:
@@ -84,7 +85,7 @@ def explain(argv: Sequence[str]) -> Explanation:
     rows += _cloud_rows(resolved, chosen)
     if (scheduler := _scheduler(machine)) is not None:
         rows = [row._replace(detail=scheduler) if row.source == "machine" else row for row in rows]
-    return Explanation(tuple(rows), resolved, plan, file)
+    return Explanation(tuple(rows), resolved, plan, file, machine.device)
 
 
 def _scheduler(machine: Machine) -> str | None:
@@ -132,7 +133,7 @@ def _cloud_rows(settings: LaunchSettings, chosen: Mapping[str, parse.Chosen]) ->
 def _table(found: Explanation, everything: bool) -> Iterator[str]:
     settings, plan = found.settings, found.plan
     yield f"configuration file  {found.file.path if found.file is not None else 'none'}"
-    yield f"starts              {_what(settings, plan)}"
+    yield f"starts              {_what(settings, plan, found.device)}"
     shown = [row for row in found.rows if everything or row.source != _NOBODY]
     group = ""
     for row in sorted(shown, key=lambda row: [row.entry.group for row in shown].index(row.entry.group)):
@@ -144,7 +145,7 @@ def _table(found: Explanation, everything: bool) -> Iterator[str]:
         yield from ("", f"{len(found.rows) - len(shown)} more have their defaults: --all shows them.")
 
 
-def _what(settings: LaunchSettings, plan: LaunchPlan) -> str:
+def _what(settings: LaunchSettings, plan: LaunchPlan, device: str) -> str:
     count = f"{settings.processes} process{'' if settings.processes == 1 else 'es'}"
     if plan.starter == "sagemaker":
         instances = f"{settings.machines} instance{'' if settings.machines == 1 else 's'}"
@@ -154,6 +155,8 @@ def _what(settings: LaunchSettings, plan: LaunchPlan) -> str:
         return f"{count} on {'a pod of TPUs' if plan.starter == 'tpu-pod' else 'TPUs'}"
     machines = "" if settings.machines == 1 else f" on {settings.machines} machines"
     where = "cpu" if settings.on_cpu else settings.device
+    if where != "cpu" and device == "cpu" and settings.machines == 1:
+        where = f"cpu (this machine has no {where} device)"
     how = {"python": "in the launcher's place", "torch": "through torch.distributed.run"}
     return f"{count}{machines} on {where}, {how.get(plan.starter, f'through {plan.starter}')}"
 
