@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import pickle
 from collections import namedtuple
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate.data_loader import ReadingRankError, gather_for_metrics, prepare_data_loader, skip_first_batches
+from accelerate.data_loader.dispatch import words_of
+from accelerate.data_loader.wire import Channel
+from accelerate.runtime import world
+from accelerate.runtime.cpu_groups import cpu_group
+from accelerate.runtime.transport import TorchCollectives
 from accelerate.state import GradientState, PartialState
 
 Sample = namedtuple("Sample", ["ids", "text"])
@@ -207,3 +213,28 @@ def test_a_position_is_rank_0s(run_ranks: Any) -> None:
         assert rest[:-1] == seen[2:-1], "the last step is completed with other rows: those from where it was resumed"
         assert len(rest) == len(seen) - 2
     assert sorted(row for seen, _ in by_rank for batch in seen[:-1] for row in batch) != list(range(12)), "shuffled"
+
+
+def _words_apart() -> list[Any]:
+    """Batches as they arrive where tensors travel between devices and headers between hosts."""
+    collectives = world.join(cpu=True).collectives
+    elsewhere = TorchCollectives(torch.device("meta"))
+    words = words_of(elsewhere)
+    assert words is not None and words.device.type == "cpu" and words_of(collectives) is None
+    words = cpu_group("dispatched batches", datetime.timedelta(minutes=1))  # as beside NCCL alone
+    channel = Channel(collectives, staged=True, words=words)
+    got: list[Any] = []
+    for rows in (2, 2, 5):
+        batch = {"x": torch.arange(rows), "name": "a"}
+        if collectives.rank == 0:
+            channel.post(channel.pack([batch, batch], rows, None, rows == 5))
+        else:
+            step = channel.receive(1)
+            assert step is not None
+            got.append((step.batch["x"].tolist(), step.batch["name"], step.rows, step.last))
+    return got
+
+
+def test_headers_and_tensors_in_groups_of_their_own(run_ranks):
+    _, got = run_ranks(2, _words_apart)
+    assert got == [([0, 1], "a", 2, False)] * 2 + [([0, 1, 2, 3, 4], "a", 5, True)]

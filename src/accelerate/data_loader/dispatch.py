@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from ..runtime import world
-from ..runtime.transport import Collectives
+from ..runtime.cpu_groups import cpu_group
+from ..runtime.transport import Collectives, TorchCollectives
 from ..runtime.world import DataRanks
 from ..state import PartialState
 from .base import DataLoaderAdapter, mover
@@ -18,6 +21,10 @@ from .mesh import data_ranks_of_mesh
 
 if TYPE_CHECKING:
     from .wire import Channel, Step
+
+
+_READING_LIMIT = datetime.timedelta(hours=2)
+"""How long ranks with devices wait for rank 0 to read a batch; a rank that died is noticed at once."""
 
 
 class DataLoaderDispatcher(DataLoaderAdapter):
@@ -148,7 +155,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         if self._channel is None or self._channel.collectives is not collectives:
             from .wire import Channel  # here: most runs dispatch nothing
 
-            self._channel = Channel(collectives)
+            self._channel = Channel(collectives, words=words_of(collectives))
         if collectives.rank == 0:
             yield from self._deal(self._channel)
         else:
@@ -246,6 +253,19 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             yield group, ended and len(waiting) < (step if self._drop_last else 1)
             read(step)
         self._note_position()
+
+
+def words_of(collectives: Collectives) -> Collectives | None:
+    """Returns what carries headers in memory of the host, for ranks whose tensors travel between devices; else None.
+
+    To read a header on a device is to wait for all that the device has been given to do.
+    """
+    if collectives.device.type == "cpu" or not isinstance(collectives, TorchCollectives):
+        return None
+    if "cpu" in dist.get_backend_config(collectives.group):
+        return TorchCollectives(torch.device("cpu"), collectives.group)
+    words = cpu_group("dispatched batches", _READING_LIMIT)
+    return words if words.device.type == "cpu" else None
 
 
 def _check_batches(batches: list[Any]) -> None:

@@ -236,10 +236,15 @@ class Channel:
     Args:
         collectives: What carries the bytes.
         staged: Pack in memory of the host and copy from there to `collectives.device`; None: where that is no CPU.
+        words: Carries headers, values and layouts in memory of the host, so that no rank waits for its device to read them,
+            and `collectives` the bytes of tensors only; None: they travel together.
     """
 
-    def __init__(self, collectives: Collectives, staged: bool | None = None) -> None:
+    def __init__(self, collectives: Collectives, staged: bool | None = None, words: Collectives | None = None) -> None:
         self.collectives = collectives
+        self._words = words
+        self._head = torch.empty(_SLOT, dtype=torch.uint8)
+        self._copied: torch.cuda.Event | None = None  # when the latest message has left pinned memory
         self._staged = collectives.device.type != "cpu" if staged is None else staged
         self._layout: Any = None
         self._parts: list[Any] = []
@@ -250,6 +255,7 @@ class Channel:
         self._wire = torch.empty(size, dtype=torch.uint8, device=self.collectives.device)
         pinned = self._staged and self._wire.device.type == "cuda"
         self._host = torch.empty(size, dtype=torch.uint8, pin_memory=pinned) if self._staged else self._wire
+        self._copied = torch.cuda.Event() if pinned and self._words is not None else None
         host: Any = self._host.numpy()
         self._bytes = memoryview(host)
         self._views: list[list[torch.Tensor]] | None = None
@@ -284,6 +290,8 @@ class Channel:
             self._take_layout(message.layout)
         length = _SLOT + self._tensor_bytes + len(message.value_bytes) + len(message.layout_bytes)
         self._agree(length, slack=len(message.value_bytes) // 4)
+        if self._copied is not None:
+            self._copied.synchronize()
         views = (view for part in self._tensor_views() for view in part)
         for view, tensor in zip(views, message.tensors, strict=True):
             view.copy_(tensor.detach())
@@ -323,13 +331,34 @@ class Channel:
         wanted: int = 0,
     ) -> None:
         known = -1 if rows is None else rows
-        _HEADER.pack_into(self._bytes, 0, kind, last, 0, len(layout), len(values), tensor_bytes, wanted, known)
+        header = kind, last, 0, len(layout), len(values), tensor_bytes, wanted, known
+        if self._words is not None:
+            self._send_words(self._words, header, values + layout)
+            self._send_tensors(tensor_bytes)
+            return
+        _HEADER.pack_into(self._bytes, 0, *header)
         start = _SLOT + tensor_bytes
         self._bytes[start : start + len(values)] = values
         self._bytes[start + len(values) : start + len(values) + len(layout)] = layout
         if self._staged:
             self._wire.copy_(self._host)
         self.collectives.broadcast(self._wire, src=0)
+
+    def _send_words(self, words: Collectives, header: tuple[int, ...], text: bytes) -> None:
+        _HEADER.pack_into(memoryview(self._head.numpy()), 0, *header)  # type: ignore[arg-type]
+        words.broadcast(self._head, src=0)
+        if text:
+            words.broadcast(torch.frombuffer(bytearray(text), dtype=torch.uint8), src=0)
+
+    def _send_tensors(self, length: int) -> None:
+        if not length:
+            return
+        wire = self._wire[_SLOT : _SLOT + length]
+        if self._staged:
+            wire.copy_(self._host[_SLOT : _SLOT + length], non_blocking=self._copied is not None)
+            if self._copied is not None:
+                self._copied.record()
+        self.collectives.broadcast(wire, src=0)
 
     # Receiving
 
@@ -345,26 +374,41 @@ class Channel:
         Raises:
             ReadingRankError: when rank 0 failed.
         """
-        self.collectives.broadcast(self._wire, src=0)
-        header = self._read(0, _HEADER.size)
+        header = self._receive_header()
         kind, last, _, layout_length, value_length, tensor_bytes, wanted, rows = _HEADER.unpack(header)
         if kind == _RESIZE:
             self._resize(wanted)
             return self.receive(index)
         if kind == _END:
             return None
-        values_end = _SLOT + tensor_bytes + value_length
-        payload = self._read(_SLOT + tensor_bytes, values_end) if value_length else b""
+        text = self._receive_text(_SLOT + tensor_bytes, value_length, layout_length)
+        payload = text[:value_length]
         if kind == _ERROR:
             name, message, text = msgspec.msgpack.decode(payload)
             raise ReadingRankError(f"rank 0 reads for all ranks, and failed with {name}: {message}\nThere:\n{text}")
         if kind == _NEW:
-            self._take_layout(msgspec.msgpack.decode(self._read(values_end, values_end + layout_length)))
+            self._take_layout(msgspec.msgpack.decode(text[value_length:]))
+        if self._words is not None and tensor_bytes:
+            self.collectives.broadcast(self._wire[_SLOT : _SLOT + tensor_bytes], src=0)
         round, values = msgspec.msgpack.decode(payload) if payload else (None, None)
         held = iter(values[index] if values else ())
         batch = rebuild(self._layout[index], (view.clone() for view in self._tensor_views()[index]), held)
         round = round and Round(tuple(round[0]), round[1], round[2])
         return Step(batch, None if rows < 0 else rows, round, bool(last))
+
+    def _receive_header(self) -> bytes:
+        if self._words is None:
+            self.collectives.broadcast(self._wire, src=0)
+            return self._read(0, _HEADER.size)
+        self._words.broadcast(self._head, src=0)
+        return self._head.numpy().tobytes()[: _HEADER.size]
+
+    def _receive_text(self, start: int, value_length: int, layout_length: int) -> bytes:
+        """The values of a message, and its layout."""
+        length = value_length + layout_length
+        if not length or self._words is None:
+            return self._read(start, start + length) if length else b""
+        return self._words.broadcast(torch.empty(length, dtype=torch.uint8), src=0).numpy().tobytes()
 
     def _read(self, start: int, end: int) -> bytes:
         if self._staged:

@@ -43,17 +43,19 @@ class Line(Collectives):
 class Ends:
     """Both ends of a line."""
 
-    def __init__(self, staged: bool = False) -> None:
+    def __init__(self, staged: bool = False, apart: bool = False) -> None:
         sent: deque[torch.Tensor] = deque()
         self.line = Line(0, sent)
-        self.near = Channel(self.line, staged=staged)
-        self.far = Channel(Line(1, sent), staged=staged)
+        said: deque[torch.Tensor] = deque()
+        self.words = Line(0, said)
+        self.near = Channel(self.line, staged=staged, words=self.words if apart else None)
+        self.far = Channel(Line(1, sent), staged=staged, words=Line(1, said) if apart else None)
 
     def carry(self, parts: list[Any], rows: int | None = None, round: Round | None = None, last: bool = False) -> Step:
         self.near.post(self.near.pack(parts, rows, round, last))
         step = self.far.receive(1)
         assert step is not None
-        assert not self.line.sent
+        assert not self.line.sent and not self.words.sent
         return step
 
 
@@ -98,9 +100,9 @@ batches = st.recursive(
 )
 
 
-@given(steps=st.lists(st.tuples(batches, batches), min_size=1, max_size=5), staged=st.booleans())
-def test_what_is_sent_arrives(steps: list[tuple[Any, Any]], staged: bool) -> None:
-    ends = Ends(staged)
+@given(steps=st.lists(st.tuples(batches, batches), min_size=1, max_size=5), staged=st.booleans(), apart=st.booleans())
+def test_what_is_sent_arrives(steps: list[tuple[Any, Any]], staged: bool, apart: bool) -> None:
+    ends = Ends(staged, apart)
     for parts in steps:
         assert same(ends.carry(list(parts)).batch, parts[1])
 
@@ -149,6 +151,19 @@ def test_received_tensors_do_not_share_memory_with_the_next() -> None:
     first = ends.carry([torch.zeros(4), torch.zeros(4)]).batch
     ends.carry([torch.ones(4), torch.ones(4)])
     assert torch.equal(first, torch.zeros(4))
+
+
+def test_apart_from_words_only_bytes_of_tensors_are_sent() -> None:
+    ends = Ends(staged=True, apart=True)
+    for _ in range(3):
+        assert torch.equal(ends.carry([torch.zeros(32), torch.ones(32)], 2).batch, torch.ones(32))
+    assert ends.line.sizes == [2 * 32 * 4] * 3
+    assert ends.words.sizes[-1] == 64, "a step of a known layout is one header"
+    ends.near.send_error(OSError("disk on fire"))
+    with pytest.raises(ReadingRankError, match="disk on fire"):
+        ends.far.receive(1)
+    ends.near.send_end()
+    assert ends.far.receive(1) is None and not ends.line.sent
 
 
 def test_special_values() -> None:
