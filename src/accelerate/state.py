@@ -369,10 +369,8 @@ class AcceleratorState(_Shared):
             )
         elif plugins.kind is not None:
             self.distributed_type = plugins.kind
-        if plugins.fsdp is not None:
-            self.fsdp_plugin = plugins.fsdp
-        if plugins.megatron is not None:
-            self.megatron_lm_plugin = plugins.megatron
+        engines = {"fsdp_plugin": plugins.fsdp, "megatron_lm_plugin": plugins.megatron}
+        self.__dict__.update({name: plugin for name, plugin in engines.items() if plugin is not None})
         if plugins.deepspeed is not None:
             self.select_deepspeed_plugin(next(iter(plugins.deepspeed)))
 
@@ -396,8 +394,7 @@ class AcceleratorState(_Shared):
 
     def __repr__(self) -> str:
         text = _described(self) + f"\nMixed precision type: {self.mixed_precision}\n"
-        plugin = self.deepspeed_plugin
-        return text if plugin is None else text + f"ds_config: {plugin.deepspeed_config}\n"
+        return text if (plugin := self.deepspeed_plugin) is None else text + f"ds_config: {plugin.deepspeed_config}\n"
 
     def __getattr__(self, name: str) -> Any:
         # distributed_type, device …: PartialState's, unless a strategy has refined them here; likewise its methods.

@@ -34,7 +34,7 @@ class _Recorder(TorchDispatchMode):
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             sizes = [leaf.size() for leaf in leaves if isinstance(leaf, dist.ProcessGroup)]
             kinds = ",".join(sorted({tensor.device.type for tensor in tensors}))
-            self.found.append((name, tuple(tuple(tensor.shape) for tensor in tensors), kinds, *(sizes or [0])))
+            self.found.append((name, tuple(tuple(tensor.shape) for tensor in tensors), kinds, sizes[0] if sizes else 0))
         return func(*args, **(kwargs or {}))
 
 
