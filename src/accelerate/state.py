@@ -183,15 +183,12 @@ class PartialState(_Shared):
     @property
     def default_device(self) -> torch.device:
         """The device a process of this kind uses when nobody chose one."""
-        return world.lone_device(self._kind())
+        return world.lone_device(devices.DEVICES["cpu"] if self._cpu else devices.default_kind())
 
     def set_device(self) -> None:
         """Takes this process's device anew, as on joining the run, and makes it torch's current one."""
-        device = world.current().device if self.use_distributed else world.lone_device(self._kind())
+        device = world.current().device if self.use_distributed else self.default_device
         self.device = world.set_device(device).device
-
-    def _kind(self) -> devices.DeviceKind:
-        return devices.DEVICES["cpu"] if self._cpu else devices.default_kind()
 
     # Together ------------------------------------------------------------------------------------------------------
 

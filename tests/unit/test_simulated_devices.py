@@ -451,3 +451,10 @@ def place(
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_entry_point(place: Place, entry_point: str) -> None:
     ENTRY_POINTS[entry_point](place)
+
+
+def test_bf16_on_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_cuda(1, capability=(6, 0)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)  # torch would emulate it here
+        with pytest.raises(ValueError, match=r"cuda:0 does not compute in bfloat16: use 'fp16' or 'no'"):
+            Accelerator(mixed_precision="bf16")

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..runtime.devices import kind_of
 from ..runtime.forward import ForwardWrapper, wrap_forward
+from ..runtime.probe import supports_bf16
 from ..runtime.pytree import convert_to_fp32
 from .loss_scale import LossScaler
 
@@ -122,6 +124,11 @@ def choose(
     """
     if name == "no":
         return Precision()
+    if name == "bf16" and not supports_bf16(kind_of(device)):
+        raise ValueError(
+            f"mixed_precision='bf16' was asked for, and {device} does not compute in bfloat16: use 'fp16' or 'no' "
+            "(--mixed_precision, ACCELERATE_MIXED_PRECISION)."
+        )
     if name in ("bf16", "fp16"):
         return Autocast(name, device, autocast, scaler)
     raise ValueError(

@@ -12,6 +12,7 @@ import functools
 import gc
 import inspect
 import logging
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -37,13 +38,21 @@ _WAITING = (
 _LATE_SECONDS = 30.0
 """How long a process that ran out of memory waits for the others before it warns."""
 
-# What allocators say. A device's own message is "<KIND> out of memory", so the kinds come from the table.
-_OUT_OF_MEMORY = (
-    *(f"{name.upper()} out of memory" for name in devices.DEVICES),
-    "MPS backend out of memory",
-    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
-    "DefaultCPUAllocator: can't allocate memory",
-    "FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed",
+# Messages of allocators and libraries, whatever their case. HIP is what torch calls cuda on AMD's devices.
+_KINDS = "|".join((*devices.DEVICES, "hip"))
+_OUT_OF_MEMORY = re.compile(
+    rf"""\b({_KINDS}|MPS\ backend)\ out\ of\ memory              # torch's caching allocators
+    |\b({_KINDS})(\ driver)?\ (error|failure)\b[^\n]{{0,20}}\bout\ of\ memory\b  # the driver; NCCL quotes it
+    |\bTriton\ Error\ \[\w+\]:\ out\ of\ memory\b
+    |\bout\ of\ resource:\ shared\ memory\b                    # Triton, too: a kernel's tiles
+    |_STATUS_ALLOC_FAILED\b                                   # cuBLAS, cuDNN, cuSPARSE, hipBLAS ...
+    |\bcuDNN\ error:\ CUDNN_STATUS_NOT_SUPPORTED\b
+    |\brocblas_status_memory_error\b
+    |\b(UR_RESULT|PI|ZE_RESULT)_ERROR_OUT_OF_(DEVICE_MEMORY|HOST_MEMORY|RESOURCES)\b  # XPU's driver
+    |\bDefaultCPUAllocator:\ (can't\ allocate|not\ enough)\ memory\b
+    |\bFATAL\ ERROR\ ::\ MODULE:PT_DEVMEM\ Allocation\ failed   # Gaudi
+    """,
+    re.IGNORECASE | re.VERBOSE,
 )
 
 
@@ -91,15 +100,17 @@ def release_memory(*objects: Any) -> list[None]:
 
 
 def should_reduce_batch_size(exception: Exception) -> bool:
-    """Whether an exception says that memory ran out, so that a smaller batch may help.
+    """Returns whether an exception means that memory ran out, so that a smaller batch may help.
 
-    True for `torch.OutOfMemoryError`, for Python's `MemoryError`, and for a `RuntimeError` with the message of an
-    allocator that raises no class of its own (the CPU's, a vendor's, cuDNN's).
+    True for `torch.OutOfMemoryError`, for Python's `MemoryError`, for Triton's ``OutOfResources``, and for a `RuntimeError`
+    with the message of an allocator or library that raises no class of its own (the CPU's, the driver's, cuBLAS's, NCCL's).
     """
     # By its older name, which torch 2.4 knows too; it covers every kind of device.
     if isinstance(exception, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(exception, RuntimeError) and any(sign in str(exception) for sign in _OUT_OF_MEMORY)
+    # Triton's is no RuntimeError, and its module must not be imported to look for it.
+    of_an_allocator = isinstance(exception, RuntimeError) or type(exception).__name__ == "OutOfResources"
+    return of_an_allocator and _OUT_OF_MEMORY.search(str(exception)) is not None
 
 
 def find_executable_batch_size(

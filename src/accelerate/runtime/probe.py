@@ -466,6 +466,11 @@ def is_bf16_available(ignore_tpu: bool = False) -> bool:
     kind = devices.default_kind()
     if kind.name == "xla":
         return not (ignore_tpu and is_torch_xla_available(check_is_tpu=True))
+    return supports_bf16(kind)
+
+
+def supports_bf16(kind: devices.DeviceKind) -> bool:
+    """Returns whether the current device of a kind computes in bfloat16, if only by emulation."""
     if kind.name == "mps":
         return int(platform.mac_ver()[0].split(".")[0] or 0) >= 14
     supported = getattr(kind.torch_module(), "is_bf16_supported", None)

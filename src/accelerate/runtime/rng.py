@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..settings import env
 from ..settings.enums import RNGType
 from . import devices
 from .collectives import broadcast
@@ -28,7 +29,8 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         seed: Any integer. numpy takes 32 bits, so it gets the seed modulo ``2**32``.
         device_specific: Add the rank, so that processes draw different numbers.
         deterministic: Have torch use deterministic algorithms only, and raise where an operation has none
-            (`torch.use_deterministic_algorithms`).
+            (`torch.use_deterministic_algorithms`). cuBLAS needs ``CUBLAS_WORKSPACE_CONFIG`` for that, before its first use:
+            it becomes ``:4096:8`` if it is not set.
 
     Raises:
         TypeError: when `seed` is not an integer.
@@ -51,6 +53,8 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         if kind.name != "cpu" and kind.is_available():
             _seed_device(kind, seed)
     if deterministic:
+        if env.get("CUBLAS_WORKSPACE_CONFIG") is None:
+            env.publish({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
         torch.use_deterministic_algorithms(True)
 
 

@@ -160,3 +160,59 @@ def test_clear_device_cache_collects_only_when_asked() -> None:
         assert reference() is None
     finally:
         gc.enable()
+
+
+class OutOfResources(Exception):
+    """As Triton has it: no RuntimeError."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 63.98 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("HIP error: out of memory"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"),
+        RuntimeError("CUDA error: rocblas_status_memory_error when calling ..."),
+        RuntimeError("NCCL error ... ncclUnhandledCudaError\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError("Last error:\nCuda failure 'out of memory'"),
+        RuntimeError("Last error:\nHIP failure: 'out of memory'"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        OutOfResources("out of resource: shared memory, Required: 262144, Hardware limit: 232448."),
+        RuntimeError("XPU out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+        RuntimeError("Native API failed. Native API returns: -5 (PI_ERROR_OUT_OF_RESOURCES)"),
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried to allocate 8"
+        ),
+        torch.cuda.OutOfMemoryError("whatever it says"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_in_every_library(error: Exception) -> None:
+    assert should_reduce_batch_size(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("No executable batch size found: `f` ran out of memory at every size from 8 down."),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        RuntimeError("Last error:\nCuda failure 700 'an illegal memory access was encountered'"),
+        ValueError("CUDA out of memory"),
+    ],
+    ids=str,
+)
+def test_other_errors_are_not_about_memory(error: Exception) -> None:
+    assert not should_reduce_batch_size(error)
+
+
+def test_memory_of_the_cpu_really_runs_out() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 62, dtype=torch.uint8)
+    assert should_reduce_batch_size(raised.value)

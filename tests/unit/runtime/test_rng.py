@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -38,6 +39,20 @@ def test_deterministic() -> None:
     try:
         set_seed(3, deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_deterministic_cublas(before: str | None, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", before)
+    set_seed(3)
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == before
+    try:
+        set_seed(3, deterministic=True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == after
     finally:
         torch.use_deterministic_algorithms(False)
 
