@@ -8,9 +8,13 @@ PY := $(VENV)/bin/python
 TESTS ?= tests
 OUT ?= gpu.json
 CLOUDS := .venv-clouds
+# The lowest and the highest release of torch that tests are run with, each with the releases of others that it needs. PyPI's
+# builds bring CUDA, gigabytes of it: not for CI.
+FLOOR := torch==2.6.0 'numpy<2.3'
+NEWEST := torch==2.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clouds lint format bench gpu crash docs clean
+.PHONY: help demo test clouds lint format bench gpu crash docs floor newest clean
 
 # A .venv that was moved or copied still points to the place where it was made: install again.
 MOVED := $(shell [ ! -e $(VENV)/.place ] || [ "$$(cat $(VENV)/.place)" = "$$(pwd -P)" ] || rm -f $(VENV)/.ready-*)
@@ -52,12 +56,26 @@ docs: $(VENV)/.ready-docs  ## build the documentation into site/
 	@"$(PY)" -m mkdocs build --strict --quiet
 	@echo "site/index.html"
 
+floor: .venv-floor/.ready  ## run the tests on the lowest release of torch (gigabytes to install; TESTS=tests/unit for a part)
+	@.venv-floor/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+newest: .venv-newest/.ready  ## the same on the newest release
+	@.venv-newest/bin/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
 clean:  ## remove .venv and everything that was built
-	rm -rf $(VENV) $(CLOUDS) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) $(CLOUDS) .venv-floor .venv-newest site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 
 # One stamp for each extra: the second run finds it newer than what it depends on, and installs nothing.
 $(VENV)/.ready-%: pyproject.toml setup.cfg constraints.txt tools/install.sh
 	@sh tools/install.sh "$(PYTHON)" "$(VENV)" "$*"
+	@touch "$@"
+
+.venv-floor/.ready: pyproject.toml setup.cfg constraints.txt tools/install.sh
+	@sh tools/install.sh "$(PYTHON)" .venv-floor test $(FLOOR)
+	@touch "$@"
+
+.venv-newest/.ready: pyproject.toml setup.cfg constraints.txt tools/install.sh
+	@sh tools/install.sh "$(PYTHON)" .venv-newest test $(NEWEST)
 	@touch "$@"
 
 # An environment of its own: the SDK and this project want different versions of the same packages.

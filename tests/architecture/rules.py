@@ -166,6 +166,28 @@ def shell(tree: ast.Module) -> Iterator[str]:
                 yield f"{node.lineno}: {name}(shell=…)"
 
 
+def private_torch(tree: ast.Module) -> Iterator[str]:
+    """Names that torch keeps to itself come and go between its releases."""
+    names = aliases(tree)
+    found: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            used = [item.name for item in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            used = [f"{node.module}.{item.name}" for item in node.names]
+        elif isinstance(node, ast.Attribute):
+            used = [full_name(node, names)]
+        else:
+            continue
+        for name in used:
+            parts = name.split(".")
+            if parts[0] == "torch" and any(part.startswith("_") and not part.endswith("__") for part in parts):
+                found.setdefault(name, node.lineno)
+    for name, line in found.items():
+        if not any(name != longer and longer.startswith(f"{name}.") for longer in found):
+            yield f"{name}: line {line}"
+
+
 def imports_shop_window(tree: ast.Module) -> Iterator[str]:
     """`accelerate.utils` re-exports for users; inside the package one imports from the real home."""
     for node in ast.walk(tree):

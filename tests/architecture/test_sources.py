@@ -79,6 +79,23 @@ RULES: list[tuple[rules.Rule, dict[str, str], list[str], list[str]]] = [
         ["import subprocess\nsubprocess.run(['ls'], shell=False)"],
     ),
     (
+        rules.private_torch,
+        exceptions.PRIVATE_TORCH,
+        [
+            "from torch.utils._pytree import tree_map",
+            "from torch.nn.modules.module import _IncompatibleKeys",
+            "import torch._dynamo",
+            "import torch\ntorch._C._something()",
+            "import torch.distributed as dist\ndist.distributed_c10d._world.pg_map",
+        ],
+        [
+            "import torch\ntorch.__version__",
+            "module._parameters",
+            "from . import _torch",
+            "from torch import nn\nnn.Linear",
+        ],
+    ),
+    (
         rules.imports_shop_window,
         exceptions.SHOP_WINDOW,
         [

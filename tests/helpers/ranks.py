@@ -284,6 +284,7 @@ class RankPool:
             wait_for_workers=False,
             timeout=timedelta(seconds=30),
             master_listen_fd=listener.detach(),
+            use_libuv=False,
         )
         return port
 

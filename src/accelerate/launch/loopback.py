@@ -55,6 +55,7 @@ class Loopback:
             timeout=datetime.timedelta(seconds=60),
             wait_for_workers=False,
             master_listen_fd=self._socket.detach(),  # the store closes it
+            use_libuv=False,  # before torch 2.7, libuv's store takes no socket
         )
         self._socket = None
         return self._store

@@ -170,8 +170,10 @@ class Meeting:
                 "same on all machines."
             ) from None
         address = self.address if self.own else ("::1" if ":" in self.address else LOOPBACK)
+        fd = listening.detach()
+        # Before torch 2.7, libuv's store takes no socket.
         store = _tcp_store(
-            address, self.terms.port, _STORE_SECONDS, is_master=True, master_listen_fd=listening.detach()
+            address, self.terms.port, _STORE_SECONDS, is_master=True, master_listen_fd=fd, use_libuv=False
         )
         store.set(f"{KEY}/meeting", self._view())
         return store

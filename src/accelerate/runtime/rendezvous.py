@@ -127,6 +127,7 @@ def _tcp_store(place: Placement, timeout: datetime.timedelta) -> dist.Store:
             listener.bind((LOOPBACK, place.port))
             listener.listen(128)
             options["master_listen_fd"] = listener.detach()  # the store closes it
+            options["use_libuv"] = False  # before torch 2.7, libuv's store takes no socket
     store = dist.TCPStore(place.address, place.port, place.size, serves, **options)
     if agent:
         return dist.PrefixStore(f"/worker/attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

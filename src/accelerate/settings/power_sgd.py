@@ -31,7 +31,7 @@ def batched_power_sgd_hook(state, bucket):  # type: ignore[no-untyped-def]
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    group: dist.ProcessGroup = state.process_group or dist.distributed_c10d._get_default_group()
+    group: Any = state.process_group or dist.group.WORLD
     if state.iter < state.start_powerSGD_iter:
         state.maybe_increase_iter(bucket)
         return allreduce_hook(group, bucket)

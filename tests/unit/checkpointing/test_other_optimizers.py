@@ -86,10 +86,10 @@ def test_classes_that_keep_the_same_are_told_apart_by_the_manifest(tmp_path: Pat
     accelerator, _, optimizer = trained(torch.optim.AdamW)
     with pytest.raises(LoadError, match=r"optimizer.bin: state: it was saved by Adam, and this run has AdamW"):
         accelerator.load_state(tmp_path)
-    assert optimizer.param_groups[0]["decoupled_weight_decay"]
+    assert optimizer.param_groups[0].get("decoupled_weight_decay", True)  # since torch 2.7
     report = accelerator.load_state(tmp_path, strict=False)
     assert [problem.kind for problem in report.problems] == ["state"]
-    assert optimizer.param_groups[0]["decoupled_weight_decay"]
+    assert optimizer.param_groups[0].get("decoupled_weight_decay", True)  # since torch 2.7
 
 
 class Derived(torch.optim.AdamW):
@@ -112,7 +112,7 @@ def test_a_class_derived_from_another_is_that_class(tmp_path: Path) -> None:
 def test_what_releases_and_schedulers_add_or_lack_is_no_other_class(tmp_path: Path) -> None:
     saved = trained(torch.optim.AdamW, scheduler=True)[2].state_dict()
     for switch in ("fused", "foreach", "capturable", "decoupled_weight_decay"):
-        del saved["param_groups"][0][switch]
+        saved["param_groups"][0].pop(switch, None)  # the last one since torch 2.7
     fresh = trained(torch.optim.AdamW, steps=0)[2]
     assert "max_lr" in saved["param_groups"][0]
     assert compare_optimizers("o", fresh, saved["param_groups"], saved["state"].values()) == []
