@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from ..runtime.forward import is_compiled_module
+from ..runtime.probe import is_torch_version
 from ..runtime.world import World, serving
 from . import packed, tensor_plan
 from .averaging import averaging
@@ -47,10 +48,20 @@ class FullyShard(ShardedStrategy):
 
     def check(self, bundle: Bundle) -> None:
         super().check(bundle)
+        if self.world.device.type == "cpu" and is_torch_version("<", "2.7.0"):
+            raise ValueError(
+                f"fsdp_version=2 on the CPU needs PyTorch 2.7, and this is {torch.__version__}: update it, or use "
+                "fsdp_version=1."
+            )
         for model in bundle.models.values():
             if not isinstance(model, FSDPModule):
                 tensor_plan.check(model, self.settings.mesh, self.settings.sizes, sharded=True)
                 ignored = set(self._ignored(model))
+                if ignored and is_torch_version("<", "2.7.0"):
+                    raise ValueError(
+                        f"ignored_modules with fsdp_version=2 needs PyTorch 2.7, and this is {torch.__version__}: "
+                        "update it, or use fsdp_version=1."
+                    )
                 for params in parameters_by_unit(model, self.units_of(model)).values():
                     self._check_unit({name: param for name, param in params.items() if param not in ignored})
 
@@ -87,16 +98,19 @@ class FullyShard(ShardedStrategy):
         self.agree_on_random_states()
         units, ignored = self.units_of(model), self._ignored(model)
         self.recompute(units)
+        options: dict[str, Any] = {"ignored_params": set(ignored)} if ignored else {}
         for unit in (*units, model):
             # What is gathered for the model itself is needed again at once, where a backward follows: None is torch's word.
-            after = None if reshard and unit is model and not evaluation else reshard
+            # Before 2.7 it always keeps what was gathered for the model itself.
+            kept = reshard and unit is model and not evaluation and is_torch_version(">=", "2.7.0")
+            after = None if kept else reshard
             fully_shard(
                 unit,
                 mesh=self._mesh,
                 reshard_after_forward=after,
                 mp_policy=policy,
                 offload_policy=offload,
-                ignored_params=set(ignored),
+                **options,
             )
         for name, param in model.named_parameters(remove_duplicate=False):
             old = before.pop(name)  # so that rank 0 can let go of what it has sent

@@ -21,6 +21,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from ..runtime.probe import is_torch_version
+
 if TYPE_CHECKING:
     from ..parallelism_config import ParallelismConfig
 
@@ -87,7 +89,9 @@ def share(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | 
     if mesh is None or not _has(mesh, "tp") or next(_sharing(model), None) is not None:
         return
     shared = _shared(model)
-    parallelize_module(model, mesh["tp"], dict(_plan_for(model, sizes)), src_data_rank=None)
+    # Before torch 2.7, rank 0 sends each rank its shard of values that all of them have.
+    options: dict[str, Any] = {"src_data_rank": None} if is_torch_version(">=", "2.7.0") else {}
+    parallelize_module(model, mesh["tp"], dict(_plan_for(model, sizes)), **options)
     for first, *others in shared:  # each module was cut on its own
         param = model.get_parameter(first)
         for name in others:
