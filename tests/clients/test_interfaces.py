@@ -1,0 +1,81 @@
+"""What transformers and peft import from us, and what transformers imports once DeepSpeed is installed too."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+for package in ("transformers", "peft"):
+    pytest.importorskip(package, reason=f"needs {package}: pip install 'accelerate[clients]'")
+pytestmark = pytest.mark.slow
+
+
+def names_imported(package: str) -> Iterator[tuple[str, str | None]]:
+    """Yields (module, name) of each import of accelerate in a package, those inside functions included."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    for path in Path(spec.origin).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if "accelerate" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and not node.level
+                and (node.module or "").split(".")[0] == "accelerate"
+            ):
+                yield from ((node.module or "", alias.name) for alias in node.names)
+            elif isinstance(node, ast.Import):
+                yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "accelerate")
+
+
+@pytest.mark.parametrize("package", ["transformers", "peft"])
+def test_every_name_that_a_client_imports_exists(package: str) -> None:
+    names = set(names_imported(package))
+    assert ("accelerate.hooks", "AlignDevicesHook") in names  # so the search finds what it looks for
+    missing = []
+    for module, name in names:
+        try:
+            found = importlib.import_module(module)
+        except ImportError:
+            missing.append(module)
+            continue
+        if name is not None and not hasattr(found, name):
+            missing.append(f"{module}.{name}")
+    assert not missing
+
+
+def test_a_trainer_trains_where_deepspeed_is_installed_and_not_used(tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    (packages / "deepspeed").mkdir(parents=True)
+    (packages / "deepspeed" / "__init__.py").write_text("")
+    (packages / "deepspeed-0.18.0.dist-info").mkdir()
+    (packages / "deepspeed-0.18.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.0\n"
+    )
+    code = f"""
+import torch
+import peft
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import is_deepspeed_available
+assert is_deepspeed_available()
+assert HfDeepSpeedConfig({{"zero_optimization": {{"stage": 3}}}}).is_zero3()
+model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+data = [{{"input_ids": torch.arange(8), "labels": torch.arange(8)}}] * 8
+arguments = TrainingArguments({str(tmp_path / "out")!r}, use_cpu=True, max_steps=2, report_to=[], save_strategy="no")
+print("steps", Trainer(model, arguments, train_dataset=data).train().global_step)
+"""
+    paths = [str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "steps 2" in done.stdout
