@@ -21,7 +21,7 @@ from ..state import GradientState
 from . import workers
 from .cut import Cutter
 from .deal import Round
-from .iterable import Counted, IterableDatasetShard, Unmark, is_marked
+from .iterable import Counted, IterableDatasetShard, StreamShard, Unmark, is_marked
 from .order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder, Track
 from .samplers import (
     BatchSamplerShard,
@@ -73,6 +73,7 @@ class DataLoaderStateMixin:
       `even_batches` the last step is completed with whole batches from the start.
     - Sharded, ``batch_size=None``, where each item is a batch: at an incomplete last step, counting batches (`whole`).
     - Sharded iterable datasets: as above, but once for each worker, whose streams end one by one.
+    - Sharded iterable datasets whose shards each rank reads by itself: at each step with repeated rows, with `Round.kept`.
     - Dispatched: at the last step, if rows were repeated, and wherever sizes differ. All ranks take as many steps.
     """
 
@@ -133,6 +134,8 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     _reseeds: bool = False
     """Whether `synchronized_generator` is the loader's own, to be seeded at the start of each epoch."""
     synchronized_generator: torch.Generator | None = None
+    _noted: Any = None
+    """The position to save, where it is not that of the underlying loader."""
     _sample_seeds: SampleSeeds | None = None
     """Where samples are read with random states of their own."""
 
@@ -272,6 +275,8 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             ours = isinstance(taker, SeedableRandomSampler)  # counts for itself, and may have got ahead
             if ours or shown == self._epochs_seen.get(id(taker), shown):
                 self._tell(taker, self.iteration)
+            elif isinstance(taker, StreamShard):
+                taker.set_epoch(shown)  # the user set it on the whole dataset
 
         if self._sample_seeds is not None:
             self._sample_seeds.begin(self.iteration, agree=self._all_ranks_read())

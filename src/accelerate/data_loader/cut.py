@@ -157,7 +157,7 @@ class Cutter:
             rows = self.rows(batch)
             if not rows or count <= 0:
                 break
-            kept.append(_cloned(self.take(batch, 0, min(rows, count), rows)))
+            kept.append(cloned(self.take(batch, 0, min(rows, count), rows)))
             count -= rows
         return kept
 
@@ -236,13 +236,14 @@ def _without_rows(batch: Any) -> CannotCutError:
     )
 
 
-def _cloned(data: Any) -> Any:
+def cloned(data: Any) -> Any:
+    """Returns a batch in memory of its own: tensors, arrays and containers are copied, other objects are not."""
     if isinstance(data, torch.Tensor):
         return data.clone()
     if isinstance(data, np.ndarray):
         return data.copy()
     if isinstance(data, Mapping):
-        return like_mapping(data, {key: _cloned(data[key]) for key in data})
+        return like_mapping(data, {key: cloned(data[key]) for key in data})
     if isinstance(data, (list, tuple)):
-        return honor_type(data, [_cloned(item) for item in data])
+        return honor_type(data, [cloned(item) for item in data])
     return data

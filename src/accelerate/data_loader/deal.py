@@ -23,13 +23,16 @@ class Round:
         sizes: Rows each rank was given, padding included, in rank order. 0: that rank has no batch at this step, and
             has left its loop; such ranks are always the last ones.
         rows: How many rows are data. Concatenated in rank order, the first `rows` are data and the rest repeats
-            samples.
+            samples (with `kept`, each rank's own first rows are).
         whole: `sizes` and `rows` count whole batches, because rows are unknown (a loader with ``batch_size=None``).
+        kept: Rows of each rank that are data, where repeated ones may be in between: ranks that read shards of their own
+            end in any order. None elsewhere.
     """
 
     sizes: tuple[int, ...]
     rows: int
     whole: bool = False
+    kept: tuple[int, ...] | None = None
 
     @property
     def holders(self) -> int:

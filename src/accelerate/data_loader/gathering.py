@@ -74,6 +74,11 @@ def gather_rows(tensor: torch.Tensor, round: Round | None, collectives: Collecti
     members = holders(round, collectives)
     if not round.ragged:
         gathered = members.all_gather(tensor)
+        if round.kept is not None:
+            held = len(gathered) // members.size
+            return torch.cat(
+                [part[:rows] for part, rows in zip(gathered.split(max(1, held)), round.kept, strict=False)]
+            )
         return gathered[: round.rows] if round.padded else gathered
     parts = _gather_ragged(tensor, members)
     if round.whole:
@@ -104,6 +109,8 @@ def gather_items(items: Sequence[Any], round: Round | None, collectives: Collect
     parts = holders(round, collectives).all_gather_object(list(items))
     if round is not None and round.whole:
         parts = parts[: round.rows]
+    elif round is not None and round.kept is not None:
+        parts = [part[:rows] for part, rows in zip(parts, round.kept, strict=True)]
     gathered = [item for part in parts for item in part]
     return gathered[: round.rows] if round is not None and round.padded and not round.whole else gathered
 
@@ -203,6 +210,8 @@ class _ObjectJoin:
         end = self.rest
         if self.round is not None and self.round.whole:
             columns = columns[: self.round.rows]
+        elif self.round is not None and self.round.kept is not None:
+            columns = [column[:rows] for column, rows in zip(columns, self.round.kept, strict=True)]
         elif self.round is not None and self.round.padded:
             end = self.round.rows
         if len(parts) == 1:

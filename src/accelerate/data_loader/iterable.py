@@ -1,18 +1,21 @@
 """One rank's part of an iterable dataset, and how a worker tells the loader what of a batch is padding.
 
-Every rank reads the whole stream and keeps its own samples, so all ranks know where it ends. Only the last round can be
-padded; its first sample carries the `Round` through torch's fetching and collating (`Marked`, `Unmark`, `Counted`).
+`IterableDatasetShard`: every rank reads the whole stream and keeps its own samples, so all ranks know where it ends; only
+the last round can be padded. `StreamShard`: every rank reads shards of its own and pads its own last batch. The first
+sample of a padded batch carries its `Round` through torch's fetching and collating (`Marked`, `Unmark`, `Counted`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch.utils.data import IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from ..runtime.world import DataRanks
 from .deal import Round, describe, fill
 from .samplers import check_split
 
@@ -168,6 +171,50 @@ class IterableDatasetShard(IterableDataset):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
+class StreamShard(IterableDataset):
+    """The shards of an iterable dataset that one rank reads, in batches of one size.
+
+    Args:
+        dataset: The dataset over the whole data, which has a method ``shard(num_shards=…, index=…)``.
+        batch_size: Samples in this rank's batch. The last one (of each worker) is completed with samples from the start.
+        ranks: Which part of how many is this rank's.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, ranks: DataRanks) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.part = dataset.shard(num_shards=ranks.count, index=ranks.index)
+
+    @property
+    def epoch(self) -> Any:
+        """The epoch that the whole dataset shows; None where it shows none."""
+        return getattr(self.dataset, "epoch", None)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passes the epoch on to the dataset and to this rank's shards of it."""
+        for dataset in (self.dataset, self.part):
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = iter(self.part)
+        start: list[Any] = []
+        while batch := list(islice(samples, self.batch_size)):
+            start = start or batch
+            rows = len(batch)
+            if rows < self.batch_size:
+                batch = fill(batch, start, self.batch_size)
+                batch[0] = Marked(batch[0], Round((self.batch_size,), rows))
+            yield from batch
+
+    def __getattr__(self, name: str) -> Any:
+        # torchdata saves and restores a dataset that has these two. A batch ends with its samples read and nothing
+        # beyond, so the position in the shards is this one's.
+        if name in ("state_dict", "load_state_dict") and "part" in self.__dict__:
+            return getattr(self.part, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
 def is_marked(dataset: Any) -> bool:
     """Whether batches of this dataset may come as `Counted`."""
-    return isinstance(dataset, IterableDatasetShard) and dataset.marks_rounds
+    return isinstance(dataset, StreamShard) or (isinstance(dataset, IterableDatasetShard) and dataset.marks_rounds)

@@ -33,7 +33,7 @@ from ..settings.handlers import DataLoaderConfiguration
 from ..state import PartialState
 from .base import DataLoaderAdapter
 from .dispatch import DataLoaderDispatcher
-from .iterable import IterableDatasetShard
+from .iterable import IterableDatasetShard, StreamShard
 from .samplers import (
     BatchSamplerShard,
     SamplerShard,
@@ -46,6 +46,7 @@ from .samplers import (
 )
 from .seeding import SampleSeeds
 from .shard import DataLoaderShard, SkipDataLoader
+from .stream_shards import has_shards
 
 logger = get_logger(__name__)
 
@@ -73,6 +74,8 @@ class Reading(Enum):
     """It reads everything: there is one part."""
     SHARD = "shard"
     """It reads its own part."""
+    OWN_SHARDS = "own shards"
+    """It reads shards of an iterable dataset that no other rank reads."""
     DISPATCH = "dispatch"
     """Rank 0 reads and sends."""
 
@@ -213,6 +216,9 @@ class DataPlan:
             shard.items_are_batches = size is None
             shard.marks_rounds = True
             dataset = shard
+        elif self.reading is Reading.OWN_SHARDS:
+            assert self.batch_size is not None
+            dataset = StreamShard(dataset, self.batch_size, self.ranks)
         size = self.loader.batch_size if self.reading is Reading.DISPATCH else self.batch_size
         arguments = {"dataset": dataset, "batch_size": size, "drop_last": self.loader.drop_last}
         return arguments, generator if isinstance(generator, torch.Generator) else None
@@ -298,6 +304,7 @@ def plan_data(
     put_on_device: bool = True,
     rng_types: Iterable[str | RNGType] | None = ("generator",),
     slice_fn: Callable[..., Any] | None = None,
+    can_agree: bool = False,
 ) -> DataPlan:
     """Decides who reads what. Looks only: nothing is drawn, fetched or changed.
 
@@ -308,6 +315,7 @@ def plan_data(
         put_on_device: Move batches to the device.
         rng_types: Random states to take over from rank 0 at the start of each epoch.
         slice_fn: How a dispatcher cuts batches; None: by rows.
+        can_agree: The ranks can communicate at each step (`stream_shards.can_agree`).
 
     Raises:
         TypeError: when `loader` is no torch `DataLoader`.
@@ -324,6 +332,8 @@ def plan_data(
             "(Accelerator: device_placement=True). Allow it, or use dispatch_batches=False."
         )
     reading = Reading.DISPATCH if dispatches else Reading.SHARD if ranks.count > 1 else Reading.WHOLE
+    if reading is Reading.SHARD and can_agree and _reads_own_shards(loader, config, ranks):
+        reading = Reading.OWN_SHARDS
     size: int | None = loader.batch_size if source is Source.STREAM else getattr(drawn_from(loader), "batch_size", None)
     if config.split_batches and ranks.count > 1:
         check_split(size, ranks.count)
@@ -374,6 +384,13 @@ def _source_of(loader: DataLoader[Any]) -> Source:
         return Source.STREAM
     batches = loader.batch_sampler is not None or isinstance(loader.sampler, BatchSampler)
     return Source.BATCHES if batches else Source.ITEMS
+
+
+def _reads_own_shards(loader: DataLoader[Any], config: DataLoaderConfiguration, ranks: DataRanks) -> bool:
+    # Without even_batches, and with drop_last, one set of shards that ends early would end the run for all the others.
+    if _source_of(loader) is not Source.STREAM or loader.batch_size is None:
+        return False
+    return config.even_batches and not loader.drop_last and has_shards(loader.dataset, ranks.count)
 
 
 def _drops_last(loader: DataLoader[Any]) -> bool:

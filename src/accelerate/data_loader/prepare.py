@@ -20,6 +20,7 @@ from .mesh import data_ranks_of_mesh
 from .plan import Reading, logger, plan_data
 from .samplers import BatchSamplerShard, SamplerShard, chain_from, drawn_from
 from .shard import DataLoaderShard
+from .stream_shards import can_agree
 
 
 def prepare_data_loader(
@@ -90,13 +91,15 @@ def prepare_data_loader(
         non_blocking=non_blocking,
         use_stateful_dataloader=use_stateful_dataloader,
     )
+    ranks = _ranks(num_processes, process_index, torch_device_mesh)
     plan = plan_data(
         dataloader,
         config,
-        _ranks(num_processes, process_index, torch_device_mesh),
+        ranks,
         put_on_device=put_on_device,
         rng_types=rng_types,
         slice_fn=slice_fn_for_dispatch,
+        can_agree=can_agree(ranks),
     )
     return plan.build(device, torch_device_mesh)
 
@@ -118,8 +121,8 @@ def override_even_batches(loaders: Iterable[Any], even_batches: bool | None) -> 
             parts.append(loader.dataset)
         if not parts and loader._plan is not None and loader._plan.reading is not Reading.WHOLE:
             logger.warning_once(
-                "even_batches cannot be overridden for a loader whose data rank 0 gives out, or that several workers read "
-                "from an iterable dataset; it stays as it was."
+                "even_batches cannot be overridden for a loader whose data rank 0 gives out, and for one of an iterable "
+                "dataset that several workers read, or shards of which each rank reads; it stays as it was."
             )
         changed += [(part, part.even_batches) for part in parts]
     try:

@@ -11,6 +11,8 @@ from ..runtime import rng
 from ..runtime.devices import with_index
 from ..settings.enums import RNGType
 from .base import DataLoaderAdapter, mover
+from .iterable import StreamShard
+from .stream_shards import StepReader
 
 
 class DataLoaderShard(DataLoaderAdapter):
@@ -77,6 +79,22 @@ class DataLoaderShard(DataLoaderAdapter):
             self._finish_epoch()
         finally:
             self.end()
+
+    def _streamed(self) -> Iterator[Any]:
+        if not isinstance(self.dataset, StreamShard):
+            yield from super()._streamed()
+            return
+        reader = StepReader(self.torch_iterator(), self.dataset.batch_size, self._position)
+        for step in reader.steps(self._raw_skips()):
+            self._noted = step.position
+            self.end_of_dataloader = step.last
+            self._take_round(step.round)
+            yield step.batch
+        self._note_position()
+
+    def _position(self) -> Any:
+        self._note_position()
+        return self._noted
 
     def _synchronises_generator(self) -> bool:
         return RNGType.GENERATOR in map(RNGType, self.rng_types or ())

@@ -21,7 +21,6 @@ class _Stateful:
     """The position that belongs to the batch handed out last, whatever has been read ahead since."""
 
     _stateful = True
-    _noted: dict[str, Any] | None = None
 
     def state_dict(self: Any) -> dict[str, Any]:
         """The position behind the batch that was handed out last."""

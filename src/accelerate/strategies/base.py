@@ -221,17 +221,20 @@ class Strategy:
             slice_fn: Cuts a batch into the ranks' parts where rank 0 reads for all; None cuts along dimension 0.
         """
         from ..data_loader import DataLoaderDispatcher, DataLoaderShard, plan_data
+        from ..data_loader.stream_shards import can_agree
 
         if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)):
             return loader
         settings = self.settings
+        ranks = self.data_ranks()
         plan = plan_data(
             loader,
             settings.loading,
-            self.data_ranks(),
+            ranks,
             put_on_device=on_device,
             rng_types=settings.rng_types,
             slice_fn=slice_fn,
+            can_agree=can_agree(ranks),
         )
         return plan.build(self.world.device, settings.mesh)
 

@@ -1,0 +1,206 @@
+"""Iterable datasets made of shards: each rank reads shards of its own, and the ranks agree at each step on what it holds.
+
+No rank can see where the others' shards end. So every rank completes its batches to full ones, reads two batches ahead,
+and starts an all-gather of the rows in a batch as soon as it has been read, one step before the result is needed. A rank
+whose shards have ended repeats its first batch until all have ended.
+"""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..runtime import world
+from ..runtime.cpu_groups import cpu_group
+from ..runtime.transport import Collectives, TorchCollectives
+from ..runtime.world import DataRanks
+from .cut import cloned
+from .deal import Round
+from .iterable import Counted
+
+_END = object()
+_READING_LIMIT = datetime.timedelta(hours=2)
+"""How long a rank waits for the others to read a batch; a rank that died is noticed at once."""
+_FAILED = -1
+"""Sent in place of a number of rows by a rank that could not read."""
+_ACROSS_SHARDS = (
+    "TakeExamplesIterable",
+    "SkipExamplesIterable",
+    "StepExamplesIterable",
+    "CyclingMultiSourcesExamplesIterable",
+    "RandomlyCyclingMultiSourcesExamplesIterable",
+    "HorizontallyConcatenatedMultiSourcesExamplesIterable",
+)
+"""Operations of ``datasets`` that choose samples by their place in the whole stream: on shards, they choose others."""
+
+
+def has_shards(dataset: Any, count: int) -> bool:
+    """Returns whether an iterable dataset can be divided into `count` sets of shards that hold the same samples.
+
+    It has a method ``shard(num_shards=…, index=…)`` and a number of shards (``num_shards`` or ``n_shards``). One with a
+    length is left alone: a loader's length must not depend on how its samples are spread over the shards.
+    """
+    shards = getattr(dataset, "num_shards", getattr(dataset, "n_shards", None))
+    shard = getattr(dataset, "shard", None)
+    if not isinstance(shards, int) or shards < count or not callable(shard):
+        return False
+    if not {"num_shards", "index"} <= inspect.signature(shard).parameters.keys():
+        return False
+    return not hasattr(dataset, "__len__") and not any(name in _ACROSS_SHARDS for name in _operations(dataset))
+
+
+def _operations(dataset: Any) -> Iterator[str]:
+    """Names of the classes that a dataset of ``datasets`` is made of; it has no public list of them."""
+    waiting = [getattr(dataset, "_ex_iterable", None)]
+    while waiting:
+        link = waiting.pop()
+        if link is not None:
+            yield type(link).__name__
+            waiting += [getattr(link, "ex_iterable", None), *(getattr(link, "ex_iterables", None) or ())]
+
+
+def can_agree(ranks: DataRanks) -> bool:
+    """Returns whether the ranks that share out the data are all ranks of the run, and can communicate on the CPU."""
+    if not world.is_joined() or not dist.is_available() or not dist.is_gloo_available():
+        return False
+    everyone = world.current().collectives
+    return isinstance(everyone, TorchCollectives) and ranks == DataRanks(everyone.rank, everyone.size)
+
+
+# Agreeing -----------------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """One step of this rank.
+
+    Attributes:
+        batch: Its batch.
+        position: The loader's position behind it.
+        round: The step's `Round`.
+        last: It is the last step of all ranks.
+    """
+
+    batch: Any
+    position: Any
+    round: Round | None
+    last: bool
+
+
+class _Posted:
+    """An all-gather on its way: each rank's step, the rows of its batch, and whether it has no batch to repeat."""
+
+    def __init__(self, collectives: Collectives, step: int, rows: int, lacks: bool) -> None:
+        self._own = torch.tensor([step, rows, lacks])
+        self._all = [torch.empty_like(self._own) for _ in range(collectives.size)]
+        self._work = dist.all_gather(self._all, self._own, group=collectives.group, async_op=True)
+
+    def wait(self) -> tuple[list[int], list[bool]]:
+        """Returns each rank's rows, and whether it has no batch to repeat."""
+        self._work.wait()
+        steps, rows, lacking = zip(*(entry.tolist() for entry in self._all), strict=True)
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f"the ranks are at different steps of a loader whose shards they read by themselves: {list(steps)}. All "
+                "ranks have to take as many steps of an iteration, and to iterate over their loaders in one order."
+            )
+        return list(rows), list(map(bool, lacking))
+
+
+class _Fetched(NamedTuple):
+    batch: Any
+    position: Any
+    posted: _Posted
+
+
+class StepReader:
+    """Reads this rank's batches in step with the other ranks.
+
+    Args:
+        batches: This rank's batches, each of `size` rows; a `Counted` one holds fewer that are data.
+        size: Rows in a full batch.
+        position: Returns the loader's position, which is noted after each batch.
+    """
+
+    def __init__(self, batches: Iterator[Any], size: int, position: Callable[[], Any]) -> None:
+        self._batches = batches
+        self._size = size
+        self._position = position
+        self._noted: Any = None
+        self._first: Any = _END
+        self._ended = False
+        self._failure: Exception | None = None
+        self._posted = 0
+
+    def steps(self, skip: int) -> Iterator[Step]:
+        """The steps, from the one numbered `skip` on. A failure to read is raised on every rank.
+
+        Raises:
+            RuntimeError: if another rank could not read, or is at another step.
+        """
+        collectives = cpu_group("rows of stream shards", _READING_LIMIT)
+        for _ in range(skip):
+            self._next()
+        self._noted = self._position()
+        ahead = deque(self._read(collectives) for _ in range(2))
+        rows, lacking = ahead[0].posted.wait()
+        if any(lacking) and max(rows) > 0:
+            self._borrow(collectives, next(rank for rank, count in enumerate(rows) if count > 0), ahead[0].batch)
+        while any(rows):
+            self._raise_failures(rows)
+            current = ahead.popleft()
+            ahead.append(self._read(collectives))
+            upcoming, _ = ahead[0].posted.wait()
+            batch = cloned(self._first) if current.batch is _END else current.batch
+            yield Step(batch, current.position, self._round(rows), not any(upcoming))
+            rows = upcoming
+
+    def _next(self) -> tuple[Any, int]:
+        """The next batch with its rows that are data; `_END` and 0 behind the last one."""
+        batch = _END if self._ended else next(self._batches, _END)
+        self._ended = batch is _END
+        if self._ended:
+            return _END, 0
+        rows = self._size
+        if type(batch) is Counted:
+            batch, rows = batch.batch, batch.round.rows
+        if self._first is _END:
+            self._first = cloned(batch)  # the user may change the batch
+        return batch, rows
+
+    def _read(self, collectives: Collectives) -> _Fetched:
+        batch, rows = _END, _FAILED
+        try:
+            if self._failure is None:
+                batch, rows = self._next()
+        except Exception as error:  # noqa: BLE001 - raised at the step of this batch: those before are whole
+            self._failure = error
+        if batch is not _END:
+            self._noted = self._position()
+        self._posted += 1
+        return _Fetched(batch, self._noted, _Posted(collectives, self._posted, rows, self._first is _END))
+
+    def _borrow(self, collectives: Collectives, source: int, own: Any) -> None:
+        """Takes over a batch of rank `source`, if this rank has none: its shards are empty, or it resumed behind them."""
+        sent = [own if collectives.rank == source else None]
+        collectives.broadcast_object_list(sent, source)
+        if self._first is _END:
+            self._first = sent[0]
+
+    def _raise_failures(self, rows: list[int]) -> None:
+        if _FAILED not in rows:
+            return
+        if self._failure is not None:
+            raise self._failure
+        failed = ", ".join(str(rank) for rank, count in enumerate(rows) if count == _FAILED)
+        raise RuntimeError(f"rank {failed} failed to read its shards of the dataset; its own error says why.")
+
+    def _round(self, rows: list[int]) -> Round | None:
+        if all(count == self._size for count in rows):
+            return None
+        return Round((self._size,) * len(rows), sum(rows), kept=tuple(rows))
