@@ -1,12 +1,13 @@
 """Run one plain PyTorch loop on one CPU, many GPUs, many machines or a TPU.
 
 A public name is looked up in its real home when it is first used: importing this package imports nothing else, torch
-least of all.
+least of all. In a rank of a launch it installs the hook that records the exception which ends the rank.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 
 __version__ = "2.0.0"
 
@@ -82,3 +83,9 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_EXPORTS, *_SUBMODULES})
+
+
+if "TORCHELASTIC_ERROR_FILE" in os.environ:  # a script may fail long before it creates Accelerator
+    from .runtime.error_file import record_errors as _record_errors
+
+    _record_errors()

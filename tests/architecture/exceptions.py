@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-ENVIRONMENT = {"settings/env.py": "the one reader and writer of the process environment"}
+ENVIRONMENT = {
+    "__init__.py": "looks for one variable, as importing settings/env.py costs more than all else that it does",
+    "settings/env.py": "the one reader and writer of the process environment",
+}
 
 FORWARD = {"runtime/forward.py": "the one place that wraps and unwraps a forward"}
 

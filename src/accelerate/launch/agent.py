@@ -5,19 +5,22 @@ Ours says who was started, ends ranks sooner, and keeps an eye on the other mach
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..settings.option import SettingsError
 from .console import say
+from .guard import kill
 from .meeting import Meeting, number
 from .neighbours import Elsewhere, Neighbours
 from .plan import LaunchPlan
@@ -37,6 +40,9 @@ else:
 GRACE_SECONDS = 5
 # How long when somebody asked them to stop, or has asked another one that has saved by now: they save.
 SAVING_SECONDS = 60.0
+# How long after a second Ctrl-C; and how soon one counts as the same, sent by the terminal and by a program in between.
+_HURRY_SECONDS = 1.0
+_SAME_SECONDS = 0.5
 # torch's own names and, where ours is longer, why: a machine must not count as gone for being slow.
 _SILENCE = {"keep_alive_interval": 5, "keep_alive_max_attempt": 12}
 
@@ -47,8 +53,8 @@ class Observer(Protocol):
     quiet: bool
     neighbours: Neighbours | None
 
-    def started(self, pids: list[int]) -> None:
-        """All ranks have been started (again)."""
+    def started(self, pids: Mapping[int, int]) -> None:
+        """All ranks have been started (again); rank -> process id."""
 
     def before_ending(self, error_files: Mapping[int, str]) -> None:
         """A rank has ended badly, and the others are about to be ended; process id -> where it notes its error."""
@@ -133,6 +139,7 @@ class _Ours(_Base):
     meeting: Meeting | None
     silence = 1.0
     exit_codes: Sequence[int | None] = ()  # of the ranks, after the last shutdown
+    signaled_too_late = False  # all ranks had ended before it
     _patient = False
     _since = 0.0  # when another machine ended
 
@@ -174,10 +181,11 @@ class _Ours(_Base):
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         ids: dict[int, Any] = super()._start_workers(worker_group)
-        self.observer.started(list(ids.values()))
+        self.observer.started({worker.global_rank: ids[worker.local_rank] for worker in worker_group.workers})
         context: Any = self._pcontext
         close: Callable[..., None] = context._close
-        files = {pid: context.error_files[local_rank] for local_rank, pid in ids.items()}
+        context.error_files = _ReadableFiles(context.error_files)
+        files = {pid: context.error_files.get(local_rank) for local_rank, pid in ids.items()}
 
         def close_soon(death_sig: signal.Signals, timeout: int = 30) -> None:
             if not self._patient:
@@ -194,10 +202,39 @@ class _Ours(_Base):
         if death_sig is signal.SIGTERM:
             timeout = max(timeout, SAVING_SECONDS)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice: to us, and to our process group
-        super()._shutdown(death_sig or signal.SIGTERM, int(timeout))
+        self.signaled_too_late = all(code is not None for code in self._exit_codes())
+        with self._second_interrupt_kills() if death_sig is not None else contextlib.nullcontext():
+            super()._shutdown(death_sig or signal.SIGTERM, int(timeout))
+        self.exit_codes = self._exit_codes()
+
+    def _exit_codes(self) -> list[int | None]:
         context: Any = self._pcontext
         handlers = context.subprocess_handlers.values() if context is not None else ()
-        self.exit_codes = [handler.proc.poll() for handler in handlers]
+        return [handler.proc.poll() for handler in handlers]
+
+    @contextlib.contextmanager
+    def _second_interrupt_kills(self) -> Iterator[None]:
+        """Within the block, Ctrl-C leaves ranks a second to end, instead of interrupting the wait for them."""
+        context: Any = self._pcontext
+        begun = time.monotonic()
+        killing: list[threading.Timer] = []
+
+        def hurry(*_: object) -> None:
+            if time.monotonic() - begun < _SAME_SECONDS or killing or context is None:
+                return
+            alive = [
+                handler.proc.pid for handler in context.subprocess_handlers.values() if handler.proc.poll() is None
+            ]
+            killing.append(threading.Timer(_HURRY_SECONDS, kill, [alive]))
+            killing[0].start()
+
+        previous = signal.signal(signal.SIGINT, hurry)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+            for timer in killing:
+                timer.cancel()
 
     def _restart_workers(self, worker_group: Any) -> None:
         elsewhere = _is_healthy(worker_group)
@@ -206,6 +243,20 @@ class _Ours(_Base):
         say(f"{which}; starting all ranks again ({left} more restart{'' if left == 1 else 's'})", self.observer.quiet)
         super()._restart_workers(worker_group)
         self._patient = False
+
+
+class _ReadableFiles(dict[int, str]):
+    """Error files by local rank, as torch looks them up; it raises on one that its writer had no time to complete."""
+
+    def __getitem__(self, local_rank: int) -> str:
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+        file = super().__getitem__(local_rank)
+        try:
+            ProcessFailure(local_rank, 0, 1, file)
+        except (ValueError, TypeError, LookupError, AttributeError):  # no JSON, or other than torch expects
+            os.replace(file, f"{file}.damaged")
+        return file
 
 
 def _is_healthy(group: Any) -> bool:

@@ -8,13 +8,14 @@ rank failed first: the others often fail a moment later, because the first is go
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
 
-# How long to wait, when a rank has failed because it lost a peer, for that peer to end as well.
+# How long to wait, when a rank has failed because of a peer, for that peer to end as well.
 SETTLE_SECONDS = 2.0
 _LOST_A_PEER = (
     "Connection closed by peer",
@@ -24,11 +25,30 @@ _LOST_A_PEER = (
     "ncclRemoteError",
     "NCCL communicator was aborted",
 )
+# gloo, NCCL's watchdog, torch's stores and its monitored barrier, and `runtime.rendezvous.meet`.
+_TIMED_OUT = re.compile(
+    r"Timed out waiting \d+ms for|collective operation timeout|wait timeout after \d+ms|seconds waiting for clients"
+    r"|failed to pass monitoredBarrier|to join and gave up"
+)
 
 
 def lost_a_peer(error: str) -> bool:
-    """Whether a rank's error says that another rank is gone: such a rank is not the one to blame."""
+    """Returns whether a rank's error states that another rank is gone: such a rank is not the cause."""
     return any(words in error for words in _LOST_A_PEER)
+
+
+def timed_out(error: str) -> bool:
+    """Returns whether a rank's error states that another rank did not take part in time: it is not the cause either."""
+    return _TIMED_OUT.search(error) is not None
+
+
+def state_of(pid: int) -> str:
+    """Returns the letter for the state of a process in /proc (R, S, D, T, t, Z, …), or "" where it cannot be read."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return chr(file.read().rpartition(b")")[2].split()[0][0])
+    except (OSError, IndexError):  # it has ended, or this is not Linux
+        return ""
 
 
 class Guard:

@@ -21,7 +21,7 @@ from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
 from . import agent, verdict
 from .console import say
-from .guard import SETTLE_SECONDS, Deaths, Guard, kill, lost_a_peer
+from .guard import SETTLE_SECONDS, Deaths, Guard, kill, state_of
 from .loopback import Loopback
 from .meeting import Meeting, NoMeeting, Terms, gather, number, options
 from .neighbours import Elsewhere, End, Neighbours
@@ -88,6 +88,9 @@ class _Ranks:
         self.deaths: Deaths | None = None
         self.statuses: dict[int, int] = {}
         self.ending_since = 0
+        self.pids: dict[int, int] = {}  # of this round: rank -> process id
+        self.left: dict[int, int] = {}  # when the ranks began to be ended, as `verdict.of_failures` takes them
+        self.alive: dict[int, tuple[int, str]] = {}
         self.meeting: Meeting | None = None
         self.handler: Any = None
         self.neighbours: Neighbours | None = None
@@ -119,7 +122,7 @@ class _Ranks:
             result = started.run()
             ended = self._judge(result)
         except SignalException as stopped:
-            ended = verdict.of_signal(stopped.sigval, started.exit_codes)
+            ended = verdict.of_signal(stopped.sigval, started.exit_codes, started.signaled_too_late)
         except Elsewhere as error:
             ended = self._judge_elsewhere(error.end)
         except (RendezvousError, DistError) as error:
@@ -183,12 +186,13 @@ class _Ranks:
         if isinstance(self.handler, Rounds):
             self.handler.neighbours = neighbours
 
-    def started(self, pids: list[int]) -> None:
-        """The agent has started all ranks (again)."""
-        self.guard.watch(pids)
-        self.running |= set(pids)
+    def started(self, pids: Mapping[int, int]) -> None:
+        """The agent has started all ranks (again); rank -> process id."""
+        self.guard.watch(pids.values())
+        self.running |= set(pids.values())
+        self.pids, self.left, self.alive, self.ending_since = dict(pids), {}, {}, 0
         self.statuses.clear()
-        self.deaths = Deaths(pids, self._ended)
+        self.deaths = Deaths(pids.values(), self._ended)
 
     def _ended(self, pid: int, status: int) -> None:
         self.statuses[pid] = status
@@ -211,13 +215,26 @@ class _Ranks:
             dead = [pid for pid in list(self.deaths.times) if self.statuses.get(pid) != 0]
             if all(self.statuses.get(pid) == verdict.STOPPED for pid in dead):
                 patience = agent.SAVING_SECONDS
-            elif all(lost_a_peer(verdict.noted(error_files[pid])) for pid in dead):
+            elif all(verdict.is_symptom(verdict.noted(error_files[pid])) for pid in dead):
                 patience = SETTLE_SECONDS
             else:
                 break
             if time.monotonic() - since > patience:
                 break
             time.sleep(0.02)
+        if self.deaths is not None and self.deaths.able:
+            ended = self.deaths.times
+            self.left = {rank: pid for rank, pid in self.pids.items() if self.statuses.get(pid) == 0}
+            alive = [
+                rank for rank, pid in self.pids.items() if pid not in ended and not verdict.noted(error_files[pid])
+            ]
+            states = {rank: state_of(self.pids[rank]) for rank in alive}
+            # With several machines, one that runs may be waiting as well, for a rank on another.
+            self.alive = {
+                rank: (self.pids[rank], state)
+                for rank, state in states.items()
+                if self.neighbours is None or state in verdict.HALTED
+            }
         self.ending_since = time.time_ns()
 
     # How it ended ------------------------------------------------------------------------------------------------------
@@ -231,7 +248,7 @@ class _Ranks:
             self.running.clear()
             return Verdict("", 0)
         deaths = self.deaths.times if self.deaths is not None else {}
-        ended = verdict.of_failures(result.failures, deaths, self.ending_since, 0 in self.statuses.values())
+        ended = verdict.of_failures(result.failures, deaths, self.ending_since, self.left, self.alive)
         if ended.lost_a_peer and self.neighbours is not None:
             end = self.neighbours.explain()
             return ended if end is None else _of(end)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .guard import lost_a_peer
+from .guard import lost_a_peer, timed_out
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -23,8 +23,13 @@ _SAVED = " (it was asked to stop and has saved: start it again)"
 
 _LIKELY: dict[int, str] = {
     signal.SIGKILL: " (by a person, or for want of memory)",
-    signal.SIGABRT: " (gloo does so when ranks take part with tensors of different sizes: --debug compares them first)",
+    signal.SIGABRT: (
+        " (gloo does so when ranks take part with tensors of different sizes: --debug compares them first; NCCL's watchdog"
+        " when a rank does not take part in time)"
+    ),
 }
+# States of a process in /proc that it does not leave by itself: stopped by a signal, or by a debugger.
+HALTED = ("T", "t")
 
 
 class Verdict(NamedTuple):
@@ -42,7 +47,11 @@ class Verdict(NamedTuple):
 
 
 def of_failures(
-    failures: Mapping[int, ProcessFailure], deaths: Mapping[int, int], ending_since: int, one_ended_well: bool
+    failures: Mapping[int, ProcessFailure],
+    deaths: Mapping[int, int],
+    ending_since: int,
+    left: Mapping[int, int] | None = None,
+    alive: Mapping[int, tuple[int, str]] | None = None,
 ) -> Verdict:
     """The verdict on ranks that have failed.
 
@@ -50,35 +59,73 @@ def of_failures(
         failures: The failures by rank, at least one.
         deaths: When processes ended: process id -> nanoseconds since the epoch.
         ending_since: When the launcher began to end the ranks, in nanoseconds; 0 when it has not.
-        one_ended_well: Whether a rank had left with code 0 before.
+        left: Ranks that had left with code 0 by then: rank -> process id.
+        alive: Ranks that had not ended by then: rank -> process id and state (`guard.state_of`).
     """
 
-    def guilt(failure: ProcessFailure) -> tuple[bool, bool, float]:
-        """Sorts the rank that failed first, and of itself, before the others."""
-        moment = _moment(failure, deaths)
-        ended_by_us = moment > ending_since > 0 and -failure.exitcode in (signal.SIGTERM, signal.SIGKILL)
-        return ended_by_us, lost_a_peer(noted(failure.error_file)), moment
+    def guilt(failure: ProcessFailure) -> tuple[bool, bool, bool, float]:
+        """Sorts the rank that failed first, and of itself, before the others; one that timed out makes others lose it."""
+        moment, why = _moment(failure, deaths), noted(failure.error_file)
+        return moment > ending_since > 0, is_symptom(why), lost_a_peer(why), moment
 
     rank, failure = min(failures.items(), key=lambda item: guilt(item[1]))
     why = noted(failure.error_file)
-    line = f"rank {rank} (pid {failure.pid}) {_how(failure.exitcode)}{f': {why}' if why else ''}"
-    lost = lost_a_peer(why)
-    if lost and one_ended_well:
-        line += " (another rank had ended before, with code 0)"
-    return Verdict(line, failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, lost)
+    how, code = _how(failure.exitcode), failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    # It had noted its error, and the launcher's signal came before it was gone.
+    if why and -failure.exitcode in (signal.SIGTERM, signal.SIGKILL) and deaths.get(failure.pid, 0) > ending_since > 0:
+        how, code = "failed", 1
+    line = f"rank {rank} (pid {failure.pid}) {how}{f': {why}' if why else ''}"
+    # NCCL's watchdog aborts the process, and only its stderr has the reason.
+    aborted = failure.exitcode == -signal.SIGABRT and not why
+    if is_symptom(why) or aborted:
+        cause = _missing(left or {}, alive or {}, only_known=not timed_out(why))
+        line = f"{cause}; {line}" if cause else line
+    return Verdict(line, code, lost_a_peer(why))
 
 
-def of_signal(number: signal.Signals, codes: Sequence[int | None] = ()) -> Verdict:
+def is_symptom(why: str) -> bool:
+    """Returns whether a rank's error is the effect of a peer that is gone, or that did not take part."""
+    return lost_a_peer(why) or timed_out(why)
+
+
+def _missing(left: Mapping[int, int], alive: Mapping[int, tuple[int, str]], only_known: bool) -> str:
+    """The ranks that the others have missed, or "".
+
+    Args:
+        left: As for `of_failures`.
+        alive: As for `of_failures`.
+        only_known: Leave out ranks that were running: nothing says that they were waited for.
+    """
+    stopped = {rank: pid for rank, (pid, state) in alive.items() if state in HALTED}
+    if stopped:
+        return f"{_names(stopped)} {'is' if len(stopped) == 1 else 'are'} stopped (SIGSTOP)"
+    if left:
+        return f"{_names(left)} left early with code 0"
+    if not alive or only_known:
+        return ""
+    running = _names({rank: pid for rank, (pid, _) in alive.items()})
+    if len(alive) == 1:
+        return f"{running} did not take part: it was still running"
+    return f"one of {running} did not take part: they were still running"
+
+
+def _names(ranks: Mapping[int, int]) -> str:
+    return ", ".join(f"rank {rank} (pid {pid})" for rank, pid in sorted(ranks.items()))
+
+
+def of_signal(number: signal.Signals, codes: Sequence[int | None] = (), too_late: bool = False) -> Verdict:
     """The verdict when the launcher was told to end.
 
     Args:
         number: The signal.
         codes: The ranks' exit codes.
+        too_late: Whether all ranks had ended before the signal could reach them.
     """
     if STOPPED in codes and all(code in (0, STOPPED) for code in codes):
         return Verdict(f"stopped by {number.name}; all ranks have saved: start it again", STOPPED)
-    if codes and all(code == 0 for code in codes):  # they were through before it reached them
-        return Verdict(f"{number.name} came too late: all ranks had ended well", 0)
+    if codes and all(code == 0 for code in codes):
+        after = f"all ranks ended with code 0 after {number.name}"
+        return Verdict(f"{number.name} came too late: all ranks had ended well" if too_late else after, 0)
     return Verdict("interrupted" if number == signal.SIGINT else f"stopped by {number.name}", 128 + int(number))
 
 

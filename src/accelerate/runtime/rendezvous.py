@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import datetime
 import socket
-import sys
-from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -140,26 +137,3 @@ def _is_here(host: str) -> bool:
         return is_own(resolve(host))
     except NameUnknown:  # connecting to it says so better
         return True
-
-
-_recording = False
-
-
-def record_errors() -> None:
-    """Writes an exception that ends this process to the file torchrun's agent named, so that the launcher can quote it."""
-    global _recording
-    if _recording or env.get("TORCHELASTIC_ERROR_FILE") is None:
-        return
-    _recording = True
-    previous: Callable[[type[BaseException], BaseException, TracebackType | None], Any] = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        if not isinstance(error, KeyboardInterrupt):
-            previous(kind, error, trace)
-            get_error_handler().record_exception(error)
-        elif env.integer("LOCAL_RANK", 0) == 0:  # Ctrl-C reaches every rank: one of them says where it was
-            previous(kind, error, trace)
-
-    sys.excepthook = hook

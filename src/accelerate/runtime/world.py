@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from ..settings import env
 from ..settings.enums import DistributedType
-from . import devices, machine, rendezvous
+from . import devices, error_file, machine, rendezvous
 from . import place as places
 from .place import Placement
 from .release import let_go
@@ -159,7 +159,7 @@ def join(
         kind.set_device(device)
         _bind_to_processors(0)
         return set_current(World(0, 1, 0, 1, device, None, Collectives(device), DistributedType.NO, **common))
-    rendezvous.record_errors()  # before joining: that may fail as well
+    error_file.record_errors()  # again: the script may have set a hook of its own; and joining may fail as well
     if not kind.backends:  # several processes cannot share one such device (mps)
         kind = devices.DEVICES["cpu"]
     device = kind.device(_device_index(kind, place))
