@@ -139,6 +139,14 @@ def train(place: Place) -> None:
     _train(Accelerator(), place)
 
 
+def compile_in_fp32(place: Place) -> None:
+    try:
+        Accelerator(dynamo_backend="eager").prepare(nn.Linear(2, 2))
+        assert torch.get_float32_matmul_precision() == ("high" if place.machine.count else "highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def train_in_bf16(place: Place) -> None:
     _train(Accelerator(mixed_precision="bf16"), place)
 
@@ -408,6 +416,7 @@ ENTRY_POINTS: dict[str, Callable[[Place], None]] = {
     "PartialState.set_device()": set_device,
     "Accelerator(cpu=True)": cpu_is_asked_for,
     "prepare, pin_memory, accumulate, clip, step": train,
+    "dynamo_backend, fp32": compile_in_fp32,
     "bf16": train_in_bf16,
     "fp16 with GradScaler": train_in_fp16_with_a_scaler,
     "fp16 with a fused optimizer": train_with_a_fused_optimizer,

@@ -186,8 +186,10 @@ class Strategy:
         plugin = self.settings.dynamo
         if plugin is None or plugin.backend is DynamoBackend.NO:
             return model
-        from .compile import compile_model  # brings torch's compiler along
+        from .compile import allow_tf32, compile_model  # brings torch's compiler along
 
+        if self.settings.precision.name == "no" and self.world.device.type == "cuda":
+            allow_tf32()
         return compile_model(model, plugin)
 
     def synchronise(self, model: nn.Module) -> nn.Module:

@@ -23,6 +23,15 @@ def compile_model(model: nn.Module, plugin: TorchDynamoPlugin) -> nn.Module:
     return torch.compile(model, **plugin.to_kwargs())  # type: ignore[return-value]  # a module in gives a module out
 
 
+def allow_tf32() -> None:
+    """Lets matrix products of fp32 tensors use TensorFloat-32, as the documented library does for compiled models.
+
+    Sets torch's precision of fp32 matrix products to ``high`` where it is the default; another choice stays.
+    """
+    if torch.get_float32_matmul_precision() == "highest":
+        torch.set_float32_matmul_precision("high")
+
+
 def compile_regions(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
     """Compiles the blocks that a model repeats, each once, and leaves the rest as it is.
 
