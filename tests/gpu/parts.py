@@ -26,6 +26,8 @@ from accelerate import (
     dispatch_model,
     infer_auto_device_map,
 )
+from accelerate.data_loader.dispatch import words_of
+from accelerate.data_loader.wire import _SLOT, Channel
 from accelerate.runtime import world
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -335,6 +337,13 @@ def dispatched() -> Figures:
     seen = [int(row) for batch in batches for row in batch["x"][:, 0]]
     assert seen[:19] == list(range(19)), seen
     assert all(batch["x"].device == accelerator.device for batch in batches)
+    everyone = world.current().collectives
+    channel = Channel(everyone, staged=True, words=words_of(everyone))  # a group of one has nobody to send to: by hand
+    for rows in (4, 4, 9, 2):
+        batch = collate(list(range(rows)))
+        channel.post(channel.pack([batch], rows, None, False))
+        sent = channel._wire[_SLOT : _SLOT + channel._tensor_bytes].cpu()
+        assert torch.equal(sent, channel._host[_SLOT : _SLOT + channel._tensor_bytes]), rows
     accelerator.end_training()
     return {"batches": len(batches)}
 
