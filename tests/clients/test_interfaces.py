@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,3 +80,28 @@ print("steps", Trainer(model, arguments, train_dataset=data).train().global_step
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "steps 2" in done.stdout
+
+
+def test_a_trainer_finds_the_batch_size_that_fits(tmp_path: Path) -> None:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+    tried: list[int] = []
+
+    class Large(GPT2LMHeadModel):
+        def forward(self, input_ids: torch.Tensor | None = None, labels: torch.Tensor | None = None, **others: Any) -> Any:
+            assert input_ids is not None
+            tried.append(len(input_ids))
+            if len(input_ids) > 3:
+                torch.empty(2**60, dtype=torch.uint8)  # more than any machine has
+            return super().forward(input_ids=input_ids, labels=labels, **others)
+
+    model = Large(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    data: Any = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 32
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=3, report_to=[], save_strategy="no",
+        auto_find_batch_size=True, per_device_train_batch_size=16,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=data)
+    assert trainer.train().global_step == 3
+    assert tried == [16, 8, 4, 2, 2, 2]
