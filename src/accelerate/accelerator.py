@@ -818,7 +818,7 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         return self.strategy.model_state(model) if unwrap else model.state_dict()
 
     def verify_device_map(self, model: nn.Module) -> bool:
-        """Whether the model, or a part of it, is spread over several devices by a device map."""
+        """Returns whether the model, or a part of it, is spread over several devices by a device map, or is offloaded."""
         return is_dispatched([model])
 
     def free_memory(self, *objects: Any) -> list[None]:

@@ -89,7 +89,9 @@ def test_a_trainer_finds_the_batch_size_that_fits(tmp_path: Path) -> None:
     tried: list[int] = []
 
     class Large(GPT2LMHeadModel):
-        def forward(self, input_ids: torch.Tensor | None = None, labels: torch.Tensor | None = None, **others: Any) -> Any:
+        def forward(
+            self, input_ids: torch.Tensor | None = None, labels: torch.Tensor | None = None, **others: Any
+        ) -> Any:
             assert input_ids is not None
             tried.append(len(input_ids))
             if len(input_ids) > 3:
@@ -105,3 +107,77 @@ def test_a_trainer_finds_the_batch_size_that_fits(tmp_path: Path) -> None:
     trainer = Trainer(model, arguments, train_dataset=data)
     assert trainer.train().global_step == 3
     assert tried == [16, 8, 4, 2, 2, 2]
+
+
+@pytest.fixture
+def spread(tmp_path: Path) -> Any:
+    """A model whose second of three layers is on the disk."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    undropped = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=3, n_head=1, **undropped)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    where = dict.fromkeys(["transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"], "cpu")
+    where |= {f"transformer.h.{number}": "disk" if number == 1 else "cpu" for number in range(3)}
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "model", device_map=where, offload_folder=tmp_path / "offload")
+    assert model.transformer.h[1].attn.c_attn.weight.is_meta
+    return model
+
+
+def trainer_of(model: Any, folder: Path) -> Any:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    data: Any = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    arguments = TrainingArguments(
+        str(folder), use_cpu=True, max_steps=3, report_to=[], save_strategy="no", learning_rate=0.01
+    )
+    return Trainer(model, arguments, train_dataset=data)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_trainer_names_parameters_on_the_disk_that_it_cannot_train(
+    spread: Any, tmp_path: Path, adapters: bool
+) -> None:
+    if adapters:
+        from peft import LoraConfig, get_peft_model
+
+        spread = get_peft_model(
+            spread, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        )
+    with pytest.raises(ValueError, match=r"h\.1\..* is offloaded .*requires_grad_\(False\)"):
+        trainer_of(spread, tmp_path).train()
+
+
+def test_a_trainer_trains_around_frozen_layers_on_the_disk(spread: Any, tmp_path: Path) -> None:
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    whole = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    for model in (spread, whole):
+        model.transformer.h[1].requires_grad_(False)
+        trainer_of(model, tmp_path).train()
+    after = whole.state_dict()
+    for name, value in spread.named_parameters():
+        if not value.is_meta:
+            torch.testing.assert_close(value, after[name])
+            assert not torch.equal(after[name], before[name])
+
+
+def test_adapters_train_in_layers_that_are_in_memory(spread: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(
+        target_modules=["c_attn"],
+        layers_to_transform=[0, 2],
+        layers_pattern="h",
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(spread, adapters)
+    trainer_of(model, tmp_path).train()
+    trained = [value for name, value in model.named_parameters() if "lora_B" in name]
+    assert len(trained) == 2 and all(bool(value.any()) for value in trained)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from accelerate import Accelerator, ParallelismConfig, PartialState
+from accelerate import Accelerator, ParallelismConfig, PartialState, disk_offload
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.settings import env
@@ -167,6 +167,31 @@ def test_prepare_checks_before_it_changes():
     assert accelerator._models == []
     meta = accelerator.prepare(nn.Linear(1, 1, device="meta"), device_placement=[False])
     assert meta.weight.is_meta
+
+
+@pytest.mark.parametrize("device_placement", [True, False])
+def test_offloaded_parameters_are_trained_only_when_frozen(tmp_path, device_placement):
+    accelerator = Accelerator(cpu=True, device_placement=device_placement)
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    disk_offload(second, tmp_path, execution_device="cpu")
+    model = nn.Sequential(first, second)
+    with pytest.raises(ValueError, match=r"'1\.weight' of Sequential is offloaded .*1 others.*requires_grad_\(False\)"):
+        accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1))
+    assert accelerator._models == []
+    second.requires_grad_(False)
+    before = first.weight.detach().clone()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1))
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step()
+    assert second.weight.is_meta and not torch.equal(first.weight, before)
+
+
+def test_an_offloaded_model_without_a_device_map_is_prepared_where_it_is(tmp_path):
+    whole = nn.Linear(2, 2)
+    model = disk_offload(copy.deepcopy(whole), tmp_path, execution_device="cpu")
+    prepared = Accelerator(cpu=True).prepare(model)
+    assert prepared.weight.is_meta
+    assert torch.equal(prepared(torch.ones(1, 2)), whole(torch.ones(1, 2)))
 
 
 def test_models_of_every_kind():

@@ -158,7 +158,7 @@ class Strategy:
             if not bundle.evaluation and bundle.optimizers:
                 _check_quantised(model, self.world)
         for place, optimizer in bundle.optimizers.items():
-            _check_optimizer(optimizer, moves=place in bundle.on_device)
+            _check_optimizer(optimizer, bundle.models.values(), moves=place in bundle.on_device)
 
     def prepare(self, bundle: Bundle) -> Bundle:
         """The bundle with every object made ready for this way of distributing."""
@@ -393,13 +393,25 @@ def _shared_sequences(settings: RunSettings) -> SharedSequences | None:
 
 
 def _is_dispatched(model: nn.Module) -> bool:
-    """Whether the model's parts were placed on devices one by one, which a move would undo."""
-    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    """Returns whether the model's parts were placed on devices one by one or offloaded, which a move would undo."""
+    return _has_device_map(model) or any(map(_is_offloaded, model.modules()))
 
 
 def is_dispatched(models: Iterable[nn.Module]) -> bool:
-    """Whether any module of these models was spread over several devices by a device map."""
-    return any(_is_dispatched(module) for model in models for module in model.modules())
+    """Returns whether any module of these models was spread over several devices by a device map, or is offloaded."""
+    return any(_has_device_map(module) or _is_offloaded(module) for model in models for module in model.modules())
+
+
+def _has_device_map(model: nn.Module) -> bool:
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    if "_hf_hook" not in module.__dict__:
+        return False
+    from ..hooks.align import has_offloaded_params  # which attached the hook
+
+    return has_offloaded_params(module)
 
 
 def _check_placeholders(objects: Iterable[Any]) -> None:
@@ -460,19 +472,35 @@ def _check_quantised(model: nn.Module, world: World) -> None:
         )
 
 
-def _check_optimizer(optimizer: Any, moves: bool) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if isinstance(param, _UNINITIALIZED):
-                raise ValueError(
-                    "the optimizer holds parameters that have no shape yet (a lazy module): run one batch through the "
-                    "model, then create the optimizer, then call `prepare`."
-                )
-            if moves and param.is_meta:
-                raise ValueError(
-                    "the optimizer holds parameters on the meta device, which are replaced when the model is given "
-                    "memory: create the optimizer after `model.to_empty(...)`, then call `prepare`."
-                )
+def _check_optimizer(optimizer: Any, models: Iterable[nn.Module], moves: bool) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if any(isinstance(param, _UNINITIALIZED) for param in params):
+        raise ValueError(
+            "the optimizer holds parameters that have no shape yet (a lazy module): run one batch through the "
+            "model, then create the optimizer, then call `prepare`."
+        )
+    empty = {param for param in params if param.is_meta}
+    if not empty:
+        return
+    offloaded = {
+        param: f"{name!r} of {type(model).__name__}"
+        for model in models
+        if is_dispatched([model])
+        for name, param in model.named_parameters()
+        if param in empty
+    }
+    trained = [name for param, name in offloaded.items() if param.requires_grad]
+    if trained:
+        raise ValueError(
+            f"parameter {trained[0]} is offloaded (so are {len(trained) - 1} others), and what is offloaded cannot be "
+            "trained: keep these layers on a device (device_map, max_memory), or freeze them with `requires_grad_(False)` "
+            "before the optimizer is created. Adapters (peft) can be trained in layers that are not offloaded."
+        )
+    if moves and not empty <= offloaded.keys():
+        raise ValueError(
+            "the optimizer holds parameters on the meta device, which are replaced when the model is given "
+            "memory: create the optimizer after `model.to_empty(...)`, then call `prepare`."
+        )
 
 
 def check_device_map(models: Iterable[nn.Module]) -> None:
@@ -483,6 +511,6 @@ def check_device_map(models: Iterable[nn.Module]) -> None:
     """
     if is_dispatched(models) and not env.flag("ACCELERATE_BYPASS_DEVICE_MAP"):
         raise ValueError(
-            "a model spread over several devices by a device map cannot be trained on several processes: load it "
-            "without `device_map`, or start one process."
+            "a model spread over several devices by a device map, or offloaded, cannot be trained on several processes: "
+            "load it without `device_map`, or start one process."
         )
