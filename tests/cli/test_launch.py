@@ -166,6 +166,11 @@ def test_devices_that_are_not_there_are_named(accelerate: Run, script: Write) ->
         (["--mixed_precision", "zz", "s.py"], "expected one of no, fp16, bf16, fp8"),
         ([], "which script?"),
         (["--cpu", "nothing.py"], "script nothing.py does not exist"),
+        (["--cpu", "../none"], "script ../none does not exist (looked in {here})."),
+        (
+            ["--cpu", "package.module"],
+            "script package.module does not exist (looked in {here}; to run a module, put -m",
+        ),
         (["--no_python", "no-such-program"], "program no-such-program does not exist"),
         (["--zzz", "s.py"], "unknown flag --zzz"),
         (["--config_file", "/does/not/exist.yaml", "s.py"], "/does/not/exist.yaml does not exist"),
@@ -190,11 +195,11 @@ def test_what_cannot_be_used_is_one_line_and_code_2(
     script("print('started')", "s.py")
     (tmp_path / "bad.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: many\n")
     (tmp_path / "broken.yaml").write_text("num_processes: [\n")
-    (tmp_path / "untyped.yaml").write_text("num_processes: 1\n")
+    (tmp_path / "untyped.yaml").write_text("fsdp_config: {fsdp_version: 2}\n")
     (tmp_path / "aws.yaml").write_text("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: NO\n")
     done = accelerate("launch", *words)
     assert (done.returncode, done.stdout) == (2, "")
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert message.format(here=tmp_path) in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_missing_script_is_not_blamed_on_the_file(accelerate: Run, tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ def check_script(settings: LaunchSettings) -> None:
     if settings.no_python:
         _program(settings.script)
     elif not os.path.exists(settings.script):
-        hint = "; to run a module, put -m before its name" if "." in settings.script[:-3] else ""
+        words = settings.script.removesuffix(".py").split(".")
+        dotted = len(words) > 1 and all(map(str.isidentifier, words))
+        hint = "; to run a module, put -m before its name" if dotted else ""
         raise SettingsError(f"script {settings.script} does not exist (looked in {os.getcwd()}{hint}).")
     elif choose(settings) == "tpu":
         from .tpu import check_function
