@@ -69,7 +69,9 @@ def partial_state() -> dict[str, Any]:
 
 def accelerator_state() -> dict[str, Any]:
     state = Accelerator(cpu=True, mixed_precision="bf16").state
-    return {"attrs": sorted(vars(state)), "mixed_precision": state.mixed_precision, "repr": repr(state)}
+    # Decided: attributes of PartialState are read from there, where the record has copies.
+    attributes = [name for name in sorted(type(state)._known_attributes) if hasattr(state, name)]
+    return {"attrs": attributes, "mixed_precision": state.mixed_precision, "repr": repr(state)}
 
 
 def reset_attribute() -> None:
