@@ -186,7 +186,7 @@ def compare_optimizers(
 
 
 def _mistyped_values(kept: frozenset[str] | None, state: Any) -> Iterator[str]:
-    """What cannot be the value of a parameter in an optimizer whose states are numbers or tensors."""
+    """Lists values that no optimizer whose states are numbers or tensors has for a parameter."""
     for key, value in state.items() if kept is not None and isinstance(state, Mapping) else ():
         floats = is_tensor(value) and (value.dtype.is_floating_point or value.dtype.is_complex)
         if value is not None and key not in SCALARS and not floats and key in _EVER_KEPT:

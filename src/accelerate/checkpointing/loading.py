@@ -1,4 +1,4 @@
-"""What a load checks: every rank its part, and all findings come together before anything is changed (`applying`)."""
+"""Checks of a load: every rank checks its part, and all findings are gathered before anything is changed (`applying`)."""
 
 from __future__ import annotations
 

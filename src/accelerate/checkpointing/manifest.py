@@ -219,7 +219,7 @@ def verify(
 
 
 def _misfit(path: Path, record: FileRecord) -> Problem | None:
-    """What is wrong with a file by its kind and size."""
+    """Returns what is wrong with a file by its kind and size."""
     try:
         found = size_of(path)
     except FileNameError as error:

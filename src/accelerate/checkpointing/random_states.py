@@ -67,7 +67,7 @@ def check(path: str, states: Any) -> list[Problem]:
 
 
 def _unusable(states: dict[str, Any]) -> Iterator[str]:
-    """What generators would not take, found by giving it to others than those in use."""
+    """Returns states that generators refuse, found by loading them into generators that are not in use."""
     trials: dict[str, Callable[[Any], object]] = {
         "random_state": lambda state: random.Random().setstate(_python_state(state)),
         "numpy_random_seed": lambda state: np.random.RandomState().set_state(state),

@@ -67,7 +67,7 @@ def is_count(value: Any, least: int = 0) -> bool:
 
 
 def no_optimizer(state: Any) -> str:
-    """What keeps a value from being the state of any optimizer; empty if nothing does."""
+    """Returns why a value cannot be the state of any optimizer; empty if it can."""
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
         return "it holds no state of an optimizer (`state` and `param_groups`)"
     groups, values = state["param_groups"], state["state"]

@@ -61,7 +61,7 @@ def _exit_if_set(done: Any) -> None:
 
 
 def note(iterator: Any) -> None:
-    """Has the workers of an iterator ended with this process, or with the iterator.
+    """Ends the workers of an iterator with this process, or with the iterator.
 
     Args:
         iterator: torch's or torchdata's iterator over several processes.

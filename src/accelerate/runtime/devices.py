@@ -222,5 +222,5 @@ def require_device(device: str | int | torch.device) -> torch.device:
     hidden = f" (or shown by {kind.visible_devices})" if kind.visible_devices else ""
     raise RuntimeError(
         f"device {device!r} was asked for, and this process sees {count or 'no'} {name}{'' if count == 1 else 's'}. Name "
-        f"one that is there{hidden}, or 'cpu'. torch.__version__ says which devices this build of torch supports."
+        f"one that is there{hidden}, or 'cpu'. torch.__version__ names the devices that this build of torch supports."
     )

@@ -238,7 +238,7 @@ def _device_of_group(kind: devices.DeviceKind, rank: int, count: int) -> int:
     bound = getattr(dist.group.WORLD, "bound_device_id", None)  # init_process_group(device_id=...)
     if bound is not None and bound.type == kind.name:
         return int(bound.index)
-    # A current device other than 0 was selected by somebody; 0 is also what it is when nobody has selected one.
+    # A current device other than 0 was selected on purpose; 0 is also the default.
     return kind.current().index or rank % count
 
 

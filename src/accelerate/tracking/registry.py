@@ -108,7 +108,7 @@ def _resolved(wanted: object, logging_dir: str | os.PathLike[str] | None) -> lis
                 "built-in ones yet. Pass an instance of a GeneralTracker subclass as well (log_with=['all', tracker])."
             )
         return list(usable)
-    tracker_class(name)  # raises for a name that nobody has registered
+    tracker_class(name)  # raises for an unknown name
     if logging_dir is None and _needs_folder(name):
         raise ValueError(
             f"the tracker {name!r} writes into a folder: pass Accelerator(project_dir=...) or "
