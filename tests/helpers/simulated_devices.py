@@ -124,8 +124,7 @@ def _device_of(tensor: torch.Tensor) -> torch.device:
 
 
 def _mark(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        _storage(tensor).simulated_device = device
+    _storage(tensor).simulated_device = device  # the CPU as well: what C++ allocates has no mark
     return tensor
 
 
