@@ -61,7 +61,7 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_timed_out(
 def test_a_stopped_rank_of_a_gloo_group_is_named(accelerate: Run, script: Write, tmp_path: Path) -> None:
     name = script(
         "import datetime, os, signal, torch\nfrom accelerate import Accelerator, InitProcessGroupKwargs\n"
-        "accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=3))])\n"
+        "accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=10))])\n"
         "accelerator.gather(torch.ones(1))\n"
         "if accelerator.process_index == 1:\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
         "accelerator.gather(torch.ones(1))\n"
