@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
+from tests.helpers.programs import shebang
 
 Write = Callable[[str], str]
 NOTHING = "raise SystemExit('started')\n"
@@ -35,8 +35,7 @@ def test_without_deepspeed_the_error_says_what_to_install(accelerate: Run, scrip
     assert "DeepSpeed is not installed, and this version cannot train with it even where it is: leave" in done.stderr
 
 
-STAND_IN = """#!{python}
-import json, os, sys
+STAND_IN = """import json, os, sys
 told = open(os.environ["DS_ENV_FILE"]).read() if "DS_ENV_FILE" in os.environ else None
 print(json.dumps([sys.argv[1:], told, os.environ["ACCELERATE_MIXED_PRECISION"]]))
 sys.exit(3)
@@ -52,7 +51,7 @@ def test_deepspeed_is_handed_its_words_and_variables(
     (tmp_path / "deepspeed/__init__.py").write_text("")
     (tmp_path / "bin").mkdir()
     for name in ("deepspeed", "pdsh"):
-        (tmp_path / "bin" / name).write_text(STAND_IN.format(python=sys.executable))
+        (tmp_path / "bin" / name).write_text(shebang() + STAND_IN)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
     (tmp_path / ".deepspeed_env").write_text("MINE=1\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 from tests.cli.conftest import Run
+from tests.helpers.programs import shebang
 
 Script = Callable[[str], str]
 WHERE = ["--tpu_name", "pod", "--tpu_zone", "us-central1-a"]
@@ -26,8 +26,7 @@ class Gcloud:
         program = folder / "bin" / "gcloud"
         program.parent.mkdir()
         program.write_text(
-            f"#!{sys.executable}\n"
-            "import json, os, sys, time\n"
+            shebang() + "import json, os, sys, time\n"
             f"with open({str(self.log)!r}, 'a') as log: log.write(json.dumps(sys.argv[1:]) + '\\n')\n"
             "if 'wait-for-ever' in sys.argv: time.sleep(600)\n"
             f"sys.exit(int(open({str(self.codes)!r}).read()) if os.path.exists({str(self.codes)!r}) else 0)\n"

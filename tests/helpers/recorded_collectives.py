@@ -139,7 +139,9 @@ class _RecordedGroup(_ProcessGroup):
 
     Options = SimpleNamespace
 
-    def __init__(self, store: Any, rank: int, size: int, options: Any = None, timeout: Any = None) -> None:
+    def __init__(
+        self, store: Any, rank: int, size: int, options: Any = None, timeout: Any = None, **later: Any
+    ) -> None:
         super().__init__(rank, size)
         assert _recorder is not None
         self._recorder = _recorder

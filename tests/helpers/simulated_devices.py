@@ -15,6 +15,7 @@ Private names of torch are used here because the simulation stands below its pub
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -315,7 +317,9 @@ def simulated_cuda(
         memory: Bytes of memory of each.
         capability: Compute capability of each; below (8, 0) the hardware has no bf16.
     """
-    import torch._dynamo  # optimizers import it; under the simulation it would look for more of the driver
+    if torch.backends.cuda.is_built():
+        pytest.skip("devices are simulated on builds of torch without CUDA, whose own types cannot be replaced")
+    importlib.import_module("torch._dynamo")  # optimizers import it; simulated, it would look for a driver
 
     machine = SimulatedMachine(count, memory, capability)
     mode = _Devices(machine)

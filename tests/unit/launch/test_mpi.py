@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from accelerate.launch.plan import build, plan
 from accelerate.runtime.place import Placement
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import SettingsError
+from tests.helpers.programs import shebang
 
 HERE = Machine(device="cpu", devices=0, cores=8, interface="lo", directory="/here", python=("PY",))
 FOUR = (
@@ -176,7 +176,7 @@ def test_which_mpi_is_installed(
 ) -> None:
     for name in ("mpirun", beside) if says is not None else ():
         if name:
-            (tmp_path / name).write_text(f"#!{sys.executable}\nprint({says!r})\n")
+            (tmp_path / name).write_text(f"{shebang()}print({says!r})\n")
             (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert mpi.installed() == kind

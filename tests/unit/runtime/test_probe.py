@@ -22,7 +22,10 @@ ON_A_CPU_BOX = next(case["output"] for case in CASES if case["name"] == "is_avai
 # Installed for these tests, but not where the case was observed.
 INSTALLED_HERE = {
     f"is_{name}_available"
-    for name in ("datasets", "pandas", "peft", "pytest", "torchdata", "transformers", "matplotlib", "boto3", "timm")
+    for name in (
+        *("datasets", "pandas", "peft", "pytest", "torchdata", "transformers", "matplotlib", "boto3", "timm"),
+        "triton",  # comes with torch's builds for CUDA
+    )
 } | {name for name in ON_A_CPU_BOX if "bnb" in name or "bitsandbytes" in name}
 PROBES = sorted(name for name in dir(probe) if name.startswith("is_") and name not in ("is_torch_version",))
 
