@@ -63,7 +63,7 @@ def of_failures(
         alive: Ranks that had not ended by then: rank -> process id and state (`guard.state_of`).
     """
 
-    def guilt(failure: ProcessFailure) -> tuple[bool, bool, bool, float]:
+    def guilt(failure: ProcessFailure) -> tuple[bool, bool, bool, int]:
         """Sorts the rank that failed first, and of itself, before the others; one that timed out makes others lose it."""
         moment, why = _moment(failure, deaths), noted(failure.error_file)
         return moment > ending_since > 0, is_symptom(why), lost_a_peer(why), moment
@@ -140,13 +140,14 @@ def noted(error_file: str) -> str:
     return first[:400]
 
 
-def _moment(failure: ProcessFailure, deaths: Mapping[int, int]) -> float:
-    """When a rank failed, in nanoseconds: it notes its error before its peers can see it go."""
-    moments = [failure.timestamp * 1e9 + 1e9]  # whole seconds, rounded down
-    if failure.pid in deaths:
-        moments = [float(deaths[failure.pid])]
+def _moment(failure: ProcessFailure, deaths: Mapping[int, int]) -> int:
+    """When a rank failed, in nanoseconds since the epoch: it notes its error before its peers can see it go.
+
+    Integers throughout: a float holds moments of today only to 256 ns.
+    """
+    moments = [deaths.get(failure.pid, (failure.timestamp + 1) * 10**9)]  # a timestamp is in whole seconds, rounded down
     if os.path.isfile(failure.error_file):
-        moments.append(float(os.stat(failure.error_file).st_mtime_ns))
+        moments.append(os.stat(failure.error_file).st_mtime_ns)
     return min(moments)
 
 

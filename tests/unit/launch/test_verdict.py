@@ -106,7 +106,10 @@ def test_what_the_launchers_signal_leads_to_is_no_cause(code: int, tmp_path: Pat
 
 def test_a_rank_that_noted_its_error_and_was_ended_before_it_was_gone(tmp_path: Path) -> None:
     failures = {0: failure(tmp_path, 0, 1, LOST), 1: failure(tmp_path, 1, -signal.SIGTERM, "ValueError: x")}
-    noted = os.stat(failures[1].error_file).st_mtime_ns
+    # As a float this moment is 1_800_000_000_000_000_256: after the launcher's signal.
+    noted = 1_800_000_000_000_000_200
+    os.utime(failures[0].error_file, ns=(noted - 400, noted - 400))
+    os.utime(failures[1].error_file, ns=(noted, noted))
     found = verdict.of_failures(failures, {100: noted + 10, 101: noted + 60}, noted + 50)
     assert found == verdict.Verdict("rank 1 (pid 101) failed: ValueError: x", 1)
 

@@ -99,6 +99,8 @@ def test_a_requirement_decides_once(name):
 def test_what_is_here_runs(name):
     if name == "require_cpu" and testing.torch_device != "cpu":
         pytest.skip("there is an accelerator")
+    if name == "require_huggingface_suite":
+        pytest.importorskip("datasets")
     assert not skipped(getattr(testing, name))
 
 
