@@ -35,6 +35,7 @@ lint: $(VENV)/.ready-quality  ## check style, format and types
 	@"$(PY)" -m ruff check .
 	@"$(PY)" -m ruff format --check .
 	@"$(PY)" -m mypy
+	@"$(PY)" -m pyright --pythonpath "$(PY)"
 
 format: $(VENV)/.ready-quality  ## put imports and format in order
 	@"$(PY)" -m ruff check --fix-only .

@@ -23,9 +23,9 @@ from accelerate.utils import set_seed, tqdm
 
 def load_data(seed: int) -> tuple[TensorDataset, TensorDataset]:
     """The scans as float images in [0, 1] of shape [1, 8, 8] with their labels; three quarters of them to train on."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(digits.target)
+    pixels, digits = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(digits)
     train, test = train_test_split(range(len(labels)), test_size=0.25, random_state=seed, stratify=labels)
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.checkpointing import EXIT_CODE
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import ProjectConfiguration, set_seed
 
 
@@ -67,9 +68,9 @@ class Progress:
 
 
 def load_data(seed: int) -> tuple[Digits, Digits]:
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(digits.target)
+    pixels, digits = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(digits)
     train, test = train_test_split(range(len(labels)), test_size=0.25, random_state=seed, stratify=labels)
     return Digits(images[train], labels[train], shifted=True), Digits(images[test], labels[test], shifted=False)
 
@@ -141,6 +142,7 @@ def main() -> None:
         accelerator.print(f"going on from {report.folder.name}, step {progress.steps}")
 
     loss_function = nn.CrossEntropyLoss()
+    assert isinstance(train_loader, DataLoaderShard)  # it counts epochs
     for epoch in range(train_loader.iteration, args.epochs):
         model.train()
         for images, labels in train_loader:

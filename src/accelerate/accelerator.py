@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 import torch
 
@@ -21,6 +21,7 @@ from .parallelism_config import requested
 from .precision import choose as choose_precision
 from .runtime import collectives, world
 from .runtime.memory import release_memory
+from .runtime.process_control import ProcessControl
 from .scheduler import AcceleratedScheduler
 from .settings import arguments
 from .settings.enums import PROFILE_PATTERN_NAME, DistributedType, DynamoBackend, FP8BackendType, RNGType
@@ -37,7 +38,7 @@ from .settings.handlers import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from .state import AcceleratorState, GradientState, PartialState, is_initialized
+from .state import AcceleratorState, GradientState, is_initialized
 from .strategies import Bundle, RunSettings, Strategy
 from .strategies import choose as choose_strategy
 from .strategies.accumulation import GlobalMean, MicroStep, StepCounter
@@ -47,6 +48,7 @@ from .tracking import GeneralTracker, TrackerMethods, filter_trackers
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.data import DataLoader
 
     from .parallelism_config import ParallelismConfig
     from .settings.deepspeed import DeepSpeedPlugin
@@ -56,6 +58,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_T1 = TypeVar("_T1")
+_T2 = TypeVar("_T2")
+_T3 = TypeVar("_T3")
+_T4 = TypeVar("_T4")
+_T5 = TypeVar("_T5")
+_T6 = TypeVar("_T6")
+_Module = TypeVar("_Module", bound="nn.Module")
+_Places: TypeAlias = list[bool | None] | None
+
 _RECIPES = (FP8RecipeKwargs, TERecipeKwargs, AORecipeKwargs, MSAMPRecipeKwargs)
 _HANDLERS = (
     *(AutocastKwargs, DistributedDataParallelKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs),
@@ -63,7 +74,7 @@ _HANDLERS = (
 )
 
 
-class Accelerator(CheckpointMethods, TrackerMethods):
+class Accelerator(ProcessControl, CheckpointMethods, TrackerMethods):
     """Lets one training loop run on one process or many, on any device.
 
     Args:
@@ -450,49 +461,6 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         """Returns once every process has called it."""
         self.state.wait_for_everyone()
 
-    def main_process_first(self) -> AbstractContextManager[None]:
-        """The main process runs the block before all others."""
-        return self.state.main_process_first()
-
-    def local_main_process_first(self) -> AbstractContextManager[None]:
-        """The first process of each machine runs the block before the others there."""
-        return self.state.local_main_process_first()
-
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
-        """Gives this process its part of `inputs`; see `PartialState.split_between_processes`."""
-        return PartialState().split_between_processes(inputs, apply_padding=apply_padding)
-
-    def on_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """Decorator: the function runs on the main process only."""
-        return PartialState().on_main_process(function)
-
-    def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """Decorator: the function runs on the first process of each machine only."""
-        return PartialState().on_local_main_process(function)
-
-    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: the function runs on the last process only."""
-        return PartialState().on_last_process(function)
-
-    def on_process(
-        self, function: Callable[..., Any] | None = None, process_index: int | None = None
-    ) -> Callable[..., Any]:
-        """Decorator: the function runs on the process with that rank only."""
-        return PartialState().on_process(function, process_index)
-
-    def on_local_process(
-        self,
-        function: Callable[..., Any] | None = None,
-        local_process_index: int | None = None,
-        local_process_idx: int | None = None,
-    ) -> Callable[..., Any]:
-        """Decorator: the function runs on the process with that rank on each machine only."""
-        return PartialState().on_local_process(function, local_process_index, local_process_idx)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """``print``, on the first process of each machine only."""
-        self.state.print(*args, **kwargs)
-
     def set_trigger(self) -> None:
         """Raises this process's flag; `check_trigger` on any process sees it."""
         self.flag_tensor = torch.tensor(1, device=self.device)
@@ -509,6 +477,26 @@ class Accelerator(CheckpointMethods, TrackerMethods):
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
+    @overload
+    def prepare(self, a: _T1, /, *, device_placement: _Places = None) -> _T1: ...
+    @overload
+    def prepare(self, a: _T1, b: _T2, /, *, device_placement: _Places = None) -> tuple[_T1, _T2]: ...
+    @overload
+    def prepare(self, a: _T1, b: _T2, c: _T3, /, *, device_placement: _Places = None) -> tuple[_T1, _T2, _T3]: ...
+    @overload
+    def prepare(
+        self, a: _T1, b: _T2, c: _T3, d: _T4, /, *, device_placement: _Places = None
+    ) -> tuple[_T1, _T2, _T3, _T4]: ...
+    @overload
+    def prepare(
+        self, a: _T1, b: _T2, c: _T3, d: _T4, e: _T5, /, *, device_placement: _Places = None
+    ) -> tuple[_T1, _T2, _T3, _T4, _T5]: ...
+    @overload
+    def prepare(
+        self, a: _T1, b: _T2, c: _T3, d: _T4, e: _T5, f: _T6, /, *, device_placement: _Places = None
+    ) -> tuple[_T1, _T2, _T3, _T4, _T5, _T6]: ...
+    @overload
+    def prepare(self, *args: Any, device_placement: _Places = None) -> Any: ...
     def prepare(self, *args: Any, device_placement: list[bool | None] | None = None) -> Any:
         """Makes models, optimizers, loaders and schedulers ready for the run, and returns them in the same order.
 
@@ -539,8 +527,8 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         return results[0] if len(results) == 1 else tuple(results)
 
     def prepare_model(
-        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
-    ) -> nn.Module:
+        self, model: _Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> _Module:
         """Prepares one model.
 
         Args:
@@ -554,7 +542,8 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         bundle = Bundle(models={0: model}, on_device=frozenset({0} if moves else ()), evaluation=evaluation_mode)
         self.strategy.check(bundle)
         self._register(self.strategy.prepare(bundle))
-        return bundle.models[0]
+        prepared: Any = bundle.models[0]
+        return prepared
 
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
@@ -576,8 +565,8 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         return prepared
 
     def prepare_data_loader(
-        self, data_loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
-    ) -> Any:
+        self, data_loader: _T1, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None
+    ) -> _T1:
         """Prepares one loader.
 
         Args:
@@ -586,7 +575,7 @@ class Accelerator(CheckpointMethods, TrackerMethods):
             slice_fn_for_dispatch: How rank 0 cuts a batch into the ranks' parts; by default along dimension 0.
         """
         moves = self.device_placement if device_placement is None else device_placement
-        prepared = self.strategy.prepare_data_loader(data_loader, moves, slice_fn_for_dispatch)
+        prepared: _T1 = self.strategy.prepare_data_loader(data_loader, moves, slice_fn_for_dispatch)
         _append_new(self._dataloaders, prepared)
         return prepared
 
@@ -763,11 +752,11 @@ class Accelerator(CheckpointMethods, TrackerMethods):
 
     # Collectives -----------------------------------------------------------------------------------------------------
 
-    def gather(self, tensor: Any) -> Any:
+    def gather(self, tensor: _T1) -> _T1:
         """Every rank's tensors, concatenated along dimension 0, in a tree of the same structure."""
         return collectives.gather(tensor)
 
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+    def gather_for_metrics(self, input_data: _T1, use_gather_object: bool = False) -> _T1:
         """Gathers predictions, and drops at the end of a loader what was added to make the ranks even.
 
         Ranks that share sequences (context or sequence parallelism) first bring together what they made of their parts:
@@ -781,24 +770,22 @@ class Accelerator(CheckpointMethods, TrackerMethods):
             ValueError: for other tensors of parts that are not the same on the ranks which share sequences: sums, say.
         """
         together = self.strategy.put_together(input_data)
-        return loading.gather_for_metrics(
-            together,
-            self.gradient_state,
-            use_gather_object=use_gather_object,
-            data_ranks=self.strategy.data_ranks,
+        gathered: _T1 = loading.gather_for_metrics(
+            together, self.gradient_state, use_gather_object=use_gather_object, data_ranks=self.strategy.data_ranks
         )
+        return gathered
 
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+    def reduce(self, tensor: _T1, reduction: str = "sum", scale: float = 1.0) -> _T1:
         """Returns the ``sum``, ``mean``, ``max`` or ``min`` over the ranks, times `scale`; ``none`` returns the input."""
         return collectives.reduce(tensor, reduction, scale)
 
-    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+    def pad_across_processes(self, tensor: _T1, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> _T1:
         """Pads tensors so that dimension `dim` is as long as on the rank where it is longest."""
         return collectives.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     # Models and memory -------------------------------------------------------------------------------------------------
 
-    def unwrap_model(self, model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
+    def unwrap_model(self, model: _T1, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> _T1:
         """The model inside the containers that `prepare` put around it.
 
         Args:
@@ -806,7 +793,8 @@ class Accelerator(CheckpointMethods, TrackerMethods):
             keep_fp32_wrapper: Leave the mixed-precision wrapper on its forward.
             keep_torch_compile: Give a compiled model back compiled.
         """
-        return self.strategy.unwrap(model, keep_fp32_wrapper, keep_torch_compile)
+        unwrapped: _T1 = self.strategy.unwrap(model, keep_fp32_wrapper, keep_torch_compile)
+        return unwrapped
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
         """The model's full state.
@@ -838,7 +826,7 @@ class Accelerator(CheckpointMethods, TrackerMethods):
         """See `free_memory`."""
         return self.free_memory(*objects)
 
-    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+    def skip_first_batches(self, dataloader: DataLoader[_T1], num_batches: int = 0) -> DataLoader[_T1]:
         """The loader without its first `num_batches` batches, for resuming in the middle of an epoch."""
         return loading.skip_first_batches(dataloader, num_batches)
 

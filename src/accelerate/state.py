@@ -1,22 +1,20 @@
 """The public views of a run: `PartialState` (who am I), `AcceleratorState` (and with which settings), `GradientState`.
 
 Every instance of a class shares one dictionary, so that code anywhere can write ``PartialState()`` and see the same
-run. They hold no logic of their own: joining is `runtime.world`, dividing is `runtime.partition`.
+run. They hold no logic of their own: joining is `runtime.world`, blocks for one process are `runtime.process_control`.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from .parallelism_config import requested
-from .runtime import devices, partition, world
+from .runtime import devices, world
+from .runtime.process_control import ProcessControl
 from .settings import arguments, env
 from .settings.enums import DistributedType, PrecisionType
 
@@ -59,14 +57,6 @@ class _Shared:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{emptied}.")
 
 
-def _only_if(condition: Callable[[], bool], function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if condition() else None
-
-    return wrapped
-
-
 def _described(state: Any) -> str:
     backend = f"  Backend: {state.backend}" if state.backend else ""
     return (
@@ -78,7 +68,7 @@ def _described(state: Any) -> str:
     )
 
 
-class PartialState(_Shared):
+class PartialState(_Shared, ProcessControl):
     """Who this process is, among how many, on which device. Needs no `Accelerator`.
 
     Attributes:
@@ -196,103 +186,16 @@ class PartialState(_Shared):
         """Returns once every process has called it."""
         world.current().collectives.barrier()
 
-    @contextmanager
-    def main_process_first(self) -> Iterator[None]:
-        """The main process runs the block before all others: to download or cache what they then read."""
-        with self._goes_first(self.is_main_process):
-            yield
-
-    @contextmanager
-    def local_main_process_first(self) -> Iterator[None]:
-        """The first process of each machine runs the block before the others there."""
-        with self._goes_first(self.is_local_main_process):
-            yield
-
-    @contextmanager
-    def _goes_first(self, first: bool) -> Iterator[None]:
-        if not first:
-            self.wait_for_everyone()
-        try:
-            yield
-        finally:  # an exception in the block must not leave the others waiting
-            if first:
-                self.wait_for_everyone()
-
-    @contextmanager
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
-        """Gives this process its part of `inputs`.
-
-        Args:
-            inputs: A list, tuple, tensor, array, ``datasets.Dataset``, or a dict of these with one length. A string
-                goes whole to every process.
-            apply_padding: Repeat the last item so that all parts have one length (for a `gather` afterwards).
-
-        Raises:
-            TypeError: for something that cannot be sliced.
-            ValueError: for a dict whose values differ in length.
-
-        Example:
-            ```python
-            with state.split_between_processes(["a", "b", "c"]) as prompts:
-                print(prompts)  # of two processes, the first has ["a", "b"], the second ["c"]
-            ```
-        """
-        yield partition.split(inputs, self.process_index, self.num_processes, apply_padding=apply_padding)
-
-    # Only there ----------------------------------------------------------------------------------------------------
-
-    def on_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """Decorator: the function runs on the main process only and gives None elsewhere."""
+    def _check_joined(self) -> None:
         if not self.initialized:
             raise ValueError("the process is in no run yet: create PartialState() or Accelerator() before decorating.")
-        if function is None:
-            return self.on_main_process
-        return _only_if(lambda: self.is_main_process, function)
-
-    def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        """Decorator: the function runs on the first process of each machine only."""
-        if function is None:
-            return self.on_local_main_process
-        return _only_if(lambda: self.is_local_main_process, function)
-
-    def on_last_process(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Decorator: the function runs on the last process only."""
-        return _only_if(lambda: self.is_last_process, function)
-
-    def on_process(
-        self, function: Callable[..., Any] | None = None, process_index: int | None = None
-    ) -> Callable[..., Any]:
-        """Decorator: the function runs on the process with that rank only."""
-        if function is None:
-            return functools.partial(self.on_process, process_index=process_index)
-        return _only_if(lambda: self.process_index == process_index, function)
-
-    def on_local_process(
-        self,
-        function: Callable[..., Any] | None = None,
-        local_process_index: int | None = None,
-        local_process_idx: int | None = None,
-    ) -> Callable[..., Any]:
-        """Decorator: the function runs on the process with that rank on each machine only.
-
-        `local_process_idx` is the older spelling of `local_process_index`.
-        """
-        wanted = local_process_index if local_process_index is not None else local_process_idx
-        if function is None:
-            return functools.partial(self.on_local_process, local_process_index=wanted)
-        return _only_if(lambda: self.local_process_index == wanted, function)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """``print``, on the first process of each machine only."""
-        if self.is_local_main_process:
-            print(*args, **kwargs)
 
     def destroy_process_group(self, group: Any = None) -> None:
         """Leaves the process group (the default one, or `group`); a process that `notebook_launcher` forked does too."""
         world.leave(group)
 
 
-class AcceleratorState(_Shared):
+class AcceleratorState(_Shared, ProcessControl):
     """`PartialState` and the settings that go with a run: precision, plugins, parallelism.
 
     What it does not have itself it answers from `PartialState`.
@@ -484,22 +387,6 @@ class AcceleratorState(_Shared):
     def wait_for_everyone(self) -> None:
         """See `PartialState.wait_for_everyone`."""
         PartialState().wait_for_everyone()
-
-    def main_process_first(self) -> Any:
-        """See `PartialState.main_process_first`."""
-        return PartialState().main_process_first()
-
-    def local_main_process_first(self) -> Any:
-        """See `PartialState.local_main_process_first`."""
-        return PartialState().local_main_process_first()
-
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Any:
-        """See `PartialState.split_between_processes`."""
-        return PartialState().split_between_processes(inputs, apply_padding=apply_padding)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """See `PartialState.print`."""
-        PartialState().print(*args, **kwargs)
 
 
 def _is_of_partial_state(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,9 +22,11 @@ from .samplers import BatchSamplerShard, SamplerShard, chain_from, drawn_from
 from .shard import DataLoaderShard
 from .stream_shards import can_agree
 
+_T = TypeVar("_T")
+
 
 def prepare_data_loader(
-    dataloader: DataLoader[Any],
+    dataloader: DataLoader[_T],
     device: torch.device | str | int | None = None,
     num_processes: int | None = None,
     process_index: int | None = None,
@@ -39,7 +41,7 @@ def prepare_data_loader(
     non_blocking: bool = False,
     use_stateful_dataloader: bool = False,
     torch_device_mesh: Any = None,
-) -> DataLoader[Any]:
+) -> DataLoader[_T]:
     """Makes a loader that gives this process its part of the data.
 
     Args:

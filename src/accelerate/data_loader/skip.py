@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
@@ -14,8 +14,10 @@ from .plan import kept_arguments
 from .samplers import SkipBatchSampler, drawn_from
 from .shard import SkipDataLoader
 
+_T = TypeVar("_T")
 
-def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
+
+def skip_first_batches(dataloader: DataLoader[_T], num_batches: int = 0) -> DataLoader[_T]:
     """A loader like the one given that starts behind its first batches.
 
     The given loader stays whole: go through the result for the rest of an interrupted epoch, then back to the original,

@@ -145,7 +145,8 @@ def _moment(failure: ProcessFailure, deaths: Mapping[int, int]) -> int:
 
     Integers throughout: a float holds moments of today only to 256 ns.
     """
-    moments = [deaths.get(failure.pid, (failure.timestamp + 1) * 10**9)]  # a timestamp is in whole seconds, rounded down
+    rounded_up = failure.timestamp + 1  # from whole seconds, rounded down
+    moments = [deaths.get(failure.pid, rounded_up * 10**9)]
     if os.path.isfile(failure.error_file):
         moments.append(os.stat(failure.error_file).st_mtime_ns)
     return min(moments)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -47,6 +47,8 @@ __all__ = [
     "verify_operation",
 ]
 
+_Tree = TypeVar("_Tree")
+
 TENSOR_TYPE_TO_INT = {
     torch.float32: 1,
     torch.float64: 2,
@@ -78,7 +80,7 @@ class CannotPadNestedTensorWarning(UserWarning):
 
 
 @verify_operation
-def gather(tensor: Any) -> Any:
+def gather(tensor: _Tree) -> _Tree:
     """Brings the tensors of all processes together, on all of them.
 
     Args:
@@ -110,7 +112,7 @@ def _gather_one(tensor: torch.Tensor, comm: Collectives) -> torch.Tensor:
 
 
 @verify_operation
-def broadcast(tensor: Any, from_process: int = 0) -> Any:
+def broadcast(tensor: _Tree, from_process: int = 0) -> _Tree:
     """Gives every process the tensors of one of them.
 
     Args:
@@ -149,7 +151,7 @@ def _check_rank(rank: int, comm: Collectives) -> None:
 
 
 @verify_operation
-def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
+def reduce(tensor: _Tree, reduction: str = "mean", scale: float = 1.0) -> _Tree:
     """Combines the tensors of all processes element by element, on all of them.
 
     Args:
@@ -201,14 +203,13 @@ def avg_losses_across_data_parallel_group(losses: Iterable[torch.Tensor]) -> tor
         A vector of the means, in the order of `losses`.
     """
     # Ranks that share tensors have the same losses, so the mean over all ranks is the one over those with other data.
-    means: torch.Tensor = reduce(torch.stack([loss.detach().reshape(()) for loss in losses]), "mean")
-    return means
+    return reduce(torch.stack([loss.detach().reshape(()) for loss in losses]), "mean")
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------
 
 
-def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
+def pad_across_processes(tensor: _Tree, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> _Tree:
     """Pads tensors along one dimension to the largest size that any process has, so that they can be gathered.
 
     Args:
@@ -287,7 +288,7 @@ def _extended(tensor: torch.Tensor, dim: int, size: int, value: float, first: bo
     return padded
 
 
-def pad_input_tensors(tensor: Any, batch_size: int, num_processes: int, dim: int = 0) -> Any:
+def pad_input_tensors(tensor: _Tree, batch_size: int, num_processes: int, dim: int = 0) -> _Tree:
     """Pads a batch with zeros until it can be cut into `num_processes` equal parts.
 
     Args:

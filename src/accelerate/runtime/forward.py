@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+_Model = TypeVar("_Model")
 
 
 class ForwardWrapper:
@@ -119,8 +121,8 @@ def _dynamo_is_loaded() -> bool:
 
 
 def extract_model_from_parallel(
-    model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
-) -> Any:
+    model: _Model, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
+) -> _Model:
     """The module inside the containers that a strategy put around it.
 
     Args:
@@ -129,8 +131,8 @@ def extract_model_from_parallel(
         keep_torch_compile: Give a compiled module back compiled; False gives the plain module.
         recursive: Unwrap submodules too.
     """
-    compiled = model if is_compiled_module(model) else None
-    inner = compiled._orig_mod if compiled is not None else model
+    compiled: Any = model if is_compiled_module(model) else None
+    inner: Any = compiled._orig_mod if compiled is not None else model
     inner = _without_containers(inner)
     if recursive:
         _unwrap_children(inner)
@@ -144,8 +146,7 @@ def extract_model_from_parallel(
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The module inside containers and inside what compiles it as a whole, with its wrappers of precision."""
-    found: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
-    return found
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def _without_containers(module: Any) -> Any:

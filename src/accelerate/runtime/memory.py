@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 
@@ -25,6 +25,7 @@ from .cpu_groups import cpu_group
 from .transport import Collectives
 
 _R = TypeVar("_R")
+_P = ParamSpec("_P")
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,22 @@ def should_reduce_batch_size(exception: Exception) -> bool:
     return of_an_allocator and _OUT_OF_MEMORY.search(str(exception)) is not None
 
 
+class _WithoutBatchSize(Protocol):
+    """A decorator: takes the first parameter, the batch size, from a function."""
+
+    def __call__(self, function: Callable[Concatenate[int, _P], _R], /) -> Callable[_P, _R]: ...
+
+
+@overload
+def find_executable_batch_size(
+    function: Callable[Concatenate[int, _P], _R],
+    starting_batch_size: int = 128,
+    reduce_batch_size_fn: Callable[..., int] | None = None,
+) -> Callable[_P, _R]: ...
+@overload
+def find_executable_batch_size(
+    function: None = None, starting_batch_size: int = 128, reduce_batch_size_fn: Callable[..., int] | None = None
+) -> _WithoutBatchSize: ...
 def find_executable_batch_size(
     function: Callable[..., Any] | None = None,
     starting_batch_size: int = 128,

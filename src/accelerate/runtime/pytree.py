@@ -12,9 +12,11 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Tree = TypeVar("_Tree")
 
 _HALVES = (torch.float16, torch.bfloat16)
 _Tensor = torch.Tensor
@@ -214,11 +216,11 @@ def _path_to(leaf: Any, data: Any) -> str | None:
 
 
 def send_to_device(
-    tensor: Any,
+    tensor: _Tree,
     device: torch.device | str | int,
     non_blocking: bool = False,
     skip_keys: str | Sequence[str] | None = None,
-) -> Any:
+) -> _Tree:
     """Moves every tensor of a tree, and every object with a ``to`` method of its own, to a device.
 
     Args:
@@ -358,11 +360,11 @@ def _has_dimension(leaf: Any) -> bool:
 
 
 def slice_tensors(
-    data: Any,
+    data: _Tree,
     tensor_slice: Any,
     process_index: int | None = None,
     num_processes: int | None = None,
-) -> Any:
+) -> _Tree:
     """Takes ``tensor[tensor_slice]`` of every tensor in a tree.
 
     Args:
