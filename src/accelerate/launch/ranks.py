@@ -76,6 +76,7 @@ def _import_torch() -> None:
 
 # `Accelerator.stop_on` has a script save when one of these comes.
 _HANDED_ON = ("SIGUSR1", "SIGUSR2")
+_NOTED_SECONDS = 5.0
 
 
 class _Ranks:
@@ -247,7 +248,10 @@ class _Ranks:
             self.guard.forget(self.running)
             self.running.clear()
             return Verdict("", 0)
-        deaths = self.deaths.times if self.deaths is not None else {}
+        deaths = {}
+        if self.deaths is not None:
+            self.deaths.join(_NOTED_SECONDS)  # torch may have reaped the last rank before the thread has run
+            deaths = self.deaths.times
         ended = verdict.of_failures(result.failures, deaths, self.ending_since, self.left, self.alive)
         if ended.lost_a_peer and self.neighbours is not None:
             end = self.neighbours.explain()
