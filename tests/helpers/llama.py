@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 
-STEPS, BATCH, LENGTH, VOCABULARY = 20, 4, 8, 13
+STEPS, BATCH, LENGTH, VOCABULARY = 8, 4, 8, 13
 
 
 class Attention(nn.Module):
@@ -126,7 +126,7 @@ def train(
     clip_value: bool = False,
     **more: Any,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Weights and norms of 20 steps in float64: AdamW with two groups, accumulation over 2, clipping.
+    """Weights and norms of `STEPS` steps in float64: AdamW with two groups, accumulation over 2, clipping.
 
     Args:
         fsdp: Fields of the plugin; None: no plugin.

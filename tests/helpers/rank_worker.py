@@ -90,6 +90,8 @@ def main(descriptor: int) -> None:
         with warnings.catch_warnings():
             reply = run(job)
         reset(environment, directory)
+        gc.collect()
+        gc.freeze()  # the libraries that the job has imported
         connection.send_bytes(pickle.dumps(reply))
 
 
