@@ -40,20 +40,28 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-def test_a_trainer_resumes_where_it_was(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", 8, 4)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A training on one process: its folder and its figures."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, train(folder, 8, 4)
+
+
+def test_a_trainer_resumes_where_it_was(tmp_path: Path, alone: tuple[Path, dict[str, Any]]) -> None:
+    folder, whole = alone
     assert whole["step"] == 4 and whole["processes"] == 1 and whole["eval_loss"][1] < whole["eval_loss"][0]
     again = tmp_path / "again"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", again / "checkpoint-2")
+    shutil.copytree(folder / "checkpoint-2", again / "checkpoint-2")
     assert train(again, 8, 4, resume=True) == whole
-    before, after = weights(tmp_path / "whole"), weights(again)
+    before, after = weights(folder), weights(again)
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    one, two = train(tmp_path / "one", 8, 4), train(tmp_path / "two", 4, 4, processes=2)
+def test_two_processes_train_what_one_does(tmp_path: Path, alone: tuple[Path, dict[str, Any]]) -> None:
+    folder, one = alone
+    two = train(tmp_path / "two", 4, 4, processes=2)
     assert two["processes"] == 2 and two["step"] == 4
-    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
+    before, after = weights(folder), weights(tmp_path / "two")
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5)
     assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-3)

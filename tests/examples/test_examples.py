@@ -48,7 +48,7 @@ def test_digits_on_two_processes() -> None:
 
 def test_digits_accumulates_in_bf16() -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install 'accelerate[examples]'")
-    arguments = ["--epochs=2", "--gradient_accumulation_steps=2", "--mixed_precision=bf16"]
+    arguments = ["--epochs=1", "--gradient_accumulation_steps=2", "--mixed_precision=bf16"]
     assert accuracy(start("digits.py", *arguments, processes=2).stdout) > 50
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "resumable.py"
 LAUNCH = ("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2")
-ARGUMENTS = (str(EXAMPLE), "--epochs", "10", "--save_every", "10", "--project_dir", "the run")
+ARGUMENTS = (str(EXAMPLE), "--epochs", "5", "--save_every", "10", "--project_dir", "the run")
 PATIENCE = 120.0
 
 
