@@ -36,6 +36,7 @@ def owners(documented: Iterable[Any]) -> dict[str, Owner]:
     """The options of documented objects by owner: those of functions, of constructors and of public methods."""
     found: dict[str, Owner] = {}
     documented = list(documented)
+    seen: set[Any] = set()
     for value in documented:
         module = getattr(value, "__module__", None) or ""
         if module.partition(".")[0] != "accelerate" or not hasattr(value, "__qualname__"):
@@ -45,6 +46,9 @@ def owners(documented: Iterable[Any]) -> dict[str, Owner]:
                 continue
             add(found, value, value.__module__, value.__qualname__)
             for name, method in methods(value, documented):
+                if inspect.unwrap(method) in seen:  # a base of two documented classes has it
+                    continue
+                seen.add(inspect.unwrap(method))
                 add(found, method, value.__module__, f"{value.__qualname__}.{name}")
         elif inspect.isroutine(value):
             add(found, value, module, value.__qualname__)
