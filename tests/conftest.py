@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from tests.helpers import skips
 from tests.helpers.ranks import RankPool
 from tests.helpers.reset import reset_singletons
 
@@ -29,6 +30,20 @@ def small_garbage_collections() -> None:
     """Takes the libraries and the tests out of later collections, of which some tests cause dozens: a second each."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    skips.fail_if_unexpected(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    skips.fail_if_unexpected(report)
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from accelerate.commands.config.role import POLICY, ROLE_NAME
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-clouds" / "bin" / "python"
 
@@ -187,3 +189,17 @@ def test_ctrl_c_ends_the_watching_and_says_how_to_end_the_job(aws: Aws) -> None:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in errors
     assert f"`aws sagemaker stop-training-job --training-job-name {name}` ends it" in errors
+
+
+def test_the_role_is_made_once_and_does_not_stay_without_its_policy(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"PYTHONPATH": str(ROOT / "src"), "HOME": str(tmp_path)}
+    command = [str(PYTHON), str(ROOT / "tests" / "clouds" / "role.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    report = json.loads(done.stdout)
+    made, again = report["said"]
+    assert made == f"Made the role {ROLE_NAME} with the policy {POLICY}." and "there already" in again
+    assert [policy["PolicyArn"] for policy in report["policies"]] == [POLICY]
+    assert report["role"]["Statement"][0]["Principal"] == {"Service": "sagemaker.amazonaws.com"}
+    assert re.search("could not be made: .*does not exist", report["without policy"]) and report["left"] == []
+    assert "could not be made: The config profile (nobody)" in report["no profile"]
