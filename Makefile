@@ -14,7 +14,7 @@ FLOOR := torch==2.6.0 'numpy<2.3'
 NEWEST := torch==2.14.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clouds lint format bench gpu crash docs floor newest clean
+.PHONY: help demo test clouds lint format bench gpu crash mutants docs floor newest clean
 
 # A .venv that was moved or copied still points to the place where it was made: install again.
 MOVED := $(shell [ ! -e $(VENV)/.place ] || [ "$$(cat $(VENV)/.place)" = "$$(pwd -P)" ] || rm -f $(VENV)/.ready-*)
@@ -52,6 +52,9 @@ crash: $(VENV)/.ready-test  ## kill and damage checkpoints in thousands of ways 
 	@"$(PY)" -W ignore -m tests.helpers.crash --points 108 --ranks 2
 	@"$(PY)" -W ignore -m tests.helpers.crash --points 54 --sharded
 	@"$(PY)" -W ignore -m tests.helpers.corruption
+
+mutants: $(VENV)/.ready-clients  ## put bugs into a copy of the tree, one at a time, and see that tests fail (an hour; ONLY=ddp for some)
+	@"$(PY)" tools/mutants.py $(ONLY)
 
 docs: $(VENV)/.ready-docs  ## build the documentation into site/
 	@"$(PY)" -m mkdocs build --strict --quiet

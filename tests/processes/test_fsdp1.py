@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import BackwardPrefetch, FullyShardedDataParallel, ShardingStrategy
 
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.runtime import world
@@ -82,6 +82,69 @@ def _held(use_orig_params: bool) -> tuple[float, float, float]:
 def test_a_rank_holds_its_share(use_orig_params, run_ranks):
     for found in run_ranks(4, _held, use_orig_params):
         assert max(found) <= 0.27 and min(found) > 0.2
+
+
+def _held_around_a_forward(strategy: str, sizes: dict[str, int]) -> tuple[float, float]:
+    """The part of the model's parameters that this rank holds before a forward, and between it and its backward."""
+    accelerator = Accelerator(
+        cpu=True,
+        fsdp_plugin=plugin(sharding_strategy=strategy),
+        parallelism_config=ParallelismConfig(**sizes) if sizes else None,
+    )
+    model = nn.Sequential(*[Block(64) for _ in range(2)])
+    whole = sum(param.nbytes for param in model.parameters())
+    model = accelerator.prepare(model)
+
+    def held() -> float:
+        storages = [param.untyped_storage() for param in model.parameters()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) / whole
+
+    before = held()
+    model(torch.rand(2, 64))
+    return before, held()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "shares"),
+    [
+        ("FULL_SHARD", 2, (0.5, 0.5)),
+        ("SHARD_GRAD_OP", 2, (0.5, 1)),
+        ("NO_SHARD", 2, (1, 1)),
+        ("HYBRID_SHARD", 4, (0.5, 0.5)),
+        ("HYBRID_SHARD_ZERO2", 4, (0.5, 1)),
+    ],
+)
+def test_what_a_rank_holds_around_a_forward(strategy, ranks, shares, run_ranks):
+    sizes = {"dp_replicate_size": 2, "dp_shard_size": 2} if ranks == 4 else {}
+    for found in run_ranks(ranks, _held_around_a_forward, strategy, sizes):
+        assert found == pytest.approx(shares, abs=0.03)
+
+
+def _on_two_machines() -> tuple[tuple[int, ...], list[int] | None]:
+    """The mesh of a hybrid strategy, as if ranks 0 and 1 were on one machine, and 2 and 3 on another."""
+    Accelerator(cpu=True)
+    here = dataclasses.replace(world.current(), local_size=2, local_rank=world.current().rank % 2)
+    mesh = _mesh(None, here, ShardingStrategy.HYBRID_SHARD)
+    return tuple(mesh.shape), mesh.get_coordinate()
+
+
+def test_a_hybrid_strategy_shards_within_each_machine(run_ranks):
+    assert run_ranks(4, _on_two_machines) == [((2, 2), [rank // 2, rank % 2]) for rank in range(4)]
+
+
+def _containers(**fields: object) -> set[tuple[object, ...]]:
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(**fields))
+    model = accelerator.prepare(nn.Sequential(Block(4), Block(4)))
+    return {
+        (unit.backward_prefetch, unit.forward_prefetch, unit.limit_all_gathers)
+        for unit in FullyShardedDataParallel.fsdp_modules(model)
+    }
+
+
+def test_when_units_are_gathered(run_ranks):
+    fields = {"backward_prefetch": "BACKWARD_POST", "forward_prefetch": True, "limit_all_gathers": False}
+    assert run_ranks(2, _containers, **fields) == [{(BackwardPrefetch.BACKWARD_POST, True, False)}] * 2
+    assert run_ranks(2, _containers) == [{(None, False, True)}] * 2
 
 
 def _only_rank_0_has_weights() -> tuple[list[float], bool]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from accelerate import Accelerator
+from accelerate.runtime.probe import is_torch_version
+from accelerate.strategies import fsdp2
 from tests.helpers import sharding
 from tests.helpers.sharding import Block, Tiny
 
@@ -41,6 +45,41 @@ def test_a_rank_holds_its_share(run_ranks):
     for share, states, kinds in run_ranks(4, _held):
         assert share == pytest.approx(0.25, abs=0.02) and states == pytest.approx(0.25, abs=0.02)
         assert kinds == {"DTensor"} or kinds == {"Parameter"}
+
+
+def _whole_after_a_forward(reshard: bool, evaluation: bool) -> list[bool]:
+    """Whether this rank still holds a unit's parameters whole: of the first, of the last, and of the model itself."""
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(reshard_after_forward=reshard))
+    model = nn.Sequential(Block(4), Block(4), nn.Linear(4, 4))
+    model = accelerator.prepare_model(model, evaluation_mode=evaluation)
+    model(torch.rand(2, 4))
+    return [not isinstance(linear.weight, DTensor) for linear in (model[0].up, model[1].up, model[2])]
+
+
+@pytest.mark.parametrize(
+    ("reshard", "evaluation", "whole"),
+    [
+        (True, False, [False, False, True]),  # the backward needs the model's own parameters at once
+        (True, True, [False, False, not is_torch_version(">=", "2.7.0")]),
+        (False, False, [True, True, True]),
+    ],
+)
+def test_what_stays_whole_after_a_forward(reshard, evaluation, whole, run_ranks):
+    assert run_ranks(2, _whole_after_a_forward, reshard, evaluation) == [whole] * 2
+
+
+def _offload_policies(offload: bool) -> set[type]:
+    # On the CPU, where an offloaded shard is already, nothing but torch's policy shows that it was asked for.
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(cpu_offload=offload))
+    with mock.patch.object(fsdp2, "fully_shard", wraps=fsdp2.fully_shard) as sharded:
+        accelerator.prepare(nn.Sequential(Block(4), Block(4)))
+    assert sharded.call_count == 3
+    return {type(call.kwargs["offload_policy"]) for call in sharded.call_args_list}
+
+
+def test_every_unit_is_offloaded(run_ranks):
+    assert run_ranks(2, _offload_policies, True) == [{CPUOffloadPolicy}] * 2
+    assert run_ranks(2, _offload_policies, False) == [{OffloadPolicy}] * 2
 
 
 def _only_rank_0_has_weights() -> list[float]:

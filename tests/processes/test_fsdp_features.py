@@ -292,6 +292,28 @@ def test_several_models(run_ranks):
     assert run_ranks(2, _several) == [[True] * 5] * 2
 
 
+def _computed(version: int, checkpointing: bool) -> list[int]:
+    """How often each of two units computes in a step."""
+    accelerator = Accelerator(cpu=True, fsdp_plugin=flexible(version, activation_checkpointing=checkpointing))
+    model = nn.Sequential(Block(4), Block(4))
+    calls = [0, 0]
+
+    def count(place: int) -> None:
+        calls[place] += 1
+
+    for place, block in enumerate(model):
+        block.up.register_forward_hook(lambda *_, place=place: count(place))
+    model = accelerator.prepare(model)
+    accelerator.backward(model(torch.ones(2, 4)).sum())
+    return calls
+
+
+@both
+def test_units_are_recomputed_if_asked_for(version, run_ranks):
+    assert run_ranks(2, _computed, version, True) == [[2, 2]] * 2
+    assert run_ranks(2, _computed, version, False) == [[1, 1]] * 2
+
+
 def _made_by_a_function() -> tuple[list[float], bool]:
     """No rank has weights: rank 0 makes them, the others receive them; the optimizer was there before."""
 

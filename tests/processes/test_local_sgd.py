@@ -187,15 +187,18 @@ def raises_inside() -> list[bool]:
     try:
         with LocalSGD(accelerator, model, local_sgd_steps=2) as local:
             assert not model.require_backward_grad_sync
+            for parameter in model.parameters():
+                parameter.data += accelerator.process_index
+            own = flat(model)
             local.step()
             raise KeyError("on this rank only" if accelerator.process_index else "here too")
     except KeyError:
         pass
-    return [model.require_backward_grad_sync, bool(gather(torch.ones(1)).sum() == 2)]
+    return [model.require_backward_grad_sync, torch.equal(flat(model), own), bool(gather(torch.ones(1)).sum() == 2)]
 
 
 def test_an_exception_inside_waits_for_nobody(run_ranks: RunRanks) -> None:
-    assert run_ranks(2, raises_inside) == [[True, True]] * 2
+    assert run_ranks(2, raises_inside) == [[True, True, True]] * 2
 
 
 def test_what_it_refuses() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -235,23 +236,61 @@ def with_hook(**options: object) -> torch.Tensor:
 HOOK = DDPCommunicationHookType
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"comm_hook": HOOK.FP16},
-        {"comm_hook": HOOK.BF16},
-        {"comm_hook": HOOK.POWER_SGD, "comm_state_option": {"matrix_approximation_rank": 32, "start_powerSGD_iter": 2}},
-        {"comm_hook": HOOK.BATCHED_POWER_SGD, "comm_state_option": {"start_powerSGD_iter": 2}},
-        {"comm_hook": HOOK.POWER_SGD, "comm_wrapper": HOOK.FP16, "comm_state_option": {"start_powerSGD_iter": 2}},
-        {"comm_hook": HOOK.POWER_SGD, "comm_wrapper": HOOK.BF16, "comm_state_option": {"start_powerSGD_iter": 2}},
-    ],
-    ids=str,
-)
-def test_communication_hooks_train(run_ranks, options):
-    plain = run_ranks(2, with_hook)[0]
-    first, second = run_ranks(2, with_hook, **options)
-    assert torch.equal(first, second), "ranks stay in step"
-    assert (first - plain).abs().max() < (0.02 if "sgd" in options["comm_hook"].value else 2e-3)
+HOOKS: list[dict[str, Any]] = [
+    {"comm_hook": HOOK.FP16},
+    {"comm_hook": HOOK.BF16},
+    {"comm_hook": HOOK.POWER_SGD, "comm_state_option": {"matrix_approximation_rank": 32, "start_powerSGD_iter": 2}},
+    {"comm_hook": HOOK.BATCHED_POWER_SGD, "comm_state_option": {"start_powerSGD_iter": 2}},
+    {"comm_hook": HOOK.POWER_SGD, "comm_state_option": {"start_powerSGD_iter": 2}},
+    {"comm_hook": HOOK.POWER_SGD, "comm_wrapper": HOOK.FP16, "comm_state_option": {"start_powerSGD_iter": 2}},
+    {"comm_hook": HOOK.POWER_SGD, "comm_wrapper": HOOK.BF16, "comm_state_option": {"start_powerSGD_iter": 2}},
+]
+
+
+def with_every_hook() -> list[torch.Tensor]:
+    return [with_hook(**options) for options in ({}, *HOOKS)]
+
+
+def test_communication_hooks_train(run_ranks):
+    first, second = run_ranks(2, with_every_hook)
+    assert all(map(torch.equal, first, second)), "ranks stay in step"
+    plain, *compressed = first
+    for options, weights in zip(HOOKS, compressed, strict=True):
+        off = (weights - plain).abs().max()
+        assert 0 < off < (0.02 if "sgd" in options["comm_hook"].value else 2e-3), options
+    for one, other in itertools.combinations(compressed, 2):
+        assert not torch.equal(one, other), "each compresses in its own way"
+    fp16, bf16 = ((weights - plain).abs().max() for weights in compressed[:2])
+    assert 2 * fp16 < bf16, "bf16 has fewer digits"
+
+
+def ddp_options() -> tuple[object, ...]:
+    names = ("find_unused_parameters", "gradient_as_bucket_view", "static_graph")
+    handler = DistributedDataParallelKwargs(**dict.fromkeys(names, True), bucket_cap_mb=3)
+    wrapped = Accelerator(cpu=True, kwargs_handlers=[handler]).prepare(nn.Linear(1, 1))
+    return (*(getattr(wrapped, name) for name in names), wrapped.bucket_bytes_cap)
+
+
+def test_the_container_is_built_as_asked_for(run_ranks):
+    assert run_ranks(2, ddp_options) == [(True, True, True, 3 * 2**20)] * 2
+
+
+def gradients_while_accumulating(sync_each_batch: bool) -> list[float]:
+    plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=sync_each_batch)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    model = nn.Linear(1, 1, bias=False)
+    wrapped = accelerator.prepare(model)
+    seen = []
+    for _ in range(2):
+        with accelerator.accumulate(wrapped):
+            accelerator.backward(wrapped(torch.full((1, 1), 2.0 * accelerator.process_index)).sum())
+        seen.append(model.weight.grad.item())
+    return seen
+
+
+def test_gradients_are_synchronized_at_each_batch_if_asked_for(run_ranks):
+    assert run_ranks(2, gradients_while_accumulating, False) == [[0.0, 1.0], [1.0, 1.0]]
+    assert run_ranks(2, gradients_while_accumulating, True) == [[0.5, 1.0]] * 2
 
 
 def wrong_on_every_rank() -> None:

@@ -7,7 +7,9 @@ import importlib
 import os
 import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -148,6 +150,38 @@ def test_a_rank_that_stays_away_is_named_by_the_others(run_ranks):
     first, away, third = run_ranks(3, one_who_stays_away, join=False)
     assert away == "away"
     assert first.startswith("rank 0 of 3") and third.startswith("rank 2 of 3")
+
+
+def made_by_the_first(folder: str, locally: bool) -> bool:
+    """Whether what the first process makes in its block was there in this one's; two processes a machine."""
+    state = PartialState(cpu=True)
+    rank = state.process_index
+    state.local_process_index = rank % 2
+    made = Path(folder, f"{rank // 2 if locally else 0}")
+    with state.local_main_process_first() if locally else state.main_process_first():
+        if rank == 0 or (locally and state.is_local_main_process):
+            time.sleep(0.3)  # so that others which do not wait come too early
+            made.touch()
+        return made.exists()
+
+
+@pytest.mark.parametrize("locally", [False, True])
+def test_the_first_process_is_through_before_the_others_begin(run_ranks, tmp_path, locally):
+    assert run_ranks(4, made_by_the_first, str(tmp_path), locally) == [True] * 4
+
+
+def made_before_all_go_on(folder: str) -> bool:
+    state = PartialState(cpu=True)
+    made = Path(folder, "made")
+    if state.is_last_process:
+        time.sleep(0.3)
+        made.touch()
+    state.wait_for_everyone()
+    return made.exists()
+
+
+def test_everyone_waits_for_the_last(run_ranks, tmp_path):
+    assert run_ranks(3, made_before_all_go_on, str(tmp_path)) == [True] * 3
 
 
 FIRST_FAILS_IN_BLOCK = """

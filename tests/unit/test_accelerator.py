@@ -28,6 +28,7 @@ from accelerate.settings.handlers import (
     GradientAccumulationPlugin,
     GradScalerKwargs,
     ProfileKwargs,
+    ProjectConfiguration,
     TorchDynamoPlugin,
 )
 from accelerate.settings.megatron import MegatronLMDummyScheduler, MegatronLMPlugin
@@ -699,3 +700,87 @@ def test_another_precision_after_a_reset():
         Accelerator(cpu=True, mixed_precision=precision).prepare(model)(torch.ones(1, 1))
     assert seen[0] is torch.bfloat16
     assert len(vars(model.forward)["_free"]) == 1 and model.forward._free is not model.forward.__wrapped__._free
+
+
+def test_an_older_split_batches_wins_whatever_it_says():
+    config = DataLoaderConfiguration(split_batches=True)
+    assert not Accelerator(cpu=True, split_batches=False, dataloader_config=config).split_batches
+    assert Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True)).split_batches
+
+
+def test_the_end_of_a_loader_ends_the_accumulation_unless_asked_not_to():
+    synced = [step[0] for _ in range(2) for step in accumulated(3, num_steps=2)]
+    assert synced == [False, True, True] * 2
+    accelerator = Accelerator(
+        cpu=True, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)
+    )
+    loader = accelerator.prepare(small_loader(6))
+    seen = []
+    for _ in range(2):
+        for _ in loader:
+            with accelerator.accumulate():
+                seen.append((accelerator.sync_gradients, accelerator.step))
+    assert seen == [(False, 1), (True, 2), (False, 3), (True, 4), (False, 5), (True, 6)]
+
+
+def test_micro_steps_are_counted_from_the_end_of_a_loader():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = accelerator.prepare(small_loader(6))
+    seen = []
+    for _ in range(2):
+        for _ in loader:
+            with accelerator.accumulate():
+                seen.append((accelerator.sync_gradients, accelerator.step))
+    assert seen == [(False, 1), (True, 2), (True, 0)] * 2
+
+
+def test_freed_memory_leaves_no_micro_steps():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    for _ in range(3):
+        with accelerator.accumulate():
+            pass
+    assert accelerator.step == 3
+    accelerator.free_memory()
+    assert accelerator.step == 0
+
+
+def test_the_constructors_profile_handler(tmp_path):
+    handler = ProfileKwargs(activities=["cpu"], record_shapes=True, output_trace_dir=str(tmp_path / "traces"))
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[handler])
+    with accelerator.profile() as profiler:
+        torch.ones(2) + 1
+    assert [event.input_shapes for event in profiler.events() if event.name == "aten::add"] == [[[2], [], []]]
+    assert (tmp_path / "traces" / "profile_0.json").is_file()
+
+
+@pytest.mark.parametrize(("norm_type", "norm"), [(2, 5.0), (1, 7.0), (float("inf"), 4.0)])
+def test_the_norm_that_is_clipped(norm_type, norm):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Linear(2, 1, bias=False))
+    accelerator.backward((model.weight * torch.tensor([3.0, 4.0])).sum())
+    assert accelerator.clip_grad_norm_(model.parameters(), norm / 2, norm_type=norm_type).item() == pytest.approx(norm)
+    assert model.weight.grad[0].tolist() == pytest.approx([1.5, 2.0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "each", "saves"),
+    [(0, 0, False, True), (0, 0, True, True), (2, 0, False, False), (2, 0, True, True), (1, 1, True, False)],
+)
+def test_who_saves_on_several_machines(rank, local, each, saves):
+    accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(save_on_each_node=each))
+    accelerator.state.process_index, accelerator.state.local_process_index = rank, local
+    assert accelerator.should_save_model is saves
+
+
+def test_autocast_takes_its_handlers():
+    handler = AutocastKwargs(enabled=False)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", kwargs_handlers=[handler])
+    layer = nn.Linear(2, 2)
+    with accelerator.autocast():
+        assert layer(torch.ones(1, 2)).dtype is torch.float32
+    with accelerator.autocast(AutocastKwargs(enabled=True)):
+        assert layer(torch.ones(1, 2)).dtype is torch.bfloat16
+    seen = []
+    layer.register_forward_hook(lambda *found: seen.append(found[2].dtype))
+    accelerator.prepare(layer)(torch.ones(1, 2))
+    assert seen == [torch.float32]

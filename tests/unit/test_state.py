@@ -64,6 +64,32 @@ def test_print_and_first(capsys):
     assert capsys.readouterr().out == "here!"
 
 
+@pytest.mark.parametrize(("rank", "local"), [(0, 0), (1, 1), (2, 0), (3, 1)])
+def test_ranks_of_two_machines(rank, local, capsys):
+    state = PartialState(cpu=True)
+    state.process_index, state.local_process_index, state.num_processes = rank, local, 4
+    assert (state.is_main_process, state.is_local_main_process) == (rank == 0, local == 0)
+    assert state.is_last_process == (rank == 3)
+    runs = {
+        "main": state.on_main_process(bool),
+        "local main": state.on_local_main_process(bool),
+        "last": state.on_last_process(bool),
+        "process 2": state.on_process(bool, process_index=2),
+        "local process 1": state.on_local_process(bool, local_process_index=1),
+    }
+    places = {"main": rank == 0, "local main": local == 0, "last": rank == 3, "process 2": rank == 2}
+    assert {name: function() is not None for name, function in runs.items()} == {
+        **places,
+        "local process 1": local == 1,
+    }
+    state.print("here", end="")
+    assert capsys.readouterr().out == ("here" if local == 0 else "")
+    with state.split_between_processes([0, 1, 2, 3, 4], apply_padding=True) as part:
+        assert part == [[0, 1], [2, 4], [3, 4], [4, 4]][rank]
+    with state.split_between_processes([0, 1, 2, 3, 4]) as part:
+        assert part == [[0, 1], [2], [3], [4]][rank]
+
+
 def test_split_is_given_whole_to_a_lone_process():
     with PartialState(cpu=True).split_between_processes({"a": [1, 2]}) as part:
         assert part == {"a": [1, 2]}

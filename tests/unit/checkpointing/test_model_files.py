@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from accelerate.checkpointing import clean_state_dict_for_safetensors, load, sav
 from accelerate.checkpointing.disk import STRETCH, FileWriter, record_of, write_file
 from accelerate.checkpointing.files import read_safetensors, write_safetensors
 from accelerate.checkpointing.model_files import size_in_bytes, split
+from accelerate.runtime import world
+from accelerate.utils import ProjectConfiguration
 
 
 class Net(nn.Module):
@@ -190,3 +193,14 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match=f"No space left on device.*{name}") as caught:
         Accelerator(cpu=True).save_model(torch.nn.Linear(2, 2), tmp_path / "m", safe_serialization=safe)
     assert caught.value.errno == errno.ENOSPC and list((tmp_path / "m").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "each", "writes"),
+    [(0, 0, False, True), (2, 0, False, False), (2, 0, True, True), (3, 1, True, False)],
+)
+def test_who_writes_on_several_machines(tmp_path: Path, rank: int, local: int, each: bool, writes: bool) -> None:
+    accelerator = Accelerator(cpu=True, project_config=ProjectConfiguration(save_on_each_node=each))
+    world.set_current(replace(world.current(), rank=rank, local_rank=local))
+    accelerator.save({"a": torch.ones(1)}, tmp_path / "object.bin")
+    assert (tmp_path / "object.bin").exists() is writes

@@ -151,3 +151,20 @@ def test_a_step_by_hand() -> None:
     assert max(seen[Kind.BACKWARD]) == 3 and seen[Kind.UPDATE] == [0]
     found = rank_memory(step, Sharding(ranks=2))
     assert (found.weights, found.gradients, found.optimizer) == (400, 400, 808)
+
+
+def test_activations_are_the_most_that_is_held_but_by_the_optimizer() -> None:
+    unit = Unit((Weight((10,)),))
+    moments = (
+        Moment(Kind.FORWARD, 0, now=0, most=300),
+        Moment(Kind.DONE, 0, now=100, most=100),
+        Moment(Kind.BACKWARD, 0, now=100, most=500),
+        Moment(Kind.GRADIENT, 0, 0, now=0, most=0),
+        Moment(Kind.UPDATE, now=0, most=900),
+        Moment(Kind.END),
+    )
+    found = rank_memory(Step((unit,), moments), Sharding(version=0))
+    kept = 40 + 84  # the weights, and Adam's moments with their count
+    assert (found.activations, found.peak) == (500, kept + 40 + 900)
+    backward = rank_memory(Step((unit,), (*moments[:4], Moment(Kind.END))), Sharding(version=0))
+    assert (backward.activations, backward.peak) == (500, kept + 500)

@@ -30,6 +30,7 @@ from accelerate.data_loader import (
     prepare_data_loader,
 )
 from accelerate.runtime.world import DataRanks
+from accelerate.settings.enums import RNGType
 from accelerate.settings.handlers import DataLoaderConfiguration
 
 
@@ -275,3 +276,41 @@ def test_a_class_of_ones_own_has_no_stateful_version() -> None:
 
     with pytest.raises(TypeError, match="there is none for Own: derive from one of StatefulDataLoaderShard"):
         Own(range(4), use_stateful_dataloader=True)
+
+
+def test_drop_last_of_a_batch_sampler_of_the_users_own() -> None:
+    for drop_last in (False, True):
+        batches = BatchSampler(SequentialSampler(range(7)), 2, drop_last=drop_last)
+        loader = DataLoader(range(7), batch_sampler=batches)  # type: ignore[arg-type]
+        assert plan(loader).drop_last is drop_last
+        rank_1 = plan_data(loader, DataLoaderConfiguration(), DataRanks(1, 2)).build("cpu")
+        assert [batch.tolist() for batch in rank_1] == ([[2, 3]] if drop_last else [[2, 3], [6, 0]])
+
+
+def test_what_a_plan_takes_over() -> None:
+    loader = DataLoader(range(8), batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    settings = {"even_batches": False, "data_seed": 7, "non_blocking": True, "use_seedable_sampler": True}
+    found = plan_data(loader, DataLoaderConfiguration(**settings), DataRanks(0, 2), rng_types=["torch"], slice_fn=print)
+    assert (found.even_batches, found.data_seed, found.non_blocking) == (False, 7, True)
+    assert (found.rng_types, found.slice_fn) == ((RNGType.TORCH,), print)
+    built = found.build("cpu")
+    assert built._non_blocking and built.rng_types == [RNGType.TORCH]  # type: ignore[attr-defined]
+
+
+def test_arguments_of_torchs_loader_stay() -> None:
+    def initialise(worker: int) -> None: ...
+
+    options: dict[str, Any] = {
+        "num_workers": 1,
+        "persistent_workers": True,
+        "prefetch_factor": 5,
+        "timeout": 60,
+        "worker_init_fn": initialise,
+        "multiprocessing_context": "spawn",
+        "collate_fn": list,
+        "generator": torch.Generator(),
+    }
+    built = plan(DataLoader(range(8), batch_size=2, **options)).build("cpu")  # type: ignore[arg-type]
+    context = options.pop("multiprocessing_context")
+    assert built.multiprocessing_context.get_start_method() == context
+    assert {name: getattr(built, name) for name in options} == options

@@ -326,6 +326,18 @@ def test_keys_that_stay_where_they_are() -> None:
     assert seen == {"moved": "meta", "kept": "cpu"}
 
 
+def test_keys_of_outputs_that_stay_where_they_are() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"moved": x.new_ones(1), "kept": torch.ones(1, device="meta")}
+
+    net = add_hook_to_module(Two(), AlignDevicesHook(CPU, io_same_device=True, skip_keys=["kept"]))
+    found = net(torch.ones(1))
+    assert (found["moved"].device.type, found["kept"].device.type) == ("cpu", "meta")
+    there = add_hook_to_module(nn.Identity(), AlignDevicesHook("meta", io_same_device=False))
+    assert there(torch.ones(1)).is_meta
+
+
 def test_models_in_turn() -> None:
     first, hook_1 = accelerate.cpu_offload_with_hook(Net(), "cpu")
     second, hook_2 = accelerate.cpu_offload_with_hook(Net(), "cpu", prev_module_hook=hook_1)

@@ -322,3 +322,20 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
     accelerate.Accelerator(cpu=True).save_model(Net(), tmp_path)
     no_folder = expected(observed("load_checkpoint_in_model.disk_no_folder"))
     assert raised(lambda: load(Net(), tmp_path, device_map={"": "disk"})) == no_folder
+
+
+def test_empty_weights_keep_what_is_trained() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trained = nn.Parameter(torch.ones(2))
+            self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+            self.packed = nn.Parameter(torch.ones(2, dtype=torch.uint8), requires_grad=False)
+
+    with accelerate.init_empty_weights():
+        model = Parts()
+    assert {name: (p.is_meta, p.requires_grad, p.dtype) for name, p in model.named_parameters()} == {
+        "trained": (True, True, torch.float32),
+        "frozen": (True, False, torch.float32),
+        "packed": (True, False, torch.uint8),
+    }

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import accelerate
+from accelerate.hooks import get_state_dict_offloaded_model
 from accelerate.placement.checkpoints import WeightsError
 from accelerate.utils import load_offloaded_weights, load_state_dict, offload_state_dict
 from tests.helpers.nets import Net, Tied
@@ -251,6 +252,28 @@ def test_another_layout_in_the_files_is_named_with_what_converts_it(tmp_path: Pa
     ):
         accelerate.load_checkpoint_and_dispatch(empty, tmp_path, device_map={"": "cpu"})
     assert empty[0].weight.is_meta
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_weights_left_on_disk_have_the_dtype_that_was_asked_for(
+    tmp_path: Path, safe: bool, dtype: torch.dtype | None
+) -> None:
+    weight = torch.rand(4, 4, dtype=torch.bfloat16)
+    (tmp_path / "saved").mkdir()
+    if safe:
+        save_file({"weight": weight}, tmp_path / "saved" / "model.safetensors")
+    else:
+        torch.save({"weight": weight}, tmp_path / "saved" / "pytorch_model.bin")
+    with accelerate.init_empty_weights():
+        model = nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)
+    accelerate.load_checkpoint_and_dispatch(
+        model, tmp_path / "saved", {"": "disk"}, offload_folder=tmp_path / "offload", dtype=dtype
+    )
+    wanted = dtype or torch.bfloat16
+    found = get_state_dict_offloaded_model(model)["weight"]
+    assert found.dtype is wanted and torch.equal(found, weight.to(wanted))
+    assert model.weight.dtype is wanted and model(torch.ones(1, 4, dtype=wanted)).dtype is wanted
 
 
 def test_transformers_spreads_a_model_within_a_limit_in_words(tmp_path: Path) -> None:

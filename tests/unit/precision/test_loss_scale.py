@@ -95,3 +95,41 @@ def test_pickled_after_a_step():
     train(accelerator, model, optimizer)
     scaler = pickle.loads(pickle.dumps(accelerator.scaler))
     assert isinstance(scaler, LossScaler) and scaler.get_scale() == 2.0**10
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_gradients_are_clipped_as_they_are_not_as_they_were_scaled(clip):
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=2.0**10)])
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    accelerator.backward(model(torch.ones(1, 1)).sum())
+    if clip == "norm":
+        assert accelerator.clip_grad_norm_(model.parameters(), 0.5) == 1.0
+    else:
+        accelerator.clip_grad_value_(model.parameters(), 0.5)
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(-0.5, rel=1e-5)
+
+
+def test_a_second_step_on_one_gradient():
+    accelerator, model, optimizer = run()
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+    for _ in range(2):  # torch's own scaler wants an update in between
+        optimizer.step()
+        assert not optimizer.step_was_skipped
+    assert accelerator.scaler.get_scale() == 2.0**10
+
+
+def test_the_scaler_is_made_as_asked_for():
+    options = {"init_scale": 8.0, "growth_factor": 3.0, "backoff_factor": 0.25, "growth_interval": 2}
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(**options)])
+    model = nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    scales = []
+    for factor in (1.0, 1.0, float("inf")):
+        accelerator.backward(model(torch.ones(1, 1)).sum() * factor)
+        optimizer.step()
+        optimizer.zero_grad()
+        scales.append(accelerator.scaler.get_scale())
+    assert scales == [8.0, 24.0, 6.0]

@@ -21,7 +21,7 @@ from accelerate.utils import tqdm
     ],
 )
 def test_who_draws(local_rank, options, drawn, capsys):
-    world.set_current(replace(world.current(), local_rank=local_rank))
+    world.set_current(replace(world.current(), rank=local_rank + 8, local_rank=local_rank))  # of a second machine
     assert list(tqdm(range(3), desc="steps", **options)) == [0, 1, 2]
     assert ("steps" in capsys.readouterr().err) is drawn
 
