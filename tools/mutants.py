@@ -7,6 +7,8 @@ changed. The exit code is 1 if fewer than 95 % of the mutants are killed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
 import re
 import shutil
@@ -16,15 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("mutants.txt")
 PACKAGE = "src/accelerate"
 WANTED = 0.95
+_IMPORTED = ("pytest", "hypothesis", "xdist.plugin", "torch.distributed.fsdp", "torch.testing", "safetensors.torch")
+"""Imported once: the processes that run tests are forked, since most of a test's time would be these imports."""
 _LEFT_OUT = shutil.ignore_patterns(
     ".git", ".venv*", "site", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
 )
@@ -102,7 +105,7 @@ class Outcome:
 
 def copy_of_tree(folder: Path) -> Path:
     """Copies the checkout to a folder below `folder`, with compiled modules that Python validates by their content."""
-    copy = Path(tempfile.mkdtemp(dir=folder)) / "tree"
+    copy = folder / "tree"
     shutil.copytree(ROOT, copy, ignore=_LEFT_OUT, symlinks=True)
     compile_all = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "src", "tests"]
     subprocess.run(compile_all, cwd=copy, check=True)
@@ -120,39 +123,17 @@ def run(mutant: Mutant, copy: Path, seconds: float, tests: Sequence[str] = ()) -
         file.write_text(text, encoding="utf-8")
 
 
-_children: set[subprocess.Popen[str]] = set()
-
-
-def _kill(child: subprocess.Popen[str]) -> None:
-    """Kills a child that is still running, with the processes it started."""
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
 def _tested(copy: Path, tests: Sequence[str], seconds: float) -> Outcome:
-    paths = [f"tests/{path}" for path in tests]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "--tb=no", *paths]
-    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(
-            command,
-            cwd=copy,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-        )
-        _children.add(child)
+        child = os.fork()
+        if child == 0:
+            _run_pytest(copy, [f"tests/{path}" for path in tests], output.fileno())
         try:
-            code = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _kill(child)
-            _children.discard(child)
+            code = _exit_code(child, began + seconds)
+        finally:  # what it has started stays otherwise
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
         took = time.monotonic() - began
         output.seek(0)
         lines = output.read().splitlines()
@@ -166,12 +147,43 @@ def _tested(copy: Path, tests: Sequence[str], seconds: float) -> Outcome:
     return Outcome("error", f"pytest ended with {code}: {' | '.join(lines[-3:])}", took)
 
 
+def _run_pytest(copy: Path, tests: Sequence[str], output: int) -> NoReturn:
+    """Runs tests of a copy in a forked process, and ends it."""
+    code = 3
+    try:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(copy)
+        os.environ.update(PYTHONPATH=str(copy / "src"), PYTHONDONTWRITEBYTECODE="1")
+        sys.dont_write_bytecode = True
+        sys.path[:0] = [str(copy), str(copy / "src")]
+        import pytest
+
+        code = int(pytest.main(["-x", "-q", "-rfE", "-p", "no:cacheprovider", "--tb=no", *tests]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def _exit_code(child: int, deadline: float) -> int | None:
+    """Returns how a child ended; None if it has not by the deadline."""
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the mutants that the command line selects; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only mutants whose name or file contains one of these")
     parser.add_argument("--tests", nargs="+", default=[], help="run these below tests/ instead of each mutant's own")
-    parser.add_argument("--processes", type=int, default=1, help="how many mutants are tested at a time")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds after which a mutant counts as killed")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -181,26 +193,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for mutant in mutants:
         mutant.applied((ROOT / PACKAGE / mutant.file).read_text(encoding="utf-8"))
     outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(options.processes) as pool:
-        copies: SimpleQueue[Path] = SimpleQueue()
-        for _ in range(options.processes):
-            copies.put(copy_of_tree(Path(folder)))
-
-        def test(mutant: Mutant) -> Outcome:
-            copy = copies.get()
-            try:
-                return run(mutant, copy, options.timeout, options.tests)
-            finally:
-                copies.put(copy)
-
-        try:
-            for mutant, outcome in zip(mutants, pool.map(test, mutants), strict=True):
-                outcomes.append(outcome)
-                print(f"{outcome.verdict:8} {outcome.seconds:5.0f} s  {mutant.name}: {outcome.by}", flush=True)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in list(_children):
-                _kill(child)
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = copy_of_tree(Path(folder))
+        for mutant in mutants:
+            outcome = run(mutant, copy, options.timeout, options.tests)
+            outcomes.append(outcome)
+            print(f"{outcome.verdict:8} {outcome.seconds:5.0f} s  {mutant.name}: {outcome.by}", flush=True)
     killed = sum(outcome.verdict == "killed" for outcome in outcomes)
     print(f"{killed} of {len(mutants)} killed; {sum(outcome.seconds for outcome in outcomes):.0f} s")
     return 0 if mutants and killed >= WANTED * len(mutants) else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -57,16 +58,26 @@ def test_a_list_in_another_format_is_refused(text: str, tmp_path: Path) -> None:
         mutants.read(tmp_path / "mutants.txt")
 
 
-def test_a_bug_is_killed_or_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "src" / "accelerate"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("answer = 42\nunused = 1\n")
+def test_a_bug_is_killed_or_survives(tmp_path: Path) -> None:
+    """The runner, on a tree of one file and one test."""
+    (tmp_path / "src" / "accelerate").mkdir(parents=True)
+    package = tmp_path / "src" / "accelerate" / "__init__.py"
+    package.write_text("answer = 42\nunused = 1\n")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_answer.py").write_text(
         "import accelerate\ndef test_it(): assert accelerate.answer == 42\n"
     )
-    tests = ("test_answer.py",)
-    for old, new, verdict in (("42", "41", "killed"), ("unused = 1", "unused = 2", "survived")):
-        outcome = mutants.run(mutants.Mutant("one", "__init__.py", old, new, tests), tmp_path, 60)
-        assert outcome.verdict == verdict
-    assert (package / "__init__.py").read_text() == "answer = 42\nunused = 1\n"
+    (tmp_path / "tools").mkdir()
+    runner = (ROOT / "tools" / "mutants.py").read_text(encoding="utf-8")
+    (tmp_path / "tools" / "mutants.py").write_text(runner.replace("importlib.import_module(name)", "pass"))
+    where = "__init__.py <- test_answer.py"
+    (tmp_path / "tools" / "mutants.txt").write_text(
+        f"first\n{where}\n- 42\n+ 41\n\nsecond\n{where}\n- unused = 1\n+ unused = 2\n"
+    )
+    command = [sys.executable, str(tmp_path / "tools" / "mutants.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    first, second, total = done.stdout.splitlines()
+    assert done.returncode == 1 and total.startswith("1 of 2 killed")
+    assert first.startswith("killed") and first.endswith("first: tests/test_answer.py::test_it")
+    assert second.startswith("survived") and "second: 1 passed" in second
+    assert package.read_text() == "answer = 42\nunused = 1\n"

@@ -120,6 +120,21 @@ def test_what_a_rank_holds_around_a_forward(strategy, ranks, shares, run_ranks):
         assert found == pytest.approx(shares, abs=0.03)
 
 
+def _left_whole(ignored: str | None) -> list[bool]:
+    """Whether this rank holds all of each of two layers."""
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(auto_wrap_policy="no_wrap", ignored_modules=ignored))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    layers = list(model)
+    accelerator.prepare(model)
+    return [layer.weight.numel() == 64 for layer in layers]
+
+
+def test_parts_left_whole(run_ranks):
+    assert run_ranks(2, _left_whole, "0") == [[True, False]] * 2
+    # As one unit, the model is cut in the middle: each rank holds one layer.
+    assert run_ranks(2, _left_whole, None) == [[True, False], [False, True]]
+
+
 def _on_two_machines() -> tuple[tuple[int, ...], list[int] | None]:
     """The mesh of a hybrid strategy, as if ranks 0 and 1 were on one machine, and 2 and 3 on another."""
     Accelerator(cpu=True)

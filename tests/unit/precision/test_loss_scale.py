@@ -133,3 +133,14 @@ def test_the_scaler_is_made_as_asked_for():
         optimizer.zero_grad()
         scales.append(accelerator.scaler.get_scale())
     assert scales == [8.0, 24.0, 6.0]
+
+
+def test_gradients_are_unscaled_once_an_update():
+    accelerator, model, optimizer = run()
+    for _ in range(2):
+        accelerator.backward(model(torch.ones(1, 2)).sum())
+        for _ in range(3):
+            accelerator.unscale_gradients(optimizer)
+            assert model.bias.grad.item() == 1.0
+        optimizer.step()
+        optimizer.zero_grad()
