@@ -782,5 +782,5 @@ def test_autocast_takes_its_handlers():
         assert layer(torch.ones(1, 2)).dtype is torch.bfloat16
     seen = []
     layer.register_forward_hook(lambda *found: seen.append(found[2].dtype))
-    accelerator.prepare(layer)(torch.ones(1, 2))
+    accelerator.prepare(nn.Sequential(layer))(torch.ones(1, 2))
     assert seen == [torch.float32]

@@ -361,6 +361,13 @@ def test_layers_in_a_small_format() -> None:
     assert net.emb.weight.dtype == torch.float8_e4m3fn
 
 
+def test_layers_inside_skipped_classes_keep_their_format() -> None:
+    net = Net().eval()
+    attach_layerwise_casting_hooks(net, torch.float8_e4m3fn, torch.float32, skip_modules_classes=(Blk,))
+    small = {name for name, parameter in net.named_parameters() if parameter.dtype is torch.float8_e4m3fn}
+    assert small == {"emb.weight", "emb.bias", "head.weight", "head.bias"}
+
+
 def test_the_state_of_an_offloaded_model() -> None:
     net = Tied().eval()
     state = {name: value.clone() for name, value in net.state_dict().items()}

@@ -272,3 +272,17 @@ def test_an_address_of_version_6_stands_in_brackets() -> None:
     words = ["--num_machines", "2", "--num_processes", "2", "--rdzv_backend", "c10d", "--main_process_ip"]
     assert "[fd77::1]:29500" in plan([*words, "fd77::1", "s.py"]).command
     assert "first:29500" in plan([*words, "first", "s.py"]).command
+
+
+@pytest.mark.parametrize(
+    ("words", "starter"),
+    [
+        ([], "python"),
+        (["--num_processes", "1"], "python"),
+        (["--num_processes", "2"], "torch"),
+        (["--max_restarts", "1"], "torch"),  # who becomes the script cannot start it again
+        (["--use_fsdp"], "torch"),
+    ],
+)
+def test_who_starts_a_single_process(words, starter):
+    assert plan([*words, "train.py"]).starter == starter

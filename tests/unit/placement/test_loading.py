@@ -291,3 +291,13 @@ def test_transformers_spreads_a_model_within_a_limit_in_words(tmp_path: Path) ->
     x = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(spread(x).logits, model(x).logits)
+
+
+def test_an_index_keeps_what_was_there(tmp_path: Path) -> None:
+    offload_state_dict(tmp_path, {"first": torch.ones(1)})
+    offload_state_dict(tmp_path, {"second": torch.zeros(2)})
+    offload_state_dict(tmp_path, {"first": torch.full((3,), 7.0)})
+    assert json.loads((tmp_path / "index.json").read_text()) == {
+        "first": {"dtype": "float32", "shape": [3]},
+        "second": {"dtype": "float32", "shape": [2]},
+    }

@@ -29,6 +29,7 @@ def alone():
     [
         ({}, None),
         ({"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}, (1, 4, 1, 2)),
+        ({"RANK": 5, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4}, (5, 8, 1, 4)),
         ({"RANK": 0, "WORLD_SIZE": 1}, (0, 1, 0, 1)),
         ({"RANK": 3, "WORLD_SIZE": 4}, (3, 4, 3, 4)),
         ({"WORLD_SIZE": 1}, None),

@@ -47,6 +47,8 @@ class TestDevices:
             monkeypatch.setenv(name, value)
         kind = Some("cuda", DistributedType.MULTI_GPU, ("nccl",), "CUDA_VISIBLE_DEVICES")
         assert world._device_index(kind, Placement(3, 4, 3, 4, "whoever")) == index
+        if count == 4:  # the same on the second of two machines
+            assert world._device_index(kind, Placement(7, 8, 3, 4, "whoever")) == index
 
     def test_nccl_is_kept_from_cards_that_only_claim_to_talk_directly(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

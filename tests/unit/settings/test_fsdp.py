@@ -292,3 +292,13 @@ def test_what_offloads():
     assert not (
         offloads(1, None) or offloads(2, False) or offloads(1, CPUOffload(False)) or offloads(2, OffloadPolicy())
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "frees"), [(None, True), (True, True), (False, False), ("true", True), ("false", False)]
+)
+def test_whether_version_2_frees_after_the_forward(given, frees, monkeypatch):
+    assert FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=given).reshard_after_forward is frees
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", str(not frees).lower())
+    chosen = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=given).reshard_after_forward
+    assert chosen is (frees if given is not None else not frees)

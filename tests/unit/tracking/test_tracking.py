@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from accelerate import Accelerator
+from accelerate.runtime import world
 from accelerate.state import PartialState
 from accelerate.tracking import (
     GeneralTracker,
@@ -215,3 +218,27 @@ def test_all_without_any_is_said(caplog):
 def test_a_typo_is_found_before_the_run_starts(registered, tmp_path):
     with pytest.raises(ValueError, match="no tracker is called 'flie'"):
         Accelerator(cpu=True, log_with="flie", project_dir=tmp_path)
+
+    @pytest.mark.parametrize(("rank", "started"), [(0, ["main", "each"]), (1, ["each"])])
+    def test_who_logs_on_several_processes(self, rank, started):
+        seen = []
+
+        class Noted(GeneralTracker):
+            requires_logging_directory = False
+            tracker = None
+
+            def __init__(self, name, main_process_only):
+                super().__init__()
+                self.name, self.main_process_only = name, main_process_only
+
+            def start(self):
+                seen.append(self.name)
+
+            def store_init_configuration(self, values): ...
+
+            def log(self, values, step=None, **kwargs): ...
+
+        world.set_current(replace(world.current(), rank=rank, local_rank=0))  # rank 1 is the first of its machine
+        trackers = [Noted("main", True), Noted("each", False)]
+        assert start_trackers(trackers, "project") == trackers
+        assert seen == started
