@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 
 import pytest
@@ -10,7 +11,13 @@ from torch import nn
 from accelerate import Accelerator, PartialState, load_checkpoint_in_model
 from accelerate.logging import MultiProcessAdapter, get_logger
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin, MegatronLMPlugin, TorchDynamoPlugin, TorchTensorParallelPlugin
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    MegatronLMPlugin,
+    TorchDynamoPlugin,
+    TorchTensorParallelPlugin,
+)
 from tests.helpers.simulated_devices import simulated_cuda
 
 
@@ -34,6 +41,28 @@ def test_a_state_holds_megatrons_plugin():
 def test_what_joins_a_group_is_checked(kind):
     with pytest.raises((TypeError, ValueError), match="no_such_option"):
         kind(cpu=True, no_such_option=1)
+
+
+class JoinedError(Exception):
+    """Stops where a group would be joined."""
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "mpi"}, {"init_method": "file:///tmp/meeting"}, {"timeout": datetime.timedelta(seconds=7)}]
+)
+@pytest.mark.parametrize("kind", [PartialState, AcceleratorState, Accelerator])
+def test_a_group_is_joined_as_asked(options, kind, monkeypatch):
+    given: dict[str, object] = {}
+
+    def join(**arguments: object) -> None:
+        given.update(arguments)
+        raise JoinedError
+
+    monkeypatch.setattr("accelerate.runtime.world.join", join)
+    made = {"kwargs_handlers": [InitProcessGroupKwargs(**options)]} if kind is Accelerator else options
+    with pytest.raises(JoinedError):
+        kind(cpu=True, **made)
+    assert options.items() <= given.items()
 
 
 def test_gradients_are_accumulated_as_the_plugin_says():

@@ -82,9 +82,9 @@ class FullyShardedDataParallelPlugin:
     state_dict_type: str | int | StateDictType | None = None
     """How checkpoints are written: FULL_STATE_DICT (version 1's default), SHARDED_STATE_DICT (version 2's), LOCAL."""
     state_dict_config: FullStateDictConfig | ShardedStateDictConfig | None = None
-    """Details of that for models; one of another type than the default decides `state_dict_type`."""
+    """One of another type than the default decides `state_dict_type`; its details have no effect."""
     optim_state_dict_config: FullOptimStateDictConfig | ShardedOptimStateDictConfig | None = None
-    """Details of that for optimizers."""
+    """Accepted without effect: files are always written from the CPU, as `state_dict_type` has it."""
     limit_all_gathers: bool = True
     """Let the CPU wait so that at most two units are gathered ahead. Version 1."""
     use_orig_params: bool | None = None
@@ -92,7 +92,7 @@ class FullyShardedDataParallelPlugin:
     param_init_fn: Callable[[torch.nn.Module], None] | None = None
     """How a module on the meta device is given memory. Version 1."""
     sync_module_states: bool | None = None
-    """Every rank starts from the parameters of rank 0; False. Version 2 always loads so."""
+    """Accepted without effect: every rank starts from the parameters of rank 0 in any case. Version 1."""
     forward_prefetch: bool | None = None
     """Gather the next unit during the forward; False. Version 1."""
     activation_checkpointing: bool | None = None

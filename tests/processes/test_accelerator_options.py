@@ -1,0 +1,140 @@
+"""Options of `Accelerator`'s methods that only several ranks show: each test fails if its option is ignored."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import InitProcessGroupKwargs, load_checkpoint_in_model
+
+
+def collectives() -> dict[str, Any]:
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    ragged = torch.full((2, rank + 1), float(rank + 1))
+    with accelerator.split_between_processes([1, 2, 3], apply_padding=True) as part:
+        pass
+    with PartialState().split_between_processes([1, 2, 3], apply_padding=True) as same:
+        pass
+    return {
+        "mean": accelerator.reduce(torch.tensor(float(rank)), reduction="mean").item(),
+        "scaled": accelerator.reduce(torch.tensor(1.0), scale=3.0).item(),
+        "padded": accelerator.pad_across_processes(ragged, dim=1, pad_index=9, pad_first=True).tolist(),
+        "objects": accelerator.gather_for_metrics([torch.ones(rank + 1)], use_gather_object=True),
+        "parts": [part, same],
+    }
+
+
+def test_collectives_do_as_asked(run_ranks):
+    first, second = run_ranks(2, collectives)
+    assert first["mean"] == 0.5 and first["scaled"] == 6
+    assert first["padded"] == [[9, 1]] * 2 and second["padded"] == [[2, 2]] * 2
+    assert [len(tensor) for tensor in first["objects"]] == [1, 2]
+    assert (first["parts"], second["parts"]) == ([[1, 2]] * 2, [[3, 3]] * 2)
+
+
+def models() -> dict[str, Any]:
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare_model(nn.Linear(1, 1), evaluation_mode=True)
+    return {"plain": type(model) is nn.Linear}
+
+
+def test_a_model_for_evaluation_gets_no_container(run_ranks):
+    assert run_ranks(2, models) == [{"plain": True}] * 2
+
+
+def updates(options: dict[str, Any]) -> int:
+    accelerator = Accelerator(cpu=True, **options)
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 + step)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    accelerator.backward(model(torch.ones(1, 1)).sum())
+    optimizer.step()
+    scheduler.step()
+    return int(scheduler.get_last_lr()[0]) - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 2),
+        ({"schedule_per_update": True}, 1),
+        ({"split_batches": True}, 1),
+        ({"dataloader_config": DataLoaderConfiguration(split_batches=True)}, 1),
+    ],
+)
+def test_a_schedule_moves_on_by_batches_or_updates(options, steps, run_ranks):
+    assert run_ranks(2, updates, options) == [steps] * 2
+
+
+def group(folder: Path) -> tuple[bool, float]:
+    meeting = f"file://{folder / 'meeting'}"
+    timeout = datetime.timedelta(seconds=77)
+    handler = InitProcessGroupKwargs(backend="gloo", init_method=meeting, timeout=timeout)
+    Accelerator(cpu=True, kwargs_handlers=[handler])
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    return (folder / "meeting").exists(), backend.options._timeout.total_seconds()
+
+
+def test_a_group_is_joined_as_asked(run_ranks, tmp_path):
+    assert run_ranks(2, group, tmp_path, join=False) == [(True, 77)] * 2
+
+
+def left() -> tuple[bool, bool]:
+    state = PartialState(cpu=True)
+    some = dist.new_group([0, 1])
+    state.destroy_process_group(some)
+    return dist.is_initialized(), some in dist.distributed_c10d._world.pg_map
+
+
+def test_one_group_is_left(run_ranks):
+    assert run_ranks(2, left) == [(True, False)] * 2
+
+
+def cut() -> list[Any]:
+    def last_first(batch: torch.Tensor, rows: slice, process_index: int, num_processes: int) -> torch.Tensor:
+        return batch.flip(0)[rows]
+
+    loader = DataLoader(range(4), batch_size=2)  # type: ignore[arg-type,var-annotated]
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    first = accelerator.prepare_data_loader(loader, slice_fn_for_dispatch=last_first)
+    options = {"put_on_device": True, "dispatch_batches": True}
+    second = prepare_data_loader(loader, slice_fn_for_dispatch=last_first, **options)
+    torch.manual_seed(accelerator.process_index)
+    list(prepare_data_loader(loader, rng_types=["torch"]))
+    drawn = torch.rand(1).item()
+    return [[batch.tolist() for batch in first], [batch.tolist() for batch in second], drawn]
+
+
+def test_batches_are_cut_and_random_states_shared_as_asked(run_ranks):
+    first, second = run_ranks(2, cut)
+    assert first[:2] == [[[3, 2]]] * 2 and second[:2] == [[[1, 0]]] * 2
+    assert first[2] == second[2]
+
+
+def loaded(folder: Path, whole: bool) -> list[float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(1, 2, bias=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    load_checkpoint_in_model(model, folder / f"rank{dist.get_rank()}.safetensors", full_state_dict=whole)
+    return model.weight.full_tensor().flatten().tolist()  # type: ignore[operator]
+
+
+def test_a_checkpoint_holds_a_shard_of_each_rank_or_the_whole(run_ranks, tmp_path):
+    from safetensors.torch import save_file
+
+    for rank in range(2):
+        save_file({"weight": torch.full((1, 1), float(rank))}, tmp_path / f"rank{rank}.safetensors")
+    assert run_ranks(2, loaded, tmp_path, whole=False) == [[0, 1]] * 2
