@@ -4,10 +4,10 @@
     python tools/ignored_options.py Accelerator.prepare   # options whose name begins so
     python tools/ignored_options.py tests/unit/test_state.py   # entries of one file
 
-`tests/data/options.json` is the table. An option of a function is dropped when the function is called. A field of a dataclass
-reads as its default wherever the package looks at it, and as given in tests: a test that only compares the field with what
-it was set to does not notice. A flag of a command is reset after parsing. Ranks and other processes that a test starts
-take part: this file is their ``sitecustomize``.
+`tests/data/options.json` is the table. An option of a function is dropped when the function is called. A field of a
+dataclass reads as its default wherever the package looks at it, and as given in tests: a test that only compares the
+field with what it was set to does not notice. A flag of a command is reset after parsing. Ranks and other processes that
+a test starts take part: their ``sitecustomize`` imports this file.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 IGNORED, OWNERS, RESULTS, ENTRIES = (f"OPTIONS_{name}" for name in ("IGNORED", "OWNERS", "RESULTS", "ENTRIES"))
 LIMIT_SECONDS = 120
+WHEN_MADE = "when made:"
+# Fields that the package looks at only while the object is made: they are dropped there.
+LOOKED_AT_WHEN_MADE = {
+    "BnbQuantizationConfig.load_in_4bit",
+    "FullyShardedDataParallelPlugin.state_dict_config",
+    "FullyShardedDataParallelPlugin.state_dict_type",
+}
 _PASSED_OVER = ("/dataclasses.py", "/copy.py", f"/{Path(__file__).name}")
 
 
@@ -75,7 +82,7 @@ def hide_fields(cls: type, owner: str) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return getattr(cls(), name)
-        except Exception:  # it cannot be made without arguments
+        except (TypeError, ValueError):  # it cannot be made without arguments
             field = fields[name]
             return field.default_factory() if field.default is dataclasses.MISSING else field.default
         finally:
@@ -115,12 +122,13 @@ def instrument(module: Any, owners: Iterable[dict[str, str]]) -> None:
             setattr(holder, last, type(static)(new) if inner is not static else new)
         elif not inspect.isclass(value):
             setattr(holder, last, dropping(value, name, inspect.signature(value)))
-        elif dataclasses.is_dataclass(value):
-            hide_fields(value, name)
         else:
             signature = inspect.signature(value)
             first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
             with_self = signature.replace(parameters=[first, *signature.parameters.values()])
+            if dataclasses.is_dataclass(value):
+                hide_fields(value, name)
+                name = f"{WHEN_MADE} {name}"
             value.__init__ = dropping(value.__init__, name, with_self)  # type: ignore[misc]
 
 
@@ -206,7 +214,7 @@ def entry_of(item: Any) -> str:
 
 
 def pytest_runtest_protocol(item: Any, nextitem: Any) -> bool:
-    """Runs a test with nothing ignored, then with each of its options; any failure counts."""
+    """Runs a test with nothing ignored, then with each of its options; any failure counts as noticed."""
     from _pytest.runner import runtestprotocol
 
     def too_long(*_: Any) -> None:
@@ -215,7 +223,7 @@ def pytest_runtest_protocol(item: Any, nextitem: Any) -> bool:
     signal.signal(signal.SIGALRM, too_long)
     for option in ["", *(option for option, test in json.loads(os.environ[ENTRIES]).items() if test == entry_of(item))]:
         item._initrequest()
-        os.environ[IGNORED] = option
+        os.environ[IGNORED] = f"{WHEN_MADE} {option}" if option in LOOKED_AT_WHEN_MADE else option
         signal.alarm(LIMIT_SECONDS)
         try:  # fixtures of wider scope are made anew, with the option ignored
             reports = runtestprotocol(item, nextitem=item.session, log=False)
@@ -251,7 +259,11 @@ def main(words: list[str]) -> int:
         for file in sorted({test.partition("::")[0] for test in table.values()}):
             command = [sys.executable, "-m", "pytest", "-q", "-p", Path(__file__).stem, "-p", "no:cacheprovider", file]
             subprocess.run(
-                command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **here}, stdout=subprocess.DEVNULL, check=False
+                command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": path, **here},
+                stdout=subprocess.DEVNULL,
+                check=False,
             )
         noticed = {option for option, failed in map(json.loads, results.read_text().splitlines()) if failed}
     wrong = [f"{test} fails with no option ignored" for test in set(table.values()) & noticed]

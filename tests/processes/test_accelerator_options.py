@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import DataLoaderDispatcher, prepare_data_loader
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, load_checkpoint_in_model
 
 
@@ -90,15 +91,28 @@ def test_a_group_is_joined_as_asked(run_ranks, tmp_path):
     assert run_ranks(2, group, tmp_path, join=False) == [(True, 77)] * 2
 
 
-def left() -> tuple[bool, bool]:
-    state = PartialState(cpu=True)
+def left(kind: Any) -> tuple[bool, bool]:
+    state = kind(cpu=True)
     some = dist.new_group([0, 1])
     state.destroy_process_group(some)
     return dist.is_initialized(), some in dist.distributed_c10d._world.pg_map
 
 
-def test_one_group_is_left(run_ranks):
-    assert run_ranks(2, left) == [(True, False)] * 2
+@pytest.mark.parametrize("kind", [PartialState, AcceleratorState])
+def test_one_group_is_left(kind, run_ranks):
+    assert run_ranks(2, left, kind) == [(True, False)] * 2
+
+
+def replicated() -> list[Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    Accelerator(cpu=True)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    return [batch.tolist() for batch in DataLoaderDispatcher(range(4), torch_device_mesh=mesh, batch_size=2)]
+
+
+def test_ranks_that_share_a_model_are_sent_the_same(run_ranks):
+    assert run_ranks(2, replicated) == [[[0, 1], [2, 3]]] * 2
 
 
 def cut() -> list[Any]:

@@ -12,8 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model
-from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
 
 
 class Net(nn.Module):

@@ -371,3 +371,17 @@ def test_tensors_of_a_module_are_chosen():
     assert names(remove_non_persistent=True) == {"shift"}
     assert names(include_buffers=False) == set()
     assert names(recurse=True) == {"shift", "passing", "weight", "bias"}
+
+
+def test_a_tensor_is_copied_beside_the_cpu_if_asked(monkeypatch):
+    plain, seen = torch.Tensor.to, []
+
+    def to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        seen.append(options.get("non_blocking"))
+        return plain(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for wanted in (False, True):
+        set_module_tensor_to_device(nn.Linear(1, 1), "weight", "cpu", torch.ones(1, 1), non_blocking=wanted)
+        assert set(seen) == {wanted}
+        seen.clear()

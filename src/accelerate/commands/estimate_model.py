@@ -212,7 +212,9 @@ def _make_transformers(source: Source, trust: bool, token: str | None, with_head
     import torch
     import transformers
 
-    where = source.name if source.path is None else str(source.path)
+    where = source.name
+    if source.path is not None:  # code that a model brings is found beside its configuration, by the folder only
+        where = str(source.path.parent if source.path.name == _CONFIG else source.path)
     config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust, token=token)
     # Not in the format the weights were saved in. (The attribute has another name before transformers 5.)
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)

@@ -62,6 +62,27 @@ def test_a_configuration_file_says_it_too(tmp_path: Path) -> None:
     assert planned(*file, "--num_processes", "2").sharding.ranks == 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--use_fsdp",),
+        ("--fsdp_backward_prefetch", "BACKWARD_PRE"),
+        ("--fsdp_use_orig_params", "false"),
+        ("--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP", "--fsdp_min_num_params", "4"),
+    ],
+)
+def test_each_flag_changes_the_plan(words: tuple[str, ...]) -> None:
+    from torch import nn
+
+    def seen(*more: str) -> list[object]:
+        plan = planned("--num_processes", "2", *more)
+        model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 1)))
+        return [plan._replace(units=len), len(plan.units(model))]
+
+    without = {"--use_fsdp": (), "--fsdp_auto_wrap_policy": words[:2]}.get(words[0], ("--use_fsdp",))
+    assert seen(*words) != seen(*without)
+
+
 # As typed -------------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +138,52 @@ def test_the_map_is_a_table(gpt2: str, capsys: pytest.CaptureFixture[str]) -> No
     assert all(device["limit"] is None or device["size"] <= device["limit"] for device in report.values())
     balanced = json.loads(typed(capsys, gpt2, "--json", "--device_map", "auto", "--max_memory", "0=1GB", "1=1GB")[1])
     assert abs(balanced["device_map"]["0"]["size"] - balanced["device_map"]["1"]["size"]) < 250_000
+
+
+@needs_transformers
+def test_parts_that_stay_together(gpt2: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--device_map", "sequential", "--max_memory", "0=600KB", "1=450KB", "--dtypes", "float32", "--json")
+    kept, split = (
+        typed(capsys, gpt2, *flags, "--no_split_module_classes", name)[1] for name in ("GPT2Block", "Nothing")
+    )
+    assert json.loads(kept)["device_map"] != json.loads(split)["device_map"]
+
+
+@needs_transformers
+def test_a_folder_that_does_not_say_for_which_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert "--library_name {timm,transformers}" in typed(capsys, str(tmp_path))[2]
+    assert "--library_name" not in typed(capsys, str(tmp_path), "--library_name", "transformers")[2]
+
+
+OWN_CODE = """
+import torch, transformers
+
+class Config(transformers.PretrainedConfig):
+    model_type = "mine"
+
+class Model(transformers.PreTrainedModel):
+    config_class = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.layer = torch.nn.Linear(8, 8)
+        self.post_init()
+"""
+
+
+@needs_transformers
+def test_code_that_a_model_brings_is_run_if_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    auto_map = {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto_map}))
+    (tmp_path / "mine.py").write_text(OWN_CODE)
+    code, _, err = typed(capsys, str(tmp_path), "--json")
+    assert code == 2 and "custom code" in err
+    code, out, err = typed(capsys, str(tmp_path), "--json", "--trust_remote_code")
+    assert code == 0, err
+    assert json.loads(out)["dtypes"]["float32"]["total"] == 4 * (8 * 8 + 8)
 
 
 WRONG = {

@@ -280,3 +280,14 @@ def test_adapters_are_trained(weights: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_a_map_is_made_within_limits(tmp_path: Path) -> None:
+    def places(limit: int, **options: Any) -> dict[str, Any]:
+        options |= {"device_map": "sequential", "max_memory": {"cpu": limit}, "offload_folder": tmp_path}
+        return load_and_quantize_model(Net(), config("8 bits"), **options).hf_device_map
+
+    assert places(10_000) == {"": "disk"}
+    assert places(10**9) == {"": "cpu"}
+    assert places(20_000, no_split_module_classes=["Block"])["blocks"] == "disk"
+    assert "blocks" not in places(20_000)
