@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("mutants.txt")
 PACKAGE = "src/accelerate"
 WANTED = 0.95
+_WITHOUT = 3600.0
+"""How many seconds all tests may take that are named, before there is a mutant."""
 _IMPORTED = ("pytest", "hypothesis", "xdist.plugin", "torch.distributed.fsdp", "torch.testing", "safetensors.torch")
 """Imported once: the processes that run tests are forked, since most of a test's time would be these imports."""
 _LEFT_OUT = shutil.ignore_patterns(
@@ -197,6 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = copy_of_tree(Path(folder))
+        tests = dict.fromkeys(test for mutant in mutants for test in options.tests or mutant.tests)
+        whole = [test for test in tests if "::" not in test or test.partition("::")[0] not in tests]
+        before = _tested(copy, whole, _WITHOUT)
+        print(f"{before.verdict:8} {before.seconds:5.0f} s  without any: {before.by}", flush=True)
+        if before.verdict != "survived":  # it would kill every mutant
+            return 1
         for mutant in mutants:
             outcome = run(mutant, copy, options.timeout, options.tests)
             outcomes.append(outcome)

@@ -76,8 +76,14 @@ def test_a_bug_is_killed_or_survives(tmp_path: Path) -> None:
     )
     command = [sys.executable, str(tmp_path / "tools" / "mutants.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    first, second, total = done.stdout.splitlines()
+    without, first, second, total = done.stdout.splitlines()
+    assert without.startswith("survived") and "without any: 1 passed" in without
     assert done.returncode == 1 and total.startswith("1 of 2 killed")
     assert first.startswith("killed") and first.endswith("first: tests/test_answer.py::test_it")
     assert second.startswith("survived") and "second: 1 passed" in second
     assert package.read_text() == "answer = 42\nunused = 1\n"
+    (tmp_path / "tests" / "test_answer.py").write_text("def test_it(): assert False\n")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (
+        done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "without any: tests/test_answer" in done.stdout
+    )
