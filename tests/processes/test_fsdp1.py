@@ -135,12 +135,12 @@ def test_parts_left_whole(run_ranks):
     assert run_ranks(2, _left_whole, None) == [[True, False], [False, True]]
 
 
-def _on_two_machines() -> tuple[tuple[int, ...], list[int] | None]:
+def _on_two_machines() -> tuple[tuple[int, ...], list[int]]:
     """The mesh of a hybrid strategy, as if ranks 0 and 1 were on one machine, and 2 and 3 on another."""
     Accelerator(cpu=True)
     here = dataclasses.replace(world.current(), local_size=2, local_rank=world.current().rank % 2)
     mesh = _mesh(None, here, ShardingStrategy.HYBRID_SHARD)
-    return tuple(mesh.shape), mesh.get_coordinate()
+    return tuple(mesh.shape), list(mesh.get_coordinate() or ())
 
 
 def test_a_hybrid_strategy_shards_within_each_machine(run_ranks):
