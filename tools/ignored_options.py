@@ -139,8 +139,12 @@ def reset_flags(_: Any) -> None:
     def parse_known_args(self: Any, args: Any = None, namespace: Any = None) -> Any:
         result, rest = parse(self, args, namespace)
         for action in self._actions:
-            if os.environ.get(IGNORED) == f"{self.prog} --{action.dest}":
+            if os.environ.get(IGNORED) != f"{self.prog} --{action.dest}":
+                continue
+            if action.default is not argparse.SUPPRESS:
                 setattr(result, action.dest, action.default)
+            elif hasattr(result, action.dest):
+                delattr(result, action.dest)
         return result, rest
 
     argparse.ArgumentParser.parse_known_args = parse_known_args  # type: ignore[method-assign]

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import datetime
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    ParallelismConfig,
+    PartialState,
+    load_checkpoint_and_dispatch,
+    load_checkpoint_in_model,
+    prepare_pippy,
+)
 from accelerate.data_loader import DataLoaderDispatcher, prepare_data_loader
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, load_checkpoint_in_model
+from accelerate.utils import InitProcessGroupKwargs, TorchTensorParallelConfig
 
 
 def collectives() -> dict[str, Any]:
@@ -136,19 +147,85 @@ def test_batches_are_cut_and_random_states_shared_as_asked(run_ranks):
     assert first[2] == second[2]
 
 
-def loaded(folder: Path, whole: bool) -> list[float]:
+def accumulated() -> tuple[float, float]:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = accelerator.prepare(nn.Linear(1, 1, bias=False))
+    seen = []
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.full((1, 1), float(accelerator.process_index))).sum())
+        seen.append(accelerator.unwrap_model(model).weight.grad.item())
+    return seen[0], seen[1]
+
+
+def test_gradients_of_models_that_accumulate_stay_local(run_ranks):
+    assert run_ranks(2, accumulated) == [(0, 0.5), (0.5, 0.5)]
+
+
+def container() -> tuple[int, bool]:
+    handler = DistributedDataParallelKwargs(dim=1, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the newest torch has another name for it
+        model = Accelerator(cpu=True, kwargs_handlers=[handler]).prepare(nn.Linear(1, 1))
+    return model.dim, model.broadcast_buffers
+
+
+def test_the_container_is_made_as_asked(run_ranks):
+    assert run_ranks(2, container) == [(1, False)] * 2
+
+
+def cut_by_plan() -> tuple[int, ...]:
+    handler = TorchTensorParallelConfig(plan={"0": "colwise"})
+    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(tp_size=2, tp_handler=handler))
+    return tuple(accelerator.prepare(nn.Sequential(nn.Linear(2, 4)))[0].weight.to_local().shape)
+
+
+def test_tensors_are_cut_by_the_plan(run_ranks):
+    assert run_ranks(2, cut_by_plan) == [(2, 2)] * 2
+
+
+def piped(classes: list[str] | None) -> list[str]:
+    PartialState(cpu=True)
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([inner])[0], nn.Linear(2, 2))
+    inner.__class__ = Pair
+    made = prepare_pippy(model, example_args=(torch.ones(2, 2),), no_split_module_classes=classes)
+    return made.hf_split_points
+
+
+class Pair(nn.Sequential):
+    """Two layers that may have to stay together."""
+
+
+@pytest.mark.parametrize(("classes", "split"), [(["Pair"], False), (None, True)])
+def test_stages_do_not_begin_in_a_module_that_stays_whole(classes, split, run_ranks):
+    assert [any("." in point for point in points) for points in run_ranks(2, piped, classes)] == [split] * 2
+
+
+def read_by_the_first(folder: Path) -> list[float]:
+    model = nn.Linear(1, 2, bias=False)
+    place = folder / ("rank0.safetensors" if dist.get_rank() == 0 else "nothing")
+    load_checkpoint_and_dispatch(model, place, broadcast_from_rank0=True)
+    return model.weight.flatten().tolist()
+
+
+def test_a_checkpoint_is_read_by_one_rank_if_asked(run_ranks, tmp_path):
+    save_file({"weight": torch.ones(2, 1)}, tmp_path / "rank0.safetensors")
+    assert run_ranks(2, read_by_the_first, tmp_path) == [[1, 1]] * 2
+
+
+def loaded(folder: Path, whole: bool, load: Any) -> list[float]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = nn.Linear(1, 2, bias=False)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    load_checkpoint_in_model(model, folder / f"rank{dist.get_rank()}.safetensors", full_state_dict=whole)
+    load(model, folder / f"rank{dist.get_rank()}.safetensors", full_state_dict=whole)
     return model.weight.full_tensor().flatten().tolist()  # type: ignore[operator]
 
 
-def test_a_checkpoint_holds_a_shard_of_each_rank_or_the_whole(run_ranks, tmp_path):
-    from safetensors.torch import save_file
-
+@pytest.mark.parametrize("load", [load_checkpoint_in_model, load_checkpoint_and_dispatch])
+def test_a_checkpoint_holds_a_shard_of_each_rank_or_the_whole(load, run_ranks, tmp_path):
     for rank in range(2):
         save_file({"weight": torch.full((1, 1), float(rank))}, tmp_path / f"rank{rank}.safetensors")
-    assert run_ranks(2, loaded, tmp_path, whole=False) == [[0, 1]] * 2
+    assert run_ranks(2, loaded, tmp_path, whole=False, load=load) == [[0, 1]] * 2

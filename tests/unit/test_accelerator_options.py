@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -164,6 +165,11 @@ def test_checkpoints_take_the_models_own_arguments(tmp_path):
     assert seen[-1]["assign"] is True
     with pytest.raises(Exception, match="no_such_option"):
         accelerator.load_state(tmp_path / "saved", load_kwargs={"no_such_option": 1})
+
+
+def test_objects_are_saved_as_safetensors_if_asked(tmp_path):
+    Accelerator(cpu=True).save({"x": torch.ones(1)}, tmp_path / "saved", safe_serialization=True)
+    assert load_file(tmp_path / "saved")["x"].tolist() == [1]
 
 
 def test_resuming_may_be_lenient(tmp_path):

@@ -34,9 +34,12 @@ from accelerate.hooks import (
     attach_layerwise_casting_hooks,
 )
 from accelerate.utils import (
+    OffloadedWeightsLoader,
     compute_module_sizes,
     get_balanced_memory,
     named_module_tensors,
+    offload_weight,
+    save_offload_index,
     set_module_tensor_to_device,
 )
 from accelerate.utils.modeling import clean_device_map
@@ -225,6 +228,24 @@ def test_a_map_names_parts_or_the_whole():
     assert set(infer_auto_device_map(Net(), max_memory={0: "1GiB"}, clean_result=False)) == {"block", "head"}
 
 
+def test_room_is_kept_for_buffers_that_stay():
+    class Buffered(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8, bias=False)
+            self.register_buffer("large", torch.ones(200))
+
+    model = nn.Sequential(*(Buffered() for _ in range(6)))
+    limits = {0: 5_000, "cpu": "1GiB"}
+    kept, moved = (infer_auto_device_map(model, limits, offload_buffers=offloaded) for offloaded in (False, True))
+    assert [list(places.values()).count(0) for places in (kept, moved)] == [4, 2]  # what is fetched needs room as well
+
+
+def test_weights_on_disk_are_noted_and_found(tmp_path):
+    assert offload_weight(torch.ones(2), "a", tmp_path, index={}) == {"a": {"dtype": "float32", "shape": [2]}}
+    save_offload_index({"a": {"dtype": "float32", "shape": [2]}}, tmp_path)
+    assert OffloadedWeightsLoader({"b": torch.ones(1)}, save_folder=tmp_path)["a"].tolist() == [1, 1]
+
+
 def test_some_tensors_are_counted_in_another_dtype():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     special = {"0.weight": torch.float16}
@@ -256,7 +277,7 @@ class Keeping(ModelHook):
         return super().pre_forward(module, *args, **kwargs)
 
 
-@pytest.mark.parametrize("hook", ["sequential", "cpu offload", "casting"])
+@pytest.mark.parametrize("hook", ["sequential", "cpu offload", "casting", "align"])
 def test_hooks_hand_arguments_on(hook):
     from accelerate.hooks import CpuOffload, LayerwiseCastingHook
 
@@ -264,6 +285,7 @@ def test_hooks_hand_arguments_on(hook):
     made = {
         "sequential": lambda: SequentialHook(kept),
         "cpu offload": lambda: CpuOffload("cpu"),
+        "align": lambda: AlignDevicesHook(None),
         "casting": lambda: LayerwiseCastingHook(torch.bfloat16, torch.float32, False),
     }[hook]()
     module = nn.Linear(1, 1)

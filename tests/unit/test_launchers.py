@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from accelerate import launchers, notebook_launcher
+from accelerate import debug_launcher, launchers, notebook_launcher
 
 COMMON: dict[str, Any] = {"num_processes": 2, "num_nodes": 2}
 
@@ -43,3 +43,10 @@ def given_to_the_agent(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[
 )
 def test_the_agent_gets_what_is_asked_for(option, value, key, expected, monkeypatch):
     assert given_to_the_agent(monkeypatch, **{option: value})[key] == expected
+
+
+def test_ranks_for_a_test_get_what_is_asked_for(monkeypatch):
+    given: list[Any] = []
+    monkeypatch.setattr(launchers, "_fork", lambda function, args, count, *_, **__: given.extend([args, count]))
+    debug_launcher(lambda word: None, args=("word",), num_processes=3)
+    assert given == [("word",), 3]

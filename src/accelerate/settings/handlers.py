@@ -326,7 +326,8 @@ class ProjectConfiguration:
     logging_dir: str | os.PathLike[str] | None = None
     """Where trackers write that need a folder; None: `project_dir`."""
     automatic_checkpoint_naming: bool = False
-    """Number checkpoints (``checkpoints/checkpoint_0`` …) below `project_dir`."""
+    """Accepted without effect: `save_state` without a folder numbers checkpoints below `project_dir`
+    (``checkpoints/checkpoint_0`` …) in any case."""
     total_limit: int | None = None
     """How many automatically named checkpoints are kept; None: all."""
     iteration: int = 0

@@ -291,3 +291,7 @@ def test_a_map_is_made_within_limits(tmp_path: Path) -> None:
     assert places(10**9) == {"": "cpu"}
     assert places(20_000, no_split_module_classes=["Block"])["blocks"] == "disk"
     assert "blocks" not in places(20_000)
+
+
+def test_layers_split_off_outliers_above_the_threshold() -> None:
+    assert load_and_quantize_model(Net(), config("8 bits", llm_int8_threshold=4.0)).mix.state.threshold == 4.0
