@@ -1,7 +1,7 @@
 """Pipelined inference: a model cut into stages, one on each process, through which the parts of a batch go.
 
 The model is traced with example inputs, its graph is cut before the modules that are named (or that divide its weights
-evenly), and each process keeps its stage, which torch.distributed.pipelining runs.
+evenly), and each process keeps its stage, through which the parts of a batch go one after the other.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ the next batch is as good as the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -34,21 +35,11 @@ class Pipeline(ForwardWrapper):
     """
 
     def __init__(self, cut: Cut, example: Inputs, chunks: int, gather_output: bool) -> None:
-        from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
-
         here = world.current()
         self.stage = _Unfailing(cut.stage, here.rank, here.device)
-        words = _words("", here.device)
-        stage = PipelineStage(
-            self.stage,
-            here.rank,
-            here.size,
-            here.device,
-            input_args=(*cut.stage.inputs, words) if here.rank else cut.stage.inputs,
-            output_args=(*cut.stage.outputs, words),
-        )
-        self.schedule = ScheduleGPipe(stage, chunks)
-        self.round = chunks * rows_of(example, "the example")
+        self.received = (*cut.stage.inputs, _words("", here.device))
+        self.chunks, self.part = chunks, rows_of(example, "the example")
+        self.round = self.chunks * self.part
         self.outputs, self.shapes, self.structure = cut.outputs, cut.shapes, cut.structure
         self.gather_output = gather_output
         leaves, self.inputs = pytree.tree_flatten(example)
@@ -62,9 +53,9 @@ class Pipeline(ForwardWrapper):
             kwargs = {name: kwargs[name] for name in self.names}
         rows, given = self._agree((args, kwargs))
         self.stage.error = None
-        found = []
+        found: list[tuple[torch.Tensor, ...]] = []
         for start in range(0, self._filled(rows), self.round):
-            found.append(self.schedule.step(*(leaf[start : start + self.round] for leaf in given)))
+            found += self._round([leaf[start : start + self.round] for leaf in given])
         self._raise_failure()
         if here.rank == here.size - 1:
             *columns, _ = zip(*found, strict=True)
@@ -77,6 +68,29 @@ class Pipeline(ForwardWrapper):
             whole = broadcast(whole, from_process=here.size - 1)
         leaves = [whole[value.index] if isinstance(value, Position) else value for value in self.outputs]
         return pytree.tree_unflatten(leaves, self.structure)
+
+    def _round(self, given: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+        """Runs the stage on each part of a round; returns its outputs, which are the model's on the last process.
+
+        Not by torch's ScheduleGPipe: until after torch 2.7, on gloo, it keeps one request of the several that a part takes,
+        and the others are dropped before they are carried out.
+        """
+        here = world.current()
+        outputs: list[tuple[torch.Tensor, ...]] = []
+        sent: list[dist.Work] = []
+        for start in range(0, self.round, self.part):
+            if here.rank == 0:
+                inputs = [leaf[start : start + self.part] for leaf in given]
+            else:
+                inputs = [torch.empty(like.shape, dtype=like.dtype, device=here.device) for like in self.received]
+                for request in _requests(dist.irecv, inputs, here.rank - 1):
+                    request.wait()
+            outputs.append(self.stage(*inputs))
+            if here.rank < here.size - 1:
+                sent += _requests(dist.isend, outputs[-1], here.rank + 1)
+        for request in sent:
+            request.wait()
+        return outputs
 
     def _agree(self, inputs: Inputs) -> tuple[int, list[torch.Tensor]]:
         """How many rows the first process was given, and there its inputs, filled up; or what is wrong, on all."""
@@ -163,6 +177,11 @@ class _Unfailing(nn.Module):
         if heard or self.error is None:
             return heard
         return f"stage {self.number} of the pipeline failed: {type(self.error).__name__}: {self.error}"
+
+
+def _requests(way: Callable[..., Any], tensors: Sequence[torch.Tensor], peer: int) -> list[dist.Work]:
+    """Sends tensors to a neighbor, or receives them from it, together: ``dist.isend`` or ``dist.irecv``."""
+    return dist.batch_isend_irecv([dist.P2POp(way, tensor, peer) for tensor in tensors])
 
 
 def _words(said: str, device: torch.device) -> torch.Tensor:

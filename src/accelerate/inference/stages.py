@@ -94,7 +94,7 @@ def cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], points:
 def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, Any]:
     with _without_cache(model), torch.no_grad():
         try:
-            exported = torch.export.export(model, args, kwargs)
+            exported = torch.export.export(model, args, kwargs, strict=False)  # the default of newer releases
         except Exception as error:  # every layer of the tracer has errors of its own
             reason = next(iter(str(error).strip().splitlines()), "")
             raise ValueError(

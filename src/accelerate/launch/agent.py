@@ -140,7 +140,7 @@ class _Ours(_Base):
     silence = 1.0
     exit_codes: Sequence[int | None] = ()  # of the ranks, after the last shutdown
     signaled_too_late = False  # all ranks had ended before it
-    _patient = False
+    _patient: float | None = None  # how long ranks may take to end once the agent shuts down, in seconds
     _since = 0.0  # when another machine ended
 
     def _rendezvous(self, worker_group: Any) -> None:
@@ -188,23 +188,24 @@ class _Ours(_Base):
         files = {pid: context.error_files.get(local_rank) for local_rank, pid in ids.items()}
 
         def close_soon(death_sig: signal.Signals, timeout: int = 30) -> None:
-            if not self._patient:
+            if self._patient is None:
                 self.observer.before_ending(files)
-                timeout = min(timeout, GRACE_SECONDS)
-            close(death_sig=death_sig, timeout=timeout)
+            patience = min(timeout, GRACE_SECONDS) if self._patient is None else int(self._patient)
+            close(death_sig=death_sig, timeout=patience)
 
         context._close = close_soon
         return ids
 
-    def _shutdown(self, death_sig: signal.Signals | None = None, timeout: float = 30) -> None:
+    def _shutdown(self, death_sig: signal.Signals | None = None, timeout: float = 30, **options: Any) -> None:
         # Told to stop by somebody: ranks may take their time, to save a checkpoint for instance.
-        self._patient = True
         if death_sig is signal.SIGTERM:
             timeout = max(timeout, SAVING_SECONDS)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice: to us, and to our process group
+        # Not passed to torch: 2.6 takes no timeout. Its own argument, whether ranks are started again, is in options.
+        self._patient = timeout
         self.signaled_too_late = all(code is not None for code in self._exit_codes())
         with self._second_interrupt_kills() if death_sig is not None else contextlib.nullcontext():
-            super()._shutdown(death_sig or signal.SIGTERM, int(timeout))
+            super()._shutdown(death_sig or signal.SIGTERM, **options)
         self.exit_codes = self._exit_codes()
 
     def _exit_codes(self) -> list[int | None]:
@@ -242,7 +243,7 @@ class _Ours(_Base):
         left = self._remaining_restarts - elsewhere
         say(f"{which}; starting all ranks again ({left} more restart{'' if left == 1 else 's'})", self.observer.quiet)
         super()._restart_workers(worker_group)
-        self._patient = False
+        self._patient = None
 
 
 class _ReadableFiles(dict[int, str]):

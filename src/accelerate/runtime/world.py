@@ -10,6 +10,7 @@ import atexit
 import datetime
 import importlib
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from ..settings.enums import DistributedType
 from . import devices, error_file, machine, rendezvous
 from . import place as places
 from .place import Placement
+from .probe import is_torch_version
 from .release import let_go
 from .transport import Collectives, TorchCollectives, XlaCollectives
 
@@ -194,11 +196,16 @@ def leave(group: ProcessGroup | None = None) -> None:
     if dist.is_available() and dist.is_initialized():
         served = [group] if group is not None else list(dist.distributed_c10d._world.pg_map)
         _left.update(each for each in served if "gloo" in dist.get_backend_config(each))
+        if _left and is_torch_version("<", "2.7.0"):
+            time.sleep(DRAIN_SECONDS)
         dist.destroy_process_group(group)
     if group is None:
         forget()
 
 
+DRAIN_SECONDS = 0.05
+"""With torch 2.6, how long before a gloo group is destroyed the GIL is released: its threads may need it to release the last
+tensors, and the destructor joins them while it holds it."""
 _left: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 """Groups of gloo that were left, as long as something refers to them."""
 _when_leaving: list[Callable[[], object]] = []

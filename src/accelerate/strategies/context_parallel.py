@@ -208,7 +208,9 @@ class SharedSequences:
 
     def _counted(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._calls += 1
-        given = {**dict(zip(("attn_mask", "dropout_p", "is_causal"), args, strict=False)), **kwargs}
+        given = dict(kwargs)
+        for position, value_given in enumerate(args):  # torch 2.6 cannot compile a dict of a zip
+            given[("attn_mask", "dropout_p", "is_causal")[position]] = value_given
         if query.shape[-2] != key.shape[-2]:
             raise ValueError(
                 f"{self.way.called} shares self-attention: {query.shape[-2]} queries and {key.shape[-2]} keys are not of "

@@ -89,9 +89,12 @@ def share(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | 
     if mesh is None or not _has(mesh, "tp") or next(_sharing(model), None) is not None:
         return
     shared = _shared(model)
+    trained = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
     # Before torch 2.7, rank 0 sends each rank its shard of values that all of them have.
     options: dict[str, Any] = {"src_data_rank": None} if is_torch_version(">=", "2.7.0") else {}
     parallelize_module(model, mesh["tp"], dict(_plan_for(model, sizes)), **options)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        param.requires_grad_(trained[name])  # torch 2.6 makes shards of frozen parameters trainable
     for first, *others in shared:  # each module was cut on its own
         param = model.get_parameter(first)
         for name in others:
