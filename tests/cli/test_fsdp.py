@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.cli.conftest import SAY
+from tests.helpers.releases import FSDP2_ON_CPU
 
 SCRIPT = """
 import torch
@@ -22,6 +23,7 @@ say(accelerator.process_index, accelerator.is_fsdp2, held, len(state), accelerat
 """
 
 
+@FSDP2_ON_CPU
 @pytest.mark.slow
 def test_a_launch_with_flags(accelerate, tmp_path):
     (tmp_path / "train.py").write_text(SAY + SCRIPT)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import accelerate
+from tests.helpers.releases import fsdp
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ def load_and_prepare(folder: str, version: int) -> tuple[bool, bool, float, bool
     return is_fsdp_enabled(), empty, loss.item(), same
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [fsdp(1), fsdp(2)])
 def test_ranks_without_weights_train_with_those_of_rank_0(
     run_ranks: Callable[..., list[Any]], tmp_path: Path, version: int
 ) -> None:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import AcceleratorState
+from tests.helpers.releases import FSDP2_ON_CPU
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
 pytestmark = pytest.mark.slow
@@ -81,7 +82,9 @@ def alone(rank_pool: Any, folder: Path) -> Any:
     return rank_pool.run(1, _train, folder, None, env={"HF_HUB_OFFLINE": "1"})[0]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(name, marks=FSDP2_ON_CPU if "fsdp" in way[1] else ()) for name, way in WAYS.items()]
+)
 def test_a_llama_trains_as_on_one_rank(way: str, folder: Path, run_ranks: Any, alone: Any) -> None:
     ranks, arguments = WAYS[way]
     results = run_ranks(ranks, _train, folder, **arguments, env={"HF_HUB_OFFLINE": "1"})

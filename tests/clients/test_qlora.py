@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from tests.helpers.releases import fsdp
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'accelerate[clients]'")
@@ -16,7 +17,7 @@ pytest.importorskip("bitsandbytes", reason="quantisation needs it: pip install '
 pytestmark = pytest.mark.slow
 
 # FSDP's version, and in which elements the 4-bit numbers lie; adapters are in float32.
-WAYS = [(1, torch.float32), (2, torch.float32), (2, torch.uint8)]
+WAYS = [fsdp(1, torch.float32), fsdp(2, torch.float32), fsdp(2, torch.uint8)]
 
 
 @pytest.fixture(scope="module")

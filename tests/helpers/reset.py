@@ -10,6 +10,7 @@ import gc
 import logging
 import random
 import sys
+import time
 
 
 def reset_singletons() -> None:
@@ -55,7 +56,23 @@ def leave_group(barrier: bool) -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
+    from accelerate.runtime.probe import is_torch_version
+    from accelerate.runtime.world import DRAIN_SECONDS
+
     gc.collect()
     if barrier:
         torch.distributed.barrier()
+    if is_torch_version("<", "2.7.0"):
+        time.sleep(DRAIN_SECONDS)
+        forget_meshes()
     torch.distributed.destroy_process_group()
+
+
+def forget_meshes() -> None:
+    """Empties torch 2.6's caches, in which the meshes of this group would be those of the next one, too."""
+    device_mesh, tensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("device_mesh", "tensor"))
+    if device_mesh is not None:
+        device_mesh._mesh_resources.__init__()
+    if tensor is not None:
+        tensor.DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+        tensor._redistribute._gen_transform_infos.cache_clear()

@@ -24,6 +24,7 @@ from accelerate.checkpointing.finding import problems_of
 from accelerate.utils.fsdp_utils import save_fsdp_model
 from tests.helpers.crash import Ballast
 from tests.helpers.ranks import RankPool
+from tests.helpers.releases import FSDP2_ON_CPU
 from tests.helpers.resuming import Recipe, Training
 
 SOURCE = Path(__file__).parents[1] / "helpers" / "failing_disk.c"
@@ -132,8 +133,13 @@ class SlowToLoad(Ballast):
             time.sleep(SLOW)
 
 
-OPERATIONS = ("save_state", "save_state shards", "save_state whole", "asynchronous", "save_model", "save_model whole",
-              "load_state", "resume", "save_fsdp_model")  # fmt: skip
+OPERATIONS = [
+    *("save_state", "asynchronous", "save_model", "load_state", "resume"),
+    *(
+        pytest.param(operation, marks=FSDP2_ON_CPU)
+        for operation in ("save_state shards", "save_state whole", "save_model whole", "save_fsdp_model")
+    ),
+]
 
 
 def operation_on_a_slow_disk(operation: str, folder: str) -> Any:
@@ -152,7 +158,7 @@ def operation_on_a_slow_disk(operation: str, folder: str) -> Any:
     if accelerator.process_index == 0:
         plan.write_text(f"{folder}/project fsync 1 {-int(SLOW * 1000)}\n")
     accelerator.wait_for_everyone()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT), dist.group.WORLD)
+    dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=TIMEOUT))
     if operation == "save_fsdp_model":
         save_fsdp_model(plugin, accelerator, run.model, f"{folder}/project")
     elif operation.startswith("save_model"):
@@ -187,7 +193,9 @@ def killed_while_writing(folder: str, sharded: bool, victim: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("sharded", "victim"), [(False, 0), (True, 0), (True, 1)])
+@pytest.mark.parametrize(
+    ("sharded", "victim"), [(False, 0), *(pytest.param(True, rank, marks=FSDP2_ON_CPU) for rank in (0, 1))]
+)
 def test_a_rank_killed_in_a_save_ends_it_on_the_others_at_once(
     run_ranks: Any, tmp_path: Path, sharded: bool, victim: int
 ) -> None:

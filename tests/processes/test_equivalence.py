@@ -13,6 +13,7 @@ import pytest
 
 from accelerate.utils import GradientAccumulationPlugin, TorchContextParallelConfig, TorchDynamoPlugin
 from tests.helpers.llama import STEPS, train
+from tests.helpers.releases import FSDP2_ON_CPU
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Row:
     sizes: dict[str, Any] | None = None
     more: dict[str, Any] = field(default_factory=dict)
     within: float = 1e-10
+
+    @property
+    def fsdp_2(self) -> bool:
+        return self.fsdp is not None and self.fsdp["fsdp_version"] == 2
 
 
 def _one(ranks: int = 2, sizes: dict[str, int] | None = None, more: dict[str, Any] | None = None, **fields: Any) -> Row:
@@ -143,14 +148,16 @@ def difference(results: list[Any], expected: Any) -> float:
     return max(weights, *(abs(one - other) for result in results for one, other in zip(result[1], norms, strict=True)))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=FSDP2_ON_CPU if row.fsdp_2 else ()) for name, row in ROWS.items()]
+)
 def test_training_is_the_same(name, run_ranks, alone, differences):
     row = ROWS[name]
     differences[name] = difference(run_ranks(row.ranks, train, row.fsdp, row.sizes, **row.more), alone)
     assert differences[name] <= row.within
 
 
-def test_clipping_values_is_the_same(run_ranks):
+@pytest.mark.parametrize("row", [CLIPPED["FSDP 1"], pytest.param(CLIPPED["FSDP 2"], marks=FSDP2_ON_CPU)], ids=CLIPPED)
+def test_clipping_values_is_the_same(row, run_ranks):
     expected = run_ranks(1, train, clip_value=True)[0]
-    for row in CLIPPED.values():
-        assert difference(run_ranks(row.ranks, train, row.fsdp, row.sizes, **row.more), expected) <= row.within
+    assert difference(run_ranks(row.ranks, train, row.fsdp, row.sizes, **row.more), expected) <= row.within

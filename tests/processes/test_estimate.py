@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.commands.estimate_sharding import Sharding, rank_memory
 from accelerate.commands.estimate_step import follow_units
 from accelerate.strategies.sharding import units
+from tests.helpers.releases import fsdp
 from tests.helpers.sharding import Tiny, plugin
 
 PARTS = ("weights", "gradients", "optimizer")
@@ -42,7 +43,7 @@ def _held(version: int, fields: dict[str, Any]) -> dict[str, int]:
     return dict(zip(PARTS, (_stored((*model.parameters(), *model.buffers())), gradients, _stored(states)), strict=True))
 
 
-@pytest.mark.parametrize("version, fields", [(1, {"use_orig_params": True}), (2, {})])
+@pytest.mark.parametrize("version, fields", [fsdp(1, {"use_orig_params": True}), fsdp(2, {})])
 def test_a_rank_holds_what_is_estimated(run_ranks: Any, version: int, fields: dict[str, Any]) -> None:
     def choose(model: Any) -> Any:
         mine = plugin(version, **fields)

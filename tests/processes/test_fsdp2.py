@@ -17,8 +17,10 @@ from accelerate import Accelerator
 from accelerate.runtime.probe import is_torch_version
 from accelerate.strategies import fsdp2
 from tests.helpers import sharding
+from tests.helpers.releases import FSDP2_ON_CPU
 from tests.helpers.sharding import Block, Tiny
 
+pytestmark = FSDP2_ON_CPU
 plugin = functools.partial(sharding.plugin, 2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,9 +26,26 @@ from accelerate.utils import (
     fsdp2_switch_optimizer_parameters,
     get_fsdp2_grad_scaler,
 )
+from tests.helpers.releases import FSDP2_ON_CPU, FSDP_VERSIONS, fsdp
 from tests.helpers.sharding import Block, Tiny, plugin
 
-both = pytest.mark.parametrize("version", [1, 2])
+both = pytest.mark.parametrize("version", [fsdp(1), fsdp(2)])
+
+
+def _refused() -> tuple[str, bool]:
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin(2))
+    model = nn.Sequential(Block(2))
+    before = list(model.parameters())
+    with pytest.raises(ValueError) as caught:
+        accelerator.prepare(model)
+    return str(caught.value), all(map(operator.is_, before, model.parameters()))
+
+
+@pytest.mark.skipif(2 in FSDP_VERSIONS, reason="this release of torch runs fully_shard on the CPU")
+def test_a_release_without_fsdp_2_on_the_cpu_is_refused(run_ranks):
+    for message, unchanged in run_ranks(2, _refused):
+        assert unchanged and "fsdp_version=2 on the CPU needs PyTorch 2.7" in message
+        assert "update it, or use fsdp_version=1" in message
 
 
 def flexible(version: int, **fields: Any) -> Any:
@@ -156,8 +174,8 @@ def check_overflow(results: list[Overflow]) -> None:
 @pytest.mark.parametrize(
     ("version", "optimizer", "clip"),
     [
-        *((version, optimizer, False) for version in (1, 2) for optimizer in OPTIMIZERS),
-        *((version, "fused AdamW", True) for version in (1, 2)),
+        *(fsdp(version, optimizer, False) for version in (1, 2) for optimizer in OPTIMIZERS),
+        *(fsdp(version, "fused AdamW", True) for version in (1, 2)),
     ],
 )
 def test_ranks_agree_on_an_overflow(version, optimizer, clip, run_ranks):
@@ -172,9 +190,9 @@ def test_ranks_agree_on_an_overflow(version, optimizer, clip, run_ranks):
     [
         (1, {"use_orig_params": False}, {}),
         (1, {"sharding_strategy": "HYBRID_SHARD"}, {"dp_replicate_size": 2, "dp_shard_size": 2}),
-        (2, {}, {"dp_replicate_size": 2, "dp_shard_size": 2}),
-        (2, {}, {"tp_size": 2, "dp_shard_size": 2}),
-        (2, {"cpu_offload": True}, {}),
+        fsdp(2, {}, {"dp_replicate_size": 2, "dp_shard_size": 2}),
+        fsdp(2, {}, {"tp_size": 2, "dp_shard_size": 2}),
+        fsdp(2, {"cpu_offload": True}, {}),
     ],
 )
 def test_ranks_agree_on_an_overflow_however_parameters_are_sharded(version, fields, sizes, optimizer, run_ranks):
@@ -238,6 +256,7 @@ def _adapters(precision: str) -> tuple[list[torch.dtype], bool, bool]:
     )
 
 
+@FSDP2_ON_CPU
 def test_eight_bits_beside_adapters(run_ranks):
     assert run_ranks(2, _adapters, "no") == [([torch.uint8, HALF], True, True)] * 2
     assert run_ranks(2, _adapters, "bf16") == [([torch.uint8, FLOAT], True, True)] * 2
@@ -288,6 +307,7 @@ def _several() -> list[bool]:
     ]
 
 
+@FSDP2_ON_CPU
 def test_several_models(run_ranks):
     assert run_ranks(2, _several) == [[True] * 5] * 2
 
@@ -372,5 +392,6 @@ def _by_hand() -> list[bool]:
     return [checked, recomputed, same, stepped, scaler.get_scale() == 4.0]
 
 
+@FSDP2_ON_CPU
 def test_documented_functions(run_ranks):
     assert run_ranks(2, _by_hand) == [[True] * 5] * 2

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
+from tests.helpers.releases import FSDP2_ON_CPU
+
+pytestmark = FSDP2_ON_CPU
 
 
 def sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import TorchTensorParallelConfig
+from tests.helpers.releases import FSDP_VERSIONS
 
 
 class Expert(nn.Module):
@@ -84,7 +85,7 @@ def _own_experts(version: int) -> tuple[float, float]:
 
 
 def _fsdp_cases() -> list[Any]:
-    return [(_averaged(version), _own_experts(version)) for version in (2, 1)]
+    return [(_averaged(version), _own_experts(version)) for version in reversed(FSDP_VERSIONS)]
 
 
 def test_whole_parts_are_averaged_and_parts_of_ones_own_are_not(run_ranks):

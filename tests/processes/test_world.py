@@ -22,6 +22,7 @@ from accelerate.runtime import devices, world
 from accelerate.settings import env
 from accelerate.settings.enums import DistributedType
 from accelerate.state import AcceleratorState, PartialState
+from tests.helpers.releases import FSDP2_ON_CPU
 
 
 def taken_up() -> tuple[object, ...]:
@@ -232,7 +233,7 @@ atexit.register(print, "bye")
         ("None", ""),
         ("None", "accelerator.end_training()"),
         ("FullyShardedDataParallelPlugin(fsdp_version=1)", ""),
-        ("FullyShardedDataParallelPlugin(fsdp_version=2)", ""),
+        pytest.param("FullyShardedDataParallelPlugin(fsdp_version=2)", "", marks=FSDP2_ON_CPU),
     ],
 )
 def test_a_script_that_just_ends_leaves_cleanly(tmp_path, plugin, goodbye):
