@@ -62,16 +62,20 @@ def test_a_configuration_file_says_it_too(tmp_path: Path) -> None:
     assert planned(*file, "--num_processes", "2").sharding.ranks == 2
 
 
+SIZED = ("--use_fsdp", "--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP")
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("words", "without"),
     [
-        ("--use_fsdp",),
-        ("--fsdp_backward_prefetch", "BACKWARD_PRE"),
-        ("--fsdp_use_orig_params", "false"),
-        ("--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP", "--fsdp_min_num_params", "4"),
+        (("--use_fsdp",), ()),
+        (("--use_fsdp", "--fsdp_backward_prefetch", "BACKWARD_PRE"), ("--use_fsdp",)),
+        (("--use_fsdp", "--fsdp_use_orig_params", "false"), ("--use_fsdp",)),
+        ((*SIZED, "--fsdp_min_num_params", "4"), SIZED),
+        ((*SIZED, "--fsdp_min_num_params", "4"), ("--use_fsdp",)),
     ],
 )
-def test_each_flag_changes_the_plan(words: tuple[str, ...]) -> None:
+def test_each_flag_changes_the_plan(words: tuple[str, ...], without: tuple[str, ...]) -> None:
     from torch import nn
 
     def seen(*more: str) -> list[object]:
@@ -79,7 +83,6 @@ def test_each_flag_changes_the_plan(words: tuple[str, ...]) -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 1)))
         return [plan._replace(units=len), len(plan.units(model))]
 
-    without = {"--use_fsdp": (), "--fsdp_auto_wrap_policy": words[:2]}.get(words[0], ("--use_fsdp",))
     assert seen(*words) != seen(*without)
 
 
