@@ -219,26 +219,27 @@ def test_a_typo_is_found_before_the_run_starts(registered, tmp_path):
     with pytest.raises(ValueError, match="no tracker is called 'flie'"):
         Accelerator(cpu=True, log_with="flie", project_dir=tmp_path)
 
-    @pytest.mark.parametrize(("rank", "started"), [(0, ["main", "each"]), (1, ["each"])])
-    def test_who_logs_on_several_processes(self, rank, started):
-        seen = []
 
-        class Noted(GeneralTracker):
-            requires_logging_directory = False
-            tracker = None
+@pytest.mark.parametrize(("rank", "started"), [(0, ["main", "each"]), (1, ["each"])])
+def test_who_logs_on_several_processes(rank, started):
+    seen = []
 
-            def __init__(self, name, main_process_only):
-                super().__init__()
-                self.name, self.main_process_only = name, main_process_only
+    class Noted(GeneralTracker):
+        requires_logging_directory = False
+        tracker = None
 
-            def start(self):
-                seen.append(self.name)
+        def __init__(self, name, main_process_only):
+            super().__init__()
+            self.name, self.main_process_only = name, main_process_only
 
-            def store_init_configuration(self, values): ...
+        def start(self):
+            seen.append(self.name)
 
-            def log(self, values, step=None, **kwargs): ...
+        def store_init_configuration(self, values): ...
 
-        world.set_current(replace(world.current(), rank=rank, local_rank=0))  # rank 1 is the first of its machine
-        trackers = [Noted("main", True), Noted("each", False)]
-        assert start_trackers(trackers, "project") == trackers
-        assert seen == started
+        def log(self, values, step=None, **kwargs): ...
+
+    world.set_current(replace(world.current(), rank=rank, local_rank=0))  # rank 1 is the first of its machine
+    trackers = [Noted("main", True), Noted("each", False)]
+    assert start_trackers(trackers, "project") == trackers
+    assert seen == started
