@@ -229,8 +229,8 @@ def test_who_logs_on_several_processes(rank, started):
         tracker = None
 
         def __init__(self, name, main_process_only):
-            super().__init__()
             self.name, self.main_process_only = name, main_process_only
+            super().__init__()
 
         def start(self):
             seen.append(self.name)
