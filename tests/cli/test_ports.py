@@ -95,5 +95,5 @@ def test_nobody_else_can_connect(name: str, listening: dict[str, set[str]]) -> N
 
 
 def test_the_look_sees_what_is_open(listening: dict[str, set[str]]) -> None:
-    # torchrun meets under the machine's own name and listens everywhere: the tests above can fail.
-    assert listening["torchrun"] == {"10.77.0.1", "*"}
+    # torchrun listens everywhere, and its ranks at an address that depends on the release: the tests above can fail.
+    assert "*" in listening["torchrun"]

@@ -192,6 +192,8 @@ class _Ours(_Base):
                 self.observer.before_ending(files)
             patience = min(timeout, GRACE_SECONDS) if self._patient is None else int(self._patient)
             close(death_sig=death_sig, timeout=patience)
+            if self._patient is None:
+                _report_ended(context)
 
         context._close = close_soon
         return ids
@@ -258,6 +260,16 @@ class _ReadableFiles(dict[int, str]):
         except (ValueError, TypeError, LookupError, AttributeError):  # no JSON, or other than torch expects
             os.replace(file, f"{file}.damaged")
         return file
+
+
+def _report_ended(context: Any) -> None:
+    """Adds the ranks that have failed since the first did: torch 2.6 leaves them out, newer releases add them."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    for local_rank, handler in context.subprocess_handlers.items():
+        if local_rank not in context._failures and (code := handler.proc.poll()):
+            file = context.error_files[local_rank]
+            context._failures[local_rank] = ProcessFailure(local_rank, handler.proc.pid, code, file)
 
 
 def _is_healthy(group: Any) -> bool:
