@@ -6,6 +6,7 @@ Only its configuration is read.
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,12 @@ def make(
         EstimateError: when it cannot be made.
     """
     try:
+        import torch
+
+        with torch.device(
+            "cpu"
+        ):  # models import it, and torch 2.6 cannot do so while tensors are made on the meta device
+            importlib.import_module("torch._dynamo")
         if source.library == "timm":
             return _make_timm(source)
         return _make_transformers(source, trust_remote_code, token, with_head)
