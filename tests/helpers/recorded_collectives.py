@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from accelerate.runtime import world
@@ -126,6 +127,13 @@ def _done(result: Any) -> Any:
     return vars(torch._C._distributed_c10d)["_create_work_from_future"](future)
 
 
+@contextmanager
+def _unmarked() -> Iterator[None]:
+    """Copies between ranks, whose simulated devices differ."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
 def _name(op: Any) -> str:
     return next((name for name in ("SUM", "AVG", "MAX", "MIN") if op == getattr(dist.ReduceOp, name)), "other")
 
@@ -206,9 +214,10 @@ class _RecordedGroup(_ProcessGroup):
             self._recorder.groups[self.key, ranks] += 1
             name = (self.key, ranks, self._recorder.groups[self.key, ranks])
             if source == self._rank:
-                self._recorder.run.broadcasts[name] = tensor.detach().clone()
+                with _unmarked():
+                    self._recorder.run.broadcasts[name] = tensor.detach().clone()
             elif (sent := self._recorder.run.broadcasts.get(name)) is not None and sent.shape == tensor.shape:
-                with torch._C.DisableTorchFunction():  # the simulated devices of two ranks differ
+                with _unmarked():
                     tensor.detach().copy_(sent)
         return self._record(f"broadcast from {source}", tensors)
 

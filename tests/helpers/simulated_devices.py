@@ -6,9 +6,9 @@ streams, memory), and the memory of tensors. ``torch.cuda.set_device``, ``Stream
 arguments.
 
 Tensors keep CPU memory. A storage that belongs to a device is marked with it, so views, parameters and detached tensors
-report that device; a TorchFunctionMode answers ``tensor.device``, moves and creates tensors, marks results, and rejects
-operations over several devices. Left out: kernels that differ from the CPU's, asynchrony (copies are done when they return),
-tensors that the autograd engine makes inside a backward pass (a ``grad`` is marked when it is read), and NCCL.
+report that device. A TorchFunctionMode moves and creates tensors, marks results, and rejects operations over several devices;
+a TorchDispatchMode marks what is made below Python: in backward passes, by DTensor, by flash attention. Left out: kernels that
+differ from the CPU's, asynchrony (copies are done when they return), what C++ allocates by itself (DDP's buckets), and NCCL.
 
 Private names of torch are used here because the simulation stands below its public interface; tests use public ones only.
 """
@@ -25,7 +25,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 1 << 30
@@ -114,7 +116,7 @@ class SimulatedMachine:
 
 def _storage(tensor: torch.Tensor) -> Any:
     try:
-        return tensor.untyped_storage()
+        return getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a DTensor
     except (RuntimeError, NotImplementedError):  # sparse
         return None
 
@@ -123,6 +125,12 @@ def _device_of(tensor: torch.Tensor) -> torch.device:
     """Where a tensor seems to be; called below the mode."""
     real = _C.TensorBase.device.__get__(tensor)
     return getattr(_storage(tensor), "simulated_device", CPU) if real.type == "cpu" else real
+
+
+def _devices(tensors: list[torch.Tensor]) -> list[torch.device]:
+    """The devices of tensors; scalars on the CPU go with any."""
+    real = [tensor for tensor in tensors if not _C.TensorBase.is_meta.__get__(tensor)]
+    return list(dict.fromkeys(_device_of(t) for t in real if t.ndim or _device_of(t).type != "cpu"))
 
 
 def _mark(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -154,10 +162,7 @@ class _Devices(TorchFunctionMode):
         self._machine = machine
         self._special: dict[Any, Callable[..., Any]] = {
             torch.device: self._device,
-            _Tensor.device.__get__: _device_of,
-            _Tensor.is_cuda.__get__: lambda tensor: _device_of(tensor).type == "cuda",
-            _Tensor.is_cpu.__get__: lambda tensor: _device_of(tensor).type == "cpu",
-            _Tensor.get_device: lambda tensor: -1 if _device_of(tensor).index is None else _device_of(tensor).index,
+            functional.scaled_dot_product_attention: self._attention,
             _Tensor.grad.__get__: self._grad,
             _Tensor.to: self._to,
             _Tensor.cpu: lambda tensor, *args, **kwargs: self._to(tensor, CPU),
@@ -201,8 +206,7 @@ class _Devices(TorchFunctionMode):
 
     def _common(self, func: Any, tensors: list[torch.Tensor]) -> torch.device:
         """The device of an operation over tensors; scalars on the CPU go with any."""
-        real = [tensor for tensor in tensors if not _C.TensorBase.is_meta.__get__(tensor)]
-        found = list(dict.fromkeys(_device_of(t) for t in real if t.ndim or _device_of(t).type != "cpu"))
+        found = _devices(tensors)
         if len(found) > 1 and func not in self._mixed and not getattr(func, "__name__", "").startswith("_"):
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {found} ({func})")
         return found[0] if found else CPU
@@ -233,6 +237,12 @@ class _Devices(TorchFunctionMode):
     def _cuda(self, tensor: torch.Tensor, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self._to(tensor, "cuda" if device is None else device)
 
+    def _attention(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(query, "_local_tensor") and query.device.type == "cuda":  # whose handlers are for CUDA's kernels
+            causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]
+        return self._call(functional.scaled_dot_product_attention, (query, key, value, *args), kwargs)
+
     def _grad(self, tensor: torch.Tensor) -> torch.Tensor | None:
         grad = _Tensor.grad.__get__(tensor)
         if grad is not None and _device_of(grad) != _device_of(tensor):
@@ -255,6 +265,75 @@ class _Devices(TorchFunctionMode):
     def _backward(self, tensor: torch.Tensor, gradient: Any = None, *args: Any, **kwargs: Any) -> None:
         with self:  # hooks and recomputation run below it
             torch.autograd.backward(tensor, gradient, *args, **kwargs)
+
+
+def _flash(
+    query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, *rest: Any, scale: Any = None
+) -> Any:
+    """CUDA's flash attention, by the CPU's: the values, log-sum-exps, and the rest of its nine outputs."""
+    given = {"scale": scale}
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout, causal, **given)
+    seed = torch.zeros((), dtype=torch.int64)
+    return out, sums, None, None, query.shape[2], key.shape[2], seed, seed.clone(), None
+
+
+def _flash_backward(
+    grad: Any, query: Any, key: Any, value: Any, out: Any, sums: Any, *rest: Any, scale: Any = None
+) -> Any:
+    """The backward of `_flash`; `rest` holds its cumulative lengths, dropout and whether it was causal."""
+    dropout, causal = rest[4:6]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, sums, dropout, causal, scale=scale
+    )
+
+
+# The CPU has no kernels of these names.
+_KERNELS: dict[str, Callable[..., Any]] = {
+    "aten._scaled_dot_product_flash_attention.default": _flash,
+    "aten._scaled_dot_product_flash_attention_backward.default": _flash_backward,
+}
+
+
+class _Marks(TorchDispatchMode):
+    """Marks results below torch's Python: in backward passes, in DTensor's local operations, in the compiler."""
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        super().__init__()
+        self._machine = machine
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # its own handler comes back with local tensors
+        wanted = kwargs.get("device")
+        if wanted is not None:
+            wanted = self._machine.device(wanted)
+            kwargs = {**kwargs, "device": CPU if wanted.type == "cuda" else wanted}
+        there = wanted if wanted is not None and wanted.type == "cuda" else self._of_marked(args, kwargs)
+        with _C.DisableTorchFunction():  # an operator asks `_Devices` again
+            result = _KERNELS.get(str(func), func)(*args, **kwargs)
+        if func is torch.ops.aten.copy_.default:  # over devices
+            return result
+        for made in tree_leaves(result):
+            storage = _storage(made) if isinstance(made, _Tensor) and not made.is_meta else None
+            if storage is not None and there is not None and not hasattr(storage, "simulated_device"):
+                _mark(made, there)
+        return result
+
+    @staticmethod
+    def _of_marked(args: Any, kwargs: Any) -> torch.device | None:
+        """The device of the operands, or None if C++ made them all: it believes that they are the CPU's."""
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, _Tensor)]
+        found = _devices([each for each in given if hasattr(_storage(each), "simulated_device")])
+        return next((device for device in found if device.type == "cuda"), found[0] if found else None)
+
+
+_PROPERTIES: dict[str, Any] = {
+    "device": property(_device_of),
+    "is_cuda": property(lambda tensor: _device_of(tensor).type == "cuda"),
+    "is_cpu": property(lambda tensor: _device_of(tensor).type == "cpu"),
+    "get_device": lambda tensor: -1 if _device_of(tensor).index is None else _device_of(tensor).index,
+}
 
 
 # Streams ----------------------------------------------------------------------------------------------------------------
@@ -331,7 +410,7 @@ def simulated_cuda(
     run = threading.Thread.run
 
     def run_in_mode(thread: threading.Thread) -> None:
-        with _Devices(machine):  # modes belong to a thread
+        with _Devices(machine), _Marks(machine):  # modes belong to a thread
             run(thread)
 
     driver: dict[str, Any] = {
@@ -381,6 +460,14 @@ def simulated_cuda(
             raise TypeError(f"record_stream(): argument 's' must be Stream, not {type(stream).__name__}")
         machine.calls.append(("record_stream", tensor.device, stream))
 
+    make_wrapper = _Tensor._make_wrapper_subclass
+
+    def make_wrapper_subclass(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keeps wrappers on the CPU, as autograd's nodes look up the device's driver."""
+        wanted = machine.device(kwargs.get("device") or CPU)
+        kwargs["device"] = CPU if wanted.type == "cuda" else wanted
+        return _mark(make_wrapper(cls, *args, **kwargs), wanted)
+
     streams, events = _stream_methods(machine)
     parse_to = _C._nn._parse_to
 
@@ -398,12 +485,17 @@ def simulated_cuda(
             for name, value in methods.items():
                 stack.enter_context(mock.patch.object(kind, name, value, create=True))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "12.8"))
+        stack.enter_context(mock.patch.object(torch.cuda.nccl, "version", lambda: (2, 27, 3)))
         stack.enter_context(mock.patch.object(_C._nn, "_parse_to", parse))
+        stack.enter_context(mock.patch.object(_Tensor, "_make_wrapper_subclass", make_wrapper_subclass))
         stack.enter_context(mock.patch.object(_Tensor, "record_stream", record_stream, create=True))
         stack.enter_context(mock.patch.object(torch.UntypedStorage, "device", property(_storage_device), create=True))
         stack.enter_context(mock.patch.object(torch.storage, "_to", _storage_to))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_mode))
+        for name, read in _PROPERTIES.items():
+            stack.enter_context(mock.patch.object(_Tensor, name, read, create=True))
         stack.enter_context(mode)
+        stack.enter_context(_Marks(machine))
         torch.cuda._check_bf16_tensor_supported.cache_clear()
         yield machine
         torch.cuda._check_bf16_tensor_supported.cache_clear()

@@ -27,6 +27,7 @@ from .base import Bundle, RunSettings
 from .mesh import along
 from .sharded_state import guard_save_pretrained
 from .sharding import ShardedStrategy, is_half, parameters_by_unit
+from .uniform_groups import UniformGroupsOptimizer
 from .weights import lift, lower
 
 
@@ -34,6 +35,7 @@ class FullyShard(ShardedStrategy):
     """Every rank holds a shard of the model, of its gradients and of its optimizers' states."""
 
     dimensions = frozenset({"dp_replicate", "dp_shard", "cp", "sp", "tp"})
+    optimizer_class = UniformGroupsOptimizer
 
     def __init__(self, world: World, settings: RunSettings) -> None:
         if settings.fsdp is not None and settings.fsdp.offloads and settings.precision.scaler is not None:

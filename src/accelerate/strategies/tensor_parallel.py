@@ -22,6 +22,7 @@ from . import mesh, replacing, tensor_plan
 from .averaging import average_gradients, averaging
 from .base import Bundle, RunSettings, check_device_map
 from .sharded_state import ShardedStateStrategy, guard_save_pretrained
+from .uniform_groups import UniformGroupsOptimizer
 from .weights import check_weights, lift, lower
 
 
@@ -29,6 +30,7 @@ class TensorParallel(ShardedStateStrategy):
     """Ranks of one group hold parts of each tensor; groups are replicas of each other."""
 
     supports_local_sgd = False
+    optimizer_class = UniformGroupsOptimizer
     dimensions = frozenset({"dp_replicate", "cp", "sp", "tp"})
 
     def __init__(self, world: World, settings: RunSettings) -> None:
