@@ -6,9 +6,10 @@ streams, memory), and the memory of tensors. ``torch.cuda.set_device``, ``Stream
 arguments.
 
 Tensors keep CPU memory. A storage that belongs to a device is marked with it, so views, parameters and detached tensors
-report that device. A TorchFunctionMode moves and creates tensors, marks results, and rejects operations over several devices;
-a TorchDispatchMode marks what is made below Python: in backward passes, by DTensor, by flash attention. Left out: kernels that
-differ from the CPU's, asynchrony (copies are done when they return), what C++ allocates by itself (DDP's buckets), and NCCL.
+report that device. A TorchFunctionMode moves and creates tensors, marks results, and rejects operations over several
+devices; a TorchDispatchMode marks what is made below Python: in backward passes, by DTensor, by flash attention. Left out:
+kernels that differ from the CPU's, asynchrony (copies are done when they return), what C++ allocates by itself (DDP's
+buckets), and NCCL.
 
 Private names of torch are used here because the simulation stands below its public interface; tests use public ones only.
 """

@@ -1,7 +1,7 @@
 """Every rank calls the same collectives in the same order, as NCCL needs them, at sizes no test machine has processes for.
 
-`CASES` is the list. Ranks 0, 1 and last of 8, and the first and last of 64, run one after the other in this process, each on simulated CUDA
-devices, and NCCL's rules are checked.
+`CASES` is the list. Ranks 0, 1 and last of 8, and the first and last of 64, run one after the other in this process, each
+on simulated CUDA devices, and NCCL's rules are checked.
 """
 
 from __future__ import annotations
