@@ -195,9 +195,8 @@ def make(
     try:
         import torch
 
-        with torch.device(
-            "cpu"
-        ):  # models import it, and torch 2.6 cannot do so while tensors are made on the meta device
+        # Models import it, and torch 2.6 cannot do so while tensors are made on the meta device.
+        with torch.device("cpu"):
             importlib.import_module("torch._dynamo")
         if source.library == "timm":
             return _make_timm(source)

@@ -114,9 +114,8 @@ class TorchCollectives(Collectives):
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         wire = tensor
-        carried = (
-            tensor.dtype in _ON_THE_WIRE and not tensor.is_complex()
-        )  # gloo of torch 2.6 broadcasts no complex dtype
+        # gloo of torch 2.6 broadcasts no complex dtype.
+        carried = tensor.dtype in _ON_THE_WIRE and not tensor.is_complex()
         if not carried and tensor.is_contiguous():
             wire = tensor.reshape(-1).view(torch.uint8)  # shares the memory; a scalar has no dimension to widen
         dist.broadcast(wire, self._global_rank(src), group=self.group)

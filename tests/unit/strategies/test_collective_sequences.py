@@ -268,6 +268,23 @@ def test_ranks_call_the_same_collectives(size: int, name: str, tmp_path: Path) -
     assert all(other == first for other in others)
 
 
+def _joined(size: int, folder: Path) -> None:
+    accelerator = Accelerator()
+    model: Any = nn.Linear(4, 4)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with accelerator.join_uneven_inputs([model]):
+        for _ in range(2):
+            accelerator.backward(model(torch.ones(2, 4, device=accelerator.device)).sum())
+            optimizer.step()
+
+
+def test_ranks_join_uneven_inputs(tmp_path: Path) -> None:
+    runs = _recorded(_joined, 8, tmp_path)
+    # The rank that ended last sends its model; each of these has no peers, and takes itself for that one.
+    assert [run.pop().operation for run in runs] == ["broadcast from 0", "broadcast from 1", "broadcast from 7"]
+    assert len(runs[0]) > 8 and runs[0] == runs[1] == runs[2]
+
+
 def _cpu_tensor(size: int, folder: Path) -> None:
     dist.all_reduce(torch.ones(2, device="cpu" if Accelerator() else None))
 
