@@ -16,6 +16,7 @@ Private names of torch are used here because the simulation stands below its pub
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 from collections.abc import Callable, Iterator
@@ -329,6 +330,10 @@ class _Marks(TorchDispatchMode):
         return next((device for device in found if device.type == "cuda"), found[0] if found else None)
 
 
+def _marked_state(read: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    return _mark(read(*args), CPU)
+
+
 _PROPERTIES: dict[str, Any] = {
     "device": property(_device_of),
     "is_cuda": property(lambda tensor: _device_of(tensor).type == "cuda"),
@@ -493,6 +498,10 @@ def simulated_cuda(
         stack.enter_context(mock.patch.object(torch.UntypedStorage, "device", property(_storage_device), create=True))
         stack.enter_context(mock.patch.object(torch.storage, "_to", _storage_to))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_in_mode))
+        for module in (torch, torch.cuda):  # states of generators are the CPU's, whatever draws from them
+            read_state = module.get_rng_state
+            marked = functools.partial(_marked_state, read_state)
+            stack.enter_context(mock.patch.object(module, "get_rng_state", marked))
         for name, read in _PROPERTIES.items():
             stack.enter_context(mock.patch.object(_Tensor, name, read, create=True))
         stack.enter_context(mode)
