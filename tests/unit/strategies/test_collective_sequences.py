@@ -229,7 +229,7 @@ CASES: dict[str, Case] = {
     ),
     "FSDP 2": _of_blocks(fsdp_plugin=lambda size: plugin(2)),
     "FSDP 2, saved whole": _of_blocks(
-        True, False, fsdp_plugin=lambda size: plugin(2, state_dict_type="FULL_STATE_DICT")
+        True, True, fsdp_plugin=lambda size: plugin(2, state_dict_type="FULL_STATE_DICT")
     ),
     "FSDP 2, saved in shards": _of_blocks(
         True, False, fsdp_plugin=lambda size: plugin(2, state_dict_type="SHARDED_STATE_DICT")
