@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -23,6 +24,11 @@ settings.load_profile("repeatable")
 # A shell starts its background jobs with Ctrl-C ignored, and every child inherits that: tests that interrupt one would wait.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A default configuration of whoever runs the tests is not for them, and they write none into their home.
+_HOME = tempfile.TemporaryDirectory(prefix="accelerate-tests-")
+os.environ["HF_HOME"] = _HOME.name
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -90,9 +90,10 @@ def main(descriptor: int) -> None:
         with warnings.catch_warnings():
             reply = run(job)
         reset(environment, directory)
+        connection.send_bytes(pickle.dumps(reply))  # at once: the first to fail is to be the first to be heard of
+        del reply, job
         gc.collect()
         gc.freeze()  # the libraries that the job has imported
-        connection.send_bytes(pickle.dumps(reply))
 
 
 if __name__ == "__main__":
