@@ -6,7 +6,6 @@ Only its configuration is read.
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,9 +194,12 @@ def make(
     try:
         import torch
 
-        # Models import it, and torch 2.6 cannot do so while tensors are made on the meta device.
-        with torch.device("cpu"):
-            importlib.import_module("torch._dynamo")
+        from ..runtime.probe import is_torch_version
+
+        if is_torch_version("<", "2.13.0"):
+            # Models import the compiler, and torch 2.6 cannot do so while tensors are made on the meta device.
+            with torch.device("cpu"):
+                torch.compiler.list_backends()
         if source.library == "timm":
             return _make_timm(source)
         return _make_transformers(source, trust_remote_code, token, with_head)

@@ -48,10 +48,7 @@ class ProcessControl:
         def is_local_main_process(self) -> bool: ...
         @property
         def is_last_process(self) -> bool: ...
-
-    def wait_for_everyone(self) -> None:
-        """Returns once every process has called it."""
-        raise NotImplementedError
+        def wait_for_everyone(self) -> None: ...
 
     def _check_joined(self) -> None:
         """Raises a ValueError where this process has not joined a run."""
