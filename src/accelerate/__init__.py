@@ -26,14 +26,14 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "inference": ("prepare_pippy",),
     "launchers": ("debug_launcher", "notebook_launcher"),
     "parallelism_config": ("ParallelismConfig",),
-    "placement.device_map": ("infer_auto_device_map",),
-    "placement.loading": ("load_checkpoint_in_model",),
+    "offload.device_map": ("infer_auto_device_map",),
+    "offload.loading": ("load_checkpoint_in_model",),
     "runtime.memory": ("find_executable_batch_size",),
-    "runtime.probe": ("is_rich_available",),
+    "runtime.system.availability": ("is_rich_available",),
     "runtime.rng": ("synchronize_rng_states",),
-    "settings.deepspeed": ("DeepSpeedPlugin",),
+    "settings.plugins.deepspeed": ("DeepSpeedPlugin",),
     "settings.enums": ("DDPCommunicationHookType", "DistributedType"),
-    "settings.fsdp": ("FullyShardedDataParallelPlugin",),
+    "settings.plugins.fsdp": ("FullyShardedDataParallelPlugin",),
     "settings.handlers": (
         "AutocastKwargs",
         "DataLoaderConfiguration",
@@ -86,6 +86,6 @@ def __dir__() -> list[str]:
 
 
 if "TORCHELASTIC_ERROR_FILE" in os.environ:  # a script may fail long before it creates Accelerator
-    from .runtime.error_file import record_errors as _record_errors
+    from .runtime.cluster.error_file import record_errors as _record_errors
 
     _record_errors()

@@ -23,18 +23,18 @@ from accelerate.launchers import debug_launcher as debug_launcher
 from accelerate.launchers import notebook_launcher as notebook_launcher
 from accelerate.parallelism_config import ParallelismConfig as ParallelismConfig
 from accelerate.runtime.memory import find_executable_batch_size as find_executable_batch_size
-from accelerate.runtime.probe import is_rich_available as is_rich_available
 from accelerate.runtime.rng import synchronize_rng_states as synchronize_rng_states
-from accelerate.settings.deepspeed import DeepSpeedPlugin as DeepSpeedPlugin
+from accelerate.runtime.system.availability import is_rich_available as is_rich_available
 from accelerate.settings.enums import DDPCommunicationHookType as DDPCommunicationHookType
 from accelerate.settings.enums import DistributedType as DistributedType
-from accelerate.settings.fsdp import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
 from accelerate.settings.handlers import AutocastKwargs as AutocastKwargs
 from accelerate.settings.handlers import DataLoaderConfiguration as DataLoaderConfiguration
 from accelerate.settings.handlers import DistributedDataParallelKwargs as DistributedDataParallelKwargs
 from accelerate.settings.handlers import GradScalerKwargs as GradScalerKwargs
 from accelerate.settings.handlers import InitProcessGroupKwargs as InitProcessGroupKwargs
 from accelerate.settings.handlers import ProfileKwargs as ProfileKwargs
+from accelerate.settings.plugins.deepspeed import DeepSpeedPlugin as DeepSpeedPlugin
+from accelerate.settings.plugins.fsdp import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
 from accelerate.state import PartialState as PartialState
 
 __version__: str
@@ -47,5 +47,5 @@ from accelerate.big_modeling import dispatch_model as dispatch_model
 from accelerate.big_modeling import init_empty_weights as init_empty_weights
 from accelerate.big_modeling import init_on_device as init_on_device
 from accelerate.big_modeling import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
-from accelerate.placement.device_map import infer_auto_device_map as infer_auto_device_map
-from accelerate.placement.loading import load_checkpoint_in_model as load_checkpoint_in_model
+from accelerate.offload.device_map import infer_auto_device_map as infer_auto_device_map
+from accelerate.offload.loading import load_checkpoint_in_model as load_checkpoint_in_model

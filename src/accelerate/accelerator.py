@@ -23,7 +23,7 @@ from .runtime import collectives, world
 from .runtime.memory import release_memory
 from .runtime.process_control import ProcessControl
 from .scheduler import AcceleratedScheduler
-from .settings import arguments
+from .settings import resolve_args
 from .settings.enums import PROFILE_PATTERN_NAME, DistributedType, DynamoBackend, FP8BackendType, RNGType
 from .settings.fp8 import AORecipeKwargs, FP8RecipeKwargs, MSAMPRecipeKwargs, TERecipeKwargs
 from .settings.handlers import (
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from .parallelism_config import ParallelismConfig
-    from .settings.deepspeed import DeepSpeedPlugin
-    from .settings.fsdp import FullyShardedDataParallelPlugin
-    from .settings.megatron import MegatronLMPlugin
     from .settings.parallel import TorchTensorParallelPlugin
+    from .settings.plugins.deepspeed import DeepSpeedPlugin
+    from .settings.plugins.fsdp import FullyShardedDataParallelPlugin
+    from .settings.plugins.megatron import MegatronLMPlugin
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Accelerator(ProcessControl, CheckpointMethods, TrackerMethods):
     def __init__(
         self,
         device_placement: bool = True,
-        split_batches: bool = arguments.UNSET,
+        split_batches: bool = resolve_args.UNSET,
         mixed_precision: str | None = None,
         gradient_accumulation_steps: int = 1,
         cpu: bool = False,
@@ -148,20 +148,20 @@ class Accelerator(ProcessControl, CheckpointMethods, TrackerMethods):
         kwarg_handlers: list[KwargsHandler] | None = None,
     ) -> None:
         self.downcast_bf16 = downcast_bf16
-        engines = arguments.one_of(deepspeed_plugin=deepspeed_plugin, deepspeed_plugins=deepspeed_plugins)
+        engines = resolve_args.one_of(deepspeed_plugin=deepspeed_plugin, deepspeed_plugins=deepspeed_plugins)
         distribution = _distribution(fsdp_plugin, engines, megatron_lm_plugin, torch_tp_plugin, parallelism_config)
         self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
         if project_dir is not None and self.project_dir is None:
             self.project_configuration.set_directories(project_dir)
-        handlers = arguments.sort_handlers(kwargs_handlers or kwarg_handlers or [], _HANDLERS)
+        handlers = resolve_args.sort_handlers(kwargs_handlers or kwarg_handlers or [], _HANDLERS)
         self.autocast_handler: AutocastKwargs | None = handlers[AutocastKwargs]
         self.ddp_handler: DistributedDataParallelKwargs | None = handlers[DistributedDataParallelKwargs]
         self.scaler_handler: GradScalerKwargs | None = handlers[GradScalerKwargs]
         self.init_handler: InitProcessGroupKwargs | None = handlers[InitProcessGroupKwargs]
         self.profile_handler: ProfileKwargs | None = handlers[ProfileKwargs]
         self.fp8_recipe_handler = next((handlers[kind] for kind in _RECIPES if handlers[kind] is not None), None)
-        plugin = arguments.accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
-        dynamo = arguments.dynamo(dynamo_backend, dynamo_plugin)
+        plugin = resolve_args.accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
+        dynamo = resolve_args.dynamo(dynamo_backend, dynamo_plugin)
 
         self.state = AcceleratorState(
             mixed_precision=mixed_precision,
@@ -178,8 +178,8 @@ class Accelerator(ProcessControl, CheckpointMethods, TrackerMethods):
         precision = choose_precision(self.mixed_precision, self.device, self.autocast_handler, self.scaler_handler)
         settings = RunSettings(
             precision=precision,
-            loading=arguments.loading(dataloader_config, split_batches),
-            rng_types=arguments.rng_types(rng_types),
+            loading=resolve_args.loading(dataloader_config, split_batches),
+            rng_types=resolve_args.rng_types(rng_types),
             device_placement=device_placement,
             step_scheduler_with_optimizer=step_scheduler_with_optimizer,
             schedule_per_update=schedule_per_update,
@@ -365,7 +365,7 @@ class Accelerator(ProcessControl, CheckpointMethods, TrackerMethods):
 
     @rng_types.setter
     def rng_types(self, rng_types: list[str | RNGType] | None) -> None:
-        self.strategy.settings.rng_types = arguments.rng_types(rng_types)
+        self.strategy.settings.rng_types = resolve_args.rng_types(rng_types)
 
     @property
     def split_batches(self) -> bool:
@@ -853,7 +853,7 @@ def _distribution(fsdp: Any, deepspeed: Any, megatron: Any, tensor_parallel: Any
         TypeError: for what is no such plugin.
         ValueError: for what contradicts itself, or no strategy can do: before the run is joined.
     """
-    plugins = arguments.plugins(fsdp, deepspeed, megatron, tensor_parallel, launched=not is_initialized())
+    plugins = resolve_args.plugins(fsdp, deepspeed, megatron, tensor_parallel, launched=not is_initialized())
     if not is_initialized():
         sizes = requested(sizes, tensor_parallel)
         choose_strategy(plugins.kind or DistributedType.NO, sizes, plugins)

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .hooks import (
+from .offload.device_map import check_device_map, infer_auto_device_map, settled
+from .offload.disk_weights import INDEX_NAME, OffloadedWeightsLoader, offload_state_dict, save_offload_index
+from .offload.hooks import (
     AlignDevicesHook,
     CpuOffload,
     UserCpuOffloadHook,
@@ -21,25 +23,14 @@ from .hooks import (
     attach_layerwise_casting_hooks,
     remove_hook_from_submodules,
 )
-from .hooks.align import release_offloaded
-from .hooks.attach import reader_for
-from .hooks.dispatch import Dispatch
-from .hooks.moving import guard_moves, release_moves
-from .placement.device_map import (
-    check_device_map,
-    infer_auto_device_map,
-    settled,
-)
-from .placement.loading import load_checkpoint_in_model, load_weights
-from .placement.memory import OFFLOADED, get_balanced_memory
-from .placement.offload import (
-    INDEX_NAME,
-    OffloadedWeightsLoader,
-    offload_state_dict,
-    save_offload_index,
-)
-from .placement.sizes import Dtype
-from .placement.tensors import Place
+from .offload.hooks.align import release_offloaded
+from .offload.hooks.attach import reader_for
+from .offload.hooks.dispatch import Dispatch
+from .offload.hooks.moving import guard_moves, release_moves
+from .offload.loading import load_checkpoint_in_model, load_weights
+from .offload.max_memory import OFFLOADED, get_balanced_memory
+from .offload.sizes import Dtype
+from .offload.tensors import Place
 from .runtime.devices import default_kind, require_device, with_index
 from .settings import env
 

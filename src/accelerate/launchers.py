@@ -19,10 +19,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .launch.documented import PrepareForLaunch
-from .launch.guard import SETTLE_SECONDS, lost_a_peer
-from .launch.loopback import ADDRESS, Loopback
-from .launch.shim import die_with
+from .launch.compat import PrepareForLaunch
+from .launch.local.local_rendezvous import ADDRESS, Loopback
+from .launch.local.reaper import SETTLE_SECONDS, lost_a_peer
+from .launch.local.shim import die_with
 from .runtime import devices, world
 from .settings import env
 from .settings.enums import PrecisionType

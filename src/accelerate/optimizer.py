@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .precision.loss_scale import LossScaler, overflow_of
-from .runtime.pytree import send_to_device
+from .runtime.tensors.pytree import send_to_device
 from .state import AcceleratorState, GradientState
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .settings import env
-from .settings.launched import resolve
+from .settings.env_defaults import resolve
 from .settings.parallel import (
     DeepSpeedSequenceParallelConfig,
     TorchContextParallelConfig,

@@ -15,14 +15,14 @@ import torch
 from .parallelism_config import requested
 from .runtime import devices, world
 from .runtime.process_control import ProcessControl
-from .settings import arguments, env
+from .settings import env, resolve_args
 from .settings.enums import DistributedType, PrecisionType
 
 if TYPE_CHECKING:
     from .parallelism_config import ParallelismConfig
-    from .settings.arguments import Plugins
-    from .settings.deepspeed import DeepSpeedPlugin
     from .settings.handlers import GradientAccumulationPlugin
+    from .settings.plugins.deepspeed import DeepSpeedPlugin
+    from .settings.resolve_args import Plugins
 
 
 logger = logging.getLogger(__name__)
@@ -239,9 +239,9 @@ class AcceleratorState(_Shared, ProcessControl):
             raise ValueError(f"mixed_precision={mixed_precision!r} is unknown: choose from {PrecisionType.list()}.")
         given = (fsdp_plugin, deepspeed_plugin, megatron_lm_plugin, torch_tp_plugin)
         if self.initialized:
-            self._check_unchanged(cpu, wanted, arguments.plugins(*given, launched=False), parallelism_config)
+            self._check_unchanged(cpu, wanted, resolve_args.plugins(*given, launched=False), parallelism_config)
             return
-        plugins = arguments.plugins(*given)
+        plugins = resolve_args.plugins(*given)
         sizes = requested(parallelism_config, torch_tp_plugin)
         if wanted is None:
             plain = (

@@ -7,7 +7,7 @@ ENVIRONMENT = {
     "settings/env.py": "the one reader and writer of the process environment",
 }
 
-FORWARD = {"runtime/forward.py": "the one place that wraps and unwraps a forward"}
+FORWARD = {"runtime/tensors/forward.py": "the one place that wraps and unwraps a forward"}
 
 DISTRIBUTED_TYPE = {
     "state.py": "shows the user which kind is at work",
@@ -15,7 +15,7 @@ DISTRIBUTED_TYPE = {
 
 HOW_SHARDED = {
     "accelerator.py: Accelerator._mesh_rank": "tells a person a rank's place on the mesh",
-    "checkpointing/pieces.py: _layout_of_dtensor": "where a tensor of any mesh lies, not which mesh it is",
+    "checkpointing/sharded/shard_layout.py: _layout_of_dtensor": "where a tensor of any mesh lies, not which mesh it is",
     "data_loader/mesh.py: data_ranks_of_mesh": "turns a mesh into who reads which part, which is all that loaders know",
     "data_loader/dispatch.py: DataLoaderDispatcher.ranks": "the documented argument torch_device_mesh",
     "data_loader/prepare.py: _ranks": "the documented argument torch_device_mesh",
@@ -29,33 +29,39 @@ SHELL: dict[str, str] = {}
 # fallback, a release without the name fails at that place only, with its name.
 PRIVATE_TORCH = {
     "checkpointing/fsdp_files.py: torch.nn.modules.module._IncompatibleKeys": "the type that load_state_dict returns",
-    "checkpointing/live.py: torch.distributed.fsdp._runtime_utils._reshard": "FSDP 1 has no public reshard, as FSDP 2 has",
-    "checkpointing/pieces.py: torch.distributed.tensor._utils.compute_local_shape_and_global_offset": (
+    "checkpointing/sharded/local_state.py: torch.distributed.fsdp._runtime_utils._reshard": (
+        "FSDP 1 has no public reshard, as FSDP 2 has"
+    ),
+    "checkpointing/sharded/shard_layout.py: torch.distributed.tensor._utils.compute_local_shape_and_global_offset": (
         "where a shard lies; uneven and strided shards are torch's own arithmetic"
     ),
-    "checkpointing/shards.py: torch.distributed.checkpoint.filesystem._StorageInfo": "DCP's own files pickle it by name",
-    "commands/estimate_step.py": "fake tensors and their dispatch modes have no public module; only the estimate uses them",
+    "checkpointing/sharded/dcp_writer.py: torch.distributed.checkpoint.filesystem._StorageInfo": (
+        "DCP's own files pickle it by name"
+    ),
+    "commands/estimate/step.py": "fake tensors and their dispatch modes have no public module; only the estimate uses them",
     "data_loader/iterable.py: torch.utils.data._utils.pin_memory.pin_memory": "pins batches of any type as DataLoader does",
     "inference": "torch's public pytree is younger than the floor, and fx's graphs hold containers of the private one",
-    "runtime/forward.py: torch._dynamo.eval_frame.OptimizedModule": "what torch.compile returns; read once loaded",
+    "runtime/tensors/forward.py: torch._dynamo.eval_frame.OptimizedModule": "what torch.compile returns; read once loaded",
     "runtime/world.py: torch.distributed.distributed_c10d._get_default_timeout": "init_process_group waits so long",
     "runtime/world.py: torch.distributed.distributed_c10d._world.pg_map": "lists the groups, whose threads must end",
     "strategies/accumulation.py: torch._foreach_mul_": "documented in spite of its name",
-    "strategies/averaging.py: torch.utils._pytree.tree_leaves": "torch's public pytree is younger than the floor",
-    "strategies/averaging.py: torch._C._current_graph_task_id": "tells a backward from the next, after a failure too",
-    "strategies/averaging.py: torch.autograd.Variable._execution_engine.queue_callback": (
+    "strategies/parallel/grad_sync.py: torch.utils._pytree.tree_leaves": "torch's public pytree is younger than the floor",
+    "strategies/parallel/grad_sync.py: torch._C._current_graph_task_id": (
+        "distinguishes a backward from the next, after a failure too"
+    ),
+    "strategies/parallel/grad_sync.py: torch.autograd.Variable._execution_engine.queue_callback": (
         "runs at the end of a backward; DDP does the same"
     ),
-    "strategies/averaging.py: torch._foreach_copy_": "documented in spite of its name",
+    "strategies/parallel/grad_sync.py: torch._foreach_copy_": "documented in spite of its name",
     "strategies/fsdp1.py: torch.distributed.fsdp.ShardingStrategy._HYBRID_SHARD_ZERO2": "the documented HYBRID_SHARD_ZERO2",
-    "strategies/mesh.py: torch._foreach_mul_": "documented in spite of its name",
-    "strategies/sequence_ways.py: torch.distributed.tensor.experimental._attention.set_rotate_method": (
+    "strategies/parallel/mesh.py: torch._foreach_mul_": "documented in spite of its name",
+    "strategies/parallel/context/backends.py: torch.distributed.tensor.experimental._attention.set_rotate_method": (
         "how torch's own context parallelism is told to send keys and values; the feature is experimental as a whole"
     ),
-    "strategies/weights.py: torch.distributed.tensor.placement_types._StridedShard": (
+    "strategies/parallel/materialize.py: torch.distributed.tensor.placement_types._StridedShard": (
         "the placement of a dimension that is cut twice, which has no public name"
     ),
-    "strategies/weights.py: torch.utils._python_dispatch.is_traceable_wrapper_subclass": (
+    "strategies/parallel/materialize.py: torch.utils._python_dispatch.is_traceable_wrapper_subclass": (
         "recognizes tensors made of several, for which there is no public test"
     ),
 }

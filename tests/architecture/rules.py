@@ -68,7 +68,7 @@ def environment(tree: ast.Module) -> Iterator[str]:
 
 
 def forward_replaced(tree: ast.Module) -> Iterator[str]:
-    """A module's forward is replaced in runtime/forward.py only."""
+    """A module's forward is replaced in runtime/tensors/forward.py only."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "forward" and not isinstance(node.ctx, ast.Load):
             yield f"{node.lineno}: {dotted(node) or '….forward'} is assigned or deleted"

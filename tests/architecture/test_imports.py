@@ -125,7 +125,7 @@ def imported_with(modules: list[str]) -> dict[str, list[str]]:
 TORCH_FREE = [
     "accelerate",
     *modules_below("settings", "launch"),
-    "accelerate.runtime.probe",
+    "accelerate.runtime.system.availability",
     "accelerate.runtime.devices",
     "accelerate.commands.accelerate_cli",
 ]

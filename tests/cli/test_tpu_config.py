@@ -125,7 +125,8 @@ class TestAPod:
         done = accelerate("launch", *self.file(tmp_path), "train.py", "--text", "a 'b'", PATH=gcloud.path)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         script = (
-            "env ACCELERATE_MIXED_PRECISION=bf16 XLA_USE_BF16=1 python3 -m accelerate.launch.on_tpu --function main "
+            "env ACCELERATE_MIXED_PRECISION=bf16 XLA_USE_BF16=1 "
+            "python3 -m accelerate.launch.engines.tpu_worker --function main "
             "train.py --text 'a '\"'\"'b'\"'\"''"
         )
         assert gcloud.told == [[*SSH, script, "--worker", "all"]]

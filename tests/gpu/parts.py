@@ -26,8 +26,8 @@ from accelerate import (
     dispatch_model,
     infer_auto_device_map,
 )
+from accelerate.data_loader.batches.batch_broadcast import _SLOT, Channel
 from accelerate.data_loader.dispatch import words_of
-from accelerate.data_loader.wire import _SLOT, Channel
 from accelerate.runtime import world
 from accelerate.state import AcceleratorState
 from accelerate.utils import (

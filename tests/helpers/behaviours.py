@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from accelerate.runtime.pytree import TensorInformation
+from accelerate.runtime.tensors.pytree import TensorInformation
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 

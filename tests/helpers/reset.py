@@ -56,7 +56,7 @@ def leave_group(barrier: bool) -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
-    from accelerate.runtime.probe import is_torch_version
+    from accelerate.runtime.system.availability import is_torch_version
     from accelerate.runtime.world import DRAIN_SECONDS
 
     gc.collect()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from accelerate import Accelerator, PartialState
-from accelerate.runtime import partition
+from accelerate.runtime.cluster import partition
 from accelerate.settings.handlers import TorchDynamoPlugin
 from tests.processes.test_training import observed_steps
 from tests.unit.test_accelerator import ListTracker, accumulated

@@ -20,7 +20,7 @@ import torch.distributed as dist
 pytest.importorskip("torchdata.stateful_dataloader")
 
 from accelerate.checkpointing import CheckpointError, SaveError
-from accelerate.checkpointing.finding import problems_of
+from accelerate.checkpointing.discovery import problems_of
 from accelerate.utils.fsdp_utils import save_fsdp_model
 from tests.helpers.crash import Ballast
 from tests.helpers.ranks import RankPool

@@ -14,8 +14,8 @@ pytest.importorskip("torchdata.stateful_dataloader")
 
 from accelerate import Accelerator
 from accelerate.checkpointing import LoadError, SaveError
-from accelerate.checkpointing import files as checkpoint_files
-from accelerate.checkpointing.entries import TORCH
+from accelerate.checkpointing.items.state_item import TORCH
+from accelerate.checkpointing.storage import formats as checkpoint_files
 from accelerate.runtime import world
 from tests.helpers.resuming import Recipe, Training
 

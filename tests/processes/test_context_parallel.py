@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
-from accelerate.strategies.shared_attention import Layout, gathered, ring
+from accelerate.strategies.parallel.context.ring_attention import Layout, gathered, ring
 from accelerate.utils import TorchContextParallelConfig
 
 attention = functional.scaled_dot_product_attention

@@ -13,11 +13,11 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate.data_loader import ReadingRankError, gather_for_metrics, prepare_data_loader, skip_first_batches
+from accelerate.data_loader.batches.batch_broadcast import Channel
 from accelerate.data_loader.dispatch import words_of
-from accelerate.data_loader.wire import Channel
 from accelerate.runtime import world
+from accelerate.runtime.collective_backend import TorchCollectives
 from accelerate.runtime.cpu_groups import cpu_group
-from accelerate.runtime.transport import TorchCollectives
 from accelerate.state import GradientState, PartialState
 
 Sample = namedtuple("Sample", ["ids", "text"])

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from accelerate import Accelerator
-from accelerate.commands.estimate_sharding import Sharding, rank_memory
-from accelerate.commands.estimate_step import follow_units
-from accelerate.strategies.sharding import units
+from accelerate.commands.estimate.sharding import Sharding, rank_memory
+from accelerate.commands.estimate.step import follow_units
+from accelerate.strategies.fsdp_base import units
 from tests.helpers.releases import fsdp
 from tests.helpers.sharding import Tiny, plugin
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from accelerate import Accelerator
-from accelerate.runtime.probe import is_torch_version
+from accelerate.runtime.system.availability import is_torch_version
 from accelerate.strategies import fsdp2
 from tests.helpers import sharding
 from tests.helpers.releases import FSDP2_ON_CPU

@@ -13,8 +13,8 @@ from torch import nn
 from accelerate import Accelerator, local_sgd
 from accelerate.local_sgd import LocalSGD
 from accelerate.runtime import world
+from accelerate.runtime.collective_backend import TorchCollectives
 from accelerate.runtime.collectives import gather
-from accelerate.runtime.transport import TorchCollectives
 from tests.helpers.behaviours import outputs, per_rank
 
 RunRanks = Callable[..., list[Any]]

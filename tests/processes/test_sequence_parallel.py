@@ -18,8 +18,8 @@ from torch.nn import functional
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.local_sgd import LocalSGD
 from accelerate.state import AcceleratorState
-from accelerate.strategies.exchanged_heads import exchanged
-from accelerate.strategies.shared_attention import Layout
+from accelerate.strategies.parallel.context.ring_attention import Layout
+from accelerate.strategies.parallel.context.ulysses import exchanged
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 
 attention = functional.scaled_dot_product_attention

@@ -25,8 +25,8 @@ from accelerate import (
     PartialState,
 )
 from accelerate.state import AcceleratorState
-from accelerate.strategies import averaging
-from accelerate.strategies.mesh import local_part
+from accelerate.strategies.parallel import grad_sync
+from accelerate.strategies.parallel.mesh import local_part
 from accelerate.utils import (
     TorchTensorParallelConfig,
     TorchTensorParallelPlugin,
@@ -195,7 +195,7 @@ def _overlapped() -> list[Any]:
     model, alone = Mlp(4).double(), Mlp(4).double()
     alone.load_state_dict(model.state_dict())
     events: list[str] = []
-    all_reduce, tolist, size = dist.all_reduce, torch.Tensor.tolist, averaging._BUCKET_BYTES
+    all_reduce, tolist, size = dist.all_reduce, torch.Tensor.tolist, grad_sync._BUCKET_BYTES
 
     def sending(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         events.append("sent")
@@ -220,7 +220,7 @@ def _overlapped() -> list[Any]:
         return gap(model, alone)
 
     try:
-        averaging._BUCKET_BYTES = 1
+        grad_sync._BUCKET_BYTES = 1
         dist.all_reduce, torch.Tensor.tolist = sending, looking
         model = accelerator.prepare(model)
         events.clear()
@@ -238,7 +238,7 @@ def _overlapped() -> list[Any]:
         nested = accelerator.prepare(nested)
         found += [compare(nested, alone), compare(nested, alone)]
     finally:
-        averaging._BUCKET_BYTES, dist.all_reduce, torch.Tensor.tolist = size, all_reduce, tolist
+        grad_sync._BUCKET_BYTES, dist.all_reduce, torch.Tensor.tolist = size, all_reduce, tolist
     return [seen, *found]
 
 

@@ -17,10 +17,8 @@ from accelerate import Accelerator, ParallelismConfig, PartialState, disk_offloa
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.settings import env
-from accelerate.settings.deepspeed import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from accelerate.settings.enums import DistributedType, RNGType
 from accelerate.settings.fp8 import FP8RecipeKwargs
-from accelerate.settings.fsdp import FullyShardedDataParallelPlugin
 from accelerate.settings.handlers import (
     AutocastKwargs,
     DataLoaderConfiguration,
@@ -31,8 +29,10 @@ from accelerate.settings.handlers import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from accelerate.settings.megatron import MegatronLMDummyScheduler, MegatronLMPlugin
 from accelerate.settings.parallel import TorchTensorParallelPlugin
+from accelerate.settings.plugins.deepspeed import DeepSpeedPlugin, DummyOptim, DummyScheduler
+from accelerate.settings.plugins.fsdp import FullyShardedDataParallelPlugin
+from accelerate.settings.plugins.megatron import MegatronLMDummyScheduler, MegatronLMPlugin
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 

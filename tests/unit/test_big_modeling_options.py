@@ -374,7 +374,7 @@ def test_a_copy_that_is_there_is_used():
 
 def test_memory_goes_back_to_the_driver_if_asked(monkeypatch):
     cleared: list[int] = []
-    monkeypatch.setattr("accelerate.placement.tensors.clear_device_cache", lambda: cleared.append(1))
+    monkeypatch.setattr("accelerate.offload.tensors.clear_device_cache", lambda: cleared.append(1))
     model = nn.Linear(1, 1).to("cuda")
     set_module_tensor_to_device(model, "weight", "cpu", clear_cache=False)
     assert not cleared

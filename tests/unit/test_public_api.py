@@ -34,7 +34,7 @@ dir(accelerate), dir(accelerate.utils), accelerate.__all__, accelerate.utils.__a
 new = {name for name in set(sys.modules) - before if name.split(".")[0] == "accelerate"}
 print(sorted(new), {"torch", "numpy", "tqdm", "dataclasses", "importlib.metadata"} & set(sys.modules))
 """
-    ours = [f"accelerate{name}" for name in ("", ".runtime", ".runtime.progress", ".utils", ".utils.tqdm")]
+    ours = [f"accelerate{name}" for name in ("", ".runtime", ".runtime.progress_bar", ".utils", ".utils.tqdm")]
     assert run(code) == f"{ours} set()\n"
 
 
@@ -88,7 +88,7 @@ def test_the_stub_lists_the_same_names_from_the_same_homes(window):
     wanted = {name: f"accelerate.{home}" for name, home in window._EXPORTS.items()}
     wanted |= dict.fromkeys(window._SUBMODULES, window.__name__)
     if window is accelerate.utils:
-        wanted["tqdm"] = "accelerate.runtime.progress"
+        wanted["tqdm"] = "accelerate.runtime.progress_bar"
     assert listed == wanted
 
 

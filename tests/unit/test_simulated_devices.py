@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import accelerate.launch.machine
+import accelerate.launch.host
 import accelerate.launchers
 from accelerate import (
     Accelerator,
@@ -319,7 +319,7 @@ def offload(place: Place) -> None:
                 assert got.device == place.device
                 assert torch.equal(got.cpu(), want)
         recorded = {call[1] for call in place.machine.calls if call[0] == "record_stream"}
-        # Which layers are read ahead is a matter of timing; tests/unit/hooks/test_lanes.py looks at each weight.
+        # Which layers are prefetched depends on timing; offload/hooks/test_device_transfer.py looks at each weight.
         assert recorded <= {place.device}, device
 
 
@@ -366,7 +366,7 @@ def _on_cpu_rank() -> None:
 
 def launch_plan(place: Place) -> None:
     # The launcher looks for the driver's files, which a simulation in Python does not bring.
-    place.monkeypatch.setattr(accelerate.launch.machine, "_has_cuda_driver", lambda: place.machine.count > 0)
+    place.monkeypatch.setattr(accelerate.launch.host, "_has_cuda_driver", lambda: place.machine.count > 0)
     (place.folder / "train.py").write_text("")
     assert accelerate_cli.main(["launch", "--dry_run", str(place.folder / "train.py")]) == 0
     shown = place.out.readouterr().out
@@ -375,7 +375,7 @@ def launch_plan(place: Place) -> None:
 
 
 def default_configuration(place: Place) -> None:
-    place.monkeypatch.setattr(accelerate.launch.machine, "_has_cuda_driver", lambda: place.machine.count > 0)
+    place.monkeypatch.setattr(accelerate.launch.host, "_has_cuda_driver", lambda: place.machine.count > 0)
     file = place.folder / "config.yaml"
     assert accelerate_cli.main(["config", "default", "--config_file", str(file)]) == 0
     text = file.read_text().replace("'", "")

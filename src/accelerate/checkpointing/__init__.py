@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..runtime.lazy import lazy_exports
+from ..runtime.system.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .entries import Entry
     from .errors import CheckpointError, LoadError, Problem, SaveError
+    from .items.state_item import Entry
     from .loading import LoadReport
-    from .methods import CheckpointMethods
+    from .mixin import CheckpointMethods
     from .model_files import clean_state_dict_for_safetensors, load, save
     from .preemption import EXIT_CODE
 
@@ -37,8 +37,8 @@ __getattr__ = lazy_exports(
     {
         "EXIT_CODE": "preemption",
         "CheckpointError": "errors",
-        "CheckpointMethods": "methods",
-        "Entry": "entries",
+        "CheckpointMethods": "mixin",
+        "Entry": "items.state_item",
         "LoadError": "errors",
         "LoadReport": "loading",
         "Problem": "errors",

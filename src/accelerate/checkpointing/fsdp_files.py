@@ -16,15 +16,17 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..runtime import world
-from ..runtime.forward import bare_model
-from . import applying, fitting, forms, live, loading
-from .entries import Entry, Part
+from ..runtime.tensors.forward import bare_model
+from . import loading
+from .consensus import all_ranks, together
 from .errors import LoadError, SaveError
-from .files import write_torch
-from .gathering import gathered
-from .joint import all_ranks, together
+from .items import model_items, transaction
+from .items.state_item import Entry, Part
 from .model_files import write_whole
-from .shards import describe
+from .sharded import local_state, reshard
+from .sharded.dcp_writer import describe
+from .sharded.gathering import gathered
+from .storage.formats import write_torch
 
 
 def save_fsdp_model(
@@ -51,11 +53,11 @@ def save_fsdp_model(
         SaveError: on every rank, when one could not write its part.
     """
     here = world.current()
-    state, full = _state(model, adapter_only), forms.saves_whole(fsdp_plugin)
+    state, full = _state(model, adapter_only), model_items.saves_whole(fsdp_plugin)
     if full:
-        _write(forms.gathered_model(model_index, gathered(state)), Path(output_dir))
+        _write(model_items.gathered_model(model_index, gathered(state)), Path(output_dir))
     else:
-        _write(forms.shards_of_model(model_index, here.rank, state), Path(output_dir))
+        _write(model_items.shards_of_model(model_index, here.rank, state), Path(output_dir))
 
 
 def load_fsdp_model(
@@ -77,10 +79,10 @@ def load_fsdp_model(
             its tensors, which is found on the way (`Accelerator.load_state` compares checksums first).
     """
     folder, bare = Path(input_dir), bare_model(model)
-    entry = forms.model_in(folder, model_index, bare, sharded=True, full=forms.saves_whole(fsdp_plugin))
+    entry = model_items.model_in(folder, model_index, bare, sharded=True, full=model_items.saves_whole(fsdp_plugin))
     _load(entry, folder, strict=not adapter_only)
-    state, saved = live.model_state(bare), entry.read(folder, {})
-    return _IncompatibleKeys(*fitting.misnamed(state, saved))
+    state, saved = local_state.model_state(bare), entry.read(folder, {})
+    return _IncompatibleKeys(*reshard.misnamed(state, saved))
 
 
 def save_fsdp_optimizer(
@@ -93,11 +95,11 @@ def save_fsdp_optimizer(
     use_dcp: bool = True,
 ) -> None:
     """Saves the state of a sharded model's optimizer; arguments as for `save_fsdp_model`."""
-    here, models, full = world.current(), [bare_model(model)], forms.saves_whole(fsdp_plugin)
+    here, models, full = world.current(), [bare_model(model)], model_items.saves_whole(fsdp_plugin)
     if full:
-        entry = forms.gathered_optimizer(optimizer_index, here.rank, optimizer, models)
+        entry = model_items.gathered_optimizer(optimizer_index, here.rank, optimizer, models)
     else:
-        entry = forms.shards_of_optimizer(optimizer_index, here.rank, optimizer, models)
+        entry = model_items.shards_of_optimizer(optimizer_index, here.rank, optimizer, models)
     _write(entry, Path(output_dir))
 
 
@@ -112,16 +114,16 @@ def load_fsdp_optimizer(
     use_dcp: bool = True,
 ) -> None:
     """Loads what `save_fsdp_optimizer` saved; arguments and errors as for `load_fsdp_model`."""
-    folder, full = Path(input_dir), forms.saves_whole(fsdp_plugin)
-    entry = forms.optimizer_in(folder, optimizer_index, optimizer, [bare_model(model)], sharded=True, full=full)
+    folder, full = Path(input_dir), model_items.saves_whole(fsdp_plugin)
+    entry = model_items.optimizer_in(folder, optimizer_index, optimizer, [bare_model(model)], sharded=True, full=full)
     _load(entry, folder, strict=True)
 
 
 def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
-    state = live.model_state(bare_model(model))
+    state = local_state.model_state(bare_model(model))
     if not adapter_only:
         return state
-    trained = live.trained(bare_model(model))
+    trained = local_state.trained(bare_model(model))
     kept = {id(value) for name, value in state.items() if name in trained}
     return {name: value for name, value in state.items() if id(value) in kept}
 
@@ -157,4 +159,4 @@ def _load(entry: Entry, folder: Path, strict: bool) -> None:
     here = dataclasses.replace(world.current(), collectives=all_ranks(LoadError))
     reading = loading.read_entries(folder, [entry], None, {})
     loading.conclude(here, folder, [reading], strict)
-    applying.apply(here, folder, reading.states)
+    transaction.apply(here, folder, reading.states)

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..logging import get_logger
-from ..runtime.file_names import require_regular
+from ..runtime.system.file_names import require_regular
 from ..runtime.world import World
 from ..settings.enums import SAMPLER_NAME
-from . import manifest as manifests
-from .checked import DamagedError
-from .commit import settle
-from .entries import Entry
+from .consensus import together
+from .discovery import newest_valid, problems_of, problems_without_manifest
 from .errors import LoadError, Problem, listed
-from .finding import newest_valid, problems_of, problems_without_manifest
-from .joint import together
-from .names import files_of, is_shared, part_of
+from .items.state_item import Entry
+from .storage import manifest as manifests
+from .storage.atomic import settle
+from .storage.filenames import files_of, is_shared, part_of
+from .storage.verified_reader import DamagedError
 
 logger = get_logger(__name__)
 

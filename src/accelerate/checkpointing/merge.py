@@ -15,12 +15,12 @@ import torch
 
 from ..runtime import world
 from ..settings.enums import FSDP_MODEL_NAME
-from . import manifest as manifests
-from .dcp import StoredFolder
+from .consensus import all_ranks, check_called_by_all, together
 from .errors import LoadError, SaveError, listed
-from .files import write_safetensors, write_torch
-from .joint import all_ranks, check_called_by_all, together
 from .model_files import finish_pieces, piece_names, size_in_bytes, split, write_whole
+from .sharded.dcp_reader import StoredFolder
+from .storage import manifest as manifests
+from .storage.formats import write_safetensors, write_torch
 
 _MODEL = "model"
 

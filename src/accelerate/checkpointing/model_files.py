@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..hooks import fill_offloaded
+from ..offload.hooks import fill_offloaded
 from ..runtime import world
-from ..runtime.forward import extract_model_from_parallel
 from ..runtime.helpers import convert_file_size_to_int as size_in_bytes
+from ..runtime.tensors.forward import extract_model_from_parallel
 from ..settings.enums import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -26,9 +26,9 @@ from ..settings.enums import (
     WEIGHTS_NAME,
     WEIGHTS_PATTERN_NAME,
 )
-from . import remote
-from .disk import FileWriter, sync_folder, write_file
-from .files import read_safetensors, read_torch, write_safetensors, write_torch
+from .storage import remote
+from .storage.file_writer import FileWriter, sync_folder, write_file
+from .storage.formats import read_safetensors, read_torch, write_safetensors, write_torch
 
 logger = logging.getLogger(__name__)  # usable before a process knows its rank
 

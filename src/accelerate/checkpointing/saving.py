@@ -19,18 +19,18 @@ from typing import Any
 import torch
 
 from ..logging import get_logger
-from ..runtime.transport import Collectives
+from ..runtime.collective_backend import Collectives
 from ..runtime.world import World
-from .commit import commit, discard, stage
-from .copying import Room
-from .entries import Entry, Part, Written
+from .consensus import of_the_first, together
+from .discovery import is_whole
 from .errors import SaveError
-from .finding import is_whole
-from .joint import of_the_first, together
-from .names import numbered_folders, part_of
-from .parallel import in_parallel
-from .remote import Outgoing
-from .shards import Place, describe
+from .items.state_item import Entry, Part, Written
+from .sharded.dcp_writer import Place, describe
+from .storage.atomic import commit, discard, stage
+from .storage.filenames import numbered_folders, part_of
+from .storage.remote import Outgoing
+from .storage.staging import Room
+from .storage.thread_map import in_parallel
 
 logger = get_logger(__name__)
 

@@ -29,9 +29,9 @@ def checkpoint_command(args: argparse.Namespace) -> int:
 
 
 def _verify(folder: Path) -> int:
-    from ..checkpointing import manifest as manifests
-    from ..checkpointing.finding import problems_of
-    from ..checkpointing.names import describe
+    from ..checkpointing.discovery import problems_of
+    from ..checkpointing.storage import manifest as manifests
+    from ..checkpointing.storage.filenames import describe
 
     problems = problems_of(folder)
     try:
@@ -57,9 +57,9 @@ def _verify(folder: Path) -> int:
 
 
 def _list(project: Path) -> int:
-    from ..checkpointing import manifest as manifests
-    from ..checkpointing.finding import is_whole
-    from ..checkpointing.names import numbered_folders
+    from ..checkpointing.discovery import is_whole
+    from ..checkpointing.storage import manifest as manifests
+    from ..checkpointing.storage.filenames import numbered_folders
 
     folders = numbered_folders(project)
     if not folders:

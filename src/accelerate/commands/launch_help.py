@@ -10,7 +10,7 @@ from typing import Any
 
 from ..settings.launcher import DISTRIBUTED, HARDWARE, PARADIGM, LaunchSettings
 from ..settings.option import Entry, Section, entries, spelt
-from ..settings.sections import RESOURCES
+from ..settings.option_groups import RESOURCES
 
 _ALWAYS_SHOWN = ("General", HARDWARE, RESOURCES, PARADIGM, DISTRIBUTED)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..launch import config_file
-from ..launch.config_text import dump, load, read, write
+from ..launch.config_io import dump, load, read, write
 from ..launch.parse import choose
 from ..settings.enums import FSDP_SHARDING_STRATEGY
 from ..settings.option import Entry, SettingsError
@@ -56,7 +56,7 @@ def convert(content: Mapping[str, Any], path: str) -> Conversion:
     """A file's content for FSDP 2.
 
     Args:
-        content: As `launch.config_text.load` gives it.
+        content: As `launch.config_io.load` gives it.
         path: For the messages.
 
     Raises:

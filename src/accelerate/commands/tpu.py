@@ -38,8 +38,8 @@ def command(args: argparse.Namespace) -> list[str]:
     Raises:
         SettingsError: when something is missing, or cannot be read.
     """
-    from ..launch import tpu
     from ..launch.config_file import find
+    from ..launch.engines import tpu
     from ..settings.clouds import TpuCommandSettings
     from ..settings.option import build
 
@@ -55,7 +55,7 @@ def command(args: argparse.Namespace) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command, or prints it; the exit code."""
-    from ..launch.tpu import run_remotely
+    from ..launch.engines.tpu import run_remotely
 
     try:
         words = command(args)

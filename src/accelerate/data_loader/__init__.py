@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..runtime.lazy import lazy_exports
+from ..runtime.system.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .base import DataLoaderAdapter, DataLoaderStateMixin
-    from .deal import Round
+    from .batches.batch_broadcast import CannotDispatchError, ReadingRankError
+    from .batches.batch_sharding import Round
     from .dispatch import DataLoaderDispatcher
     from .gathering import gather_for_metrics, gather_items, gather_rows
     from .iterable import IterableDatasetShard
     from .mesh import data_ranks_of_mesh
     from .plan import DataPlan, Reading, Shuffle, Source, logger, plan_data
     from .prepare import override_even_batches, prepare_data_loader
-    from .samplers import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler, get_sampler
+    from .sampling.samplers import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler, get_sampler
     from .shard import DataLoaderShard, SkipDataLoader
     from .skip import skip_first_batches
-    from .wire import CannotDispatchError, ReadingRankError
     from .xla import MpDeviceLoaderWrapper as MpDeviceLoaderWrapper  # needs torch_xla
 
 __all__ = [
@@ -57,8 +57,8 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
-        "BatchSamplerShard": "samplers",
-        "CannotDispatchError": "wire",
+        "BatchSamplerShard": "sampling.samplers",
+        "CannotDispatchError": "batches.batch_broadcast",
         "data_ranks_of_mesh": "mesh",
         "DataLoaderAdapter": "base",
         "DataLoaderDispatcher": "dispatch",
@@ -68,7 +68,7 @@ __getattr__ = lazy_exports(
         "gather_for_metrics": "gathering",
         "gather_items": "gathering",
         "gather_rows": "gathering",
-        "get_sampler": "samplers",
+        "get_sampler": "sampling.samplers",
         "IterableDatasetShard": "iterable",
         "logger": "plan",
         "MpDeviceLoaderWrapper": "xla",
@@ -76,12 +76,12 @@ __getattr__ = lazy_exports(
         "plan_data": "plan",
         "prepare_data_loader": "prepare",
         "Reading": "plan",
-        "ReadingRankError": "wire",
-        "Round": "deal",
-        "SeedableRandomSampler": "samplers",
+        "ReadingRankError": "batches.batch_broadcast",
+        "Round": "batches.batch_sharding",
+        "SeedableRandomSampler": "sampling.samplers",
         "Shuffle": "plan",
         "skip_first_batches": "skip",
-        "SkipBatchSampler": "samplers",
+        "SkipBatchSampler": "sampling.samplers",
         "SkipDataLoader": "shard",
         "Source": "plan",
     },

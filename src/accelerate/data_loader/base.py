@@ -16,14 +16,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..runtime import devices
-from ..runtime.pytree import send_to_device
+from ..runtime.tensors.pytree import send_to_device
 from ..state import GradientState
-from . import workers
-from .cut import Cutter
-from .deal import Round
+from .batches.batch_sharding import Round
+from .batches.batch_slicing import Cutter
 from .iterable import Counted, IterableDatasetShard, StreamShard, Unmark, is_marked
-from .order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder, Track
-from .samplers import (
+from .sampling import workers
+from .sampling.order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder, Track
+from .sampling.samplers import (
     BatchSamplerShard,
     SeedableRandomSampler,
     SkipBatchSampler,
@@ -33,7 +33,7 @@ from .samplers import (
     get_sampler,
     samples_drawn,
 )
-from .seeding import SampleSeeds, seeded
+from .sampling.seeding import SampleSeeds, seeded
 
 if TYPE_CHECKING:
     from .plan import DataPlan

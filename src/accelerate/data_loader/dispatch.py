@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from ..runtime import world
+from ..runtime.collective_backend import Collectives, TorchCollectives
 from ..runtime.cpu_groups import cpu_group
-from ..runtime.transport import Collectives, TorchCollectives
 from ..runtime.world import DataRanks
 from ..state import PartialState
 from .base import DataLoaderAdapter, mover
 from .mesh import data_ranks_of_mesh
 
 if TYPE_CHECKING:
-    from .wire import Channel, Step
+    from .batches.batch_broadcast import Channel, Step
 
 
 _READING_LIMIT = datetime.timedelta(hours=2)
@@ -153,7 +153,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             yield from self._deal(None)
             return
         if self._channel is None or self._channel.collectives is not collectives:
-            from .wire import Channel  # here: most runs dispatch nothing
+            from .batches.batch_broadcast import Channel  # here: most runs dispatch nothing
 
             self._channel = Channel(collectives, words=words_of(collectives))
         if collectives.rank == 0:
@@ -171,8 +171,8 @@ class DataLoaderDispatcher(DataLoaderAdapter):
     # Rank 0 -----------------------------------------------------------------------------------------------------------
 
     def _deal(self, channel: Channel | None) -> Iterator[Step]:
-        from .cut import Cutter
-        from .wire import Step
+        from .batches.batch_broadcast import Step
+        from .batches.batch_slicing import Cutter
 
         ranks, cutter = self.ranks, Cutter(self.slice_fn)
         groups = self._groups()

@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from ..runtime import collectives as operations
 from ..runtime import world
-from ..runtime.pytree import holds_only_tensors, honor_type, map_tensors, recursively_apply
-from ..runtime.transport import Collectives, TorchCollectives
+from ..runtime.collective_backend import Collectives, TorchCollectives
+from ..runtime.tensors.pytree import holds_only_tensors, honor_type, map_tensors, recursively_apply
 from ..runtime.world import DataRanks
 from ..state import GradientState
 from .base import DataLoaderAdapter, DataLoaderStateMixin
-from .cut import like_mapping
-from .deal import Round
+from .batches.batch_sharding import Round
+from .batches.batch_slicing import like_mapping
 
 # Groups of the first ranks of others, made when first needed; they end with the group they are part of.
 _groups: weakref.WeakKeyDictionary[Collectives, dict[int, Collectives]] = weakref.WeakKeyDictionary()

@@ -16,8 +16,8 @@ from torch.utils.data import IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from ..runtime.world import DataRanks
-from .deal import Round, describe, fill
-from .samplers import check_split
+from .batches.batch_sharding import Round, describe, fill
+from .sampling.samplers import check_split
 
 
 @dataclass

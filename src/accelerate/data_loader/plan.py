@@ -34,7 +34,7 @@ from ..state import PartialState
 from .base import DataLoaderAdapter
 from .dispatch import DataLoaderDispatcher
 from .iterable import IterableDatasetShard, StreamShard
-from .samplers import (
+from .sampling.samplers import (
     BatchSamplerShard,
     SamplerShard,
     SeedableRandomSampler,
@@ -44,7 +44,7 @@ from .samplers import (
     drawn_from,
     get_sampler,
 )
-from .seeding import SampleSeeds
+from .sampling.seeding import SampleSeeds
 from .shard import DataLoaderShard, SkipDataLoader
 from .stream_shards import has_shards
 

@@ -18,7 +18,7 @@ from .dispatch import DataLoaderDispatcher
 from .iterable import IterableDatasetShard
 from .mesh import data_ranks_of_mesh
 from .plan import Reading, logger, plan_data
-from .samplers import BatchSamplerShard, SamplerShard, chain_from, drawn_from
+from .sampling.samplers import BatchSamplerShard, SamplerShard, chain_from, drawn_from
 from .shard import DataLoaderShard
 from .stream_shards import can_agree
 

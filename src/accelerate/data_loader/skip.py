@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from .base import DataLoaderAdapter
 from .dispatch import DataLoaderDispatcher
 from .plan import kept_arguments
-from .samplers import SkipBatchSampler, drawn_from
+from .sampling.samplers import SkipBatchSampler, drawn_from
 from .shard import SkipDataLoader
 
 _T = TypeVar("_T")

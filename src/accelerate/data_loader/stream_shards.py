@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 
 from ..runtime import world
+from ..runtime.collective_backend import Collectives, TorchCollectives
 from ..runtime.cpu_groups import cpu_group
-from ..runtime.transport import Collectives, TorchCollectives
 from ..runtime.world import DataRanks
-from .cut import cloned
-from .deal import Round
+from .batches.batch_sharding import Round
+from .batches.batch_slicing import cloned
 from .iterable import Counted
 
 _END = object()

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..placement.device_map import infer_auto_device_map
-from ..placement.memory import get_balanced_memory
-from ..placement.sizes import compute_module_sizes
-from ..placement.tensors import named_module_tensors, set_module_tensor_to_device
+from ..offload.device_map import infer_auto_device_map
+from ..offload.max_memory import get_balanced_memory
+from ..offload.sizes import compute_module_sizes
+from ..offload.tensors import named_module_tensors, set_module_tensor_to_device
 from ..runtime import world
-from ..runtime.forward import wrap_forward
-from .running import Pipeline, resized, rows_of
+from ..runtime.tensors.forward import wrap_forward
+from .pipeline import Pipeline, resized, rows_of
 from .stages import cut, to_device
 
 _Module = TypeVar("_Module", bound=nn.Module)

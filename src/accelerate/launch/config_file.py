@@ -14,7 +14,7 @@ from ..settings.clouds import SageMakerSettings, TpuCommandSettings
 from ..settings.enums import DistributedType, SageMakerDistributedType
 from ..settings.launcher import LaunchSettings
 from ..settings.option import Entry, SettingsError, entries, shown
-from .config_text import load, printable
+from .config_io import load, printable
 
 _T = TypeVar("_T")
 

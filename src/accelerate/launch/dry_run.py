@@ -21,7 +21,7 @@ def as_typed(plan: LaunchPlan, settings: LaunchSettings, here: Mapping[str, str]
         SettingsError: when what the settings name cannot be read.
     """
     if plan.starter == "sagemaker":
-        from .sagemaker import as_text, prepare
+        from .engines.sagemaker import as_text, prepare
 
         return as_text(prepare(settings, plan.environment))
     added = {name: value for name, value in plan.environment.items() if not (name in plan.yields and name in here)}

@@ -1,7 +1,7 @@
 """Settings to a plan: the command and the variables of a launch, as values.
 
 `plan(argv) = build(parse(argv))`. `build` touches no file, no device and no variable: what the machine is like comes in
-through the settings (`launch.machine`), so a plan can be printed, compared and tested without starting anything.
+through the settings (`launch.host`), so a plan can be printed, compared and tested without starting anything.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ..runtime.place import DEFAULT_PORT
+from ..runtime.cluster.cluster_env import DEFAULT_PORT
 from ..settings.enums import SageMakerDistributedType
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError, entries
@@ -92,18 +92,18 @@ def build(settings: LaunchSettings) -> LaunchPlan:
     if starter == "torch":
         command = [*settings.python, "-m", "torch.distributed.run", *_agent_arguments(settings)]
     elif starter in ("tpu", "tpu-pod"):
-        from . import tpu
+        from .engines import tpu
 
         command = tpu.host_command(settings)
         if starter == "tpu-pod":  # its variables are part of what ssh is told
             command, *beside = tpu.pod_commands(settings, environment)
             environment = {}
     elif starter == "mpirun":
-        from . import mpi
+        from .engines import mpi
 
         command = [*mpi.command(settings, environment), *worker]
     elif starter == "deepspeed":
-        from . import deepspeed
+        from .engines import deepspeed
 
         command = deepspeed.command(settings)
     else:
@@ -158,11 +158,11 @@ def check(settings: LaunchSettings) -> None:
     if machines > 1 and settings.main_process_ip is None and starter in ("torch", "mpirun"):
         raise SettingsError(f"{machines} machines need the address of machine 0: give --main_process_ip.")
     if starter == "mpirun":
-        from . import mpi
+        from .engines import mpi
 
         mpi.check(settings)
     elif starter == "deepspeed":
-        from . import deepspeed
+        from .engines import deepspeed
 
         deepspeed.check(settings)
 
@@ -241,11 +241,11 @@ def _interfaces(settings: LaunchSettings, starter: str) -> dict[str, str]:
 def _met_at(settings: LaunchSettings, starter: str) -> dict[str, str]:
     """Where ranks meet that somebody else starts."""
     if starter == "mpirun":
-        from . import mpi
+        from .engines import mpi
 
         return mpi.environment(settings)
     if starter == "deepspeed":
-        from . import deepspeed
+        from .engines import deepspeed
 
         return deepspeed.environment(settings)
     if not settings.placed_by:

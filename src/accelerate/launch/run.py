@@ -1,6 +1,6 @@
 """Carries a plan out: becomes the script, or starts ranks and looks after them. Ways to start are rows of a table.
 
-One process replaces this one. Several go through torch's elastic agent: `launch.ranks`, all that imports torch.
+One process replaces this one. Several go through torch's elastic agent: `launch.local.worker_group`, all that imports torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..settings import env
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
 from .console import say
-from .machine import Machine, look, remarks, resolve
+from .exec_program import Starter, become, run_beside, start_deepspeed, start_mpirun
+from .host import Machine, look, remarks, resolve
 from .plan import LaunchPlan, build, check_named, choose
-from .programs import Starter, become, run_beside, start_deepspeed, start_mpirun
 
 _NOT_YET = "this version cannot train with it even where it is"
 _FP8_PACKAGES = {"te": "transformer_engine", "ao": "torchao", "msamp": "msamp"}
@@ -81,7 +81,7 @@ def check_script(settings: LaunchSettings) -> None:
         hint = "; to run a module, put -m before its name" if dotted else ""
         raise SettingsError(f"script {settings.script} does not exist (looked in {os.getcwd()}{hint}).")
     elif choose(settings) == "tpu":
-        from .tpu import check_function
+        from .engines.tpu import check_function
 
         check_function(settings)
 
@@ -104,11 +104,11 @@ def check_packages(settings: LaunchSettings) -> None:
         SettingsError: when one is not.
     """
     if choose(settings) == "tpu" and find_spec("torch_xla") is None:
-        from .tpu import INSTALL
+        from .engines.tpu import INSTALL
 
         raise SettingsError(INSTALL)
     if choose(settings) == "sagemaker" and find_spec("sagemaker") is None:
-        from .sagemaker import INSTALL
+        from .engines.sagemaker import INSTALL
 
         raise SettingsError(INSTALL)
     if settings.use_deepspeed and find_spec("deepspeed") is None:
@@ -156,19 +156,19 @@ def _alone(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
 
 
 def _ranks(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
-    from .ranks import run
+    from .local.worker_group import run
 
     return run(plan, settings)
 
 
 def _pod(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
-    from .tpu import start_pod
+    from .engines.tpu import start_pod
 
     return start_pod(plan, settings)
 
 
 def _sagemaker(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
-    from .sagemaker import start as start_job
+    from .engines.sagemaker import start as start_job
 
     return start_job(plan, settings)
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ..runtime.devices import kind_of
-from ..runtime.forward import ForwardWrapper, wrap_forward
-from ..runtime.probe import supports_bf16
-from ..runtime.pytree import convert_to_fp32
+from ..runtime.system.availability import supports_bf16
+from ..runtime.tensors.forward import ForwardWrapper, wrap_forward
+from ..runtime.tensors.pytree import convert_to_fp32
 from .loss_scale import LossScaler
 
 if TYPE_CHECKING:

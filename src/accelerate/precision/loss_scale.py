@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState
 
-from ..runtime.transport import Collectives
+from ..runtime.collective_backend import Collectives
 
 
 class LossScaler(torch.amp.GradScaler):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..settings.quantization import BnbQuantizationConfig
+from ..settings.plugins.quantization import BnbQuantizationConfig
 from .loading import load_and_quantize_model
 from .selection import has_4bit_bnb_layers
 

@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import nn
 
-from ..settings.quantization import BnbQuantizationConfig
+from ..settings.plugins.quantization import BnbQuantizationConfig
 from .selection import Linear
 
 Companions = Mapping[str, torch.Tensor]

@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from ..big_modeling import dispatch_model, made_map
-from ..placement.checkpoints import WeightFile, WeightsError, find_checkpoint, inspect
-from ..placement.device_map import check_device_map, device_of, settled
-from ..placement.memory import OFFLOADED
-from ..placement.offload import offload_weight, save_offload_index
-from ..placement.tensors import Place, get_non_persistent_buffers, owner_of, set_module_tensor_to_device
-from ..placement.tied import find_tied_parameters
+from ..offload.checkpoints import WeightFile, WeightsError, find_checkpoint, inspect
+from ..offload.device_map import check_device_map, device_of, settled
+from ..offload.disk_weights import offload_weight, save_offload_index
+from ..offload.max_memory import OFFLOADED
+from ..offload.tensors import Place, get_non_persistent_buffers, owner_of, set_module_tensor_to_device
+from ..offload.tied_weights import find_tied_parameters
 from ..runtime import world
 from ..runtime.devices import default_kind, with_index
-from ..settings.quantization import BnbQuantizationConfig
+from ..settings.plugins.quantization import BnbQuantizationConfig
 from .selection import Linear, fp32_modules, layers_to_quantise, named, special_dtypes
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..placement.sizes import Dtype
-from ..placement.tied import find_tied_parameters
-from ..settings.quantization import BnbQuantizationConfig
+from ..offload.sizes import Dtype
+from ..offload.tied_weights import find_tied_parameters
+from ..settings.plugins.quantization import BnbQuantizationConfig
 
 
 @dataclass(frozen=True)

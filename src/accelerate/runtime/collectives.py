@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .pytree import TensorInformation, map_tensors
-from .transport import Collectives
-from .verify import (
+from .collective_backend import Collectives
+from .shape_check import (
     DistributedOperationException,
     chained_operation,
     compare,
@@ -25,6 +24,7 @@ from .verify import (
     summary_of,
     verify_operation,
 )
+from .tensors.pytree import TensorInformation, map_tensors
 from .world import current
 
 __all__ = [

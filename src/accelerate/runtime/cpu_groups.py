@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from .transport import Collectives, TorchCollectives
+from .collective_backend import Collectives, TorchCollectives
 from .world import current, is_joined, when_leaving
 
 # By the training group, and by purpose. torch destroys them with the training group.

@@ -21,8 +21,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 import torch
 
 from . import devices
+from .collective_backend import Collectives
 from .cpu_groups import cpu_group
-from .transport import Collectives
 
 _R = TypeVar("_R")
 _P = ParamSpec("_P")

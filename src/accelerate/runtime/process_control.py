@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
-from . import partition
+from .cluster import partition
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

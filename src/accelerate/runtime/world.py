@@ -22,12 +22,14 @@ import torch.distributed as dist
 
 from ..settings import env
 from ..settings.enums import DistributedType
-from . import devices, error_file, machine, rendezvous
-from . import place as places
-from .place import Placement
-from .probe import is_torch_version
+from . import devices
+from .cluster import cluster_env as places
+from .cluster import error_file, rendezvous
+from .cluster.cluster_env import Placement
+from .collective_backend import Collectives, TorchCollectives, XlaCollectives
 from .release import let_go
-from .transport import Collectives, TorchCollectives, XlaCollectives
+from .system import system_info
+from .system.availability import is_torch_version
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -251,7 +253,7 @@ def _device_of_group(kind: devices.DeviceKind, rank: int, count: int) -> int:
 
 def _bind_to_processors(local_rank: int) -> None:
     if env.flag("ACCELERATE_CPU_AFFINITY"):
-        machine.set_numa_affinity(local_rank)
+        system_info.set_numa_affinity(local_rank)
 
 
 def lone_device(kind: devices.DeviceKind) -> torch.device:
@@ -341,7 +343,7 @@ def _initialise(
 
 
 def _avoid_broken_peer_access() -> None:
-    if machine.check_cuda_p2p_ib_support():
+    if system_info.check_cuda_p2p_ib_support():
         return
     switches = {name: "1" for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE") if env.get(name) is None}
     env.publish(switches)

@@ -13,8 +13,8 @@ from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 from . import env
+from .env_defaults import default, resolve
 from .handlers import KwargsHandler
-from .launched import default, resolve
 
 OptLevel = Literal["O1", "O2"]
 FP8Format = Literal["HYBRID", "E4M3", "E5M2"]

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import env
-from .comm_hooks import communication_hook
 from .enums import DDPCommunicationHookType, DynamoBackend
-from .launched import default, resolve
+from .env_defaults import default, resolve
+from .plugins.comm_hooks import communication_hook
 
 if TYPE_CHECKING:
     import os

@@ -1,7 +1,7 @@
 """What `accelerate launch` can be told, declared once: flags, keys of the configuration file and the child's variables.
 
 `LaunchSettings` is what a plan is built from; `settings.sections` holds its groups. Nothing here looks at the machine:
-facts about it are filled into the last fields before a plan is built (`launch.machine`).
+facts about it are filled into the last fields before a plan is built (`launch.host`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 
 from .clouds import SageMakerSettings, TpuCommandSettings
 from .option import Settings, option, section
-from .sections import (
+from .option_groups import (
     RESOURCES,
     AwsSettings,
     DeepSpeedSettings,

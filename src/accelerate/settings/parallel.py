@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .launched import resolve, variable
+from .env_defaults import resolve, variable
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

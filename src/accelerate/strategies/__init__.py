@@ -15,8 +15,8 @@ from .base import Bundle, RunSettings, Strategy
 
 if TYPE_CHECKING:
     from ..parallelism_config import ParallelismConfig
-    from ..settings.arguments import Plugins
-    from ..settings.fsdp import FullyShardedDataParallelPlugin
+    from ..settings.plugins.fsdp import FullyShardedDataParallelPlugin
+    from ..settings.resolve_args import Plugins
 
 __all__ = ["STRATEGIES", "Bundle", "RunSettings", "Strategy", "choose"]
 

@@ -18,14 +18,14 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..data_loader.mesh import data_ranks_of_mesh
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.devices import with_index
-from ..runtime.forward import extract_model_from_parallel
-from ..runtime.lazy import loaded_classes
+from ..runtime.system.lazy import loaded_classes
+from ..runtime.tensors.forward import extract_model_from_parallel
 from ..runtime.world import DataRanks, World
 from ..scheduler import AcceleratedScheduler
 from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
 from ..settings.handlers import DataLoaderConfiguration
-from .mesh import agree_on_random_states
+from .parallel.mesh import agree_on_random_states
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from ..checkpointing import Entry
     from ..parallelism_config import ParallelismConfig
     from ..precision import Precision
-    from ..settings.arguments import Plugins
-    from ..settings.fsdp import FullyShardedDataParallelPlugin
     from ..settings.handlers import DistributedDataParallelKwargs, TorchDynamoPlugin
-    from .context_parallel import SharedSequences
+    from ..settings.plugins.fsdp import FullyShardedDataParallelPlugin
+    from ..settings.resolve_args import Plugins
+    from .parallel.context.manager import SharedSequences
 
 _UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
 
@@ -138,7 +138,7 @@ class Strategy:
         Raises:
             ValueError: saying what this way of distributing does not have.
         """
-        from .sequence_ways import check_details
+        from .parallel.context.backends import check_details
 
         check_details(sizes)
 
@@ -186,7 +186,7 @@ class Strategy:
         plugin = self.settings.dynamo
         if plugin is None or plugin.backend is DynamoBackend.NO:
             return model
-        from .compile import allow_tf32, compile_model  # brings torch's compiler along
+        from .parallel.compile import allow_tf32, compile_model  # brings torch's compiler along
 
         if self.settings.precision.name == "no" and self.world.device.type == "cuda":
             allow_tf32()
@@ -356,7 +356,7 @@ class Strategy:
             weights: The models' states, as `state_to_save` gives them.
             safe: Models as safetensors, where they are whole.
         """
-        from ..checkpointing.objects import model_entry, optimizer_entry
+        from ..checkpointing.items.standard_items import model_entry, optimizer_entry
 
         entries = [model_entry(index, state=state, safe=safe) for index, state in enumerate(weights)]
         return entries + [optimizer_entry(index, optimizer) for index, optimizer in enumerate(optimizers)]
@@ -369,7 +369,7 @@ class Strategy:
             models: Prepared models.
             options: For the models' ``load_state_dict``, where they are whole.
         """
-        from ..checkpointing.forms import model_in
+        from ..checkpointing.items.model_items import model_in
 
         bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
         return [model_in(folder, i, model, sharded=False, options=options) for i, model in enumerate(bare)]
@@ -378,7 +378,7 @@ class Strategy:
         self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
     ) -> list[Entry]:
         """The optimizers' part of a checkpoint that is to be loaded; `models` give the names of their parameters."""
-        from ..checkpointing.forms import optimizer_in
+        from ..checkpointing.items.model_items import optimizer_in
 
         bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
         return [optimizer_in(folder, i, optimizer, bare, sharded=False) for i, optimizer in enumerate(optimizers)]
@@ -387,7 +387,7 @@ class Strategy:
 def _shared_sequences(settings: RunSettings) -> SharedSequences | None:
     if settings.mesh is None:  # a run without a mesh does not import how sequences are shared
         return None
-    from .context_parallel import shared_sequences
+    from .parallel.context.manager import shared_sequences
 
     return shared_sequences(settings.mesh, settings.sizes)
 
@@ -409,7 +409,7 @@ def _has_device_map(model: nn.Module) -> bool:
 def _is_offloaded(module: nn.Module) -> bool:
     if "_hf_hook" not in module.__dict__:
         return False
-    from ..hooks.align import has_offloaded_params  # which attached the hook
+    from ..offload.hooks.align import has_offloaded_params  # which attached the hook
 
     return has_offloaded_params(module)
 
@@ -417,9 +417,9 @@ def _is_offloaded(module: nn.Module) -> bool:
 def _check_placeholders(objects: Iterable[Any]) -> None:
     """Raises for objects that stand for what an engine would make, in a run without that engine."""
     kinds = loaded_classes(
-        "accelerate.settings.deepspeed:DummyOptim",
-        "accelerate.settings.deepspeed:DummyScheduler",
-        "accelerate.settings.megatron:MegatronLMDummyScheduler",
+        "accelerate.settings.plugins.deepspeed:DummyOptim",
+        "accelerate.settings.plugins.deepspeed:DummyScheduler",
+        "accelerate.settings.plugins.megatron:MegatronLMDummyScheduler",
     )
     for item in objects:
         if isinstance(item, kinds):
@@ -462,7 +462,7 @@ def _check_quantised(model: nn.Module, world: World) -> None:
             f"{name} is spread over {', '.join(sorted(map(str, devices)))} and cannot be trained: load it without a "
             "device_map, so that all of it goes to this process's device."
         )
-    from ..placement.tensors import check_device_same
+    from ..offload.tensors import check_device_same
 
     there = next(iter(devices), world.device)
     if not check_device_same(there, world.device) and not env.flag("ACCELERATE_BYPASS_DEVICE_MAP"):

@@ -14,10 +14,10 @@ from torch.distributed.algorithms.join import Join, Joinable
 from torch.nn.parallel import DistributedDataParallel
 
 from ..runtime import world
-from ..runtime.forward import is_compiled_module
+from ..runtime.tensors.forward import is_compiled_module
 from ..settings.enums import DistributedType
-from .averaging import average_gradients, averaging, is_averaged
 from .base import Bundle, Strategy, check_device_map
+from .parallel.grad_sync import average_gradients, averaging, is_averaged
 
 logger = logging.getLogger(__name__)
 

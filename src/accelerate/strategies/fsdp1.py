@@ -20,15 +20,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..checkpointing.comparing import innermost
-from ..runtime.forward import is_compiled_module
+from ..checkpointing.sharded.compat import innermost
 from ..runtime.memory import give_back_freed
+from ..runtime.tensors.forward import is_compiled_module
 from ..runtime.world import World
-from . import packed
-from .averaging import averaging
 from .base import Bundle, RunSettings
-from .sharding import ShardedStrategy, is_half, parameters_by_unit
-from .weights import initialise, receive, receive_buffers
+from .fsdp_base import ShardedStrategy, is_half, parameters_by_unit
+from .parallel import bnb_params
+from .parallel.grad_sync import averaging
+from .parallel.materialize import initialise, receive, receive_buffers
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 
@@ -65,7 +65,7 @@ class FlatShards(ShardedStrategy):
             self._remember(model)
             return model
         model = self.settings.precision.convert(model)
-        packed.leave_packing(model)
+        bnb_params.leave_packing(model)
         self._initialise(model)
         units, ignored, before = self.units_of(model), self._ignored(model), self._flat(model)
         self.recompute(units)

@@ -18,17 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..runtime.forward import is_compiled_module
-from ..runtime.probe import is_torch_version
+from ..runtime.system.availability import is_torch_version
+from ..runtime.tensors.forward import is_compiled_module
 from ..runtime.world import World, serving
-from . import packed, tensor_plan
-from .averaging import averaging
 from .base import Bundle, RunSettings
-from .mesh import along
-from .sharded_state import guard_save_pretrained
-from .sharding import ShardedStrategy, is_half, parameters_by_unit
-from .uniform_groups import UniformGroupsOptimizer
-from .weights import lift, lower
+from .fsdp_base import ShardedStrategy, is_half, parameters_by_unit
+from .parallel import bnb_params, tp_plan
+from .parallel.grad_sync import averaging
+from .parallel.materialize import lift, lower
+from .parallel.mesh import along
+from .parallel.uniform_groups import UniformGroupsOptimizer
+from .sharded_checkpoint import guard_save_pretrained
 
 
 class FullyShard(ShardedStrategy):
@@ -57,7 +57,7 @@ class FullyShard(ShardedStrategy):
             )
         for model in bundle.models.values():
             if not isinstance(model, FSDPModule):
-                tensor_plan.check(model, self.settings.mesh, self.settings.sizes, sharded=True)
+                tp_plan.check(model, self.settings.mesh, self.settings.sizes, sharded=True)
                 ignored = set(self._ignored(model))
                 if ignored and is_torch_version("<", "2.7.0"):
                     raise ValueError(
@@ -89,14 +89,14 @@ class FullyShard(ShardedStrategy):
             self.settings.precision.wrap_forward(model)
             return model
         model = self.settings.precision.convert(model)
-        packed.leave_packing(model)
+        bnb_params.leave_packing(model)
         policy, offload, reshard = self._policy(), self._offload(), bool(self.plugin.reshard_after_forward)
         # Under mixed precision the optimizer steps in float32, whatever the weights were loaded in.
         mixed = policy.param_dtype is not None
         wide = {param for param in model.parameters() if mixed and param.requires_grad and is_half(param)}
         before = dict(model.named_parameters(remove_duplicate=False))
         lifted = lift(model, wide)
-        tensor_plan.share(model, self.settings.mesh, self.settings.sizes)
+        tp_plan.share(model, self.settings.mesh, self.settings.sizes)
         self.agree_on_random_states()
         units, ignored = self.units_of(model), self._ignored(model)
         self.recompute(units)

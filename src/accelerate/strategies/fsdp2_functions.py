@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..checkpointing.comparing import compare_weights, ties, ties_in
 from ..checkpointing.errors import listed
-from ..checkpointing.live import plain_name
 from ..checkpointing.model_files import shared_names
+from ..checkpointing.sharded.compat import compare_weights, ties, ties_in
+from ..checkpointing.sharded.local_state import plain_name
 from ..precision.loss_scale import LossScaler
 from ..runtime import world
-from .sharding import ShardedStrategy
-from .weights import ensure_weights_retied, spread
+from .fsdp_base import ShardedStrategy
+from .parallel.materialize import ensure_weights_retied, spread
 
 __all__ = [
     "ensure_weights_retied",

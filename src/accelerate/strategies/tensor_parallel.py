@@ -18,12 +18,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.world import World
-from . import mesh, replacing, tensor_plan
-from .averaging import average_gradients, averaging
 from .base import Bundle, RunSettings, check_device_map
-from .sharded_state import ShardedStateStrategy, guard_save_pretrained
-from .uniform_groups import UniformGroupsOptimizer
-from .weights import check_weights, lift, lower
+from .parallel import mesh, param_remap, tp_plan
+from .parallel.grad_sync import average_gradients, averaging
+from .parallel.materialize import check_weights, lift, lower
+from .parallel.uniform_groups import UniformGroupsOptimizer
+from .sharded_checkpoint import ShardedStateStrategy, guard_save_pretrained
 
 
 class TensorParallel(ShardedStateStrategy):
@@ -40,7 +40,7 @@ class TensorParallel(ShardedStateStrategy):
                 "mixed_precision='fp16' scales losses, which ranks that share tensors would do apart: use 'bf16', or FSDP 2 "
                 "besides (--use_fsdp --fsdp_version 2)."
             )
-        self._replaced = replacing.Replaced()
+        self._replaced = param_remap.Replaced()
         self._whole = WeakIdKeyDictionary()  # a set of the prepared parameters that the plan leaves whole
         self._averages = mesh.along(settings.mesh, mesh.AVERAGED)
 
@@ -52,16 +52,18 @@ class TensorParallel(ShardedStateStrategy):
         check_device_map(bundle.models.values())
         check_weights(bundle.models.values(), self.world.collectives)
         for model in bundle.models.values():
-            tensor_plan.check(model, self.settings.mesh, self.settings.sizes)
-        replacing.check_optimizers(bundle, self._replaced, self._is_prepared)
+            tp_plan.check(model, self.settings.mesh, self.settings.sizes)
+        param_remap.check_optimizers(
+            bundle.models.values(), bundle.optimizers.values(), self._replaced, self._is_prepared
+        )
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         before = dict(model.named_parameters(remove_duplicate=False))
-        planned = tensor_plan.planned(model, self.settings.sizes)
+        planned = tp_plan.planned(model, self.settings.sizes)
         if planned is not None:
             # Shard first, then move: no device ever holds the whole model, and ranks but 0 need no values.
             lifted = lift(model, only=planned)
-            tensor_plan.share(model, self.settings.mesh, self.settings.sizes)
+            tp_plan.share(model, self.settings.mesh, self.settings.sizes)
             lower(model, lifted, self.world.collectives, self.world.device, offload=False)
         else:  # came sharded, as transformers loads models
             if on_device:
@@ -88,7 +90,7 @@ class TensorParallel(ShardedStateStrategy):
         return model
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
-        replacing.give_new_parameters(optimizer, self._replaced)
+        param_remap.give_new_parameters(optimizer, self._replaced)
         return super().prepare_optimizer(optimizer, on_device)
 
     # Step ------------------------------------------------------------------------------------------------------------

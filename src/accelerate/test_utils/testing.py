@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, overload
 
 import accelerate
 
-from ..runtime import devices, probe
+from ..runtime import devices
+from ..runtime.system import availability
 from ..settings.env import get, parse_flag_from_env, snapshot
 from ..state import AcceleratorState, GradientState, PartialState
 
@@ -109,8 +110,8 @@ require_npu = _requires("an Ascend NPU", _has("npu"))
 require_neuron = _requires("an AWS Neuron core", _has("neuron"))
 require_sdaa = _requires("a Tecorigin SDAA device", _has("sdaa"))
 require_mps = _requires("an Apple GPU", _has("mps"))
-require_tpu = _requires("a TPU", lambda: probe.is_torch_xla_available(check_is_tpu=True))
-require_non_torch_xla = _requires("a run without torch_xla", lambda: not probe.is_torch_xla_available())
+require_tpu = _requires("a TPU", lambda: availability.is_torch_xla_available(check_is_tpu=True))
+require_non_torch_xla = _requires("a run without torch_xla", lambda: not availability.is_torch_xla_available())
 require_single_device = _requires("exactly one accelerator", _has_single())
 require_single_gpu = _requires("exactly one CUDA device", _has_single("cuda"))
 require_single_xpu = _requires("exactly one Intel GPU", _has_single("xpu"))
@@ -119,46 +120,47 @@ require_multi_gpu = _requires("more than one CUDA device", _has_several("cuda"))
 require_multi_xpu = _requires("more than one Intel GPU", _has_several("xpu"))
 require_multi_gpu_or_xpu = _requires("more than one CUDA device or Intel GPU", _has_several("cuda", "xpu"))
 
-require_bf16 = _requires("a device that computes in bfloat16", probe.is_bf16_available)
-require_fp16 = _requires("a device that computes in float16", probe.is_fp16_available)
-require_fp8 = _requires("a library for fp8 training", probe.is_fp8_available)
-require_fsdp = _requires("torch.distributed", probe.is_torch_distributed_available)
-require_fsdp2 = _requires("torch 2.6 or later", lambda: probe.is_torch_version(">=", "2.6.0"))
-require_tp = _requires("torch 2.3 or later", lambda: probe.is_torch_version(">=", "2.3.0"))
-require_pippy = _requires("torch.distributed.pipelining", probe.is_pippy_available)
+require_bf16 = _requires("a device that computes in bfloat16", availability.is_bf16_available)
+require_fp16 = _requires("a device that computes in float16", availability.is_fp16_available)
+require_fp8 = _requires("a library for fp8 training", availability.is_fp8_available)
+require_fsdp = _requires("torch.distributed", availability.is_torch_distributed_available)
+require_fsdp2 = _requires("torch 2.6 or later", lambda: availability.is_torch_version(">=", "2.6.0"))
+require_tp = _requires("torch 2.3 or later", lambda: availability.is_torch_version(">=", "2.3.0"))
+require_pippy = _requires("torch.distributed.pipelining", availability.is_pippy_available)
 
-require_bnb = _requires("bitsandbytes", probe.is_bnb_available)
-require_deepspeed = _requires("deepspeed", probe.is_deepspeed_available)
-require_torchao = _requires("torchao", probe.is_torchao_available)
-require_transformer_engine = _requires("TransformerEngine", probe.is_transformer_engine_available)
-require_transformer_engine_mxfp8 = _requires("MXFP8 support", probe.is_transformer_engine_mxfp8_available)
-require_transformers = _requires("transformers", probe.is_transformers_available)
+require_bnb = _requires("bitsandbytes", availability.is_bnb_available)
+require_deepspeed = _requires("deepspeed", availability.is_deepspeed_available)
+require_torchao = _requires("torchao", availability.is_torchao_available)
+require_transformer_engine = _requires("TransformerEngine", availability.is_transformer_engine_available)
+require_transformer_engine_mxfp8 = _requires("MXFP8 support", availability.is_transformer_engine_mxfp8_available)
+require_transformers = _requires("transformers", availability.is_transformers_available)
 require_huggingface_suite = _requires(
-    "transformers and datasets", lambda: probe.is_transformers_available() and probe.is_datasets_available()
+    "transformers and datasets",
+    lambda: availability.is_transformers_available() and availability.is_datasets_available(),
 )
-require_timm = _requires("timm", probe.is_timm_available)
-require_torchvision = _requires("torchvision", probe.is_torchvision_available)
-require_triton = _requires("triton", probe.is_triton_available)
-require_schedulefree = _requires("schedulefree", probe.is_schedulefree_available)
-require_lomo = _requires("lomo-optim", probe.is_lomo_available)
-require_import_timer = _requires("import-timer", probe.is_import_timer_available)
+require_timm = _requires("timm", availability.is_timm_available)
+require_torchvision = _requires("torchvision", availability.is_torchvision_available)
+require_triton = _requires("triton", availability.is_triton_available)
+require_schedulefree = _requires("schedulefree", availability.is_schedulefree_available)
+require_lomo = _requires("lomo-optim", availability.is_lomo_available)
+require_import_timer = _requires("import-timer", availability.is_import_timer_available)
 require_torchdata_stateful_dataloader = _requires(
-    "torchdata with StatefulDataLoader", probe.is_torchdata_stateful_dataloader_available
+    "torchdata with StatefulDataLoader", availability.is_torchdata_stateful_dataloader_available
 )
-require_pandas = _requires("pandas", probe.is_pandas_available)
-require_matplotlib = _requires("matplotlib", probe.is_matplotlib_available)
+require_pandas = _requires("pandas", availability.is_pandas_available)
+require_matplotlib = _requires("matplotlib", availability.is_matplotlib_available)
 
-require_aim = _requires("aim", probe.is_aim_available)
-require_clearml = _requires("clearml", probe.is_clearml_available)
-require_comet_ml = _requires("comet_ml", probe.is_comet_ml_available)
-require_dvclive = _requires("dvclive", probe.is_dvclive_available)
-require_mlflow = _requires("mlflow", probe.is_mlflow_available)
-require_swanlab = _requires("swanlab", probe.is_swanlab_available)
-require_tensorboard = _requires("tensorboard", probe.is_tensorboard_available)
-require_trackio = _requires("trackio", probe.is_trackio_available)
-require_wandb = _requires("wandb", probe.is_wandb_available)
+require_aim = _requires("aim", availability.is_aim_available)
+require_clearml = _requires("clearml", availability.is_clearml_available)
+require_comet_ml = _requires("comet_ml", availability.is_comet_ml_available)
+require_dvclive = _requires("dvclive", availability.is_dvclive_available)
+require_mlflow = _requires("mlflow", availability.is_mlflow_available)
+require_swanlab = _requires("swanlab", availability.is_swanlab_available)
+require_tensorboard = _requires("tensorboard", availability.is_tensorboard_available)
+require_trackio = _requires("trackio", availability.is_trackio_available)
+require_wandb = _requires("wandb", availability.is_wandb_available)
 require_trackers = _requires(
-    "wandb or tensorboard", lambda: probe.is_wandb_available() or probe.is_tensorboard_available()
+    "wandb or tensorboard", lambda: availability.is_wandb_available() or availability.is_tensorboard_available()
 )
 
 
@@ -180,7 +182,7 @@ def require_torch_min_version(test_case: Any = None, version: str | None = None)
     """
     if version is None:
         raise ValueError('require_torch_min_version needs version="2.6.0" or another release.')
-    decorator = _requires(f"torch {version} or later", lambda: probe.is_torch_version(">=", version))
+    decorator = _requires(f"torch {version} or later", lambda: availability.is_torch_version(">=", version))
     return decorator if test_case is None else decorator(test_case)
 
 

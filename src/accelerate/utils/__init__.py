@@ -16,8 +16,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "checkpointing.fsdp_files": ("load_fsdp_model", "load_fsdp_optimizer", "save_fsdp_model", "save_fsdp_optimizer"),
     "checkpointing.merge": ("merge_fsdp_weights",),
     "commands.config.default": ("write_basic_config",),
-    "hooks": ("align_module_device", "has_offloaded_params"),
-    "launch.documented": (
+    "offload.hooks": ("align_module_device", "has_offloaded_params"),
+    "launch.compat": (
         "PrepareForLaunch",
         "prepare_deepspeed_cmd_env",
         "prepare_multi_gpu_env",
@@ -26,16 +26,16 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "prepare_tpu",
     ),
     "parallelism_config": ("ParallelismConfig",),
-    "placement.checkpoints": ("load_state_dict",),
-    "placement.device_map": (
+    "offload.checkpoints": ("load_state_dict",),
+    "offload.device_map": (
         "check_device_map",
         "check_tied_parameters_in_config",
         "check_tied_parameters_on_same_device",
         "infer_auto_device_map",
     ),
-    "placement.loading": ("load_checkpoint_in_model",),
-    "placement.memory": ("get_balanced_memory", "get_max_memory"),
-    "placement.offload": (
+    "offload.loading": ("load_checkpoint_in_model",),
+    "offload.max_memory": ("get_balanced_memory", "get_max_memory"),
+    "offload.disk_weights": (
         "OffloadedWeightsLoader",
         "PrefixedDataset",
         "extract_submodules_state_dict",
@@ -45,9 +45,9 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "offload_weight",
         "save_offload_index",
     ),
-    "placement.sizes": ("calculate_maximum_sizes", "compute_module_sizes", "dtype_byte_size", "get_max_layer_size"),
-    "placement.tensors": ("id_tensor_storage", "named_module_tensors", "set_module_tensor_to_device"),
-    "placement.tied": ("find_tied_parameters", "retie_parameters"),
+    "offload.sizes": ("calculate_maximum_sizes", "compute_module_sizes", "dtype_byte_size", "get_max_layer_size"),
+    "offload.tensors": ("id_tensor_storage", "named_module_tensors", "set_module_tensor_to_device"),
+    "offload.tied_weights": ("find_tied_parameters", "retie_parameters"),
     "precision.helpers": ("get_grad_scaler", "get_mixed_precision_context_manager"),
     "quantization": ("has_4bit_bnb_layers", "load_and_quantize_model"),
     "runtime.collectives": (
@@ -63,7 +63,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "pad_input_tensors",
         "reduce",
     ),
-    "runtime.forward": ("extract_model_from_parallel", "is_compiled_module"),
+    "runtime.tensors.forward": ("extract_model_from_parallel", "is_compiled_module"),
     "runtime.helpers": (
         "convert_bytes",
         "convert_file_size_to_int",
@@ -72,7 +72,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "recursive_getattr",
         "wait_for_everyone",
     ),
-    "runtime.machine": (
+    "runtime.system.system_info": (
         "check_cuda_fp8_capability",
         "check_cuda_p2p_ib_support",
         "check_os_kernel",
@@ -83,8 +83,13 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "set_numa_affinity",
     ),
     "runtime.memory": ("find_executable_batch_size", "release_memory"),
-    "runtime.modules": ("get_model_tp_size", "get_module_children_bottom_up", "is_peft_model", "model_has_dtensor"),
-    "runtime.probe": (
+    "runtime.tensors.modules": (
+        "get_model_tp_size",
+        "get_module_children_bottom_up",
+        "is_peft_model",
+        "model_has_dtensor",
+    ),
+    "runtime.system.availability": (
         "compare_versions",
         "deepspeed_required",
         "is_4bit_bnb_available",
@@ -150,7 +155,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "is_xpu_available",
         "torchao_required",
     ),
-    "runtime.pytree": (
+    "runtime.tensors.pytree": (
         "TensorInformation",
         "concatenate",
         "convert_outputs_to_fp32",
@@ -170,9 +175,9 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "slice_tensors",
     ),
     "runtime.rng": ("set_seed", "synchronize_rng_state", "synchronize_rng_states"),
-    "runtime.verify": ("DistributedOperationException",),
-    "runtime.xla_install": ("install_xla",),
-    "settings.deepspeed": ("DeepSpeedPlugin", "DummyOptim", "DummyScheduler", "get_active_deepspeed_plugin"),
+    "runtime.shape_check": ("DistributedOperationException",),
+    "runtime.system.xla_install": ("install_xla",),
+    "settings.plugins.deepspeed": ("DeepSpeedPlugin", "DummyOptim", "DummyScheduler", "get_active_deepspeed_plugin"),
     "settings.enums": (
         "MITA_PROFILING_AVAILABLE_PYTORCH_VERSION",
         "MODEL_NAME",
@@ -214,7 +219,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "str_to_bool",
     ),
     "settings.fp8": ("AORecipeKwargs", "FP8RecipeKwargs", "MSAMPRecipeKwargs", "TERecipeKwargs"),
-    "settings.fsdp": (
+    "settings.plugins.fsdp": (
         "FullyShardedDataParallelPlugin",
         "disable_fsdp_ram_efficient_loading",
         "enable_fsdp_ram_efficient_loading",
@@ -231,7 +236,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "ProjectConfiguration",
         "TorchDynamoPlugin",
     ),
-    "settings.megatron": ("MegatronLMDummyScheduler", "MegatronLMPlugin"),
+    "settings.plugins.megatron": ("MegatronLMDummyScheduler", "MegatronLMPlugin"),
     "settings.parallel": (
         "DeepSpeedSequenceParallelConfig",
         "TorchContextParallelConfig",
@@ -254,8 +259,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "has_ao_layers",
         "has_transformer_engine_layers",
     ),
-    "settings.quantization": ("BnbQuantizationConfig",),
-    "strategies.compile": (
+    "settings.plugins.quantization": ("BnbQuantizationConfig",),
+    "strategies.parallel.compile": (
         "compile_regions",
         "compile_regions_deepspeed",
         "compile_regions_fsdp2",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runtime.probe import STR_OPERATION_TO_FUNC
+from ..runtime.system.availability import STR_OPERATION_TO_FUNC
 from ..settings.enums import (
     BETA_CP_AVAILABLE_PYTORCH_VERSION,
     BETA_SP_AVAILABLE_DEEPSPEED_VERSION,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..runtime.modules import get_module_class_from_name
-from ..runtime.pytree import TensorInformation
-from ..settings.deepspeed import DeepSpeedPlugin
+from ..runtime.tensors.modules import get_module_class_from_name
+from ..runtime.tensors.pytree import TensorInformation
 from ..settings.enums import (
     BaseEnum,
     ComputeEnvironment,
@@ -20,7 +19,6 @@ from ..settings.enums import (
     SageMakerDistributedType,
 )
 from ..settings.fp8 import AORecipeKwargs, FP8RecipeKwargs, MSAMPRecipeKwargs, TERecipeKwargs
-from ..settings.fsdp import FullyShardedDataParallelPlugin
 from ..settings.handlers import (
     AutocastKwargs,
     DataLoaderConfiguration,
@@ -33,7 +31,6 @@ from ..settings.handlers import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from ..settings.megatron import MegatronLMPlugin
 from ..settings.parallel import (
     DeepSpeedSequenceParallelConfig,
     TorchContextParallelConfig,
@@ -41,7 +38,10 @@ from ..settings.parallel import (
     TorchTensorParallelPlugin,
 )
 from ..settings.planned import add_model_config_to_megatron_parser
-from ..settings.quantization import BnbQuantizationConfig
+from ..settings.plugins.deepspeed import DeepSpeedPlugin
+from ..settings.plugins.fsdp import FullyShardedDataParallelPlugin
+from ..settings.plugins.megatron import MegatronLMPlugin
+from ..settings.plugins.quantization import BnbQuantizationConfig
 
 __all__ = [
     "AORecipeKwargs",

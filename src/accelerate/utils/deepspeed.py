@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..settings.deepspeed import DummyOptim, DummyScheduler, get_active_deepspeed_plugin
-from ..settings.deepspeed_config import HfDeepSpeedConfig
 from ..settings.planned import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
+from ..settings.plugins.deepspeed import DummyOptim, DummyScheduler, get_active_deepspeed_plugin
+from ..settings.plugins.deepspeed_config import HfDeepSpeedConfig
 
 __all__ = [
     "DeepSpeedEngineWrapper",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..runtime.machine import (
+from ..runtime.system.system_info import (
     CPUInformation,
     check_cuda_fp8_capability,
     check_cuda_p2p_ib_support,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..checkpointing.fsdp_files import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
 from ..checkpointing.merge import merge_fsdp_weights
-from ..runtime.modules import get_parameters_from_modules
-from ..settings.fsdp import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
+from ..runtime.tensors.modules import get_parameters_from_modules
+from ..settings.plugins.fsdp import disable_fsdp_ram_efficient_loading, enable_fsdp_ram_efficient_loading
 from ..strategies.fsdp2_functions import (
     ensure_weights_retied,
     fsdp2_apply_ac,

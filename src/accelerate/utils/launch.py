@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..launch.documented import (
+from ..launch.compat import (
     PrepareForLaunch,
     prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..runtime.collectives import avg_losses_across_data_parallel_group
-from ..settings.megatron import MegatronLMDummyScheduler
 from ..settings.planned import AbstractTrainStep, BertTrainStep, GPTTrainStep, MegatronLMDummyDataLoader, T5TrainStep
+from ..settings.plugins.megatron import MegatronLMDummyScheduler
 
 __all__ = [
     "AbstractTrainStep",

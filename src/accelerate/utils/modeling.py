@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from ..hooks import (
-    align_module_device,
-    get_state_dict_from_offload,
-    get_state_dict_offloaded_model,
-    has_offloaded_params,
-)
-from ..placement.checkpoints import load_state_dict
-from ..placement.device_map import (
+from ..offload.checkpoints import load_state_dict
+from ..offload.device_map import (
     check_device_map,
     check_tied_parameters_in_config,
     check_tied_parameters_on_same_device,
     clean_device_map,
     infer_auto_device_map,
 )
-from ..placement.loading import load_checkpoint_in_model
-from ..placement.memory import get_balanced_memory, get_max_memory
-from ..placement.offload import load_offloaded_weights, offload_weight, save_offload_index
-from ..placement.sizes import (
+from ..offload.disk_weights import load_offloaded_weights, offload_weight, save_offload_index
+from ..offload.hooks import (
+    align_module_device,
+    get_state_dict_from_offload,
+    get_state_dict_offloaded_model,
+    has_offloaded_params,
+)
+from ..offload.loading import load_checkpoint_in_model
+from ..offload.max_memory import get_balanced_memory, get_max_memory
+from ..offload.sizes import (
     calculate_maximum_sizes,
     compute_module_sizes,
     compute_module_total_buffer_size,
@@ -27,18 +27,18 @@ from ..placement.sizes import (
     get_max_layer_size,
     get_module_leaves,
 )
-from ..placement.tensors import (
+from ..offload.tensors import (
     check_device_same,
     get_non_persistent_buffers,
     id_tensor_storage,
     named_module_tensors,
     set_module_tensor_to_device,
 )
-from ..placement.tied import find_tied_parameters, retie_parameters
+from ..offload.tied_weights import find_tied_parameters, retie_parameters
 from ..precision.helpers import get_grad_scaler, get_mixed_precision_context_manager
 from ..runtime.helpers import convert_file_size_to_int
 from ..runtime.memory import clear_device_cache
-from ..runtime.modules import is_peft_model
+from ..runtime.tensors.modules import is_peft_model
 from ..settings.enums import WEIGHTS_INDEX_NAME
 
 __all__ = [

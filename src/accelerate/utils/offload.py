@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..placement.offload import (
+from ..offload.disk_weights import (
     OffloadedWeightsLoader,
     PrefixedDataset,
     extract_submodules_state_dict,

@@ -17,7 +17,8 @@ from ..runtime.collectives import (
     pad_input_tensors,
     reduce,
 )
-from ..runtime.pytree import (
+from ..runtime.shape_check import DistributedOperationException
+from ..runtime.tensors.pytree import (
     ConvertOutputsToFp32,
     concatenate,
     convert_outputs_to_fp32,
@@ -38,7 +39,6 @@ from ..runtime.pytree import (
     send_to_device,
     slice_tensors,
 )
-from ..runtime.verify import DistributedOperationException
 
 __all__ = [
     "TENSOR_INT_TO_DTYPE",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ..runtime.xla_install import install_xla
+from ..runtime.system.xla_install import install_xla
 
 __all__ = ["install_xla"]

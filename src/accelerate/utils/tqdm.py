@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ..runtime.progress import tqdm
+from ..runtime.progress_bar import tqdm
 
 __all__ = ["tqdm"]

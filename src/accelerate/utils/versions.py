@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ..runtime.probe import compare_versions, is_torch_version
+from ..runtime.system.availability import compare_versions, is_torch_version
 
 __all__ = ["compare_versions", "is_torch_version"]

@@ -21,9 +21,9 @@ from torch import nn
 import accelerate
 from accelerate import Accelerator
 from accelerate.checkpointing import LoadError
-from accelerate.checkpointing.dcp import StoredFolder
-from accelerate.checkpointing.finding import is_whole, newest_valid, problems_of
+from accelerate.checkpointing.discovery import is_whole, newest_valid, problems_of
 from accelerate.checkpointing.merge import merge_fsdp_weights
+from accelerate.checkpointing.sharded.dcp_reader import StoredFolder
 from accelerate.utils import (
     OffloadedWeightsLoader,
     load_offloaded_weight,

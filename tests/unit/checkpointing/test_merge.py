@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from accelerate.checkpointing import LoadError, SaveError
-from accelerate.checkpointing.dcp import StoredFolder
 from accelerate.checkpointing.merge import merge_fsdp_weights
+from accelerate.checkpointing.sharded.dcp_reader import StoredFolder
 
 STATE = {"a.weight": torch.arange(600.0).reshape(20, 30), "b": torch.ones(7, dtype=torch.float16), "c": torch.tensor(3)}
 
@@ -156,7 +156,7 @@ def test_a_file_outside_the_folder_is_not_read(shards: Path) -> None:
 
 
 def test_a_manifest_around_the_shards_is_held_to(tmp_path: Path) -> None:
-    from accelerate.checkpointing.commit import commit, stage
+    from accelerate.checkpointing.storage.atomic import commit, stage
 
     staging = stage(tmp_path / "checkpoint_0")
     torch.serialization.set_crc32_options(False)  # as our own checkpoints are written

@@ -18,9 +18,9 @@ from torch import nn
 
 from accelerate import Accelerator
 from accelerate.checkpointing import clean_state_dict_for_safetensors, load, save
-from accelerate.checkpointing.disk import STRETCH, FileWriter, record_of, write_file
-from accelerate.checkpointing.files import read_safetensors, write_safetensors
 from accelerate.checkpointing.model_files import size_in_bytes, split
+from accelerate.checkpointing.storage.file_writer import STRETCH, FileWriter, record_of, write_file
+from accelerate.checkpointing.storage.formats import read_safetensors, write_safetensors
 from accelerate.runtime import world
 from accelerate.utils import ProjectConfiguration
 

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from accelerate import Accelerator
-from accelerate.checkpointing import LoadError, forms
-from accelerate.checkpointing.comparing import compare_optimizers
+from accelerate.checkpointing import LoadError
+from accelerate.checkpointing.items import model_items
+from accelerate.checkpointing.sharded.compat import compare_optimizers
 
 KINDS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
@@ -161,6 +162,6 @@ def test_states_with_names_are_compared_too(tmp_path: Path) -> None:
     _, model, optimizer = trained(KINDS["SGD"])
     saved = trained(torch.optim.AdamW)[2].state_dict()
     torch.save(saved, tmp_path / "optimizer.bin")
-    entry = forms.optimizer_in(tmp_path, 0, optimizer, [model], sharded=True)
+    entry = model_items.optimizer_in(tmp_path, 0, optimizer, [model], sharded=True)
     (problem,) = entry.check(entry.read(tmp_path, {}))
     assert problem.kind == "state" and "another kind of optimizer than SGD" in problem.text

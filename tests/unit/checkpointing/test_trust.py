@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from accelerate import Accelerator
-from accelerate.checkpointing import LoadError, SaveError, commit
-from accelerate.checkpointing.finding import newest_valid, problems_of
+from accelerate.checkpointing import LoadError, SaveError
+from accelerate.checkpointing.discovery import newest_valid, problems_of
+from accelerate.checkpointing.storage import atomic
 from tests.helpers.corruption import Bomb, corrupt
 from tests.unit.checkpointing.test_saving_and_loading import project, trained, weights
 
@@ -183,7 +184,7 @@ def test_a_folder_that_cannot_be_written() -> None:
 
 def test_leftovers_are_cleaned_up(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
-    for suffix in (commit.INCOMPLETE, commit.DELETED):
+    for suffix in (atomic.INCOMPLETE, atomic.DELETED):
         (tmp_path / f"c{suffix}").mkdir()
         (tmp_path / f"c{suffix}" / "junk").write_text("x")
     accelerator.save_state(tmp_path / "c")

@@ -18,7 +18,7 @@ from accelerate.data_loader import (
     skip_first_batches,
 )
 from accelerate.data_loader.gathering import holders
-from accelerate.runtime.transport import Collectives
+from accelerate.runtime.collective_backend import Collectives
 from accelerate.state import GradientState
 
 

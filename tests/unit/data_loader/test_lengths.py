@@ -17,7 +17,7 @@ from accelerate.data_loader import (
     SkipBatchSampler,
     skip_first_batches,
 )
-from accelerate.data_loader.samplers import SamplerShard
+from accelerate.data_loader.sampling.samplers import SamplerShard
 from tests.unit.data_loader.simulate import plans
 
 

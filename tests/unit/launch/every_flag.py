@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from accelerate.launch.machine import Machine, resolve
+from accelerate.launch.engines.sagemaker import credentials
+from accelerate.launch.host import Machine, resolve
 from accelerate.launch.plan import LaunchPlan
-from accelerate.launch.sagemaker import credentials
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.runtime import world
-from accelerate.settings import arguments, env
-from accelerate.settings.deepspeed import DeepSpeedPlugin
+from accelerate.settings import env, resolve_args
 from accelerate.settings.fp8 import AORecipeKwargs, FP8RecipeKwargs, TERecipeKwargs
-from accelerate.settings.fsdp import FullyShardedDataParallelPlugin
 from accelerate.settings.handlers import TorchDynamoPlugin
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.megatron import MegatronLMPlugin
 from accelerate.settings.parallel import DeepSpeedSequenceParallelConfig, TorchContextParallelConfig
+from accelerate.settings.plugins.deepspeed import DeepSpeedPlugin
+from accelerate.settings.plugins.fsdp import FullyShardedDataParallelPlugin
+from accelerate.settings.plugins.megatron import MegatronLMPlugin
 
 UNSET: Any = object()
 
@@ -107,7 +107,7 @@ def float8() -> AORecipeKwargs:
 
 def kind(_: End) -> str | None:
     """What the run is distributed by, as `Accelerator` finds it."""
-    found = arguments.plugins().kind
+    found = resolve_args.plugins().kind
     return None if found is None else found.value
 
 
@@ -115,7 +115,7 @@ def affinity(_: End) -> bool:
     """Whether joining a run binds the process: seen by who is asked to."""
     asked: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("accelerate.runtime.machine.set_numa_affinity", lambda *_, **__: asked.append(1))
+        patch.setattr("accelerate.runtime.system.system_info.set_numa_affinity", lambda *_, **__: asked.append(1))
         world.forget()
         try:
             world.join(cpu=True)
@@ -229,7 +229,7 @@ ROWS: dict[str, Row] = {
     "offload_param_device": _deepspeed("offload_param_device", "cpu"),
     "offload_optimizer_nvme_path": _deepspeed("offload_optimizer_nvme_path", "/nvme"),
     "offload_param_nvme_path": _deepspeed("offload_param_nvme_path", "/nvme"),
-    "gradient_accumulation_steps": Row(lambda _: arguments.accumulation(None, 1).num_steps, "4"),
+    "gradient_accumulation_steps": Row(lambda _: resolve_args.accumulation(None, 1).num_steps, "4"),
     "gradient_clipping": _deepspeed("gradient_clipping", "0.5"),
     "zero3_init_flag": _deepspeed("zero3_init_flag", "true"),
     "zero3_save_16bit_model": _deepspeed("zero3_save_16bit_model", "true"),

@@ -22,8 +22,8 @@ from accelerate.commands.config.rewrite import rewritten
 from accelerate.commands.config.update import migrated
 from accelerate.commands.to_fsdp2 import convert
 from accelerate.launch.config_file import tables
-from accelerate.launch.config_text import load, read
-from accelerate.launch.config_text import parse as parse_text
+from accelerate.launch.config_io import load, read
+from accelerate.launch.config_io import parse as parse_text
 from accelerate.launch.parse import parse
 from accelerate.launch.plan import build
 from accelerate.settings.enums import DistributedType

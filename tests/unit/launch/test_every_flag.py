@@ -177,7 +177,7 @@ def test_the_mesh_is_used_when_asked_for(how, tmp_path, monkeypatch):
 
 
 def test_deepspeeds_own_file_comes_out(launched, tmp_path):
-    from accelerate.settings.deepspeed import DeepSpeedPlugin
+    from accelerate.settings.plugins.deepspeed import DeepSpeedPlugin
 
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     first.write_text(json.dumps({"zero_optimization": {"stage": 1}}))

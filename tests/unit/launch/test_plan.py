@@ -175,7 +175,7 @@ def _essence(made: LaunchPlan) -> tuple[Any, ...]:
             "mpirun",
             "mpirun --hostfile H --npernode 2 -n 2 --bind-to socket PY s.py a",
         ),
-        ("--tpu", "tpu", "PY -m accelerate.launch.on_tpu --function main s.py a"),
+        ("--tpu", "tpu", "PY -m accelerate.launch.engines.tpu_worker --function main s.py a"),
         ("--tpu --num_processes 1", "tpu", "PY s.py a"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accelerate.runtime import collectives, pytree
+from accelerate.runtime import collectives
 from accelerate.runtime.collectives import (
     DistributedOperationException,
     GatheredParameters,
@@ -20,6 +20,7 @@ from accelerate.runtime.collectives import (
     pad_input_tensors,
     reduce,
 )
+from accelerate.runtime.tensors import pytree
 from tests.helpers.behaviours import encode, outputs
 
 

@@ -16,13 +16,14 @@ from torch import nn
 from accelerate import PartialState
 from accelerate.checkpointing.model_files import load
 from accelerate.commands.launch import launch_command_parser
-from accelerate.launch.documented import PrepareForLaunch, prepare_tpu
-from accelerate.placement.checkpoints import load_state_dict
-from accelerate.placement.offload import OffloadedWeightsLoader
-from accelerate.runtime import devices, machine, probe, xla_install
+from accelerate.launch.compat import PrepareForLaunch, prepare_tpu
+from accelerate.offload.checkpoints import load_state_dict
+from accelerate.offload.disk_weights import OffloadedWeightsLoader
+from accelerate.runtime import devices
+from accelerate.runtime.system import availability, system_info, xla_install
 from accelerate.settings.env import parse_choice_from_env, str_to_bool
-from accelerate.strategies import compile as compiling
 from accelerate.strategies.fsdp2_functions import get_fsdp2_grad_scaler
+from accelerate.strategies.parallel import compile as compiling
 from accelerate.utils import GatheredParameters, tqdm, write_basic_config
 from tests.helpers.simulated_devices import simulated_cuda
 
@@ -40,7 +41,7 @@ class Driver:
 @pytest.mark.parametrize("name", ["mlu", "musa", "npu", "sdaa", "neuron", "xpu"])
 def test_devices_are_counted_if_asked(name, monkeypatch):
     monkeypatch.setitem(devices.DEVICES, name, Driver())
-    is_available = getattr(probe, f"is_{name}_available")
+    is_available = getattr(availability, f"is_{name}_available")
     is_available.cache_clear()
     try:
         assert is_available() is True
@@ -51,18 +52,18 @@ def test_devices_are_counted_if_asked(name, monkeypatch):
 
 def test_the_communication_library_of_gaudi_is_loaded_if_asked(monkeypatch):
     monkeypatch.setitem(devices.DEVICES, "hpu", Driver())
-    probe.is_hpu_available.cache_clear()
+    availability.is_hpu_available.cache_clear()
     try:
-        assert probe.is_hpu_available()
+        assert availability.is_hpu_available()
         with pytest.raises(ImportError):
-            probe.is_hpu_available(init_hccl=True)
+            availability.is_hpu_available(init_hccl=True)
     finally:
-        probe.is_hpu_available.cache_clear()
+        availability.is_hpu_available.cache_clear()
 
 
 def test_an_old_torch_does_not_drive_apples_gpu(monkeypatch):
     monkeypatch.setitem(devices.DEVICES, "mps", Driver())
-    assert probe.is_mps_available() and not probe.is_mps_available(min_version="99")
+    assert availability.is_mps_available() and not availability.is_mps_available(min_version="99")
 
 
 def test_torch_is_upgraded_with_torch_xla_if_asked(monkeypatch):
@@ -82,11 +83,11 @@ def test_torch_is_upgraded_with_torch_xla_if_asked(monkeypatch):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_binding_a_process_is_logged_or_not(bind, wanted, monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_DEBUG_MODE", str(int(not wanted)))
-    monkeypatch.setattr(machine.os, "sched_setaffinity", lambda *_: None)
-    machine.set_numa_affinity.cache_clear()
+    monkeypatch.setattr(system_info.os, "sched_setaffinity", lambda *_: None)
+    system_info.set_numa_affinity.cache_clear()
     with caplog.at_level(logging.INFO, logger="accelerate"):
-        getattr(machine, bind)(0, verbose=wanted)
-    machine.set_numa_affinity.cache_clear()
+        getattr(system_info, bind)(0, verbose=wanted)
+    system_info.set_numa_affinity.cache_clear()
     assert bool(caplog.records) == wanted
 
 

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from accelerate import PartialState
 from accelerate.runtime import devices, world
-from accelerate.runtime.place import Placement
+from accelerate.runtime.cluster.cluster_env import Placement
 from accelerate.settings import env
 from accelerate.settings.enums import DistributedType
 from tests.helpers.simulated_devices import simulated_cuda
@@ -53,7 +53,7 @@ class TestDevices:
     def test_nccl_is_kept_from_cards_that_only_claim_to_talk_directly(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(world.machine, "check_cuda_p2p_ib_support", lambda: False)
+        monkeypatch.setattr(world.system_info, "check_cuda_p2p_ib_support", lambda: False)
         monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
         monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
         world._avoid_broken_peer_access()

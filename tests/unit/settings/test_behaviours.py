@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from accelerate import Accelerator, utils
-from accelerate.runtime import probe
+from accelerate.runtime.system import availability
 from accelerate.tracking import GeneralTracker, filter_trackers
 
 CASES = json.loads((Path(__file__).parents[2] / "data" / "settings_behaviours.json").read_text())
@@ -184,7 +184,7 @@ def evaluate(case: dict[str, Any]) -> Any:
     return RUN[case["name"]]()
 
 
-# Those of the probes are run by tests/unit/runtime/test_probe.py.
+# Those of the probes are run by tests/unit/runtime/system/test_availability.py.
 HERE = [case for case in CASES if case["name"] != "is_available_functions_cpu_box"]
 
 
@@ -216,4 +216,6 @@ def test_every_case_is_run():
     known = {*RUN, *EVALUATED, "str_to_bool", "is_available_functions_cpu_box"}
     assert {case["name"] for case in CASES} == known
     assert set(DECIDED) <= {case["call"] for case in CASES}
-    assert all(hasattr(probe, name) for case in CASES if case["name"].startswith("is_avail") for name in case["output"])
+    assert all(
+        hasattr(availability, name) for case in CASES if case["name"].startswith("is_avail") for name in case["output"]
+    )

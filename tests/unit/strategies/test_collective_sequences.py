@@ -20,10 +20,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from accelerate import Accelerator, DataLoaderConfiguration, ParallelismConfig
-from accelerate.checkpointing import gathering, shards
+from accelerate.checkpointing.sharded import dcp_writer, gathering
 from accelerate.local_sgd import LocalSGD
 from accelerate.runtime import world
-from accelerate.runtime.transport import TorchCollectives
+from accelerate.runtime.collective_backend import TorchCollectives
 from accelerate.settings import env
 from accelerate.utils import (
     ProjectConfiguration,
@@ -55,7 +55,7 @@ def _step(accelerator: Accelerator, save: Path | None = None, load: bool = True)
 
 def _save_and_load(accelerator: Accelerator, folder: Path, load: bool) -> None:
     # Ranks that run one by one have no peers whose shards would complete theirs.
-    with mock.patch.object(gathering, "_check_whole"), mock.patch.object(shards, "_check_whole"):
+    with mock.patch.object(gathering, "_check_whole"), mock.patch.object(dcp_writer, "_check_whole"):
         accelerator.save_state(str(folder))
         if load:
             for rank in range(1, accelerator.num_processes):  # the ranks that run in earnest never meet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.strategies.sharding import units, without_torn_ties
+from accelerate.strategies.fsdp_base import units, without_torn_ties
 
 
 class Layer(nn.Sequential):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from ...launch import config_file as files
-from ...launch.config_text import dump, load, write
+from ...launch.config_io import dump, load, write
 from ...settings.clouds import SageMakerSettings
 from ...settings.enums import ComputeEnvironment, DistributedType, SageMakerDistributedType
 from ...settings.launcher import LaunchSettings

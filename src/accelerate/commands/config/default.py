@@ -40,7 +40,7 @@ def write_basic_config(
     if path.exists():
         print(f"{path} exists already and is left as it is. Remove it, or name another file.")
         return False
-    from ...launch.machine import look  # the command's help does without: dataclasses, a look at the network
+    from ...launch.host import look  # the command's help does without: dataclasses, a look at the network
     from .config_args import ClusterConfig
 
     machine = look(LaunchSettings())

@@ -15,7 +15,7 @@ from ...settings.launcher import LaunchSettings
 from ...settings.option import Entry, SettingsError, entries, spelt
 
 if TYPE_CHECKING:
-    from ...launch.machine import Machine
+    from ...launch.host import Machine
     from ...launch.plan import LaunchPlan
 
 description = "Shows what a launch with these flags would use, and where each value comes from; starts nothing."
@@ -71,7 +71,7 @@ def explain(argv: Sequence[str]) -> Explanation:
     Raises:
         SettingsError: when they cannot be used.
     """
-    from ...launch.machine import look, resolve
+    from ...launch.host import look, resolve
     from ...launch.plan import build
 
     words = parse.split(argv)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ...settings import env
 from ...settings.option import Entry, SettingsError, shown
 from .prompts import Choice, Prompt, Prompter
-from .steps import ENTRIES, MACHINES, STEPS
+from .routing_questions import ENTRIES, MACHINES, STEPS
 
 Answers = dict[str, Any]
 When = Mapping[str, Any]

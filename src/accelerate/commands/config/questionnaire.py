@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ...launch import config_file, config_text
+from ...launch import config_file, config_io
 from ...settings.clouds import SageMakerSettings
 from ...settings.option import SettingsError
 from . import questions
@@ -81,7 +81,7 @@ def run(path: str | None) -> int:
         content, answers = fill_in(prompter())
         if content["compute_environment"] == "AMAZON_SAGEMAKER":
             _settle_with_aws(answers)
-        config_text.write(target, config_text.dump(content, as_json=target.endswith(".json")))
+        config_io.write(target, config_io.dump(content, as_json=target.endswith(".json")))
     except KeyboardInterrupt:
         print("\naccelerate config: interrupted, nothing was written.", file=sys.stderr)
         return 130

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os.path
 
 from ...settings.enums import FSDP2_STATE_DICT_TYPE, FSDP_SHARDING_STRATEGY, FSDP_STATE_DICT_TYPE
-from ...settings.sections import DYNAMO_BACKENDS
-from .answers import (
+from ...settings.option_groups import DYNAMO_BACKENDS
+from .flow import Area, Question
+from .predicates import (
     are_numbers_or_all,
     are_variables,
     closes_the_mesh,
@@ -32,9 +33,8 @@ from .answers import (
     upper,
     yes_or_no,
 )
-from .flow import Area, Question
 from .role import ROLE_NAME
-from .steps import MACHINES
+from .routing_questions import MACHINES
 
 DEVICES = tuple(kind for kind in MACHINES if kind not in ("NO", "MULTI_CPU", "XLA"))
 SEVERAL = ("MULTI_CPU", *DEVICES)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...launch import config_file
-from ...launch.config_text import dump, parse
+from ...launch.config_io import dump, parse
 
 if TYPE_CHECKING:
     import yaml

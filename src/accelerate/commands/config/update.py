@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...launch import config_file
-from ...launch.config_text import load, read, write
+from ...launch.config_io import load, read, write
 from ...settings.enums import FSDP_SHARDING_STRATEGY
 from ...settings.option import Entry, SettingsError, spelt
 from ..parsers import add
@@ -43,7 +43,7 @@ def migrated(content: Mapping[str, Any], path: str) -> Update:
     """A file's content in today's spelling, and with today's defaults for what it does not say.
 
     Args:
-        content: As `launch.config_text.load` gives it.
+        content: As `launch.config_io.load` gives it.
         path: For the messages.
 
     Raises:

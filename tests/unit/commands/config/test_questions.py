@@ -14,8 +14,8 @@ from accelerate.commands.config import questions
 from accelerate.commands.config.flow import Answers, Area
 from accelerate.commands.config.prompts import Prompt, answer
 from accelerate.commands.config.questionnaire import fill_in
-from accelerate.commands.config.steps import ENTRIES, MACHINES, Steps
-from accelerate.launch import config_file, config_text
+from accelerate.commands.config.routing_questions import ENTRIES, MACHINES, Steps
+from accelerate.launch import config_file, config_io
 from accelerate.launch.parse import assemble
 from accelerate.launch.plan import build
 from accelerate.settings.clouds import SageMakerSettings, TpuCommandSettings
@@ -437,7 +437,7 @@ def test_every_path_gives_a_file_that_says_the_same_to_launch() -> None:
         content, answers, some = wander(seed)
         asked |= some
         if seed % 10 == 0:
-            assert config_text.parse(config_text.dump(content).encode()) == content
+            assert config_io.parse(config_io.dump(content).encode()) == content
         file = config_file.understand(content, "config.yaml")
         settings = assemble({}, file, "script.py", ())
         build(settings)

@@ -1,0 +1,115 @@
+"""Which folders are checkpoints, which are whole, and which is the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..runtime.system.file_names import require_regular
+from .errors import LoadError, Problem
+from .sharded.dcp_reader import StoredFolder
+from .storage import manifest as manifests
+from .storage.atomic import COMMITTED, settle
+from .storage.filenames import FOLDER, folders_of_shards, is_ours, number_of, numbered_folders
+
+
+@dataclass
+class Found:
+    """The newest valid checkpoint of a project.
+
+    Attributes:
+        folder: The checkpoint; None when there is none.
+        passed_over: Newer folders that are not valid, each with what is wrong with it.
+    """
+
+    folder: Path | None
+    passed_over: list[tuple[Path, list[Problem]]] = field(default_factory=list)
+
+
+def newest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None = None) -> Found:
+    """Looks through the numbered checkpoints of a project, newest first.
+
+    Replacements that were interrupted are finished first.
+
+    Args:
+        project: The project's folder.
+        inspect: What is wrong with a folder; None: `problems_of`.
+    """
+    settle_all(project)
+    found = Found(None)
+    for folder in reversed(numbered_folders(project)):
+        problems = (inspect or problems_of)(folder)
+        if not problems:
+            found.folder = folder
+            return found
+        found.passed_over.append((folder, problems))
+    return found
+
+
+def settle_all(project: Path) -> None:
+    """Finishes the replacements in a project that were committed and then interrupted."""
+    folder = project / FOLDER
+    if folder.is_dir():
+        for entry in sorted(folder.iterdir()):
+            target = entry.with_name(entry.name.removesuffix(COMMITTED))
+            if entry.name.endswith(COMMITTED) and number_of(target) is not None:
+                settle(target)
+
+
+def problems_of(folder: Path) -> list[Problem]:
+    """What is wrong with a checkpoint by itself: not one, unfinished, or files that are not as they were saved."""
+    if not folder.is_dir():
+        text = "it is a file; a checkpoint is a folder" if folder.exists() else "there is no such folder"
+        return [Problem(str(folder), "missing", text)]
+    try:
+        manifest = manifests.read(folder)
+    except FileNotFoundError:
+        return problems_without_manifest(folder)
+    except (OSError, ValueError) as error:
+        return [Problem(manifests.NAME, "corrupt", str(error))]
+    return manifests.verify(folder, manifest)
+
+
+def problems_without_manifest(folder: Path) -> list[Problem]:
+    """The same for a folder without a manifest: it may come from another release, whose files are all that can be seen."""
+    from .items.state_item import SAFETENSORS, TORCH
+
+    names = sorted(path.name for path in folder.iterdir() if not path.is_dir() and is_ours(path.name))
+    if not any(name.startswith("random_states_") for name in names):
+        return [Problem(str(folder), "corrupt", "it is no checkpoint: it has neither a manifest nor random states")]
+    problems = []
+    for name in names:
+        if name.endswith(".json"):
+            continue
+        try:
+            require_regular(folder / name)
+            state = (SAFETENSORS if name.endswith(".safetensors") else TORCH).read(folder / name)
+        except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a reader raise
+            problems.append(Problem(name, "corrupt", f"it cannot be read ({_first_line(error)})"))
+            continue
+        if name.startswith("random_states_") and isinstance(state, dict) and "format" in state:
+            text = "the checkpoint was saved with it; without it nothing can be verified"
+            problems.append(Problem(manifests.NAME, "missing", text))
+    for shards in folders_of_shards(folder):
+        try:
+            StoredFolder(shards).verify()
+        except LoadError as error:
+            problems += [replace(found, file=f"{shards.name}/{found.file}") for found in error.problems]
+    return problems
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint looks whole: by its manifest and the sizes of its files, without reading them."""
+    try:
+        manifest = manifests.read(folder)
+    except FileNotFoundError:
+        return folder.is_dir() and not problems_without_manifest(folder)
+    except (OSError, ValueError):
+        return False
+    return manifests.has_all_files(folder, manifest)

@@ -1,0 +1,211 @@
+"""Whether what a checkpoint holds is what a run has: weights by name and shape, optimizers and schedulers by their kind.
+
+Pure functions over mappings; the values may be tensors, or stand for tensors of which each rank holds a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...runtime.system.file_names import shown
+from ..errors import Problem
+from ..storage.schema import is_tensor, kinds_of, mistyped
+
+EXTRA = "_extra_state"
+"""The last part of the name under which torch keeps what a module has besides tensors."""
+Ties = Mapping[str, set[str]]
+"""Name -> all names of the same tensor, where there are several."""
+
+# Weights ----------------------------------------------------------------------------------------------------------------
+
+
+def ties_in(state: Mapping[str, Any]) -> Ties:
+    """Those of a state that has one object under several names."""
+    groups: dict[int, list[str]] = {}
+    for name, value in state.items():
+        groups.setdefault(id(value), []).append(name)
+    return ties(groups.values())
+
+
+def ties(groups: Iterable[Iterable[str]]) -> Ties:
+    """Those of groups of names that stand for one tensor."""
+    return {name: set(group) for group in map(list, groups) if len(group) > 1 for name in group}
+
+
+def compare_weights(
+    path: str, kind: str, live: Mapping[str, Any], saved: Mapping[str, Any], live_ties: Ties, saved_ties: Ties
+) -> list[Problem]:
+    """What does not fit between a model's state and a saved one.
+
+    Args:
+        path: Of the part of the checkpoint, for findings.
+        kind: The model's class.
+        live, saved: The states.
+        live_ties, saved_ties: Their tied names.
+    """
+    return [
+        *(
+            Problem(path, "missing", f"no {name!r}{_of(live[name])}, which {kind} has")
+            for name in lacking(live, saved, live_ties)
+        ),
+        *(
+            Problem(path, "extra", f"{name!r}{_of(saved[name])}, which {kind} does not have")
+            for name in lacking(saved, live, saved_ties)
+        ),
+        *(
+            Problem(path, "shape", f"{name!r} is{_of(saved[name])}, and{_of(value)} in {kind}")
+            for name, value in live.items()
+            if name in saved and not _alike(name, value, saved[name])
+        ),
+    ]
+
+
+def lacking(one: Mapping[str, Any], other: Mapping[str, Any], one_ties: Ties) -> list[str]:
+    """The names that one state has and another lacks, also under the names that are tied to them."""
+    return [name for name in one if name not in other and not one_ties.get(name, set()) & other.keys()]
+
+
+def matching(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a saved state that fits."""
+    return {name: value for name, value in saved.items() if name in live and _alike(name, live[name], value)}
+
+
+def _alike(name: str, live: Any, saved: Any) -> bool:
+    # What a module keeps besides tensors is its own business.
+    return (_shape(live) == _shape(saved) and not _is_of_numpy(saved)) or name.split(".")[-1] == EXTRA
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """The shape of a tensor, or of one that a rank holds or a checkpoint has; None of what is no tensor."""
+    shape = getattr(value, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _of(value: Any) -> str:
+    shape = _shape(value)
+    if _is_of_numpy(value):
+        return f" of type {type(value).__name__}"
+    return "" if shape is None else f" of shape {list(shape)}"
+
+
+def _is_of_numpy(value: Any) -> bool:
+    """True for arrays, which have shapes and are no tensors."""
+    return isinstance(value, (np.ndarray, np.generic))
+
+
+# Optimizers and schedulers ----------------------------------------------------------------------------------------------
+
+# torch's optimizers whose states are numbers or have the shape of the parameter -> what they always keep of one.
+_KEPT = {
+    "SGD": frozenset[str](),
+    "Adam": frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    "AdamW": frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    "NAdam": frozenset({"step", "mu_product", "exp_avg", "exp_avg_sq"}),
+    "RAdam": frozenset({"step", "exp_avg", "exp_avg_sq"}),
+    "Adamax": frozenset({"step", "exp_avg", "exp_inf"}),
+    "Adadelta": frozenset({"step", "square_avg", "acc_delta"}),
+    "Adagrad": frozenset({"step", "sum"}),
+    "RMSprop": frozenset({"step", "square_avg"}),
+    "Rprop": frozenset({"step", "prev", "step_size"}),
+    "ASGD": frozenset({"step", "eta", "ax", "mu"}),
+}
+SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
+"""Keys under which these optimizers keep one number of a parameter."""
+_NAMING = {"params", "param_names"}
+_EVER_KEPT = frozenset[str]().union(*_KEPT.values())
+# What schedulers write into the groups of an optimizer.
+_SCHEDULED = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside everything that was put around it."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def kind_of(optimizer: Any) -> str:
+    """The class of an optimizer, as a checkpoint records it; of one that somebody derived from torch's, torch's."""
+    classes = type(innermost(optimizer)).__mro__
+    return next(filter(_is_known, classes), classes[0]).__name__
+
+
+def is_shaped_like_parameters(optimizer: Any) -> bool:
+    """Whether all states of an optimizer are numbers or have the shape of the parameter."""
+    return _kept(optimizer) is not None
+
+
+def _kept(optimizer: Any) -> frozenset[str] | None:
+    kind = type(innermost(optimizer))
+    return _KEPT[kind.__name__] if _is_known(kind) else None
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__name__ in _KEPT and kind.__module__.startswith("torch.optim.")
+
+
+def compare_optimizers(
+    path: str, optimizer: Any, groups: Iterable[Mapping[str, Any]], states: Iterable[Any]
+) -> list[Problem]:
+    """Whether a state can be of this kind of optimizer, by what it has options and values for.
+
+    Args:
+        path: Of the part of the checkpoint, for findings.
+        optimizer: The optimizer.
+        groups: The options of each of the saved parameter groups.
+        states: What was saved of each parameter.
+    """
+    groups, states = list(groups), list(states)
+    kept, saved = _kept(optimizer), _keys(states)
+    if kept is None:  # all there is to go by is what it keeps now; that may vary
+        ways = [(live - saved, saved - live) for live in _kept_now(optimizer)]
+        lacks, foreign = ways[0]
+        differs = all(less and more for less, more in ways)
+    else:
+        lacks, foreign = set(kept - saved), saved & _EVER_KEPT - kept
+        differs = bool(lacks or foreign)
+    if saved and differs:
+        return [other_kind(path, "optimizer", kind_of(optimizer), lacks, foreign)]
+    defaults = getattr(innermost(optimizer), "defaults", {})
+    # Releases add switches, which are on, off or not set.
+    needed = {key for key, value in defaults.items() if value is not None and not isinstance(value, bool)}
+    known, found = _keys(optimizer.param_groups) | defaults.keys(), _keys(groups)
+    foreign = found - known - _SCHEDULED - _NAMING
+    if needed - found and foreign:
+        return [other_kind(path, "optimizer", kind_of(optimizer), needed - found, foreign)]
+    texts = [
+        text
+        for number, (live, group) in enumerate(zip(optimizer.param_groups, groups, strict=False))
+        for text in mistyped({k: v for k, v in live.items() if k not in _NAMING}, group, f"param_groups[{number}]")
+    ]
+    texts += [text for state in states for text in _mistyped_values(kept, state)]
+    return [Problem(path, "corrupt", text) for text in dict.fromkeys(texts)]
+
+
+def _mistyped_values(kept: frozenset[str] | None, state: Any) -> Iterator[str]:
+    """Lists values that no optimizer whose states are numbers or tensors has for a parameter."""
+    for key, value in state.items() if kept is not None and isinstance(state, Mapping) else ():
+        floats = is_tensor(value) and (value.dtype.is_floating_point or value.dtype.is_complex)
+        if value is not None and key not in SCALARS and not floats and key in _EVER_KEPT:
+            yield f"{key!r} of a parameter is {shown(value)}; expected a tensor of floating-point numbers"
+        elif value is not None and not kinds_of(value) & {"a number", "a tensor", "a boolean"}:
+            yield f"{key!r} of a parameter is {shown(value)}; expected a number or a tensor"
+
+
+def _kept_now(optimizer: Any) -> list[set[str]]:
+    """What an optimizer keeps of parameters, by the names it uses and by those it saves (bitsandbytes' puts all in one)."""
+    state = optimizer.state_dict().get("state", {})
+    return [_keys(optimizer.state.values()), _keys(state.values())]
+
+
+def _keys(mappings: Iterable[Any]) -> set[str]:
+    return {str(key) for mapping in mappings if isinstance(mapping, Mapping) for key in mapping}
+
+
+def other_kind(path: str, what: str, kind: str, lacks: Iterable[str], has: Iterable[str]) -> Problem:
+    """The finding that a state is one of another class."""
+    text = f"it is of another kind of {what} than {kind}: no {sorted(lacks)}, but {sorted(has)}"
+    return Problem(path, "state", text)

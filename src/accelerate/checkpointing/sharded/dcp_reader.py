@@ -1,0 +1,345 @@
+"""Reads folders that torch.distributed.checkpoint wrote: what is in them first, then one tensor at a time.
+
+torch's own reader unpickles the description of such a folder without restriction, and values that are no tensors too; this
+one takes plain data and nothing else. Nothing needs a process group.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import operator
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import torch
+
+from ...offload.sizes import is_shape
+from ...runtime.system.file_names import LARGEST_TEXT, FileNameError, path_inside, read_bytes, shown, size_of
+from ..errors import LoadError, Problem, listed
+from ..storage.thread_map import in_parallel
+from .shard_layout import Box, is_tiled, overlap, part_of
+
+DESCRIPTION = ".metadata"
+"""The file that says which tensors there are, and where each piece of them lies."""
+_PIECE = 2**20
+_LARGEST = 4 * LARGEST_TEXT
+_THREADS = 4
+
+# Module -> the names in it that a description is made of.
+_PLAIN: dict[str, frozenset[str]] = {
+    "builtins": frozenset({"set", "frozenset", "slice"}),
+    "collections": frozenset({"OrderedDict"}),
+    "torch": frozenset({"Size"}),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo", "_StoragePrefix"}),
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        }
+    ),
+    # where earlier releases of torch had two of them
+    "torch.distributed._shard.sharded_tensor.metadata": frozenset({"MEM_FORMAT_ENCODING", "TensorProperties"}),
+}
+
+
+class _Description(pickle.Unpickler):
+    """An unpickler that knows the types of a description, and refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "pathlib":  # the folder's name when it was saved, perhaps on another system
+            return PurePath
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name in _PLAIN.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which has no place in it")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor, or a whole value: where it belongs, and the bytes of a file that hold it."""
+
+    file: str
+    start: int
+    length: int
+    offsets: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the folder; a value that is none has no dtype.
+
+    Attributes:
+        path: The keys that lead to it in the state that was saved, such as ``("model", "layer.weight")``.
+        shape, dtype: The tensor's.
+        pieces: What to put it together from.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    pieces: tuple[Piece, ...]
+
+    def is_covered(self) -> bool:
+        """Whether every element of the tensor lies in exactly one piece."""
+        return is_tiled(self.shape, [(piece.offsets, piece.sizes) for piece in self.pieces])
+
+    def takes_more_than(self, piece: Piece) -> bool:
+        """Whether the values of a piece take more bytes than its file has for it: they are not compressed."""
+        return self.dtype is not None and math.prod(piece.sizes) * self.dtype.itemsize > piece.length
+
+
+class StoredFolder:
+    """A folder of torch.distributed.checkpoint, checked as far as that is possible without reading the values.
+
+    Args:
+        folder: The folder with the file `DESCRIPTION`.
+
+    Attributes:
+        entries: What is in it, by the dotted name.
+
+    Raises:
+        LoadError: when the description is missing, damaged or not trustworthy, or a file is missing or too short: all of
+            them in one error.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries = _entries(_description(folder), folder)
+        problems = list(self._problems())
+        if problems:
+            raise LoadError(f"{folder} cannot be read:\n{listed(problems)}", problems)
+
+    def _problems(self) -> Iterator[Problem]:
+        needed: dict[str, int] = {}
+        for name, entry in self.entries.items():
+            for piece in entry.pieces:
+                needed[piece.file] = max(needed.get(piece.file, 0), piece.start + piece.length)
+                if piece.start < 0 or piece.length < 0 or entry.takes_more_than(piece):
+                    end = piece.start + piece.length
+                    text = f"{name}: bytes {piece.start} to {end} of {shown(piece.file)} cannot hold it"
+                    yield Problem(DESCRIPTION, "corrupt", text)
+            if entry.dtype is not None and not entry.is_covered():
+                text = f"{name}: its pieces overlap or do not make up the shape {entry.shape}"
+                yield Problem(DESCRIPTION, "corrupt", text)
+        for file, end in sorted(needed.items()):
+            try:
+                size = size_of(path_inside(self.folder, file))
+            except FileNameError as error:
+                yield Problem(DESCRIPTION, "corrupt", f"it names a file that is not read: {error}")
+                continue
+            if size is None:
+                yield Problem(file, "missing", f"{DESCRIPTION} names it; copy it here from where it was saved")
+            elif size < end:
+                yield Problem(file, "corrupt", f"it has {size} bytes, at least {end} expected")
+
+    def verify(self) -> None:
+        """Reads everything and compares it with the checksums that `torch.save` wrote.
+
+        Raises:
+            LoadError: naming every damaged file.
+        """
+        pieces = [piece for entry in self.entries.values() for piece in entry.pieces]
+        damaged: dict[str, str] = {}
+        for piece, text in zip(pieces, in_parallel(self._damage, pieces, _THREADS), strict=True):
+            if text is not None:
+                damaged.setdefault(piece.file, text)
+        if damaged:
+            problems = [Problem(file, "corrupt", text) for file, text in sorted(damaged.items())]
+            raise LoadError(f"{self.folder} is damaged:\n{listed(problems)}", problems)
+
+    def _damage(self, piece: Piece) -> str | None:
+        with open(self.folder / piece.file, "rb") as file:
+            try:
+                _check_sums(_Part(file, piece.start, piece.length))
+            except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+                return _first_line(error)
+        return None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Reads a tensor, one piece after the other.
+
+        Raises:
+            LoadError: when a piece is damaged.
+        """
+        entry = self.entries[name]
+        result = torch.empty(entry.shape, dtype=entry.dtype)
+        self.fill(name, (0,) * len(entry.shape), result)
+        return result
+
+    def fill(self, name: str, offsets: tuple[int, ...], target: torch.Tensor) -> None:
+        """Reads a part of a tensor, one piece after the other.
+
+        Args:
+            name: The tensor.
+            offsets: Where the part begins.
+            target: Where it goes; its shape says how far the part goes.
+
+        Raises:
+            LoadError: when a piece is damaged.
+        """
+        wanted = Box(offsets, tuple(target.shape))
+        for piece in self.entries[name].pieces:
+            shared = overlap(wanted, piece.offsets, piece.sizes)
+            if shared is not None:
+                part = part_of(self._tensor_of(name, piece), shared, piece.offsets)
+                part_of(target, shared, offsets).copy_(part)
+
+    def _tensor_of(self, name: str, piece: Piece) -> torch.Tensor:
+        part, dtype = self._load(name, piece), self.entries[name].dtype
+        if not isinstance(part, torch.Tensor) or (tuple(part.shape), part.dtype) != (piece.sizes, dtype):
+            found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
+            raise self._damaged(name, piece, f"expected {dtype} {piece.sizes}, found {found}")
+        return part
+
+    def value(self, name: str) -> Any:
+        """Reads a value that is no tensor; one that is more than plain data is refused.
+
+        Raises:
+            LoadError: when it is damaged, or refused.
+        """
+        return self._load(name, self.entries[name].pieces[0])
+
+    def _load(self, name: str, piece: Piece) -> Any:
+        with open(self.folder / piece.file, "rb") as file:
+            part = _Part(file, piece.start, piece.length)
+            try:
+                return torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            except pickle.UnpicklingError as error:
+                text = "it holds something else than tensors and plain data, which is not loaded"
+                raise self._damaged(name, piece, text) from error
+            except Exception as error:
+                raise self._damaged(name, piece, _first_line(error)) from error
+
+    def _damaged(self, name: str, piece: Piece, text: str) -> LoadError:
+        problem = Problem(piece.file, "corrupt", f"{name}: {text}")
+        return LoadError(f"{self.folder} is damaged:\n{listed([problem])}", [problem])
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _description(folder: Path) -> Any:
+    path = folder / DESCRIPTION
+    if folder.exists() and not folder.is_dir():
+        raise LoadError(
+            f"{folder} is a file; expected a folder of shards.", [Problem(str(folder), "missing", "no folder")]
+        )
+    if not folder.is_dir():
+        raise LoadError(
+            f"{folder}: there is no such folder.", [Problem(str(folder), "missing", "there is no such folder")]
+        )
+    if not path.exists():
+        raise LoadError(
+            f"{folder} holds no sharded checkpoint: there is no file {DESCRIPTION} in it.{_nearby(folder)}",
+            [Problem(DESCRIPTION, "missing", "it says what is in the folder")],
+        )
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    try:
+        found = _Description(io.BytesIO(read_bytes(path, _LARGEST))).load()
+        if not isinstance(found, Metadata):
+            raise pickle.UnpicklingError(f"expected a description of a checkpoint, found {type(found).__name__}")
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        raise LoadError(f"{path} is damaged: {text}", [Problem(DESCRIPTION, "corrupt", text)]) from error
+    return found
+
+
+def _nearby(folder: Path) -> str:
+    found = sorted(path.parent.name for path in folder.glob(f"*/{DESCRIPTION}"))
+    return f" Name one of the folders in it: {', '.join(found)}." if found else ""
+
+
+def _entries(description: Any, folder: Path) -> dict[str, Stored]:
+    """The description in our own words."""
+    paths = description.planner_data or {}
+    places: dict[str, dict[tuple[int, ...] | None, Any]] = {}
+    entries = {}
+    try:
+        for index, info in description.storage_data.items():
+            if getattr(info, "transform_descriptors", None):
+                raise ValueError(f"{index.fqn} is stored through {info.transform_descriptors}, which is not known here")
+            places.setdefault(index.fqn, {})[None if index.offset is None else tuple(index.offset)] = info
+        for name, facts in description.state_dict_metadata.items():
+            path = tuple(str(part) for part in paths.get(name, (name,)))
+            of_tensor = hasattr(facts, "chunks")
+            chunks = (
+                [(_whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)) for chunk in facts.chunks or ()]
+                if of_tensor
+                else []
+            )
+            pieces = [_piece(places[name][offsets], offsets, sizes) for offsets, sizes in chunks]
+            if not of_tensor:
+                pieces = [_piece(places[name][None])]
+            shape, dtype = (_whole_numbers(facts.size), facts.properties.dtype) if of_tensor else ((), None)
+            if not path or not is_shape(shape) or (of_tensor and not isinstance(dtype, torch.dtype)):
+                raise ValueError(
+                    f"{shown(name)} has the keys {shown(path)}, the shape {shown(shape)} and the dtype {shown(dtype)}"
+                )
+            entries[name] = Stored(path, shape, dtype, tuple(pieces))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise LoadError(
+            f"{folder / DESCRIPTION} is damaged: {text}", [Problem(DESCRIPTION, "corrupt", text)]
+        ) from error
+    return entries
+
+
+def _whole_numbers(values: Any) -> tuple[int, ...]:
+    return tuple(map(operator.index, values))
+
+
+def _piece(info: Any, offsets: tuple[int, ...] = (), sizes: tuple[int, ...] = ()) -> Piece:
+    return Piece(str(info.relative_path), int(info.offset), int(info.length), offsets, sizes)
+
+
+def _check_sums(part: _Part) -> None:
+    """Compares the records of what `torch.save` wrote with their checksums; 0 stands for one that was left out."""
+    with zipfile.ZipFile(part) as archive:
+        for record in archive.infolist():
+            if record.CRC:
+                with archive.open(record) as content:
+                    while content.read(_PIECE):
+                        pass
+
+
+class _Part(io.RawIOBase):
+    """A stretch of an open file, as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._at)]
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view)  # type: ignore[attr-defined]  # a file opened in binary mode has it
+        self._at += count
+        return int(count)

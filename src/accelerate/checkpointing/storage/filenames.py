@@ -1,0 +1,144 @@
+"""The names that files of a checkpoint have, as the documented layouts have them, and the numbered folders of a project."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+
+from ...settings.enums import (
+    FSDP_MODEL_NAME,
+    MODEL_NAME,
+    OPTIMIZER_NAME,
+    RNG_STATE_NAME,
+    SAFE_MODEL_NAME,
+    SAMPLER_NAME,
+    SCALER_NAME,
+    SCHEDULER_NAME,
+)
+
+LOADER_NAME = "dl_state_dict"
+CUSTOM_NAME = "custom_checkpoint"
+GRADIENTS_NAME = "gradients"
+PROGRESS_NAME = "progress.json"
+FOLDER = "checkpoints"
+NUMBERED = "checkpoint_"
+
+
+def numbered(stem: str, index: int, suffix: str) -> str:
+    """``optimizer.bin``, ``optimizer_1.bin``, ``optimizer_2.bin`` …"""
+    return f"{stem}{f'_{index}' if index else ''}{suffix}"
+
+
+def model_file(index: int, safe: bool) -> str:
+    """The file with the weights of a model."""
+    return numbered(SAFE_MODEL_NAME, index, ".safetensors") if safe else numbered(MODEL_NAME, index, ".bin")
+
+
+def whole_file(index: int) -> str:
+    """The file with the whole weights of a sharded model."""
+    return numbered(FSDP_MODEL_NAME, index, ".bin")
+
+
+def optimizer_file(index: int) -> str:
+    """The file with the state of an optimizer."""
+    return numbered(OPTIMIZER_NAME, index, ".bin")
+
+
+def model_folder(index: int) -> str:
+    """The folder with the shards of a model."""
+    return f"{FSDP_MODEL_NAME}_{index}"
+
+
+def optimizer_folder(index: int) -> str:
+    """The folder with the shards of an optimizer's state."""
+    return f"{OPTIMIZER_NAME}_{index}"
+
+
+def random_file(rank: int) -> str:
+    """The file with the random states of a rank."""
+    return f"{RNG_STATE_NAME}_{rank}.pkl"
+
+
+def custom_file(index: int) -> str:
+    """The file of a registered object."""
+    return f"{CUSTOM_NAME}_{index}.pkl"
+
+
+def gradients_file(rank: int) -> str:
+    """The file with the gradients a rank had accumulated."""
+    return f"{GRADIENTS_NAME}_{rank}.bin"
+
+
+_COUNTED = "|".join((OPTIMIZER_NAME, SCHEDULER_NAME, SAMPLER_NAME, LOADER_NAME, MODEL_NAME, FSDP_MODEL_NAME))
+_SHARED = re.compile(
+    rf"({_COUNTED})(_\d+)?\.bin|{SAFE_MODEL_NAME}(_\d+)?\.safetensors|{CUSTOM_NAME}_\d+\.pkl|{re.escape(SCALER_NAME)}"
+    rf"|{re.escape(PROGRESS_NAME)}"
+)
+_FOLDER = re.compile(rf"({FSDP_MODEL_NAME}|{OPTIMIZER_NAME})_\d+")
+_IN_FOLDER = re.compile(rf"({_FOLDER.pattern})/(__\d+_\d+\.distcp|\.metadata)")
+_OF_RANKS = re.compile(rf"{RNG_STATE_NAME}_\d+\.pkl|{GRADIENTS_NAME}_\d+\.bin")
+
+
+def is_shared(name: str) -> bool:
+    """Whether a part has the name of one that is the same for all ranks: of a file, or of a folder of shards."""
+    return _SHARED.fullmatch(name) is not None or _FOLDER.fullmatch(name) is not None
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file has the name of any part of a checkpoint; one in a folder of shards with that in front."""
+    return any(pattern.fullmatch(name) for pattern in (_SHARED, _OF_RANKS, _IN_FOLDER))
+
+
+def part_of(name: str) -> str:
+    """The part of a checkpoint that a file belongs to: itself, or the folder of shards it lies in."""
+    return name.split("/")[0] if _IN_FOLDER.fullmatch(name) else name
+
+
+def files_of(folder: Path) -> set[str]:
+    """The files in a folder that have the name of a part of a checkpoint, by their path in it."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name for name in found if is_ours(name)}
+
+
+def folders_of_shards(folder: Path) -> list[Path]:
+    """The folders of shards in a checkpoint."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name))
+
+
+_HOLDS = {
+    PROGRESS_NAME: "where the run stands",
+    SCALER_NAME: "gradient scaler",
+    f"{FSDP_MODEL_NAME}_*/.metadata": "weights: what is where",
+    f"{FSDP_MODEL_NAME}_*/*": "weights, a process's part",
+    f"{OPTIMIZER_NAME}_*/.metadata": "optimizer: what is where",
+    f"{OPTIMIZER_NAME}_*/*": "optimizer, a process's part",
+    f"{OPTIMIZER_NAME}*.bin": "optimizer",
+    f"{SCHEDULER_NAME}*.bin": "learning rate scheduler",
+    f"{SAMPLER_NAME}*.bin": "order of a loader",
+    f"{LOADER_NAME}*.bin": "position of a loader",
+    f"{MODEL_NAME}*.bin": "weights",
+    f"{SAFE_MODEL_NAME}*.safetensors": "weights",
+    f"{CUSTOM_NAME}_*.pkl": "registered object",
+    f"{RNG_STATE_NAME}_*.pkl": "random states of a process",
+    f"{GRADIENTS_NAME}_*.bin": "gradients of a process",
+}
+
+
+def describe(name: str) -> str:
+    """What a file of a checkpoint holds, by its name."""
+    return next((text for pattern, text in _HOLDS.items() if fnmatch.fnmatchcase(name, pattern)), "")
+
+
+def number_of(folder: Path) -> int | None:
+    """The number of a folder ``checkpoint_<number>``; None for others."""
+    digits = folder.name.removeprefix(NUMBERED)
+    return int(digits) if digits != folder.name and digits.isdecimal() else None
+
+
+def numbered_folders(project: Path) -> list[Path]:
+    """The folders ``checkpoints/checkpoint_<number>`` of a project, in order of their numbers."""
+    if not (project / FOLDER).is_dir():
+        return []
+    found = {number: entry for entry in (project / FOLDER).iterdir() if (number := number_of(entry)) is not None}
+    return [found[number] for number in sorted(found) if found[number].is_dir()]

@@ -1,0 +1,190 @@
+"""The formats of files: how a state becomes bytes, and how it is read without running code.
+
+Tensors are written from where they lie and read through a memory map. `torch.save`'s own CRC is left out: the manifest
+has checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...runtime.system import file_names
+from .file_writer import FileRecord, FileWriter
+from .verified_reader import CheckedFile
+
+# Where torch puts tensors in memory: a file's tensors that are mapped then compute as their copies do, bit for bit.
+_ALIGNMENT = 64
+
+
+def write_torch(state: Any, writer: FileWriter) -> None:
+    """Writes any state as `torch.save` does."""
+    with _without_crc():
+        torch.save(state, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
+
+
+_crc_lock = threading.Lock()
+_crc_users = 0
+_crc_before = True
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    global _crc_users, _crc_before
+    if not hasattr(torch.serialization, "set_crc32_options"):  # torch before 2.6
+        yield
+        return
+    with _crc_lock:
+        if not _crc_users:
+            _crc_before = torch.serialization.get_crc32_options()
+            torch.serialization.set_crc32_options(False)
+        _crc_users += 1
+    try:
+        yield
+    finally:
+        with _crc_lock:
+            _crc_users -= 1
+            if not _crc_users:
+                torch.serialization.set_crc32_options(_crc_before)
+
+
+def read_torch(path: Path, *, record: FileRecord | None = None, **kwargs: Any) -> Any:
+    """What `torch.save` wrote: tensors on the CPU, over a memory map. Never runs code from the file.
+
+    Args:
+        path: The file.
+        record: Compare the file with it meanwhile; tensors have memory of their own then.
+        **kwargs: For `torch.load`.
+
+    Raises:
+        DamagedError: where the file is not as its record says.
+        pickle.UnpicklingError: where the file holds a type that is not allowed.
+        RuntimeError, EOFError …: where it is no such file.
+    """
+    kwargs = {"map_location": "cpu", "mmap": True, **kwargs}
+    kwargs.pop("weights_only", None)
+    with torch.serialization.safe_globals(_numpy_types()):
+        if record is not None:
+            with CheckedFile(path, record) as file:
+                try:
+                    state = torch.load(file, weights_only=True, **{**kwargs, "mmap": False})  # type: ignore[arg-type]
+                except Exception:
+                    file.check_rest()  # a damaged file is told to be that, whatever torch made of it
+                    raise
+                file.check_rest()
+                return state
+        try:
+            return torch.load(path, weights_only=True, **kwargs)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):  # the format from before torch 1.6
+                raise
+            return torch.load(path, weights_only=True, **{**kwargs, "mmap": False})
+
+
+def _numpy_types() -> list[Any]:
+    """What numpy arrays of numbers are made of: plain data, under the names of numpy 1 and 2."""
+    import _codecs
+
+    import numpy as np
+
+    rebuild = np.ndarray.__reduce__(np.empty(0))[0]
+    types: list[Any] = [np.ndarray, np.dtype, _codecs.encode]
+    types += [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    types += [type(np.dtype(code)) for code in ("u4", "u8", "i4", "i8", "f4", "f8", "u1", "i1", "?")]
+    scalar = np.float64(0).__reduce__()[0]
+    types += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return types
+
+
+_SAFE_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e8m0fnu": "F8_E8M0",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def write_safetensors(
+    state: Mapping[str, torch.Tensor], writer: FileWriter, values: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Writes tensors in the safetensors format, straight from their memory.
+
+    Args:
+        state: The tensors.
+        writer: The file.
+        values: Where to take the values from, one tensor after the other, when `state` has none (device meta).
+
+    Raises:
+        ValueError: for a value that the format cannot hold.
+    """
+    wide_first = sorted(state, key=lambda name: (-_checked(name, state[name]).element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in wide_first:
+        tensor = state[name]
+        size = tensor.numel() * tensor.element_size()
+        dtype = _SAFE_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    writer.write(struct.pack("<Q", len(text)) + text)
+    for name in wide_first:
+        if state[name].numel():
+            writer.write(_bytes_of(state[name] if values is None else values[name]))
+
+
+def _checked(name: str, value: Any) -> torch.Tensor:
+    known = isinstance(value, torch.Tensor) and str(value.dtype).removeprefix("torch.") in _SAFE_DTYPES
+    if not known or value.layout is not torch.strided:
+        what = (
+            f"a {value.dtype} tensor of layout {value.layout}" if isinstance(value, torch.Tensor) else repr(type(value))
+        )
+        raise ValueError(
+            f"{name!r} is {what}, which the safetensors format cannot hold: save with safe_serialization=False."
+        )
+    return value
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU, over a memory map."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def write_json(state: Any, writer: FileWriter) -> None:
+    """Writes plain data as text."""
+    writer.write(json.dumps(state, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Plain data from text."""
+    return file_names.read_json(path)

@@ -1,0 +1,236 @@
+"""The manifest: what belongs to a checkpoint, byte for byte. It is written last; a folder without one was never finished.
+
+The file is its own canonical form with a checksum of itself, so that a change of any byte shows.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import zlib
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...runtime.system.file_names import FileNameError, parse_json, path_inside, read_bytes, shown, size_of
+from ..errors import Problem
+from .file_writer import STRETCH, FileRecord, FileWriter, sum_of_stretch
+from .thread_map import in_parallel
+
+NAME = "manifest.json"
+FORMAT = 1
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one finished checkpoint consists of.
+
+    Attributes:
+        files: Every file, in order of its path.
+        world_size: Number of processes that saved it.
+        step: `Accelerator.step` when it was saved.
+        iteration: Its number.
+        format: Version of the layout.
+        versions: Library -> version that saved it.
+        saved_at: When, in UTC, as ISO 8601.
+        kinds: Part -> the class of what it is the state of, for parts that no other class can have.
+    """
+
+    files: tuple[FileRecord, ...]
+    world_size: int
+    step: int
+    iteration: int
+    format: int = FORMAT
+    versions: dict[str, str] = field(default_factory=dict)
+    saved_at: str = ""
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, files: Iterable[FileRecord], *, world_size: int, step: int, iteration: int, kinds: Mapping[str, str]
+    ) -> Manifest:
+        """The manifest of a checkpoint that is being saved now, by these libraries."""
+        return cls(
+            tuple(sorted(files, key=lambda record: record.path)),
+            world_size,
+            step,
+            iteration,
+            versions=library_versions(),
+            saved_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            kinds=kinds,
+        )
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        body = {
+            "files": {record.path: {"crc32": list(record.sums), "size": record.size} for record in self.files},
+            "format": self.format,
+            "iteration": self.iteration,
+            "kinds": dict(self.kinds),
+            "saved_at": self.saved_at,
+            "step": self.step,
+            "stretch": STRETCH,
+            "versions": self.versions,
+            "world_size": self.world_size,
+        }
+        return _serialised(body)
+
+    def write(self, writer: FileWriter) -> None:
+        """Writes the file's content."""
+        writer.write(self.to_bytes())
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """The paths of all files."""
+        return frozenset(record.path for record in self.files)
+
+
+def _serialised(body: dict[str, Any]) -> bytes:
+    plain = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    whole = {**body, "checksum": f"{zlib.crc32(plain):08x}"}
+    return json.dumps(whole, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def library_versions() -> dict[str, str]:
+    """The libraries whose version may matter to what a checkpoint holds."""
+    from ... import __version__
+
+    return {
+        "accelerate": __version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is damaged, or of a format that this version does not know, or names files outside the folder.
+    """
+    content = read_bytes(folder / NAME)
+    try:
+        body = parse_json(content)
+        body.pop("checksum")
+        intact = _serialised(body) == content
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        intact = False
+    if not intact:
+        raise ValueError("it is damaged: its content and its checksum do not agree")
+    _check_types(body)
+    if body["format"] != FORMAT or body["stretch"] != STRETCH:
+        raise ValueError(
+            f"it has format {body['format']}, saved by accelerate {body['versions'].get('accelerate')}; this version, "
+            f"{library_versions()['accelerate']}, reads format {FORMAT}"
+        )
+    files = tuple(_record_in(folder, path, facts) for path, facts in body["files"].items())
+    rest = {name: body[name] for name in ("world_size", "step", "iteration", "format", "versions", "saved_at")}
+    return Manifest(files, kinds=body.get("kinds", {}), **rest)
+
+
+# Key -> its type, and the least number.
+_NUMBERS = {"format": 0, "iteration": 0, "step": 0, "stretch": 1, "world_size": 1}
+_MAPPINGS = {"files": dict, "versions": str, "kinds": str}
+
+
+def _check_types(body: dict[str, Any]) -> None:
+    """Raises ValueError for a manifest whose checksum is right, and whose values are of other types than ours."""
+    for key, least in _NUMBERS.items():
+        value = body.get(key)
+        if type(value) is not int or not least <= value < 2**63:
+            raise ValueError(f"its {key!r} is {shown(value)}; expected a number of at least {least}")
+    for key, kind in _MAPPINGS.items():
+        value = body.get(key, {} if key == "kinds" else None)
+        if not isinstance(value, dict) or not all(isinstance(one, kind) for one in value.values()):
+            raise ValueError(
+                f"its {key!r} is {shown(value)}; expected a mapping of names to values of type {kind.__name__}"
+            )
+    if not isinstance(body.get("saved_at"), str):
+        raise ValueError(f"its 'saved_at' is {shown(body.get('saved_at'))}; expected a time")
+
+
+def _record_in(folder: Path, path: str, facts: dict[str, Any]) -> FileRecord:
+    """A record of the manifest, its types and its path checked."""
+    path_inside(folder, path)
+    size, sums = facts.get("size"), facts.get("crc32")
+    if path == NAME or type(size) is not int or not 0 <= size < 2**63 or not isinstance(sums, list):
+        raise ValueError(f"its entry of {shown(path)} is {shown(facts)}; expected a size and a list of checksums")
+    if len(sums) != max(1, -(-size // STRETCH)) or not all(isinstance(one, str) for one in sums):
+        raise ValueError(f"its entry of {shown(path)} has {len(sums)} checksums, which is not what {size} bytes have")
+    return FileRecord(path, size, tuple(sums))
+
+
+def verify(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    share: tuple[int, int] = (0, 1),
+    only: Callable[[str], bool] | None = None,
+    unread: Container[str] = (),
+    locate: Callable[[str], Path] | None = None,
+) -> list[Problem]:
+    """Compares the files of a folder with its manifest, by several threads.
+
+    Args:
+        folder: The checkpoint.
+        manifest: Its manifest.
+        share: (index, count): check this part of the bytes only, for processes that check one checkpoint together. Sizes
+            are checked by the first.
+        only: Leave out files whose path this is false for.
+        unread: Of these files only the size is compared.
+        locate: Where a file is, by its path; None: in `folder`.
+
+    Returns:
+        A `Problem` for each file that is missing, of another size or of another content.
+    """
+    index, count = share
+    at = locate or (lambda path: folder / path)
+    problems: list[Problem] = []
+    jobs: list[tuple[FileRecord, int]] = []
+    number = 0
+    for record in manifest.files:
+        if only is not None and not only(record.path):
+            continue
+        if problem := _misfit(at(record.path), record):
+            if index == 0:
+                problems.append(problem)
+            continue
+        for stretch in range(len(record.sums) if record.path not in unread else 0):
+            if number % count == index:
+                jobs.append((record, stretch))
+            number += 1
+
+    def check(job: tuple[FileRecord, int]) -> str | None:
+        record, stretch = job
+        with open(at(record.path), "rb", buffering=0) as file:
+            intact = sum_of_stretch(file.fileno(), stretch * STRETCH) == record.sums[stretch]
+        return None if intact else record.path
+
+    damaged = sorted({path for path in in_parallel(check, jobs, _THREADS) if path is not None})
+    return problems + [Problem(path, "corrupt", "its content is not what was saved (checksum)") for path in damaged]
+
+
+def _misfit(path: Path, record: FileRecord) -> Problem | None:
+    """Returns what is wrong with a file by its kind and size."""
+    try:
+        found = size_of(path)
+    except FileNameError as error:
+        return Problem(record.path, "corrupt", str(error))
+    if found is None:
+        return Problem(record.path, "missing", "the checkpoint was saved with this file")
+    if found != record.size:
+        return Problem(record.path, "corrupt", f"it has {found} bytes and was saved with {record.size}")
+    return None
+
+
+def has_all_files(folder: Path, manifest: Manifest) -> bool:
+    """Whether all files of a manifest are in a folder, with the sizes they were saved with. Their content is not read."""
+    return not any(_misfit(folder / record.path, record) for record in manifest.files)

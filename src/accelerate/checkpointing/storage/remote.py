@@ -1,0 +1,202 @@
+"""Checkpoints at URLs, through fsspec: written and verified in a local folder, and carried there or back as files.
+
+A store of objects has no rename. So the manifest goes last, and what has none is no checkpoint; one that is there is never
+written over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...runtime.system.file_names import FileNameError, path_inside, shown
+from ...runtime.world import World
+from ..consensus import of_the_first, together
+from ..errors import CheckpointError, LoadError, SaveError
+from . import manifest as manifests
+
+# Two letters at least: one is a drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
+INSTALL = (
+    'needs fsspec: `pip install "accelerate[remote]"`, and for some stores their own package (s3fs, gcsfs, adlfs …)'
+)
+
+
+def is_url(path: str | os.PathLike[str] | None) -> bool:
+    """Whether a place is to be reached through fsspec."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+class Place:
+    """A folder at a URL.
+
+    Args:
+        url: The URL.
+
+    Raises:
+        CheckpointError: when there is no way to get there: fsspec or a package of the store is not installed, or nobody
+            knows the protocol.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            from fsspec.core import url_to_fs
+        except ImportError:
+            raise CheckpointError(f"{url} {INSTALL}.") from None
+        try:
+            self.files, path = url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"{url} cannot be reached: {error}. It {INSTALL}.") from error
+        self.url = url
+        self.path = str(path).rstrip("/")
+
+    def holds_checkpoint(self) -> bool:
+        """Whether there is a finished checkpoint."""
+        return bool(self.files.exists(f"{self.path}/{manifests.NAME}"))
+
+    def upload(self, folder: Path, last: str = "") -> None:
+        """Puts the files of a folder there.
+
+        Args:
+            folder: The folder.
+            last: The file that goes last, and makes the others count.
+        """
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        for name in sorted(names, key=lambda name: name == last):
+            there = f"{self.path}/{name}"
+            self.files.makedirs(there.rpartition("/")[0], exist_ok=True)
+            self.files.put_file(str(folder / name), there)
+            size = self.files.info(there)["size"]
+            if size != (folder / name).stat().st_size:
+                raise OSError(f"{self.url}/{name} has {size} bytes, not the {(folder / name).stat().st_size} written")
+
+    def download(self, folder: Path) -> None:
+        """Fetches all files from there into a new folder; which are missing or damaged the load will find.
+
+        Raises:
+            FileNotFoundError: where there are none.
+            FileNameError: where a name leads out of the folder; nothing has been fetched then.
+            OSError: where they do not fit on the disk.
+        """
+        found = self.files.find(self.path, detail=True) if self.files.exists(self.path) else {}
+        if not found:
+            raise FileNotFoundError(f"there is no checkpoint at {self.url}")
+        places = {str(path): path_inside(folder, self._name_of(str(path))) for path in found}
+        size = sum(facts.get("size") or 0 for facts in found.values())
+        if size > (free := shutil.disk_usage(folder).free):
+            raise OSError(
+                f"{self.url} has {size} bytes, and {folder} has room for {free}: set TMPDIR to a larger place"
+            )
+        for path, here in places.items():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            self.files.get_file(path, str(here))
+
+    def _name_of(self, path: str) -> str:
+        """The name of a file in the folder, from the path that a listing gives."""
+        prefix = f"{self.path}/" if self.path else ""
+        if not path.startswith(prefix):
+            raise FileNameError(f"the listing of {self.url} has {shown(path)}, which is not below it")
+        return path.removeprefix(prefix) if prefix else path.removeprefix("/")
+
+
+class Outgoing:
+    """A checkpoint on its way to a URL.
+
+    Args:
+        world: This process and its peers, who all make one.
+        url: Where it goes; rank 0's counts.
+
+    Attributes:
+        folder: Where it is written first.
+
+    Raises:
+        SaveError: on every rank, when it cannot go there.
+    """
+
+    def __init__(self, world: World, url: str) -> None:
+        self.url = of_the_first(world.collectives, f"preparing {url}", url, SaveError)
+
+        def make() -> str:
+            if world.rank != 0:
+                return ""
+            if Place(self.url).holds_checkpoint():
+                raise SaveError("there is a checkpoint already, which is not written over: choose another name")
+            return tempfile.mkdtemp(prefix="accelerate_")
+
+        self._scratch = Path(together(world.collectives, f"preparing {self.url}", make, SaveError)[0])
+        self.folder = self._scratch / "checkpoint"
+
+    def check(self, group: int) -> None:
+        """Refuses machines whose temporary folders are not one: the manifest would be of some of the files only."""
+        if group != 0:
+            raise OSError(
+                f"{self.folder}, where the files are gathered on their way to {self.url}, is not shared by all machines: "
+                "set TMPDIR to a folder that is, or save to a folder"
+            )
+
+    def deliver(self) -> None:
+        """Carries it there, on the rank that has committed it."""
+        Place(self.url).upload(self.folder, last=manifests.NAME)
+
+    def clean(self) -> None:
+        """Removes the local folder, on the rank that has made it."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def fetch(world: World, url: str, load: Callable[[Path], Any]) -> Any:
+    """Loads a checkpoint from a URL: the first rank of each machine downloads it for the others.
+
+    Args:
+        world: This process and its peers.
+        url: Where it is; rank 0's counts.
+        load: Loads it from a folder.
+
+    Returns:
+        What `load` returned.
+
+    Raises:
+        LoadError: on every rank, when it cannot be fetched.
+    """
+    url = of_the_first(world.collectives, f"opening {url}", url, LoadError)
+    scratch = tempfile.mkdtemp(prefix="accelerate_") if world.local_rank == 0 else ""
+
+    def get() -> str:
+        if scratch:
+            Place(url).download(Path(scratch))
+        return scratch
+
+    try:
+        folder = Path(together(world.collectives, f"fetching {url}", get, LoadError)[world.rank - world.local_rank])
+        try:
+            loaded = load(folder)
+        except LoadError as error:
+            raise LoadError(str(error).replace(str(folder), url), error.problems, error.changed) from None
+        world.collectives.barrier()  # nobody reads any more
+        return loaded
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def opened(url: str) -> Any:
+    """A file at a URL, to be written; a context."""
+    place = Place(url)
+    return place.files.open(place.path, "wb")
+
+
+def save_folder(url: str, write: Callable[[Path], Any]) -> None:
+    """Saves a folder of files to a URL.
+
+    Args:
+        url: Where to.
+        write: Writes the files into a local folder.
+    """
+    place = Place(url)
+    with tempfile.TemporaryDirectory(prefix="accelerate_") as scratch:
+        write(Path(scratch))
+        place.upload(Path(scratch))

@@ -1,0 +1,140 @@
+"""Copies of many tensors, on a few threads of our own: torch's pool spins while it waits, which a busy machine pays for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from .thread_map import in_parallel
+
+logger = logging.getLogger(__name__)
+
+_STRETCH = 16 * 2**20
+_THREADS = 4
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether a tensor's values are one stretch of this process's memory, as it stands."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.is_quantized
+    )
+
+
+def fits(target: Any, source: Any) -> bool:
+    """Whether `copy_all` can copy the one into the other."""
+    return is_plain(target) and is_plain(source) and target.shape == source.shape and target.dtype == source.dtype
+
+
+def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copies the second tensor of each pair into the first; each pair `fits`."""
+    stretches = []
+    for target, source in pairs:
+        into, out_of = as_bytes(target), as_bytes(source)
+        for start in range(0, len(into), _STRETCH):
+            stretches.append((into[start : start + _STRETCH], out_of[start : start + _STRETCH]))
+
+    def copy(stretch: tuple[Any, Any]) -> None:
+        np.copyto(*stretch)
+
+    in_parallel(copy, stretches, _THREADS)
+
+
+def as_bytes(tensor: torch.Tensor) -> Any:
+    """The memory of a plain tensor as an array of bytes."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def _is_staged(tensor: Any) -> bool:
+    """Whether a tensor of another device has its values in one block of memory there."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and (tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)))
+        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+    )
+
+
+class Room:
+    """A staging buffer: copies of tensors in memory that the next ones use again; fresh memory takes longer to get than to
+    fill.
+
+    Copies from devices with streams go to pinned memory, and run beside the host until `wait`.
+
+        room.clear()
+        copies = [room.copy(tensor) for tensor in tensors]
+        room.wait()  # now the tensors may change, and the copies may be read
+    """
+
+    pinning = ("cuda", "xpu")
+    """Device types with pinned memory, whose module in torch has streams as CUDA's has."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        self._used: list[tuple[torch.Tensor, bool]] = []
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._devices: set[torch.device] = set()
+
+    def clear(self) -> None:
+        """Takes all of it back; what the last copies had no use for is released."""
+        self._free = {}
+        for memory, pinned in self._used:
+            self._free.setdefault((len(memory), pinned), []).append(memory)
+        self._used, self._pairs = [], []
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Starts to copy a tensor to the CPU; returns the copy, which holds the values after `wait`."""
+        if is_plain(tensor):
+            target = self._like(tensor, pinned=False)
+            self._pairs.append((target, tensor))
+        elif tensor.device.type != "cpu" and _is_staged(tensor):
+            streams = tensor.device.type in self.pinning
+            target = self._like(tensor, pinned=streams)
+            self._start(target, tensor.detach(), streams)
+            if streams:
+                self._devices.add(tensor.device)
+        else:
+            target = tensor.detach().to("cpu", copy=True)
+        return target
+
+    def copy_plain(self) -> None:
+        """Copies the tensors of the CPU now, so that memory behind them may be freed; those of devices go on."""
+        pairs, self._pairs = self._pairs, []
+        copy_all(pairs)
+
+    def wait(self) -> None:
+        """Returns when all copies are done: one synchronization for each device."""
+        self.copy_plain()
+        devices, self._devices = self._devices, set()
+        for device in devices:
+            self._synchronize(device)
+
+    def _like(self, tensor: torch.Tensor, pinned: bool) -> torch.Tensor:
+        size = tensor.numel() * tensor.element_size()
+        free = self._free.get((size, pinned))
+        memory = free.pop() if free else self._allocate(size, pinned)
+        self._used.append((memory, pinned))
+        return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+    def _allocate(self, size: int, pinned: bool) -> torch.Tensor:
+        if pinned:
+            try:
+                return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:  # the system limits how much may be pinned
+                logger.debug("staging a checkpoint in memory that is not pinned: %s", error)
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _start(self, target: torch.Tensor, source: torch.Tensor, streams: bool) -> None:
+        target.copy_(source, non_blocking=streams)  # on the current stream, behind the kernels that wrote the source
+
+    def _synchronize(self, device: torch.device) -> None:
+        torch.get_device_module(device).current_stream(device).synchronize()

@@ -1,0 +1,142 @@
+"""A file read once: each stretch is compared with its checksum before anything sees a byte of it.
+
+Threads read ahead into a few buffers, which are used again and again. A file that is not in the page cache is read past it
+where the system can (O_DIRECT): its bytes are needed once, and memory for a second copy of them costs more than the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import mmap
+import os
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...runtime.system.page_cache import CacheProbe, open_past
+from .file_writer import STRETCH, FileRecord
+
+_THREADS = 4
+_AHEAD = 3
+_WORTH_A_THREAD = 2**18
+
+
+class DamagedError(Exception):
+    """A file is not what was saved."""
+
+
+class CheckedFile(io.RawIOBase):
+    """A file of a checkpoint, as `torch.load` reads it. A context; leave it after `check_rest`.
+
+    Args:
+        path: The file.
+        record: What it was when it was saved.
+
+    Raises:
+        DamagedError: here or when it is read, where it is something else now.
+    """
+
+    def __init__(self, path: Path, record: FileRecord) -> None:
+        self._record = record
+        self._position = 0
+        self._reading: dict[int, Future[Any]] = {}
+        self._read: set[int] = set()
+        self._free: list[Any] = []
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._direct: int | None = None
+        self._threads = ThreadPoolExecutor(_THREADS, "checkpoint reader")
+        size = os.fstat(self._descriptor).st_size
+        if size != record.size:
+            self.close()
+            raise DamagedError(f"it has {size} bytes and was saved with {record.size}")
+        if CacheProbe(self._descriptor, size).share(size) <= 0.5:
+            self._direct = open_past(path)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if not self.closed:
+            self._threads.shutdown(cancel_futures=True)
+            for descriptor in (self._descriptor, self._direct):
+                if descriptor is not None:
+                    os.close(descriptor)
+        super().close()
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where it is read next."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Goes on elsewhere."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._record.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, memory: Any) -> int:
+        """Fills memory with verified bytes, as far as the file goes."""
+        target = np.frombuffer(memory, dtype=np.uint8)
+        done = 0
+        while done < len(target) and self._position < self._record.size:
+            number, offset = divmod(self._position, STRETCH)
+            piece = self._stretch(number)[offset : offset + len(target) - done]
+            self._copy(target[done : done + len(piece)], piece)
+            done += len(piece)
+            self._position += len(piece)
+        return done
+
+    def _copy(self, target: Any, piece: Any) -> None:
+        """Copies to memory that is mostly fresh, which takes longer to get than to fill: by two threads."""
+        middle = len(piece) // 2 if len(piece) > _WORTH_A_THREAD else 0
+        other = self._threads.submit(np.copyto, target[:middle], piece[:middle]) if middle else None
+        np.copyto(target[middle:], piece[middle:])
+        if other is not None:
+            other.result()
+
+    def check_rest(self) -> None:
+        """Compares what nobody has read."""
+        for number in range(len(self._record.sums)):
+            if number not in self._read:
+                self._stretch(number)
+
+    def _stretch(self, number: int) -> Any:
+        """One stretch, verified; those after it are on their way. The last one, where archives have their list, stays."""
+        last = len(self._record.sums) - 1
+        wanted = range(number, min(number + _AHEAD, last + 1))
+        if number != last:
+            for passed in [other for other in self._reading if other not in wanted and other != last]:
+                self._free.append(self._reading.pop(passed).result())
+        for other in wanted:
+            if other not in self._reading:
+                buffer = self._free.pop() if self._free else np.frombuffer(mmap.mmap(-1, STRETCH), dtype=np.uint8)
+                self._reading[other] = self._threads.submit(self._fetch, other, buffer)
+        content = self._reading[number].result()
+        self._read.add(number)
+        return content
+
+    def _fetch(self, number: int, buffer: Any) -> Any:
+        start = number * STRETCH
+        view = memoryview(buffer)
+        size = min(STRETCH, self._record.size - start)
+        done = 0
+        if self._direct is not None:
+            try:
+                done = os.preadv(self._direct, [view], start)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        while done < size and (count := os.preadv(self._descriptor, [view[done:size]], start + done)):
+            done += count
+        if done < size or f"{zlib.crc32(view[:size]):08x}" != self._record.sums[number]:
+            raise DamagedError("its content is not what was saved (checksum)")
+        return buffer[:size]

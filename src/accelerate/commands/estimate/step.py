@@ -1,0 +1,360 @@
+"""What a training step holds in memory, found without any: the step is run on tensors that have a shape and no values.
+
+Everything a real step would allocate is counted by its size, when it comes and when it goes, so that activations need no
+rule of thumb. What is not seen: the working memory inside a kernel, and what an allocator keeps for later.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ...runtime.tensors.pytree import convert_to_fp32
+from .sharding import Kind, Moment, Sharding, Step, Unit, Weight, rank_memory
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a training step with Adam holds.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: All gradients, as they are at the end of the backward.
+        optimizer: Adam's two moments and its step counts.
+        activations: The most that is held beside these three: what the backward needs of the forward, results in between.
+        peak: The most that is held at one time; less than the sum, since activations go as gradients come.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int
+
+
+class CannotFollow(RuntimeError):
+    """A step depends on values, or takes inputs that nobody described: its memory cannot be found."""
+
+
+def follow_step(
+    model: nn.Module, batch_size: int, sequence_length: int, mixed: bool, at_once: bool = False
+) -> StepMemory:
+    """What one process that trains alone holds; see `follow_units`."""
+    step = follow_units(model, batch_size, sequence_length, mixed=mixed, at_once=at_once)
+    found = rank_memory(step, Sharding(version=0))
+    return StepMemory(found.weights, found.gradients, found.optimizer, found.activations, found.peak)
+
+
+def follow_units(
+    model: nn.Module,
+    batch_size: int,
+    sequence_length: int,
+    *,
+    mixed: bool = False,
+    units: Callable[[nn.Module], Sequence[nn.Module]] = lambda model: (),
+    half: bool = False,
+    checkpoint: bool = False,
+    at_once: bool = False,
+) -> Step:
+    """Follows the second of two training steps: from then on Adam has its state.
+
+    Args:
+        model: On the meta device; it stays as it is.
+        batch_size: Samples in a batch.
+        sequence_length: Tokens in a sample, for models of text.
+        mixed: Whether the forward runs in a 16-bit format (autocast).
+        units: Chooses the modules inside a model that are gathered on their own, inner ones first.
+        half: Whether the parameters come to the forward in a 16-bit format.
+        checkpoint: Whether units recompute their activations in the backward.
+        at_once: Whether Adam steps on all parameters together, as torch does on accelerators.
+
+    Raises:
+        CannotFollow: when the step cannot be run without values.
+    """
+    import copy
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = copy.deepcopy(model).train()
+    widths = {name: parameter.element_size() for name, parameter in model.named_parameters()}
+    chosen = [*units(model), model]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _Tracker() as tracker:
+            _give_storage(model, torch.bfloat16 if half else None)
+            kept = tracker.live
+            buffers = kept - _bytes(model.parameters())
+            watch = _Watch(model, chosen, tracker)
+            inputs = _with_labels(model, _inputs(model, batch_size, sequence_length))
+            watch.attach(cast=torch.bfloat16 if half else None, checkpoint=checkpoint)
+            optimizer = torch.optim.AdamW(model.parameters(), foreach=at_once)
+            for _ in range(2):
+                states = _bytes(tree_leaves([list(state.values()) for state in optimizer.state.values()]))
+                watch.restart(kept + states)
+                _step(model, optimizer, inputs, mixed, watch)
+    except CannotFollow:
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0][:200]
+        raise CannotFollow(f"{type(error).__name__}: {text}") from error
+    return Step(watch.weights(widths), tuple(watch.moments), buffers, at_once)
+
+
+class _Watch:
+    """Notes what happens to units in a step.
+
+    Attributes:
+        moments: In order, since `restart`.
+        backward: Whether the backward has begun: a forward is a recomputation then.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[nn.Module], tracker: _Tracker) -> None:
+        self.units, self.tracker = units, tracker
+        self.moments: list[Moment] = []
+        self.backward = False
+        self._reduced: set[int] = set()
+        self._learned: set[tuple[int, int]] = set()
+        taken: dict[nn.Parameter, str] = {}
+        self.parameters: list[list[tuple[str, nn.Parameter]]] = []
+        for unit in units:  # inner ones come first
+            own = {parameter: name for name, parameter in model.named_parameters() if parameter not in taken}
+            mine = set(unit.parameters())
+            self.parameters.append([(name, parameter) for parameter, name in own.items() if parameter in mine])
+            taken.update((parameter, name) for name, parameter in self.parameters[-1])
+
+    def attach(self, cast: torch.dtype | None, checkpoint: bool) -> None:
+        """Puts hooks on units and parameters."""
+        from torch.distributed._composable import checkpoint as recompute
+
+        for number, (unit, parameters) in enumerate(zip(self.units, self.parameters, strict=True)):
+            if checkpoint and number < len(self.units) - 1:
+                recompute(unit, preserve_rng_state=False)
+            self._attach(number, unit, cast)
+            for place, (_, parameter) in enumerate(parameters):
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda p, number=number, place=place: self._gradient(number, place, p)
+                    )
+
+    def _attach(self, number: int, unit: nn.Module, cast: torch.dtype | None) -> None:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self.backward:
+                return None
+            self.note(Kind.FORWARD, number)
+            if cast is not None:
+                args, kwargs = tree_map(lambda value: _cast(value, cast), (args, kwargs))
+            return self._passing(number, args, kwargs)
+
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            if self.backward:
+                return
+            self.note(Kind.DONE, number)
+            values = tree_leaves(dict(output) if hasattr(output, "keys") else output)
+            tensors = [value for value in values if isinstance(value, torch.Tensor) and value.requires_grad]
+            if tensors:
+                torch.autograd.graph.register_multi_grad_hook(tensors, lambda _: self._enter(number), mode="any")
+
+        unit.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        unit.register_forward_hook(after)
+
+    def _passing(self, number: int, args: Any, kwargs: Any) -> Any:
+        """The same inputs, which say when their gradients are there."""
+        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v.requires_grad]
+        if not tensors:
+            return args, kwargs
+        passed = iter(_Passing.apply(lambda: self.reduce(number), *tensors))
+
+        def swap(value: Any) -> Any:
+            return next(passed) if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+        return tree_map(swap, (args, kwargs))
+
+    def _enter(self, number: int) -> None:
+        self.backward = True
+        self.note(Kind.BACKWARD, number)
+
+    def _gradient(self, number: int, place: int, parameter: torch.Tensor) -> None:
+        self._learned.add((number, place))
+        self.tracker.held += _bytes([parameter.grad])
+        self.note(Kind.GRADIENT, number, place)
+
+    def reduce(self, number: int) -> None:
+        """Notes that a unit's backward is over."""
+        self._reduced.add(number)
+        self.note(Kind.REDUCED, number)
+
+    def finish(self) -> None:
+        """Notes the end of the backward, for units whose inputs have no gradients."""
+        for number in range(len(self.units)):
+            if number not in self._reduced:
+                self.reduce(number)
+        self.backward = False
+        self.note(Kind.UPDATE)
+
+    def restart(self, held: int) -> None:
+        """Begins a step, with so many bytes of weights and state."""
+        self._reduced.clear()
+        self.moments.clear()
+        self.tracker.held = held
+        self.note(Kind.START)
+
+    def note(self, kind: Kind, unit: int = -1, weight: int = -1) -> None:
+        """Adds a moment."""
+        if self.moments:
+            self.moments[-1] = replace(self.moments[-1], most=self.tracker.most_loose)
+        now = self.tracker.live - self.tracker.held
+        self.tracker.most_loose = now
+        self.moments.append(Moment(kind, unit, weight, now, now))
+
+    def weights(self, widths: dict[str, int]) -> tuple[Unit, ...]:
+        """The units; a parameter that got no gradient counts as not trained."""
+        return tuple(
+            Unit(
+                tuple(
+                    Weight(tuple(parameter.shape), widths[name], (number, place) in self._learned)
+                    for place, (name, parameter) in enumerate(parameters)
+                )
+            )
+            for number, parameters in enumerate(self.parameters)
+        )
+
+
+class _Passing(torch.autograd.Function):
+    """Gives tensors on, and calls a function when all of their gradients are there."""
+
+    @staticmethod
+    def forward(ctx: Any, done: Callable[[], None], *tensors: torch.Tensor) -> Any:
+        ctx.done = done
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.done()
+        return (None, *gradients)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _give_storage(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Puts tensors that count as the CPU's in the place of those of the meta device, tied ones as one. Kernels that look at
+    the device are chosen as in a real step then. Parameters get another dtype if one is given."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in list(table.items()):
+                if isinstance(tensor, torch.Tensor):
+                    if id(tensor) not in made:
+                        learns = isinstance(tensor, nn.Parameter)
+                        kind = dtype if dtype is not None and learns and tensor.is_floating_point() else tensor.dtype
+                        empty = torch.empty(tensor.shape, dtype=kind, device="cpu")
+                        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if learns else empty
+                    table[name] = made[id(tensor)]  # type: ignore[assignment]  # whatever it holds
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor], mixed: bool, watch: _Watch
+) -> None:
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        output = model(**inputs)  # loops keep it until the end of the step, its logits with it
+        if mixed:
+            output = convert_to_fp32(output)
+        loss = _loss(output)
+    loss.backward()
+    watch.finish()
+    optimizer.step()
+    optimizer.zero_grad()
+    watch.note(Kind.END)
+
+
+def _loss(output: Any) -> torch.Tensor:
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    values = tree_leaves(dict(output) if hasattr(output, "keys") else output)
+    parts = [value.float().sum() for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not parts:
+        raise CannotFollow("the model returns no numbers to train on")
+    return torch.stack(parts).sum()
+
+
+def _inputs(model: nn.Module, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
+    """A batch for the model: tokens or images, as its configuration describes them."""
+    config = getattr(model, "config", None)
+    picture = getattr(model, "default_cfg", {}).get("input_size") if config is None else None  # timm's description
+    if picture is not None:
+        return {"x": torch.zeros(batch_size, *picture)}
+    name = getattr(model, "main_input_name", None)
+    if name == "input_ids":
+        longest = getattr(config, "max_position_embeddings", None)
+        if isinstance(longest, int) and sequence_length > longest:
+            raise CannotFollow(f"the model takes at most {longest} tokens (--sequence_length {sequence_length})")
+        tokens = {"input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.int64)}
+        if getattr(config, "is_encoder_decoder", False):
+            tokens["decoder_input_ids"] = tokens["input_ids"].clone()
+        return tokens
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size is not None:
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return {"pixel_values": torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width)}
+    raise CannotFollow(f"only batches of tokens and of images are known, and {type(model).__name__} takes {name}")
+
+
+def _with_labels(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with labels, for a model that computes its own loss: one for each row of logits."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        return inputs
+    with torch.no_grad():
+        logits = getattr(model(**inputs), "logits", None)
+    if not isinstance(logits, torch.Tensor):
+        return inputs
+    inputs.pop("decoder_input_ids", None)  # made from the labels
+    return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=torch.int64)}
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+class _Tracker(TorchDispatchMode):
+    """Counts the bytes of all storages that come out of operations, until they go.
+
+    Attributes:
+        live: Bytes that are there now.
+        held: Those of them that are weights, gradients and the optimizer's.
+        most_loose: The most there were beside `held`, since somebody set it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.held = self.most_loose = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.most_loose = max(self.most_loose, self.live - self.held)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

@@ -1,0 +1,3 @@
+"""Samplers, their random state, and the order in which indices are drawn."""
+
+from __future__ import annotations

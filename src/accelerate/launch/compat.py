@@ -1,0 +1,114 @@
+"""Names under ``accelerate.utils`` that other programs build their own launchers with; here they are views of a plan.
+
+`args` is what `accelerate.commands.launch.launch_command_parser` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..settings import env
+from ..settings.launcher import LaunchSettings
+from .parse import of_namespace, of_words
+from .plan import build
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def _settings(args: argparse.Namespace) -> LaunchSettings:
+    return of_words(of_namespace(args))[0]
+
+
+def prepare_simple_launcher_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """Command and whole environment of a launch.
+
+    Raises:
+        ValueError: when the settings cannot be used.
+    """
+    plan = build(_settings(args))
+    return plan.command, plan.environment_over(env.snapshot())
+
+
+def prepare_multi_gpu_env(args: argparse.Namespace) -> dict[str, str]:
+    """The whole environment of a launch of several processes.
+
+    Raises:
+        ValueError: when the settings cannot be used.
+    """
+    return build(_settings(args)).environment_over(env.snapshot())
+
+
+def prepare_deepspeed_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """Command and whole environment of a launch with DeepSpeed.
+
+    Raises:
+        ValueError: when the settings cannot be used.
+    """
+    plan = build(_settings(args).replace(use_deepspeed=True))
+    return plan.command, plan.environment_over(env.snapshot())
+
+
+def prepare_tpu(
+    args: argparse.Namespace, current_env: dict[str, str], pod: bool = False
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """`args` and `current_env` with what TPUs need; for a pod, `args.env` becomes that environment."""
+    settings = _settings(args)
+    host = settings.replace(tpu=True, tpus=settings.tpus.replace(tpu_use_cluster=False))
+    current_env = build(host).environment_over(current_env)
+    if pod:
+        args.env = [f"{name}={value}" for name, value in current_env.items()]
+    return args, current_env
+
+
+def prepare_sagemager_args_inputs(
+    sagemaker_config: Any, args: argparse.Namespace
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """What Amazon SageMaker's estimator is called with, and where the data lies.
+
+    This process's AWS variables are set to what `sagemaker_config` and `args` say.
+
+    Args:
+        sagemaker_config: A `SageMakerConfig`.
+        args: The launcher's flags, the script and its arguments; a configuration file that they name is not read.
+
+    Raises:
+        ValueError: when they cannot be used.
+    """
+    import argparse
+
+    from . import config_file, parse
+    from .engines import sagemaker
+
+    words = of_namespace(args)
+    file = config_file.understand(sagemaker_config.to_dict(), type(sagemaker_config).__name__)
+    settings = parse.assemble(words.flags, file, words.script, words.script_args)
+    job = sagemaker.prepare(settings, build(settings).environment)
+    env.publish(sagemaker.credentials(settings))
+    return argparse.Namespace(**job.estimator), dict(job.inputs or {})
+
+
+class PrepareForLaunch:
+    """Makes a function the body of a forked rank: tells the process its place, then calls the function.
+
+    Args:
+        launcher: The function.
+        distributed_type: Kept for those who read it.
+        debug: Join a group of CPU processes that meet at the file ACCELERATE_DEBUG_RDV_FILE names.
+    """
+
+    def __init__(self, launcher: Callable[..., Any], distributed_type: str = "NO", debug: bool = False) -> None:
+        self.launcher = launcher
+        self.distributed_type = distributed_type
+        self.debug = debug
+
+    def __call__(self, index: int, *args: Any) -> None:
+        """Runs as process `index` of those that this machine starts (NPROC many, on machine NODE_RANK)."""
+        rank = env.integer("NODE_RANK", 0) * env.integer("NPROC", 1) + index
+        env.publish({"LOCAL_RANK": index, "RANK": rank, "FORK_LAUNCHED": 1})
+        if self.debug:
+            from ..runtime import world
+
+            world.join(cpu=True, init_method=f"file://{env.get('ACCELERATE_DEBUG_RDV_FILE')}")
+        self.launcher(*args)

@@ -1,0 +1,189 @@
+"""DeepSpeed's own launcher, for several machines: its command line, and what it needs here before it is started.
+
+Its launchers differ: pdsh, SLURM and the one without ssh choose devices; those that use an MPI take all of the hostfile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ...runtime.cluster.cluster_env import DEFAULT_PORT
+from ...settings.launcher import LaunchSettings
+from ...settings.option import SettingsError
+from . import mpi
+
+
+class Launcher(NamedTuple):
+    """One of DeepSpeed's ways to reach other machines.
+
+    Attributes:
+        flags: How DeepSpeed is told to use it.
+        program: What must be installed.
+        package: Where that comes from.
+        chooses: Whether it can leave out hosts or devices of the hostfile.
+        carries: Whether processes elsewhere get this environment without more ado.
+        splits: Whether a shell reads the script's arguments once more.
+        meets: Whether DeepSpeed tells the processes where they meet; an MPI or SLURM tells them ranks only.
+        modules: Whether it can run a module, or a program that is not Python.
+    """
+
+    flags: tuple[str, ...]
+    program: str | None = None
+    package: str = ""
+    chooses: bool = False
+    carries: bool = False
+    splits: bool = False
+    meets: bool = False
+    modules: bool = True
+
+
+LAUNCHERS: dict[str, Launcher] = {
+    "pdsh": Launcher(("--launcher", "pdsh"), "pdsh", "pdsh (apt install pdsh)", chooses=True, splits=True, meets=True),
+    "openmpi": Launcher(("--launcher", "openmpi"), "ompi_info", "Open MPI (apt install openmpi-bin)"),
+    "mvapich": Launcher(("--launcher", "mvapich"), "mpiname", "MVAPICH2-GDR"),
+    "mpich": Launcher(("--launcher", "mpich"), "mpirun", "MPICH (apt install mpich)", carries=True),
+    "slurm": Launcher(("--launcher", "slurm"), "sinfo", "SLURM's commands", chooses=True, carries=True, modules=False),
+    "nossh": Launcher(("--no_ssh",), chooses=True, carries=True, meets=True),
+}
+# What DeepSpeed leaves as it is in a variable's value; it puts others between quotes, which not every way takes off again.
+_UNTOUCHED = "_@%+=:,./-"
+# What a shell would not leave as it is, the blank aside: DeepSpeed puts arguments with blanks between quotes.
+_SHELL = frozenset("$`\"'\\;|&<>()*?[]{}~#!\n\t")
+
+
+def launcher_of(settings: LaunchSettings) -> Launcher:
+    """The row of the launcher asked for."""
+    return LAUNCHERS[settings.deepspeed.deepspeed_multinode_launcher or "pdsh"]
+
+
+def check(settings: LaunchSettings) -> None:
+    """Compares what was asked for with what DeepSpeed's launchers can do.
+
+    Raises:
+        SettingsError: when they cannot.
+    """
+    options, launcher = settings.deepspeed, launcher_of(settings)
+    name = options.deepspeed_multinode_launcher or "pdsh"
+    chosen = options.deepspeed_inclusion_filter or options.deepspeed_exclusion_filter
+    if options.deepspeed_hostfile is None:
+        raise SettingsError(
+            f"{settings.machines} machines through DeepSpeed's launcher {name} need a file of hosts: give "
+            "--deepspeed_hostfile, or --deepspeed_multinode_launcher standard and start each machine yourself."
+        )
+    if options.deepspeed_inclusion_filter and options.deepspeed_exclusion_filter:
+        raise SettingsError("--deepspeed_inclusion_filter and --deepspeed_exclusion_filter: give one of them.")
+    if chosen and not launcher.chooses:
+        raise SettingsError(
+            f"DeepSpeed's launcher {name} uses every host of the hostfile, so {chosen!r} cannot be chosen or left out: "
+            "write another hostfile."
+        )
+    if name != "nossh" and settings.machine_rank:
+        raise SettingsError(
+            f"machine_rank is {settings.machine_rank}, but DeepSpeed's launcher {name} starts the processes of all "
+            "machines: start it on one of them, with machine_rank 0 or none."
+        )
+    if name == "nossh" and settings.main_process_ip is None:
+        raise SettingsError("DeepSpeed's launcher nossh needs the address of machine 0: give --main_process_ip.")
+    if (settings.module or settings.no_python) and not launcher.modules:
+        raise SettingsError(f"DeepSpeed's launcher {name} runs Python files only: leave --module and --no_python out.")
+    for word in settings.script_args if launcher.splits else ():
+        if _SHELL & set(word):
+            raise SettingsError(
+                f"DeepSpeed's launcher {name} would let a shell on each machine read the script's argument {word!r}. "
+                "Use --deepspeed_multinode_launcher standard, or have the script read it from a file."
+            )
+
+
+def command(settings: LaunchSettings) -> list[str]:
+    """``deepspeed`` with all its arguments."""
+    options, launcher = settings.deepspeed, launcher_of(settings)
+    words = ["deepspeed", "--hostfile", str(options.deepspeed_hostfile), "--no_local_rank", *launcher.flags]
+    if launcher.flags == ("--no_ssh",):
+        words += ["--node_rank", str(settings.machine_rank or 0)]
+    if options.deepspeed_exclusion_filter is not None:
+        words += ["--exclude", options.deepspeed_exclusion_filter]
+    elif options.deepspeed_inclusion_filter is not None:
+        words += ["--include", options.deepspeed_inclusion_filter]
+    elif launcher.chooses:
+        words += ["--num_gpus", str(settings.processes_here)]
+    if settings.main_process_ip is not None:
+        words += ["--master_addr", settings.main_process_ip]
+    words += ["--master_port", str(settings.main_process_port or DEFAULT_PORT)]
+    words += (["--module"] if settings.module else []) + (["--no_python"] if settings.no_python else [])
+    return [*words, settings.script, *settings.script_args]
+
+
+def environment(settings: LaunchSettings) -> dict[str, str]:
+    """Where processes meet that an MPI or SLURM starts for DeepSpeed."""
+    if launcher_of(settings).meets:
+        return {}
+    address = {} if settings.main_process_ip is None else {"MASTER_ADDR": settings.main_process_ip}
+    return {**address, "MASTER_PORT": str(settings.main_process_port or DEFAULT_PORT)}
+
+
+# Looks at the machine ------------------------------------------------------------------------------------------------
+
+
+def check_here(settings: LaunchSettings, root: bool, variables: Mapping[str, str]) -> None:
+    """Looks whether DeepSpeed can do here what it is about to be told.
+
+    Args:
+        settings: What was asked for.
+        root: Whether this process belongs to root.
+        variables: The environment.
+
+    Raises:
+        SettingsError: when it cannot.
+    """
+    import shutil
+
+    path, launcher = str(settings.deepspeed.deepspeed_hostfile), launcher_of(settings)
+    if not os.path.isfile(path):
+        raise SettingsError(
+            f"deepspeed_hostfile: {path} does not exist. Write a host on each line, as in: HOST slots=N"
+        )
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file]
+    hosts = [line for line in lines if line and not line.startswith("#")]
+    for line in hosts:
+        _, _, slots = line.partition(" ")
+        if not slots.strip().partition("slots=")[2].partition(" ")[0].isdecimal():
+            raise SettingsError(f"deepspeed_hostfile: {path}: expected HOST slots=N, found {line!r}.")
+    if not hosts:
+        raise SettingsError(f"deepspeed_hostfile: {path} names no host. Write a host on each line: HOST slots=N")
+    if launcher.program is not None and shutil.which(launcher.program) is None:
+        raise SettingsError(
+            f"DeepSpeed's launcher needs {launcher.program}, which is not installed: {launcher.package}."
+        )
+    if settings.deepspeed.deepspeed_multinode_launcher == "openmpi":
+        mpi.check_root(root, variables)
+
+
+def for_other_machines(added: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """The content of the file from which DeepSpeed takes variables for other machines: a person's own, then ours.
+
+    Args:
+        added: Variables of the plan.
+        here: The environment.
+
+    Raises:
+        SettingsError: when DeepSpeed would not hand a value on as it is.
+    """
+    name = here.get("DS_ENV_FILE", ".deepspeed_env")
+    lines = []
+    for path in dict.fromkeys(os.path.join(folder, name) for folder in (os.path.expanduser("~"), ".")):
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                lines += [line.strip() for line in file if line.strip()]
+    for variable, value in added.items():
+        if variable.startswith("PYTHON"):  # DeepSpeed hands these on by itself
+            continue
+        if not all(character.isalnum() or character in _UNTOUCHED for character in value):
+            raise SettingsError(
+                f"DeepSpeed's launcher cannot hand {variable}={value!r} to other machines: only letters, digits and "
+                f"{_UNTOUCHED} reach them unchanged. Use --deepspeed_multinode_launcher standard, or another value."
+            )
+        lines.append(f"{variable}={value}")
+    return "".join(f"{line}\n" for line in lines)

@@ -1,0 +1,170 @@
+"""mpirun as four MPIs spell it: the command, its hostfile, and a look at which of them is installed.
+
+Open MPI's ``mpirun`` hands variables to other hosts only when each is named; those that descend from MPICH hand on all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from ...runtime.cluster.cluster_env import DEFAULT_PORT, LOOPBACK
+from ...settings.launcher import LaunchSettings
+from ...settings.option import SettingsError
+
+
+class Mpi(NamedTuple):
+    """How one MPI's ``mpirun`` is told things.
+
+    Attributes:
+        title: Its name.
+        sign: Words in what ``mpirun --version`` prints.
+        hostfile: The flag for the file of hosts.
+        per_host: The flag for processes per host.
+        binding: Flags that bind each process to a processor socket.
+        export: The flag that names one variable for the other hosts; "" where all variables go there.
+        slots: How the hostfile says how many processes a host takes.
+    """
+
+    title: str
+    sign: str
+    hostfile: str
+    per_host: str
+    binding: tuple[str, ...]
+    export: str
+    slots: str
+
+
+_HYDRA = ("-f", "-ppn")
+# Looked through in this order: the process manager of the first two calls itself HYDRA, as that of MPICH does.
+MPIS: dict[str, Mpi] = {
+    "intel": Mpi("Intel MPI", "Intel(R) MPI", *_HYDRA, ("-genv", "I_MPI_PIN_DOMAIN", "socket"), "", "HOST:N"),
+    "mvapich": Mpi("MVAPICH", "MVAPICH", *_HYDRA, ("-bind-to", "socket"), "", "HOST:N"),
+    "mpich": Mpi("MPICH", "HYDRA", *_HYDRA, ("-bind-to", "socket"), "", "HOST:N"),
+    "openmpi": Mpi("Open MPI", "Open", "--hostfile", "--npernode", ("--bind-to", "socket"), "-x", "HOST slots=N"),
+}
+
+
+def command(settings: LaunchSettings, variables: Collection[str]) -> list[str]:
+    """``mpirun`` and its flags; what each process runs comes after them.
+
+    Args:
+        settings: What was asked for.
+        variables: Names of variables that the processes need.
+    """
+    mpi = MPIS[settings.mpi]
+    words = ["mpirun", mpi.hostfile, str(settings.mpirun.hostfile), mpi.per_host, str(settings.processes_here)]
+    words += ["-n", str(settings.processes)]
+    crowded = settings.cores is not None and settings.processes_here > settings.cores
+    if mpi.export and crowded:  # Open MPI refuses to bind more processes than there are cores
+        words += ["--bind-to", "none"]
+    else:
+        words += mpi.binding
+    if settings.machines > 1 or settings.elsewhere:
+        words += [word for name in variables for word in (mpi.export, name)] if mpi.export else ["-genvall"]
+    return words
+
+
+def environment(settings: LaunchSettings) -> dict[str, str]:
+    """What the processes need beside what every run does: where they meet, and how many threads oneCCL may use."""
+    port = settings.main_process_port or DEFAULT_PORT  # 0: the start looks for a free one
+    address = str(settings.main_process_ip) if settings.machines > 1 else LOOPBACK
+    added = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    if settings.mpirun.ccl is not None:
+        added["CCL_WORKER_COUNT"] = settings.mpirun.ccl
+    return added
+
+
+def check(settings: LaunchSettings) -> None:
+    """Looks at what was asked for mpirun.
+
+    Raises:
+        SettingsError: when it cannot be used.
+    """
+    if settings.machine_rank:
+        raise SettingsError(
+            f"machine_rank is {settings.machine_rank}, but mpirun starts the processes of all machines: start it on one "
+            "of them, with machine_rank 0 or none."
+        )
+    if settings.mpirun.ccl is not None and not settings.mpirun.ccl.isdecimal():
+        raise SettingsError(f"mpirun_ccl: expected the number of oneCCL's threads, found {settings.mpirun.ccl!r}.")
+
+
+# Looks at the machine ------------------------------------------------------------------------------------------------
+
+
+def installed() -> str:
+    """Whose ``mpirun`` is found first, a key of `MPIS`; Open MPI's if there is none, or one that nobody knows."""
+    import shutil
+    import subprocess
+
+    if shutil.which("mpirun") is None:
+        return "openmpi"
+    try:
+        asked = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # starting it will say more
+        return "openmpi"
+    said = asked.stdout + asked.stderr
+    found = next((name for name, mpi in MPIS.items() if mpi.sign in said), "openmpi")
+    # MVAPICH's own starter lies beside; what its mpirun says does not always name it.
+    return "mvapich" if found == "mpich" and shutil.which("mpirun_rsh") is not None else found
+
+
+def hosts(path: str) -> tuple[str, ...]:
+    """The hosts of a file for mpirun, each once; none where there is no such file."""
+    if not os.path.isfile(path):
+        return ()
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.partition("#")[0].split() for line in file]
+    return tuple(dict.fromkeys(_host(words[0]) for words in lines if words))
+
+
+def are_elsewhere(names: Iterable[str]) -> bool:
+    """Whether any of the hosts may be another machine: its name is none of those that are certainly this one's."""
+    own = os.uname().nodename if hasattr(os, "uname") else ""
+    return any(name not in ("localhost", own, own.partition(".")[0]) and name[:4] != "127." for name in names)
+
+
+def _host(word: str) -> str:
+    name, colon, slots = word.rpartition(":")
+    return name if colon and slots.isdecimal() and ":" not in name else word
+
+
+def check_here(settings: LaunchSettings, root: bool, variables: Collection[str]) -> None:
+    """Looks whether ``mpirun`` can do here what it is about to be told.
+
+    Args:
+        settings: What was asked for.
+        root: Whether this process belongs to root.
+        variables: Names of the variables that are set here.
+
+    Raises:
+        SettingsError: when it cannot.
+    """
+    mpi, path = MPIS[settings.mpi], str(settings.mpirun.hostfile)
+    if not os.path.isfile(path):
+        raise SettingsError(f"mpirun_hostfile: {path} does not exist. Write a host on each line, as in: {mpi.slots}")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = "".join(line.partition("#")[0] for line in file)
+    if not text.strip():
+        raise SettingsError(f"mpirun_hostfile: {path} names no host. Write a host on each line, as in: {mpi.slots}")
+    if not mpi.export and "slots=" in text:
+        raise SettingsError(
+            f"mpirun_hostfile: {path} is written for Open MPI, but mpirun is {mpi.title}'s: write {mpi.slots}"
+        )
+    if mpi.export:
+        check_root(root, variables)
+
+
+def check_root(root: bool, variables: Collection[str]) -> None:
+    """Says beforehand that Open MPI will not run for root.
+
+    Raises:
+        SettingsError: when this is root, and nobody has told Open MPI that it is meant.
+    """
+    wanted = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+    if root and not all(name in variables for name in wanted):
+        raise SettingsError(
+            f"Open MPI refuses to run as root. Be another user, or, if root is meant, set {wanted[0]}=1 and {wanted[1]}=1."
+        )

@@ -1,0 +1,356 @@
+"""A training job on Amazon SageMaker: settings to the estimator's arguments, and one function that hands them over.
+
+`plan_job` is pure; `prepare` reads the tables that the settings name; `start` needs the SDK (``accelerate[sagemaker]``).
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...settings import env
+from ...settings.enums import SageMakerDistributedType
+from ...settings.launcher import LaunchSettings
+from ...settings.option import SettingsError
+from ..console import say
+
+if TYPE_CHECKING:
+    from ..plan import LaunchPlan
+
+INSTALL = 'Amazon SageMaker needs its SDK: pip install "accelerate[sagemaker]".'
+_WHO = "set `profile` in the configuration file, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give them as flags"
+_SCRIPT_MODE = "https://sagemaker.readthedocs.io/en/stable/frameworks/pytorch/using_pytorch.html"
+# How long a job may run when additional_args does not say: the estimator's own default, in seconds.
+_MAX_RUN = 86400
+_NUMBER = re.compile(r"-\d|-\.\d")
+_INTEGER = re.compile(r"-?(0|[1-9]\d*)")
+_SMALL_NUMBER = re.compile(r"-?\d+(\.\d+)?[eE]-\d+")
+
+
+class Job(NamedTuple):
+    """A training job as a value.
+
+    Attributes:
+        estimator: The arguments of ``sagemaker.huggingface.HuggingFace``.
+        inputs: Where the data lies, by channel, or None.
+    """
+
+    estimator: dict[str, Any]
+    inputs: dict[str, str] | None = None
+
+
+class Tables(NamedTuple):
+    """What the files that the settings name hold.
+
+    Attributes:
+        inputs: Channel -> where its data lies.
+        metrics: Name of a number -> the regular expression that finds it in the output.
+    """
+
+    inputs: dict[str, str] | None = None
+    metrics: dict[str, str] | None = None
+
+
+def prepare(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
+    """The job for `settings`, whose tables are read.
+
+    Raises:
+        SettingsError: when settings, arguments of the script or a table cannot be used.
+    """
+    there = settings.sagemaker
+    inputs = read_table(there.sagemaker_inputs_file, ("channel_name", "data_location"))
+    metrics = read_table(there.sagemaker_metrics_file, ("metric_name", "metric_regex"))
+    return plan_job(settings, environment, Tables(inputs, metrics))
+
+
+def plan_job(settings: LaunchSettings, environment: Mapping[str, str], tables: Tables | None = None) -> Job:
+    """The job for `settings`.
+
+    Args:
+        settings: What was asked for.
+        environment: Variables of the job's processes.
+        tables: What the files hold that the settings name.
+
+    Raises:
+        SettingsError: when settings contradict each other, or the script's arguments cannot be handed on.
+    """
+    check(settings)
+    tables = tables or Tables()
+    there = settings.sagemaker
+    more = dict(there.additional_args or {})
+    folder, script = os.path.split(settings.script)
+    hyperparameters = to_hyperparameters(settings.script_args)
+    estimator: dict[str, Any] = {
+        "image_uri": there.image_uri,
+        "entry_point": script,
+        "source_dir": folder or ".",
+        "role": there.iam_role_name,
+        "transformers_version": there.transformers_version,
+        "pytorch_version": there.pytorch_version,
+        "py_version": there.py_version,
+        "base_job_name": there.base_job_name,
+        "instance_count": settings.machines,
+        "instance_type": there.ec2_instance_type,
+        "debugger_hook_config": False,  # it looks into training loops that it knows
+        "distribution": _distribution(there.distributed),
+        "metric_definitions": [{"Name": name, "Regex": regex} for name, regex in (tables.metrics or {}).items()],
+        # A flag wins over the file, and what the file says of its own accord over what the launcher adds.
+        "hyperparameters": {**_mapping(more.pop("hyperparameters", None), "hyperparameters"), **hyperparameters},
+        "environment": {**environment, **_words(_mapping(more.pop("environment", None), "environment"))},
+    }
+    inputs = more.pop("inputs", None) or tables.inputs
+    return Job({name: value for name, value in {**estimator, **more}.items() if value not in (None, [])}, inputs)
+
+
+def _mapping(value: Any, name: str) -> dict[str, Any]:
+    if value is None or isinstance(value, dict):
+        return value or {}
+    raise SettingsError(f"additional_args.{name}: expected keys and values of its own, found {value!r}.")
+
+
+def _words(variables: Mapping[str, Any]) -> dict[str, str]:
+    return {str(name): str(value) for name, value in variables.items()}
+
+
+def check(settings: LaunchSettings) -> None:
+    """Looks whether a job can be made of `settings`.
+
+    Raises:
+        SettingsError: when not.
+    """
+    there = settings.sagemaker
+    more = there.additional_args or {}
+    where = "the configuration file for Amazon SageMaker"
+    missing = [name for name in ("ec2_instance_type", "iam_role_name") if not getattr(there, name)]
+    if missing:
+        raise SettingsError(f"{where} needs {' and '.join(missing)}.")
+    if settings.module or settings.no_python:
+        flag = "--module" if settings.module else "--no_python"
+        raise SettingsError(f"{flag} does not go with Amazon SageMaker, which starts a Python file: name the file.")
+    keys = [settings.aws.aws_access_key_id, settings.aws.aws_secret_access_key]
+    if any(keys) and not all(keys):
+        raise SettingsError("--aws_access_key_id and --aws_secret_access_key belong together: give both, or neither.")
+    if there.distributed == SageMakerDistributedType.MODEL_PARALLEL.value and "distribution" not in more:
+        raise SettingsError(
+            f"distributed_type MODEL_PARALLEL: {where} must say what SageMaker's model parallelism needs, in "
+            "additional_args: distribution."
+        )
+    spot, max_wait, max_run = more.get("use_spot_instances"), more.get("max_wait"), more.get("max_run", _MAX_RUN)
+    if spot and max_wait is None:
+        raise SettingsError(
+            "additional_args.use_spot_instances needs additional_args.max_wait: how many seconds at most."
+        )
+    if max_wait is not None and not spot:
+        raise SettingsError("additional_args.max_wait is about spot instances: set use_spot_instances as well.")
+    if spot and _integer(max_wait, "max_wait") < _integer(max_run, "max_run"):
+        raise SettingsError(
+            f"additional_args.max_wait is {max_wait} seconds, less than max_run, {max_run}: it counts the wait for an "
+            "instance and the run together."
+        )
+
+
+def _integer(value: Any, name: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise SettingsError(f"additional_args.{name}: expected a whole number of seconds, found {value!r}.")
+
+
+def _distribution(distributed: str) -> dict[str, Any] | None:
+    if distributed == SageMakerDistributedType.DATA_PARALLEL.value:
+        return {"smdistributed": {"dataparallel": {"enabled": True}}}
+    return None
+
+
+# The script's arguments ----------------------------------------------------------------------------------------------
+
+
+def to_hyperparameters(words: Sequence[str]) -> dict[str, Any]:
+    """The script's arguments by name, as SageMaker takes them; there the script gets ``--name value`` of each.
+
+    A number or True or False becomes one where the script gets back the same word (or a small number in another
+    spelling: 1e-3, 0.001); anything else stays text. Several values become a list, which the script gets as one word.
+
+    Raises:
+        SettingsError: for an argument without a name or a value, or a name that comes twice.
+    """
+    found: dict[str, Any] = {}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if not _is_flag(word):
+            raise SettingsError(
+                f"argument {word!r} of the script has no name: on Amazon SageMaker each needs one, as in --name {word}."
+            )
+        name, has_value, value = word.lstrip("-").partition("=")
+        if not word.startswith("--") and len(name) > 1:
+            raise SettingsError(
+                f"{word}: Amazon SageMaker hands on names of several letters with two dashes: write --{name}."
+            )
+        values = [value] if has_value else []
+        while position < len(words) and not _is_flag(words[position]) and not has_value:
+            values.append(words[position])
+            position += 1
+        if not values:
+            raise SettingsError(
+                f"{word} has no value: Amazon SageMaker does not support argparse actions, such as store_true. Have the "
+                f"script take a value (type=bool, or a type of its own), and write {word} True. See {_SCRIPT_MODE}"
+            )
+        if name in found:
+            raise SettingsError(f"--{name} comes twice: Amazon SageMaker keeps one value of each name.")
+        typed = [_typed(value) for value in values]
+        found[name] = typed[0] if len(typed) == 1 else typed
+    return found
+
+
+def _is_flag(word: str) -> bool:
+    """Whether a word names an argument; ``-3`` and ``-.5`` are numbers."""
+    return len(word) > 1 and word.startswith("-") and word != "--" and not _NUMBER.match(word)
+
+
+def _typed(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    same = str(number) == text and text not in ("nan", "inf", "-inf")
+    return number if same or _SMALL_NUMBER.fullmatch(text) else text
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: str | None, columns: tuple[str, str]) -> dict[str, str] | None:
+    """A table of two columns, with a tab between them and their names in the first line.
+
+    Args:
+        path: The file, or None for no table.
+        columns: The columns' names.
+
+    Raises:
+        SettingsError: when the file cannot be read or a line is no such pair, naming file and line.
+    """
+    if path is None:
+        return None
+    heading = "<tab>".join(columns)
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"table {path} cannot be read: {error}") from None
+    if not lines or tuple(lines[0].strip().split("\t")) != columns:
+        found = lines[0] if lines else "an empty file"
+        raise SettingsError(f"{path}, line 1: expected the columns' names, {heading}, found {found!r}.")
+    table: dict[str, str] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        cells = [cell.strip() for cell in line.split("\t")]
+        if len(cells) != 2 or not all(cells):
+            raise SettingsError(f"{path}, line {number}: expected {heading}, found {line!r}.")
+        if cells[0] in table:
+            raise SettingsError(f"{path}, line {number}: {cells[0]} comes twice.")
+        table[cells[0]] = cells[1]
+    return table
+
+
+def as_text(job: Job) -> str:
+    """The job as the Python that would start it."""
+    arguments = "".join(f"    {name}={value!r},\n" for name, value in job.estimator.items())
+    inputs = f"inputs={job.inputs!r}" if job.inputs else ""
+    return f"from sagemaker.huggingface import HuggingFace\n\nHuggingFace(\n{arguments}).fit({inputs})"
+
+
+# Action --------------------------------------------------------------------------------------------------------------
+
+
+def credentials(settings: LaunchSettings) -> dict[str, str | None]:
+    """Variables that tell AWS's libraries, in this process only, who is asking and where. None removes one."""
+    aws = settings.aws
+    variables: dict[str, str | None] = {"AWS_DEFAULT_REGION": settings.sagemaker.region}
+    if aws.aws_access_key_id is not None:
+        # The keys on the command line win over a profile, and must not meet the token of another login.
+        variables |= {"AWS_PROFILE": None, "AWS_SESSION_TOKEN": None}
+        variables["AWS_ACCESS_KEY_ID"] = aws.aws_access_key_id
+        variables["AWS_SECRET_ACCESS_KEY"] = aws.aws_secret_access_key
+    elif settings.sagemaker.profile is not None:
+        variables["AWS_PROFILE"] = settings.sagemaker.profile
+    return variables
+
+
+def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
+    """Starts the job and follows it to its end.
+
+    Returns:
+        0 when the job ended well, 1 when it failed, 130 when Ctrl-C ended the watching (the job itself goes on).
+
+    Raises:
+        SettingsError: when the job cannot be made or is refused.
+    """
+
+    def tell(line: str) -> None:
+        if not settings.quiet:
+            print(line, flush=True)
+
+    job = prepare(settings, plan.environment)
+    tell("Configuring Amazon SageMaker environment")
+    env.publish({**credentials(settings), "SAGEMAKER_SUPPRESS_V2_WARNING": "1"})
+    tell("Converting Arguments to Hyperparameters")
+    try:
+        import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if boto3.Session().get_credentials() is None:
+            raise SettingsError(f"nobody said who is asking AWS: {_WHO}")
+        from sagemaker.exceptions import UnexpectedStatusException
+        from sagemaker.huggingface import HuggingFace
+    except ImportError as error:
+        raise SettingsError(f"{INSTALL} ({error})") from None
+    except BotoCoreError as error:  # a profile that does not exist, for instance
+        raise SettingsError(f"AWS: {_first_line(error)} ({_WHO})") from None
+    _check_names(job, HuggingFace)
+    tell("Creating Estimator")
+    estimator: Any = None
+    try:
+        estimator = HuggingFace(**job.estimator)
+        # Not waiting inside `fit`: the SDK's telemetry, around it, swallows a Ctrl-C.
+        estimator.fit(inputs=job.inputs, wait=False)
+        if estimator.latest_training_job is None:
+            raise KeyboardInterrupt
+        estimator.latest_training_job.wait()
+    except UnexpectedStatusException as error:
+        say(f"the job did not end well: {_first_line(error)}")
+        return 1
+    except (BotoCoreError, ClientError, ValueError, ImportError, OSError) as error:
+        raise SettingsError(f"Amazon SageMaker: {_first_line(error)}") from None
+    except KeyboardInterrupt:
+        started = getattr(estimator, "latest_training_job", None)
+        stop = f"`aws sagemaker stop-training-job --training-job-name {started.name}` ends it" if started else ""
+        say(f"no longer watching, but the job goes on: {stop}" if started else "interrupted before a job was started")
+        return 130
+    tell(f"\nYou can find your model data at: {estimator.model_data}")
+    return 0
+
+
+def _check_names(job: Job, kind: type) -> None:
+    """The SDK takes no notice of an argument that it does not know: a misspelt one would be lost."""
+    import difflib
+    import inspect
+
+    makers = [base.__init__ for base in kind.__mro__ if "__init__" in vars(base)]  # type: ignore[misc]
+    known = {name for maker in makers for name in inspect.signature(maker).parameters}
+    for name in job.estimator:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"additional_args: SageMaker's estimator has no argument {name}.{hint}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,3 @@
+"""Coordination of launchers on several machines: static rendezvous, restart rounds, heartbeats."""
+
+from __future__ import annotations

@@ -1,0 +1,286 @@
+"""Reading ahead: what the next layers need is brought to where they run while this one computes.
+
+`Order` guesses which layers come next, `Prefetcher` has one thread read for them, and both forget a wrong guess. What was
+read is handed out only if it still is what the layer would read itself, so that reading ahead changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+
+from ...settings import env
+from ..disk_weights import OffloadedWeightsLoader
+from ..io.mmap_reader import Interrupted, Stop, never
+from .device_transfer import Brought, Lane, lane_to
+
+# As much as the largest layer takes may wait ahead of the one that computes, and this much in any case.
+_ROOM = 16 << 20
+_FARTHEST = 64
+# Weights that are used where they are take no memory; so much of them is looked up in one go.
+_NEAR = 64 << 20
+_END = -1
+
+
+class Unit(Protocol):
+    """What is read as one: the weights that one hook fetches.
+
+    Attributes:
+        size: Bytes of the weights.
+        device: Where they go.
+    """
+
+    size: int
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where they go."""
+
+    def read(self, stop: Stop) -> dict[str, torch.Tensor]:
+        """The weights by name; called in any thread."""
+
+    def at_hand(self) -> bool:
+        """Whether reading the weights takes no time worth mentioning."""
+
+    def loader(self) -> OffloadedWeightsLoader | None:
+        """What reads them, together with those of other units."""
+
+    def sources(self) -> list[object] | None:
+        """What equals another such list as long as `read` would give the same; None: do not read ahead."""
+
+
+class Order:
+    """The order in which units are used, by number: learned while they are, and guessed before.
+
+    What came after two units is what will come after them again. Where that is not known yet, units are used in the order
+    of their numbers.
+    """
+
+    def __init__(self) -> None:
+        self._after: dict[tuple[int | None, int | None], int] = {}
+        self._last: tuple[int | None, int | None] = (None, None)
+
+    def note(self, number: int) -> None:
+        """A unit is used now."""
+        self._after[self._last] = number
+        self._last = (self._last[1], number)
+
+    def finish(self, completed: bool = True) -> None:
+        """The forward of the whole is over; `completed`: to its end."""
+        if completed and self._last[1] is not None:
+            self._after[self._last] = _END
+        self._last = (None, None)
+
+    @property
+    def last(self) -> int | None:
+        """The unit used last; None at the beginning."""
+        return self._last[1]
+
+    def guesses(self) -> Iterator[int]:
+        """Which units will be used next, one after the other. May go on forever."""
+        before, last = self._last
+        while last is not None:
+            number = self._after.get((before, last), last + 1)
+            if number == _END:
+                return
+            yield number
+            before, last = last, number
+
+
+class _Here(NamedTuple):
+    """One unit that was at hand, and read before its turn.
+
+    Attributes:
+        sources: What its weights came from.
+        values: The weights by name.
+    """
+
+    sources: list[object]
+    values: dict[str, torch.Tensor]
+
+
+class _Job:
+    """One unit being read ahead."""
+
+    def __init__(self, unit: Unit, lane: Lane, sources: list[object], thread: ThreadPoolExecutor) -> None:
+        self.sources = sources
+        self._cancelled = threading.Event()
+        self.future = thread.submit(_read, unit, lane, lane.mark(), self._cancelled.is_set)
+
+    def cancel(self) -> None:
+        """Gives it up."""
+        self._cancelled.set()
+        self.future.cancel()
+
+
+def _read(unit: Unit, lane: Lane, mark: Any, stop: Stop) -> Brought | None:
+    """What the thread does. None: nothing came of it, and the weights are to be read when they are needed."""
+    try:
+        with torch.no_grad():
+            return lane.bring(unit.read(stop), mark, stop)
+    except (Interrupted, torch.OutOfMemoryError):
+        return None
+
+
+class Prefetcher:
+    """Reads ahead for the hooks of one model, in one thread. A copy of it (with its model) starts from nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()
+        self._order = Order()
+        self._numbers: WeakKeyDictionary[Unit, int] = WeakKeyDictionary()
+        self._units: WeakValueDictionary[int, Unit] = WeakValueDictionary()
+        self._lanes: dict[torch.device | None, Lane] = {}
+        self._jobs: dict[int, _Job] = {}
+        self._here: dict[int, _Here] = {}
+        self._leisure: threading.Event | None = None  # ends what is done while there is nothing to read ahead
+        self._largest = _ROOM
+        self._thread: ThreadPoolExecutor | None = None
+
+    def __reduce__(self) -> tuple[Callable[[], Prefetcher], tuple[()]]:
+        return Prefetcher, ()  # threads and learned numbers stay behind
+
+    def register(self, unit: Unit) -> int:
+        """Gives a unit its number; the first guess is that units are used in the order they came here."""
+        number = self._numbers.get(unit)
+        if number is None:
+            number = self._numbers[unit] = len(self._numbers)
+            self._units[number] = unit
+            self._largest = max(self._largest, unit.size)
+        return number
+
+    def take(self, unit: Unit) -> dict[str, torch.Tensor] | None:
+        """What was read ahead for a unit, waited for if it is being read; and has the next ones read.
+
+        Args:
+            unit: The unit that is used now.
+
+        Returns:
+            Its weights by name, or None: read them now.
+
+        Raises:
+            Exception: what reading raised.
+        """
+        with self._lock:
+            if self._process != os.getpid():  # forked: the thread is not here
+                self._begin()
+            number = self.register(unit)
+            self._order.note(number)
+            job, here = self._jobs.pop(number, None), self._here.pop(number, None)
+            if here is None:
+                self._plan()
+        if here is not None:
+            return here.values if here.sources == unit.sources() else None
+        if job is None:
+            return None
+        if job.future.cancel():  # it has not begun: whoever needs it reads it sooner
+            return None
+        if job.sources != unit.sources():
+            job.cancel()
+            return None
+        brought = job.future.result()
+        return None if brought is None else brought.wait()
+
+    def finish(self, completed: bool = True) -> None:
+        """The forward of the whole model is over: nothing stays in memory ahead of the next one."""
+        with self._lock:
+            last = self._order.last
+            self._order.finish(completed)
+            if completed and last is not None:
+                self._use_leisure(self._units.get(last))
+            for job in self._jobs.values():
+                job.cancel()
+            self._jobs.clear()
+            self._here.clear()
+
+    def _plan(self) -> None:
+        """Has those read that come next, as far as there is room, and gives up what was a wrong guess."""
+        coming: set[int] = set()
+        waiting = near = 0  # bytes
+        for number in islice(self._order.guesses(), _FARTHEST):
+            unit = self._units.get(number)
+            if unit is None or number in coming:
+                break
+            if number in self._here or (number not in self._jobs and self._is_near(unit)):
+                near += unit.size
+                if near > _NEAR or not self._read_here(number, unit):
+                    break
+            else:
+                waiting += unit.size
+                if waiting > max(unit.size, self._largest):
+                    break
+                if number not in self._jobs:
+                    self._start(number, unit)
+            coming.add(number)
+        for number in self._jobs.keys() - coming:
+            self._jobs.pop(number).cancel()
+        for number in self._here.keys() - coming:
+            del self._here[number]
+
+    def _lane(self, unit: Unit) -> Lane:
+        lane = self._lanes.get(unit.device)
+        if lane is None:
+            lane = self._lanes[unit.device] = lane_to(unit.device)
+        return lane
+
+    def _is_near(self, unit: Unit) -> bool:
+        """Whether a thread would take longer than reading."""
+        return not self._lane(unit).copies and unit.at_hand()
+
+    def _read_here(self, number: int, unit: Unit) -> bool:
+        """Reads a unit at once: several in a row cost much less than each between two layers that compute."""
+        if number in self._here:
+            return True
+        sources = unit.sources()
+        if sources is None:
+            return False
+        try:
+            self._here[number] = _Here(sources, unit.read(never))
+        except Exception:  # noqa: BLE001 - it will be raised where the weights are needed
+            return False
+        return True
+
+    def _start(self, number: int, unit: Unit) -> None:
+        sources = unit.sources()
+        if sources is None:
+            return
+        if self._leisure is not None:
+            self._leisure.set()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="accelerate-offload")
+        self._jobs[number] = _Job(unit, self._lane(unit), sources, self._thread)
+
+    def _use_leisure(self, unit: Unit | None) -> None:
+        """Has the loader make faster what was slow in this forward, until something is to be read ahead."""
+        loader = None if unit is None else unit.loader()
+        if loader is None or not loader.slow or (self._leisure is not None and not self._leisure.is_set()):
+            return
+        ended = self._leisure = threading.Event()
+
+        def work() -> None:
+            loader.renew(ended.is_set)
+            ended.set()
+
+        # A daemon: it may be at it for long, and nobody waits for it.
+        threading.Thread(target=work, name="accelerate-renewal", daemon=True).start()
+
+
+def prefetcher(wanted: bool | None = None) -> Prefetcher | None:
+    """A new one, if reading ahead is wanted.
+
+    Args:
+        wanted: The caller's word. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else yes.
+    """
+    on = env.flag("ACCELERATE_OFFLOAD_PREFETCH", default=True) if wanted is None else wanted
+    return Prefetcher() if on else None

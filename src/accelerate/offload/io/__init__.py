@@ -1,0 +1,3 @@
+"""Weights from disk: memory maps, direct I/O, safetensors files."""
+
+from __future__ import annotations

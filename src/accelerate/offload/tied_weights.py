@@ -1,0 +1,57 @@
+"""Tied weights: one parameter under several names. Found before weights are moved, and tied again afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .module_tree import Tree, walk
+
+
+def find_tied_parameters(model: nn.Module, **kwargs: Any) -> list[list[str]]:
+    """The groups of names that stand for one and the same parameter.
+
+    Args:
+        model: The model. On the meta device too, if the parameters are the same objects there.
+        **kwargs: Accepted and not used.
+
+    Returns:
+        A list of groups, each sorted.
+
+    Example:
+        ```python
+        model.head.weight = model.emb.weight
+        find_tied_parameters(model)  # [["emb.weight", "head.weight"]]
+        ```
+    """
+    return tied_in(walk(model, buffers=False))
+
+
+def tied_in(tree: Tree) -> list[list[str]]:
+    """`find_tied_parameters` of a tree that was walked already; buffers in it do not count."""
+    groups = (places for places in tree.repeated.values() if isinstance(tree.tensors[places[0]], nn.Parameter))
+    return [sorted(tree.tensor_names[place] for place in places) for places in groups]
+
+
+def retie_parameters(model: nn.Module, tied_params: Iterable[Sequence[str]]) -> None:
+    """Makes each group of names one parameter again: the one that has values, where only some have.
+
+    Args:
+        model: The model, after its weights were loaded.
+        tied_params: What `find_tied_parameters` gave before.
+    """
+    for group in tied_params:
+        places = [_place(model, name) for name in group]
+        values = [module._parameters[key] for module, key in places]
+        found = next((value for value in values if value is not None and not value.is_meta), None)
+        if found is None:
+            found = next((value for value in values if value is not None), None)
+        for module, key in places:
+            module._parameters[key] = found
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, key = name.rpartition(".")
+    return model.get_submodule(owner), key

@@ -1,0 +1,145 @@
+"""Debug mode: before an operation, the processes compare what they pass to it.
+
+A mismatch becomes `DistributedOperationException` on every process, with all their shapes, where the operation itself
+would hang or mix tensors up. The comparison is a collective that has one form whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from .collective_backend import Collectives
+from .world import current
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_PUBLIC = "accelerate.utils.operations"
+
+
+class DistributedOperationException(Exception):
+    """The processes' inputs to one operation do not fit together; raised on every process, with all their shapes."""
+
+
+def verify_operation(function: _F) -> _F:
+    """Decorator: in debug mode, compares the first argument over all processes before `function` runs.
+
+    Structure, shapes and dtypes must be equal. The comparison is a collective of its own, which always has the same
+    form, so it neither hangs nor misreads when they are not.
+
+    Raises:
+        DistributedOperationException: on every process, with what each of them passed.
+    """
+    first = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def verified(*args: Any, **kwargs: Any) -> Any:
+        here = current()
+        if here.debug and here.size > 1:
+            compare(here.collectives, function.__name__, summary_of(args[0] if args else kwargs.get(first)))
+        return function(*args, **kwargs)
+
+    return verified  # type: ignore[return-value]  # same signature
+
+
+def chained_operation(function: _F) -> _F:
+    """Decorator: puts `function`'s name on a `DistributedOperationException` from inside it."""
+
+    @functools.wraps(function)
+    def chained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except DistributedOperationException as error:
+            raise DistributedOperationException(f"while calling `{_PUBLIC}.{function.__name__}`: {error}") from error
+
+    return chained  # type: ignore[return-value]  # same signature
+
+
+def summary_of(data: Any) -> Any:
+    """What is compared: plain values, so that they can be sent, and in order, since tensors are paired in order."""
+    if isinstance(data, torch.Tensor):
+        shape = "nested" if data.is_nested else tuple(data.shape)
+        return ("tensor", shape, str(data.dtype).removeprefix("torch."))
+    if isinstance(data, Mapping):
+        return ("mapping", tuple((repr(key), summary_of(value)) for key, value in data.items()))
+    if isinstance(data, (list, tuple)):
+        return ("sequence", tuple(summary_of(item) for item in data))
+    return ("other", type(data).__name__)
+
+
+def dimensions_only(summary: Any) -> Any:
+    """A summary in which tensors are told apart by their number of dimensions only."""
+    kind, content = summary[:2]
+    if kind == "tensor":
+        return (kind, content if content == "nested" else len(content))
+    if kind == "mapping":
+        return (kind, tuple((key, dimensions_only(value)) for key, value in content))
+    if kind == "sequence":
+        return (kind, tuple(dimensions_only(item) for item in content))
+    return summary
+
+
+def compare(comm: Collectives, operation: str, summary: Any, essence: Callable[[Any], Any] = lambda it: it) -> None:
+    reports: list[tuple[str, Any]] = comm.all_gather_object((operation, summary))
+    if any(name != operation or essence(other) != essence(summary) for name, other in reports):
+        refuse(reports)
+
+
+def refuse(reports: list[tuple[str, Any]]) -> NoReturn:
+    names = [name for name, _ in reports]
+    lines = [f"  - Process {rank}: {_rendered(summary)}" for rank, (_, summary) in enumerate(reports)]
+    if len(set(names)) > 1:
+        called = ", ".join(f"process {rank} `{_PUBLIC}.{name}`" for rank, name in enumerate(names))
+        title = "The processes are not in the same operation; each must call the same ones, in the same order."
+        raise DistributedOperationException(f"{title}\n\nOperations: {called}\nInput shapes:\n" + "\n".join(lines))
+    if names[0] == "pad_across_processes":
+        title = "Tensors can be padded to one size only if they have the same number of dimensions on every process."
+    else:
+        title = "The operation needs tensors of the same shape and dtype, in the same structure, on every process."
+    raise DistributedOperationException(
+        f"{title}\n\nOperation: `{_PUBLIC}.{names[0]}`\nInput shapes:\n" + "\n".join(lines) + f"\n\n{_advice(reports)}"
+    )
+
+
+def _advice(reports: list[tuple[str, Any]]) -> str:
+    tensors = [list(_tensors_of(summary)) for _, summary in reports]
+    if len({_skeleton(summary) for _, summary in reports}) > 1:
+        return "Pass the same containers, with the same keys in the same order, on every process."
+    if any(len({len(shape) for shape, _ in leaf}) > 1 for leaf in zip(*tensors, strict=True)):
+        return "Give the tensors the same number of dimensions on every process (reshape, squeeze, unsqueeze)."
+    if any(len({shape for shape, _ in leaf}) > 1 for leaf in zip(*tensors, strict=True)):
+        return "Pad them to one size first: `pad_across_processes(tensor, dim=...)`."
+    return "Convert them to one dtype first: `tensor.to(dtype)`."
+
+
+def _skeleton(summary: Any) -> Any:
+    kind, content = summary[:2]
+    if kind == "mapping":
+        return (kind, tuple((key, _skeleton(value)) for key, value in content))
+    if kind == "sequence":
+        return (kind, tuple(_skeleton(item) for item in content))
+    return kind if kind == "tensor" else summary
+
+
+def _tensors_of(summary: Any) -> Iterator[tuple[Any, str]]:
+    kind, content = summary[:2]
+    if kind == "tensor":
+        yield content, summary[2]
+    elif kind != "other":
+        for item in content:
+            yield from _tensors_of(item[1] if kind == "mapping" else item)
+
+
+def _rendered(summary: Any) -> str:
+    kind, content = summary[:2]
+    if kind == "tensor":
+        return f"{list(content) if content != 'nested' else 'nested'} {summary[2]}"
+    if kind == "mapping":
+        return "{" + ", ".join(f"{key}: {_rendered(value)}" for key, value in content) + "}"
+    if kind == "sequence":
+        return "(" + ", ".join(_rendered(item) for item in content) + ")"
+    return str(content)

@@ -1,0 +1,181 @@
+"""What `Accelerator`'s arguments, its plugins and the launcher's variables come to, or why they contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import env
+from .enums import DistributedType, DynamoBackend, RNGType
+from .handlers import DataLoaderConfiguration, GradientAccumulationPlugin, KwargsHandler, TorchDynamoPlugin
+
+if TYPE_CHECKING:
+    from .parallel import TorchTensorParallelPlugin
+    from .plugins.deepspeed import DeepSpeedPlugin
+    from .plugins.fsdp import FullyShardedDataParallelPlugin
+    from .plugins.megatron import MegatronLMPlugin
+
+UNSET: Any = object()
+"""The default of an argument for which None would mean something."""
+
+
+def sort_handlers(handlers: Sequence[KwargsHandler], kinds: Sequence[type[KwargsHandler]]) -> dict[type, Any]:
+    """The handlers by kind, None for those that were not given.
+
+    Raises:
+        TypeError: for something that is none of the kinds.
+        ValueError: for two of one kind.
+    """
+    sorted_: dict[type, Any] = dict.fromkeys(kinds)
+    for handler in handlers:
+        kind = next((kind for kind in kinds if isinstance(handler, kind)), None)
+        if kind is None:
+            known = ", ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"kwargs_handlers takes instances of {known}; found {handler!r}.")
+        if sorted_[kind] is not None:
+            raise ValueError(f"kwargs_handlers has two {kind.__name__}: pass one.")
+        sorted_[kind] = handler
+    return sorted_
+
+
+def one_of(**spellings: Any) -> Any:
+    """The value of an argument that has several names; None when it was not given.
+
+    Raises:
+        ValueError: when it was given by more than one.
+    """
+    given = {name: value for name, value in spellings.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both given: they are one argument, pass one.")
+    return next(iter(given.values()), None)
+
+
+class Plugins(NamedTuple):
+    """What says how a run is distributed, beyond the number of its processes.
+
+    Attributes:
+        fsdp, megatron, tensor_parallel: The plugin, or None.
+        deepspeed: DeepSpeed's plugins by name, the first of them in use; None without DeepSpeed.
+    """
+
+    fsdp: FullyShardedDataParallelPlugin | None = None
+    deepspeed: dict[str, DeepSpeedPlugin] | None = None
+    megatron: MegatronLMPlugin | None = None
+    tensor_parallel: TorchTensorParallelPlugin | None = None
+
+    @property
+    def kind(self) -> DistributedType | None:
+        """The way of distributing that they ask for."""
+        kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+        return next((kind for kind, plugin in zip(kinds, self[:3], strict=True) if plugin is not None), None)
+
+    def set_mixed_precision(self, wanted: str) -> str:
+        """Tells the plugins what the run computes in, and gives it back as they understand it."""
+        engines = list((self.deepspeed or {}).values())
+        for plugin in (self.fsdp, self.megatron, *engines):
+            if plugin is not None:
+                plugin.set_mixed_precision(wanted)
+        # DeepSpeed's own configuration may say it where nobody else does.
+        return engines[0].mixed_precision if engines and wanted == "no" else wanted
+
+
+def plugins(
+    fsdp: Any = None, deepspeed: Any = None, megatron: Any = None, tensor_parallel: Any = None, *, launched: bool = True
+) -> Plugins:
+    """The plugins that were given, and with `launched` those that the launcher's variables ask for.
+
+    Raises:
+        TypeError: for what is no such plugin.
+        ValueError: when more than one way of distributing is asked for.
+    """
+    if deepspeed is not None and not isinstance(deepspeed, dict):
+        deepspeed = {"default": deepspeed}
+    for name, plugin in (deepspeed or {}).items():
+        _check_kind(f"deepspeed_plugin {name!r}", plugin, _DEEPSPEED)
+    _check_kind("fsdp_plugin", fsdp, _FSDP)
+    _check_kind("megatron_lm_plugin", megatron, _MEGATRON)
+    _check_kind("torch_tp_plugin", tensor_parallel, "parallel:TorchTensorParallelPlugin")
+    if launched and fsdp is None and env.flag("ACCELERATE_USE_FSDP"):
+        fsdp = _plugin_class(_FSDP)()
+    if launched and deepspeed is None and env.flag("ACCELERATE_USE_DEEPSPEED"):
+        deepspeed = {"default": _plugin_class(_DEEPSPEED)()}
+    if launched and megatron is None and env.flag("ACCELERATE_USE_MEGATRON_LM"):
+        megatron = _plugin_class(_MEGATRON)()
+    asked = {"FSDP": fsdp, "DeepSpeed": deepspeed, "Megatron-LM": megatron}
+    names = [name for name, plugin in asked.items() if plugin is not None]
+    if len(names) > 1:
+        raise ValueError(
+            f"{' and '.join(names)} are asked for at once, by plugins or by the launcher: a run is distributed in one of "
+            "these ways."
+        )
+    return Plugins(fsdp, deepspeed or None, megatron, tensor_parallel)
+
+
+# Imported when first used: most runs have none of them.
+_FSDP = "plugins.fsdp:FullyShardedDataParallelPlugin"
+_DEEPSPEED = "plugins.deepspeed:DeepSpeedPlugin"
+_MEGATRON = "plugins.megatron:MegatronLMPlugin"
+
+
+def _plugin_class(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)
+
+
+def _check_kind(name: str, plugin: Any, path: str) -> None:
+    if plugin is not None and not isinstance(plugin, _plugin_class(path)):
+        raise TypeError(f"{name} must be an instance of {path.partition(':')[2]}, found {plugin!r}.")
+
+
+def accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> GradientAccumulationPlugin:
+    """The plugin; without one, of `steps`, where 1 means "not said" and takes the launcher's variable.
+
+    Raises:
+        ValueError: when both are given.
+    """
+    if plugin is not None:
+        if steps != 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={steps} and gradient_accumulation_plugin are both given: set "
+                "`num_steps` in the plugin."
+            )
+        return plugin
+    if steps == 1:
+        steps = env.integer("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)
+    return GradientAccumulationPlugin(num_steps=steps)
+
+
+def dynamo(backend: DynamoBackend | str | None, plugin: TorchDynamoPlugin | None) -> TorchDynamoPlugin:
+    """The plugin; without one, of `backend` and the launcher's variables.
+
+    Raises:
+        ValueError: when both are given.
+    """
+    if backend is not None and plugin is not None:
+        raise ValueError("dynamo_backend and dynamo_plugin are both given: set `backend` in the plugin.")
+    if plugin is not None:
+        return plugin
+    return TorchDynamoPlugin(backend=backend) if backend is not None else TorchDynamoPlugin()  # type: ignore[arg-type]
+
+
+def loading(config: DataLoaderConfiguration | None, split_batches: bool) -> DataLoaderConfiguration:
+    """The configuration, with the older argument `split_batches` taken over if it was given."""
+    config = config if config is not None else DataLoaderConfiguration()
+    if split_batches is not UNSET:
+        config.split_batches = split_batches
+    return config
+
+
+def rng_types(wanted: list[str | RNGType] | None) -> list[str]:
+    """The generators' names; None: the samplers' own.
+
+    Raises:
+        ValueError: for names that do not exist.
+    """
+    if wanted is None:
+        return [RNGType.GENERATOR.value]
+    unknown = [kind for kind in wanted if kind not in RNGType]
+    if unknown:
+        raise ValueError(f"rng_types={wanted!r}: {unknown} are unknown; choose from {RNGType.list()}.")
+    return [RNGType(kind).value for kind in wanted]

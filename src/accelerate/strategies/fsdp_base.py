@@ -1,0 +1,221 @@
+"""What both versions of fully sharded training share: which modules become units, what is clipped, what is refused.
+
+Rank 0 holds the weights, the others may hold theirs on the meta device. Everything that cannot be sharded is refused
+before anything changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from ..optimizer import AcceleratedOptimizer
+from ..precision.loss_scale import LossScaler
+from ..runtime.tensors.forward import ForwardWrapper, wrap_forward
+from ..runtime.tensors.modules import modules_among
+from ..runtime.world import World
+from ..settings import env
+from ..settings.enums import DistributedType
+from .base import Bundle, RunSettings, check_device_map
+from .parallel import bnb_params, param_remap
+from .parallel.grad_sync import average_gradients
+from .parallel.materialize import check_weights
+from .parallel.mesh import AVERAGED, along, clip_grad_norm_, clip_grad_value_, groups_of
+from .sharded_checkpoint import ShardedStateStrategy
+
+if TYPE_CHECKING:
+    from ..settings.plugins.fsdp import FullyShardedDataParallelPlugin
+
+# Containers that have no forward, so they cannot be gathered for one.
+_NO_FORWARD = (nn.ModuleList, nn.ModuleDict)
+
+
+class ShardedStrategy(ShardedStateStrategy, ABC):
+    """A base for strategies whose ranks hold shards of a model; a subclass says how it is sharded."""
+
+    kinds = (DistributedType.FSDP,)
+    supports_local_sgd = False
+    dimensions = frozenset({"dp_replicate", "dp_shard"})
+
+    def __init__(self, world: World, settings: RunSettings) -> None:
+        super().__init__(world, settings)
+        assert settings.fsdp is not None, "the state makes one"
+        self.plugin: FullyShardedDataParallelPlugin = settings.fsdp
+        self._replaced = param_remap.Replaced()
+        if isinstance(settings.precision.scaler, LossScaler):
+            settings.precision.scaler.peers = world.collectives
+        if self.plugin.cpu_ram_efficient_loading:  # transformers' from_pretrained reads these
+            env.publish({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
+
+    @abstractmethod
+    def is_sharded(self, param: torch.Tensor) -> bool:
+        """Whether the parameter belongs to a model that has been sharded."""
+
+    # Prepare ---------------------------------------------------------------------------------------------------------
+
+    def check(self, bundle: Bundle) -> None:
+        # What is on the meta device gets its memory here, so only rank 0 is asked about it.
+        super().check(replace(bundle, on_device=frozenset()))
+        check_device_map(bundle.models.values())
+        self._check_weights(bundle.models.values())
+        for model in bundle.models.values():
+            bnb_params.check(model, getattr(self.plugin.mixed_precision_policy, "param_dtype", None))
+        if bundle.models and self.plugin.activation_checkpointing and self.plugin.auto_wrap_policy is None:
+            raise ValueError(
+                "activation_checkpointing recomputes unit by unit, and there are none: set auto_wrap_policy "
+                "(--fsdp_auto_wrap_policy)."
+            )
+        param_remap.check_optimizers(
+            bundle.models.values(), bundle.optimizers.values(), self._replaced, self.is_sharded
+        )
+
+    def _check_weights(self, models: Iterable[nn.Module]) -> None:
+        """See `check_weights`; a subclass may make the weights that rank 0 lacks."""
+        check_weights(models, self.world.collectives)
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
+        param_remap.give_new_parameters(optimizer, self._replaced)
+        return super().prepare_optimizer(optimizer, on_device)
+
+    def units_of(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that are gathered on their own, inner ones first."""
+        plugin = copy.copy(self.plugin)  # what is found out about one model is not about the next
+        plugin.set_auto_wrap_policy(model)
+        if not callable(plugin.auto_wrap_policy):
+            return []
+        return without_torn_ties(model, units(model, plugin.auto_wrap_policy))
+
+    def _ignored(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters that stay whole, in the order of the model: the same on all ranks."""
+        modules = modules_among(self.plugin.ignored_modules, model)
+        ignored = {param for module in modules for param in module.parameters()}
+        return [param for param in model.parameters() if param in ignored]
+
+    def recompute(self, units: Iterable[nn.Module]) -> None:
+        """Has units recompute their activations in the backward, where that was asked for."""
+        if self.plugin.activation_checkpointing:
+            for unit in units:
+                if not isinstance(unit.forward, Recomputed):
+                    wrap_forward(unit, Recomputed(self._saving()))
+
+    def _saving(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Where recomputing units keep their inputs: in the device's memory, or in the CPU's."""
+        device = self.world.device.type
+        if not self.plugin.activation_checkpointing_offload or device == "cpu":  # there, that is the same
+            return nullcontext
+        return functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=True, device_type=device)
+
+    def _average_whole(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+        """Has the gradients of parameters that stay whole averaged over the ranks, which FSDP leaves to each."""
+        kept = [param for param in ignored if not isinstance(param, DTensor)]
+        if kept and self.world.size > 1:
+            peers = along(self.settings.mesh, AVERAGED)
+            average_gradients(model, kept, None if peers is None else peers.get_group(), all_used=False)
+
+    def _cut_over(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+        """The groups whose ranks hold different pieces of a parameter; none for one that each rank has whole."""
+        return groups_of(param)
+
+    # Step and state --------------------------------------------------------------------------------------------------
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
+        return clip_grad_norm_(parameters, max_norm, norm_type, device=self.world.device, cut_over=self._cut_over)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        clip_grad_value_(parameters, clip_value)
+
+    @contextmanager
+    def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
+        if self.world.size > 1:
+            raise ValueError(
+                "join_uneven_inputs does not work with fully sharded training: a rank without a batch would not take part "
+                "when the others gather parameters. Leave even_batches=True."
+            )
+        yield
+
+
+def units(model: nn.Module, policy: Callable[..., bool]) -> list[nn.Module]:
+    """The modules inside `model` that `policy` makes units of their own, inner ones first."""
+    found: list[nn.Module] = []
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> int:
+        """How many parameters of `module` are in units by now."""
+        if module in seen:
+            return 0
+        seen.add(module)
+        size = sum(param.numel() for param in module.parameters())
+        if not policy(module=module, recurse=True, nonwrapped_numel=size):
+            return 0
+        inside = sum(walk(child) for child in module.children())
+        if module is model or isinstance(module, _NO_FORWARD):
+            return inside
+        if not policy(module=module, recurse=False, nonwrapped_numel=size - inside):
+            return inside
+        found.append(module)
+        return size
+
+    walk(model)
+    return found
+
+
+def parameters_by_unit(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Each unit (and last the model) with the parameters that are in no unit inside it, by their names in the model."""
+    names = {param: name for name, param in model.named_parameters()}
+    taken: set[nn.Parameter] = set()
+    by_unit: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    for unit in (*found, model):  # inner ones come first
+        own = [param for param in unit.parameters() if param not in taken]
+        taken.update(own)
+        by_unit[unit] = {names[param]: param for param in own}
+    return by_unit
+
+
+def without_torn_ties(model: nn.Module, found: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of some modules whose parameters are used inside them only.
+
+    Two units that share a parameter would gather and free it under each other's feet; it stays with what is around both.
+    """
+    users: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            users.setdefault(param, set()).add(module)
+
+    def is_closed(unit: nn.Module) -> bool:
+        inside = set(unit.modules())
+        return all(users[param] <= inside for param in unit.parameters())
+
+    return [unit for unit in found if is_closed(unit)]
+
+
+def is_half(param: torch.Tensor) -> bool:
+    """Whether the parameter is in a format that mixed precision computes in, and that no optimizer should step in."""
+    return param.dtype in (torch.float16, torch.bfloat16)
+
+
+class Recomputed(ForwardWrapper):
+    """A forward that keeps its inputs only, and runs again in the backward.
+
+    Args:
+        saving: Gives the context in which inputs are kept.
+    """
+
+    def __init__(self, saving: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._saving = saving
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.__wrapped__(*args, **kwargs)
+        with self._saving():
+            return checkpoint(self.__wrapped__, *args, use_reentrant=False, **kwargs)

@@ -1,0 +1,161 @@
+"""What strategies need to know of a device mesh: who averages gradients with whom, and norms over shards of all kinds.
+
+A dimension that is not there is one of a single rank. Gradients are averaged over every dimension along which ranks see
+different tokens; along the others they hold parts of one model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...parallelism_config import DIMENSIONS
+from ...runtime import devices
+from ...runtime.collective_backend import Collectives, TorchCollectives
+from ...runtime.tensors.dtensor import is_dtensor
+from ...runtime.world import World
+
+# Ranks that differ along these see different samples, or different tokens of the same.
+AVERAGED = tuple(name for name in DIMENSIONS if name != "tp")
+
+
+def along(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | None:
+    """The part of the mesh along some dimensions, as one dimension; None when there are no ranks along them."""
+    there = tuple(name for name in names if mesh is not None and name in (mesh.mesh_dim_names or ()))
+    if mesh is None or not there:
+        return None
+    return mesh[there[0]] if len(there) == 1 else mesh[there]._flatten("_".join(there))
+
+
+def same_everywhere(model: nn.Module, world: World, mesh: DeviceMesh | None = None) -> None:
+    """Gives every rank the values of rank 0; of a parameter that is cut over ranks, those of the first with that part."""
+    if world.size == 1:
+        return
+    averaged = along(mesh, AVERAGED)
+    peers = None if averaged is None else _collectives(averaged, world.device)
+    for value in {id(value): value.data for value in (*model.parameters(), *model.buffers())}.values():
+        if not is_dtensor(value):
+            _broadcast(value, world.collectives)
+        elif peers is not None:
+            _broadcast(local_part(value), peers)
+
+
+def agree_on_random_states(world: World, mesh: DeviceMesh | None) -> None:
+    """Has ranks that share tensors draw the same numbers from torch, so that they drop out the same activations."""
+    sharing = along(mesh, ("tp",))
+    if sharing is None:
+        return
+    peers = _collectives(sharing, world.device)
+    sources: list[Any] = [torch]
+    if world.device.type != "cpu":
+        sources.append(devices.kind_of(world.device).torch_module())
+    for source in sources:
+        state = source.get_rng_state()
+        source.set_rng_state(peers.broadcast(state.to(world.device)).to(state.device))
+
+
+def _broadcast(value: Tensor, collectives: Collectives) -> None:
+    sent = value.contiguous()
+    collectives.broadcast(sent)
+    if sent is not value:
+        value.copy_(sent)
+
+
+def _collectives(dimension: DeviceMesh, device: torch.device) -> Collectives:
+    return TorchCollectives(device, dimension.get_group())
+
+
+# Norms ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Any,
+    max_norm: float,
+    norm_type: float = 2,
+    *,
+    device: torch.device,
+    cut_over: Callable[[Tensor], tuple[ProcessGroup, ...]] | None = None,
+) -> Tensor:
+    """As ``torch.nn.utils.clip_grad_norm_``, for gradients that are cut over ranks in whatever ways.
+
+    Args:
+        parameters: Whose gradients are scaled, in the same order on all ranks.
+        max_norm: The largest norm of all gradients together.
+        norm_type: The exponent of the norm.
+        device: On which ranks add up.
+        cut_over: The groups whose ranks hold different pieces of a parameter; None: `cut_over` of its gradient.
+
+    Returns:
+        The norm before, the same on all ranks.
+    """
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not params:
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+    by_groups: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    for param in params:  # a rank without gradients of a group takes part all the same
+        gradient = summed(param)
+        groups = cut_over(param) if cut_over is not None else groups_of(param if gradient is None else gradient)
+        found = by_groups.setdefault(groups, [])
+        if gradient is not None and gradient.numel():
+            found.append(local_part(gradient))
+    trained = [param.dtype for param in params if param.requires_grad]  # frozen ones may be packed bits, in any format
+    dtype = functools.reduce(torch.promote_types, trained or [params[0].dtype])
+    total = _total_norm(by_groups, float(norm_type), device).to(dtype)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_ does
+    for gradients in filter(None, by_groups.values()):
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+    return total
+
+
+@torch.no_grad()
+def clip_grad_value_(parameters: Any, clip_value: float) -> None:
+    """As ``torch.nn.utils.clip_grad_value_``, for gradients that are cut over ranks in whatever ways."""
+    for param in [parameters] if isinstance(parameters, Tensor) else list(parameters):
+        gradient = summed(param)
+        if gradient is not None:
+            local_part(gradient).clamp_(-clip_value, clip_value)
+
+
+def _total_norm(
+    by_groups: dict[tuple[ProcessGroup, ...], list[Tensor]], norm_type: float, device: torch.device
+) -> Tensor:
+    maximum = norm_type == float("inf")
+    parts = []
+    for groups, gradients in by_groups.items():
+        part = torch.nn.utils.get_total_norm(gradients, norm_type).to(device, torch.float64)
+        part = part if maximum else part**norm_type
+        for group in groups:
+            TorchCollectives(device, group).all_reduce(part, "max" if maximum else "sum")
+        parts.append(part)
+    return torch.stack(parts).max() if maximum else torch.stack(parts).sum() ** (1 / norm_type)
+
+
+def groups_of(tensor: Tensor) -> tuple[ProcessGroup, ...]:
+    """The groups whose ranks hold different pieces of a tensor; none for one that each rank has whole."""
+    if not is_dtensor(tensor):
+        return ()
+    cut = (dim for dim, placement in enumerate(tensor.placements) if hasattr(placement, "dim"))
+    return tuple(tensor.device_mesh.get_group(dim) for dim in cut)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be cut; changing it changes the tensor."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def summed(param: Tensor) -> Tensor | None:
+    """A parameter's gradient; where ranks hold summands of it, it is added up first."""
+    gradient = param.grad
+    if is_dtensor(gradient) and any(placement.is_partial() for placement in gradient.placements):
+        from torch.distributed.tensor import Replicate
+
+        whole = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+        param.grad = gradient = gradient.redistribute(placements=whole)
+    return gradient

@@ -1,0 +1,199 @@
+"""Cuts a model's tensors over ranks by a plan: names of modules, and the style in which each is cut.
+
+A plan is a dict of patterns (``"layers.*.mlp.up_proj"``) to styles: torch's (``ColwiseParallel()``), or the words that
+transformers' models have in their ``_tp_plan``. Everything that cannot be cut is refused before anything changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from ...runtime.system.availability import is_torch_version
+
+if TYPE_CHECKING:
+    from ...parallelism_config import ParallelismConfig
+
+# What plans call the styles, and torch's equivalent.
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise": RowwiseParallel,
+    "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "embedding_colwise": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "sequence_parallel": SequenceParallel,
+}
+# Which dimension of the weight a style cuts.
+_CUTS: dict[tuple[type[ParallelStyle], type[nn.Module]], int] = {
+    (ColwiseParallel, nn.Linear): 0,
+    (RowwiseParallel, nn.Linear): 1,
+    (ColwiseParallel, nn.Embedding): 1,
+    (RowwiseParallel, nn.Embedding): 0,
+}
+
+
+def check(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | None, sharded: bool = False) -> None:
+    """Refuses a model that `share` could not share out; does nothing without ranks that share tensors.
+
+    Args:
+        model: The model.
+        mesh: The device mesh.
+        sizes: Its sizes, and perhaps a plan.
+        sharded: What a rank gets is to be cut further, over other dimensions of the same mesh.
+
+    Raises:
+        ValueError: saying what does not fit.
+    """
+    if mesh is None or sizes is None or not _has(mesh, "tp"):
+        return
+    there = next(_sharing(model), None)
+    if there is None:
+        _check_plan(model, _plan_for(model, sizes), sizes.tp_size)
+    elif there["tp"].size() != sizes.tp_size or (sharded and there != mesh["tp"]):
+        raise ValueError(
+            f"{type(model).__name__} came with its tensors shared out on {there}, which is not the dimension 'tp' of this "
+            f"run's mesh (tp_size={sizes.tp_size}): load it whole, and `prepare` shares its tensors out."
+        )
+
+
+def planned(model: nn.Module, sizes: ParallelismConfig | None) -> set[nn.Parameter] | None:
+    """Returns the parameters that `share` may replace; None for a model that came sharded."""
+    if next(_sharing(model), None) is not None:
+        return None
+    return {param for path in _plan_for(model, sizes) for param in model.get_submodule(path).parameters()}
+
+
+def share(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> None:
+    """Gives each rank its part of the tensors, of which every rank has the same values. Tied ones stay tied.
+
+    Args:
+        model: The model; one that came cut, as transformers loads them, is left as it is.
+        mesh: The device mesh; without a dimension ``tp``, nothing is done.
+        sizes: May hold the plan.
+    """
+    if mesh is None or not _has(mesh, "tp") or next(_sharing(model), None) is not None:
+        return
+    shared = _shared(model)
+    trained = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
+    # Before torch 2.7, rank 0 sends each rank its shard of values that all of them have.
+    options: dict[str, Any] = {"src_data_rank": None} if is_torch_version(">=", "2.7.0") else {}
+    parallelize_module(model, mesh["tp"], dict(_plan_for(model, sizes)), **options)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        param.requires_grad_(trained[name])  # torch 2.6 makes shards of frozen parameters trainable
+    for first, *others in shared:  # each module was cut on its own
+        param = model.get_parameter(first)
+        for name in others:
+            path, _, leaf = name.rpartition(".")
+            model.get_submodule(path)._parameters[leaf] = param
+
+
+def _has(mesh: DeviceMesh | None, dimension: str) -> bool:
+    return mesh is not None and dimension in (mesh.mesh_dim_names or ())
+
+
+def _sharing(model: nn.Module) -> Iterator[DeviceMesh]:
+    """The meshes on which ranks share tensors of a model that came so."""
+    meshes = (param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
+    return (mesh for mesh in meshes if _has(mesh, "tp"))
+
+
+def _plan_for(model: nn.Module, sizes: ParallelismConfig | None) -> dict[str, ParallelStyle]:
+    """The style of each module that is to be cut, by its full name.
+
+    Raises:
+        ValueError: for a model without a plan, or one that the plan does not fit.
+    """
+    handler = sizes.tp_handler if sizes is not None else None
+    wanted: dict[str, Any] = (handler.plan if handler is not None else None) or getattr(model, "_tp_plan", None) or {}
+    kind = type(model).__name__
+    if not wanted:
+        raise ValueError(
+            f"{kind} does not say how its tensors are to be shared out: load it with "
+            "from_pretrained(..., tp_plan='auto', device_mesh=accelerator.torch_device_mesh['tp']), or pass "
+            "ParallelismConfig(tp_handler=TorchTensorParallelConfig(plan={'layers.*.mlp.up_proj': 'colwise', ...}))."
+        )
+    plan: dict[str, ParallelStyle] = {}
+    for pattern, style in wanted.items():
+        found = list(_matching(model, pattern))
+        if not found:
+            raise ValueError(f"the plan of tensor parallelism names {pattern!r}, but {kind} has no such module.")
+        for name in found:
+            plan[name] = _style(style, pattern)
+    return plan
+
+
+def _check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int | None) -> None:
+    """Refuses what the plan would tear apart.
+
+    Raises:
+        ValueError: when a tensor cannot be cut evenly, or modules that share one are not cut in the same way.
+    """
+    for path, style in plan.items():
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Linear) and isinstance(style, (ColwiseParallel, RowwiseParallel)):
+            between = (style.output_layouts if isinstance(style, ColwiseParallel) else style.input_layouts)[0]
+            size = module.out_features if isinstance(style, ColwiseParallel) else module.in_features
+            if between.is_shard() and ranks is not None and size % ranks:
+                raise ValueError(
+                    f"{path} cannot be shared by {ranks} ranks (tp_size={ranks}), since {size} = {size // ranks} x {ranks} "
+                    f"+ {size % ranks}: choose a tp_size that divides {size}, or leave the module out of the plan."
+                )
+    for names in _shared(model):
+        ways = {name: _way(model, name.rpartition(".")[0], plan) for name in names}
+        if len(set(ways.values())) > 1:
+            told = ", ".join(
+                f"{name}: {'whole' if way is None else f'along dimension {way}'}" for name, way in ways.items()
+            )
+            raise ValueError(
+                f"the plan of tensor parallelism tears a shared parameter apart ({told}): cut all of them in the same way, "
+                "or none."
+            )
+
+
+def _matching(model: nn.Module, pattern: str) -> Iterator[str]:
+    expression = re.compile(r"[^.]+".join(map(re.escape, pattern.split("*"))))
+    return (name for name, _ in model.named_modules() if expression.fullmatch(name))
+
+
+def _style(style: Any, pattern: str) -> ParallelStyle:
+    if isinstance(style, ParallelStyle):
+        return style
+    if style not in STYLES:
+        raise ValueError(
+            f"the plan of tensor parallelism has {style!r} for {pattern!r}: choose from {', '.join(STYLES)}, or pass a "
+            "style of torch.distributed.tensor.parallel. A model of transformers can be loaded in its own styles: "
+            "from_pretrained(..., tp_plan='auto', device_mesh=accelerator.torch_device_mesh['tp'])."
+        )
+    return STYLES[style]()
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """The names of parameters that are one and the same."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(param, []).append(name)
+    return [several for several in names.values() if len(several) > 1]
+
+
+def _way(model: nn.Module, path: str, plan: dict[str, ParallelStyle]) -> Any:
+    """How a module's weight is cut: along which dimension, or by which other style; None: it stays whole."""
+    style = plan.get(path)
+    if style is None:
+        return None
+    module = model.get_submodule(path)
+    return next((way for (a, b), way in _CUTS.items() if isinstance(style, a) and isinstance(module, b)), repr(style))

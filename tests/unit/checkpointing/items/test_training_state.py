@@ -1,0 +1,39 @@
+"""What was accumulated in an open window, taken up by any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from accelerate.checkpointing.items.training_state import Run, put_gradients
+from accelerate.runtime import world
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("counted", [False, True])
+def test_other_ranks_share_what_all_had_accumulated(size, counted):
+    model = nn.Linear(2, 1, bias=False)
+    found: list[torch.Tensor | None] = []
+    run = Run(replace(world.current(), size=size), models=[model], set_items=found.append)
+    saved = [
+        {"gradients": [torch.full((1, 2), float(rank))], "items": torch.tensor(10.0 * rank) if counted else None}
+        for rank in (1, 2, 3)
+    ]
+    put_gradients(run, saved)
+    # The next synchronization averages over the ranks: of sums, the ranks' parts make the sum; of means, each is the mean.
+    share = 6 / size if counted else 2
+    assert model.weight.grad is not None and model.weight.grad[0].tolist() == pytest.approx([share, share])
+    assert (None if found[0] is None else found[0].item()) == (pytest.approx(60 / size) if counted else None)
+
+
+@pytest.mark.parametrize("items", [None, torch.tensor(4.0)])
+def test_a_rank_takes_up_its_own(items):
+    model = nn.Linear(2, 1, bias=False)
+    found: list[torch.Tensor | None] = []
+    run = Run(replace(world.current(), size=3), models=[model], set_items=found.append)
+    put_gradients(run, [{"gradients": [torch.ones(1, 2)], "items": items}])
+    assert model.weight.grad is not None and model.weight.grad.tolist() == [[1, 1]]
+    assert found == [items]

@@ -1,0 +1,65 @@
+"""Pieces of a tensor: each element in exactly one of them, found in about as many steps as there are pieces."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accelerate.checkpointing.sharded import shard_layout
+from accelerate.checkpointing.sharded.shard_layout import is_tiled, stretch
+
+shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+
+
+@st.composite
+def boxes_in(draw: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    shape = draw(shapes)
+    some = []
+    for _ in range(draw(st.integers(0, 4))):
+        offsets = tuple(draw(st.integers(0, size)) for size in shape)
+        some.append((offsets, tuple(draw(st.integers(0, size - at)) for size, at in zip(shape, offsets, strict=True))))
+    return shape, some
+
+
+@given(boxes_in())
+def test_it_is_what_counting_finds(case: Any) -> None:
+    shape, boxes = case
+    counts = torch.zeros(shape, dtype=torch.int)
+    for offsets, sizes in boxes:
+        counts[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))] += 1
+    assert is_tiled(shape, boxes) == bool((counts == 1).all())
+
+
+@given(shapes, st.lists(st.integers(0, 64), max_size=5))
+def test_stretches_of_a_flattened_tensor_make_it_up(shape: tuple[int, ...], cuts: list[int]) -> None:
+    count = torch.Size(shape).numel()
+    places = [0, *sorted(min(cut, count) for cut in cuts), count]
+    layouts = [stretch(shape, start, stop, 0, True) for start, stop in itertools.pairwise(places)]
+    boxes = [(box.offsets, box.sizes) for layout in layouts for box in layout.boxes]
+    assert is_tiled(shape, boxes)
+    filled = [box for box in boxes if torch.Size(box[1]).numel()]
+    assert not filled or not is_tiled(shape, [*boxes, filled[0]])
+
+
+@pytest.mark.parametrize("along", [0, 1])
+def test_many_pieces_are_compared_with_few(along: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, compared, overlap = 3000, [0], shard_layout.overlap
+
+    def counted(*args: Any) -> Any:
+        compared[0] += 1
+        return overlap(*args)
+
+    monkeypatch.setattr(shard_layout, "overlap", counted)
+    shape = (count, 5) if along == 0 else (5, count)
+    boxes = [((at, 0), (1, 5)) if along == 0 else ((0, at), (5, 1)) for at in reversed(range(count))]
+    assert is_tiled(shape, boxes) and compared[0] < 2 * count
+
+
+@pytest.mark.parametrize("boxes", [[((0,), (2, 1))], [((-1, 0), (3, 2))], [((0, 0), (3, 1)), ((0, 1), (2, 2))]])
+def test_boxes_beside_the_shape(boxes: Any) -> None:
+    assert not is_tiled((2, 2), boxes)

@@ -1,0 +1,217 @@
+"""The staging buffer: what is copied beside the host, when it is waited for, and that memory is used again.
+
+No device with streams is needed: recorders stand for one where a copy starts and where it is waited for.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accelerate import Accelerator
+from accelerate.checkpointing.items.state_item import TORCH
+from accelerate.checkpointing.storage.staging import Room, is_plain
+
+
+class Streams(Room):
+    """Tensors on "meta" stand for those on a device with streams; they have no values to copy."""
+
+    pinning = ("meta",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.synchronized: list[torch.device] = []
+        self.allocated: list[tuple[int, bool]] = []
+
+    def _allocate(self, size: int, pinned: bool) -> torch.Tensor:
+        self.allocated.append((size, pinned))
+        return super()._allocate(size, pinned=False)
+
+    def _start(self, target: torch.Tensor, source: torch.Tensor, streams: bool) -> None:
+        assert streams
+        self.started.append((target, source))
+
+    def _synchronize(self, device: torch.device) -> None:
+        self.synchronized.append(device)
+
+
+def test_tensors_of_a_device_go_to_pinned_memory_with_one_synchronization() -> None:
+    sources = [
+        torch.empty(3, 4, device="meta"),
+        torch.nn.Parameter(torch.empty(5, dtype=torch.bfloat16, device="meta")),
+        torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last),
+        torch.empty((), dtype=torch.int64, device="meta"),
+    ]
+    on_the_cpu = torch.arange(6.0)
+    room = Streams()
+    room.clear()
+    copies = [room.copy(tensor) for tensor in (*sources, on_the_cpu)]
+    room.copy_plain()
+    assert torch.equal(copies[-1], on_the_cpu) and room.synchronized == []
+    room.wait()
+    assert room.synchronized == [torch.device("meta")]
+    assert room.allocated == [
+        (48, True), (10, True), (480, True), (8, True), (24, False)
+    ]  # fmt: skip
+    for (target, source), copy, wanted in zip(room.started, copies[:-1], sources, strict=True):
+        assert target is copy and source.dtype == wanted.dtype
+        assert (copy.shape, copy.dtype, copy.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+        assert copy.device.type == "cpu"
+
+
+def test_memory_is_used_again_and_released_when_it_is_not() -> None:
+    room = Streams()
+    for _ in range(3):
+        room.clear()
+        room.copy(torch.empty(3, device="meta"))
+        room.copy(torch.empty(3))
+        room.copy(torch.empty(3))
+        room.wait()
+    assert room.allocated == [(12, True), (12, False), (12, False)]
+    room.clear()  # these copies have no use for two of them
+    room.copy(torch.empty(3))
+    room.clear()
+    for device in ("meta", "cpu", "cpu"):
+        room.copy(torch.empty(3, device=device))
+    assert room.allocated[3:] == [(12, True), (12, False)]
+
+
+def test_memory_that_cannot_be_pinned_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def refuse(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    assert len(Room()._allocate(7, pinned=True)) == 7
+
+
+class Delayed(Room):
+    """Takes tensors of the CPU for those of a device whose copies are done at the synchronization, and no sooner."""
+
+    pinning = ("cpu",)
+
+    def __init__(self, busy: Any, gate: Any) -> None:
+        super().__init__()
+        self.busy, self.gate = busy, gate
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.synchronized = 0
+        self.allocated = 0
+
+    def clear(self) -> None:
+        assert not self.busy(), "the memory is still being written to disk"
+        self.gate.clear()
+        super().clear()
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not is_plain(tensor):
+            return super().copy(tensor)
+        target = self._like(tensor, pinned=True)
+        self.waiting.append((target, tensor.detach()))
+        self._devices.add(tensor.device)
+        return target
+
+    def _allocate(self, size: int, pinned: bool) -> torch.Tensor:
+        self.allocated += 1
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def _synchronize(self, device: torch.device) -> None:
+        for target, source in self.waiting:
+            target.copy_(source)
+        self.waiting.clear()
+        self.synchronized += 1
+
+
+class Gate(threading.Event):
+    """Holds back all writing in the background until it is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        write = TORCH.write
+
+        def held_back(state: Any, writer: Any) -> Any:
+            assert self.wait(60)
+            return write(state, writer)
+
+        monkeypatch.setitem(TORCH.__dict__, "write", held_back)
+
+    def set_soon(self) -> None:
+        """Sets it while the caller is in its next call."""
+        threading.Timer(0.2, self.set).start()
+
+
+def trained(accelerator: Accelerator) -> tuple[Any, Any]:
+    model = torch.nn.Linear(4, 4)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    step(accelerator, model, optimizer)
+    return model, optimizer
+
+
+def step(accelerator: Accelerator, model: Any, optimizer: Any) -> None:
+    accelerator.backward(model(torch.ones(2, 4)).pow(2).mean())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def values(model: Any, optimizer: Any) -> list[torch.Tensor]:
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in (*model.parameters(), *moments)]
+
+
+def test_saves_in_the_background_hold_the_state_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = trained(accelerator)
+    writer = accelerator._checkpoints._writer
+    gate = Gate(monkeypatch)
+    room = accelerator._checkpoints._room = Delayed(lambda: writer.busy, gate)
+    wanted = []
+    for number in range(3):
+        wanted.append(values(model, optimizer))
+        accelerator.save_state(tmp_path / str(number), asynchronous=True)
+        assert writer.busy
+        assert room.synchronized == number + 1
+        step(accelerator, model, optimizer)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(-1)
+        gate.set_soon()
+        if number == 0:
+            allocated = room.allocated
+    assert allocated and room.allocated == allocated
+    accelerator.wait_for_checkpoint()
+    for number, before in enumerate(wanted):
+        accelerator.load_state(tmp_path / str(number))
+        assert all(torch.equal(a, b) for a, b in zip(values(model, optimizer), before, strict=True))
+
+
+@pytest.mark.parametrize("call", ["save_state", "load_state", "end_training", "wait_for_checkpoint"])
+def test_a_save_under_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    trained(accelerator)
+    accelerator.save_state(tmp_path / "before")
+    gate = Gate(monkeypatch)
+    accelerator.save_state(tmp_path / "first", asynchronous=True)
+    assert not (tmp_path / "first").exists()
+    there: list[bool] = []
+
+    def look(*_: Any) -> None:
+        there.append((tmp_path / "first" / "manifest.json").is_file())
+
+    accelerator.register_save_state_pre_hook(look)
+    accelerator.register_load_state_pre_hook(look)
+    gate.set_soon()
+    if call == "save_state":
+        accelerator.save_state(tmp_path / "second")
+    elif call == "load_state":
+        accelerator.load_state(tmp_path / "before")
+    else:
+        getattr(accelerator, call)()
+        look()
+    assert there == [True]

@@ -1,0 +1,34 @@
+"""What averages the gradients of a model holds on to nothing, and a copy of the model has nothing averaged."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from accelerate.strategies.parallel.grad_sync import average_gradients, is_averaged
+
+
+@pytest.mark.parametrize("all_used", [True, False])
+def test_the_model_goes_when_it_is_let_go(all_used: bool) -> None:
+    model = nn.Linear(3, 3)
+    model.weight.requires_grad_(False)
+    average_gradients(model, model.parameters(), None, all_used=all_used)
+    assert not model.weight.requires_grad and model.bias.requires_grad
+    gone = [weakref.ref(model), *map(weakref.ref, model.parameters())]
+    del model
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
+
+
+def test_a_copy_is_not_prepared() -> None:
+    model = nn.Linear(3, 3)
+    average_gradients(model, model.parameters(), None, all_used=False)
+    twin = copy.deepcopy(model)
+    assert is_averaged(model) and not is_averaged(twin)
+    twin(torch.ones(1, 3)).sum().backward()  # among no ranks, averaging would fail
+    assert twin.bias.grad is not None
