@@ -63,11 +63,20 @@ SPELLING = re.compile(
 SPELLED_BY_OTHERS: dict[str, str] = {}
 """Names that others spell the British way, as `module.name`, with the reason."""
 
-OLD_WORDS: dict[str, str] = {}
+OLD_WORDS: dict[str, str] = {
+    # strategies
+    # strategies/parallel
+    # checkpointing
+    # checkpointing/storage,sharded
+    # data_loader
+    # offload,quantization,inference
+    # launch
+    # settings
+    # commands
+    # runtime
+    # others
+}
 """Retired identifiers and the names that replaced them. A row comes with each rename, and holds everywhere in src."""
-
-MOVING = {"placement": "offload", "hooks": "offload"}
-"""Folders under the names that they are to get, so that a list of parts holds before and after the move."""
 
 PARTS_BESIDE = ("docs", "tests", "examples", "benchmarks", "tools", ".ci")
 TEXTS = {".py", ".pyi", ".md", ".txt", ".toml", ".ini", ".cfg", ".yml", ".yaml", ".json", ".sh", ".c", ""}
@@ -237,8 +246,7 @@ def part_of(path: str) -> str:
     Below src/accelerate this is the top folder or the top module; beside it the folder, of tests the one below too.
     """
     if path.startswith("src/accelerate/"):
-        top = path.split("/")[2].split(".")[0]
-        return MOVING.get(top, top)
+        return path.split("/")[2].split(".")[0]
     pieces = path.split("/")
     return "/".join(pieces[:2]) if pieces[0] == "tests" and len(pieces) > 2 else pieces[0]
 

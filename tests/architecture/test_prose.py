@@ -213,7 +213,9 @@ def test_parts() -> None:
     )
     assert prose.part_of("src/accelerate/state.py") == "state"
     assert (
-        prose.part_of("src/accelerate/hooks/align.py") == prose.part_of("src/accelerate/offload/align.py") == "offload"
+        prose.part_of("src/accelerate/offload/hooks/align.py")
+        == prose.part_of("src/accelerate/offload/align.py")
+        == "offload"
     )
     assert prose.part_of("tests/unit/launch/test_plan.py") == "tests/unit"
     assert prose.part_of("docs/mesh.md") == "docs"
