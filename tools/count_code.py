@@ -35,7 +35,9 @@ def code_lines(source: str) -> int:
     tree = ast.parse(source)
     left_out: set[int] = set()
     for node in ast.walk(tree):
-        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        docstring = (
+            isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        )
         if docstring or isinstance(node, (ast.Import, ast.ImportFrom)):
             left_out.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
@@ -98,7 +100,7 @@ def sibling_circles(graph: Graph) -> list[list[str]]:
     for module, targets in graph.items():
         for target in targets:
             ours, theirs = module.split("."), target.split(".")
-            depth = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
+            depth = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
             if depth is not None:
                 levels[".".join(ours[:depth])][".".join(ours[: depth + 1])].add(".".join(theirs[: depth + 1]))
     return [circle for level in levels.values() for circle in circles(level)]
