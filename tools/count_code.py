@@ -1,16 +1,17 @@
-"""Counts what a reader has to get through: lines of code, modules per folder, import circles, doubled names.
+"""Counts lines of code, words of prose, modules per folder, import circles and names of two classes.
 
     python tools/count_code.py [SRC]
 
 SRC is the folder that holds the package (src). Lines of code are physical lines without docstrings, comments, blank lines
 and import statements. Circles are the strongly connected components of the import graph, with imports inside functions
-and those for type checkers counted.
+and those for type checkers counted. Prose is docstrings and comments, code blocks in them included.
 """
 
 from __future__ import annotations
 
 import ast
 import io
+import re
 import sys
 import tokenize
 from collections import Counter, defaultdict
@@ -19,6 +20,11 @@ from pathlib import Path
 
 Graph = dict[str, set[str]]
 PACKAGE = "accelerate"
+PHRASES = {
+    "what": r"\bwhat ",
+    "say, tell, know, nobody": r"\b(?:say|says|said|tell|tells|told|know|knows|known|nobody)\b",
+}
+"""Patterns whose occurrences are counted per 1,000 words of prose."""
 
 
 def modules(src: Path) -> dict[str, Path]:
@@ -46,6 +52,17 @@ def code_lines(source: str) -> int:
         if token.type not in skipped:
             found.update(range(token.start[0], token.end[0] + 1))
     return len(found - left_out)
+
+
+def prose(source: str) -> str:
+    """Returns a module's docstrings, those of attributes included, and its comments."""
+    found = [
+        node.value.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return "\n".join([*found, *(token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT)])
 
 
 def imports(module: str, path: Path, known: Iterable[str]) -> Iterator[str]:
@@ -113,6 +130,10 @@ def main(arguments: list[str]) -> int:
     found = modules(src)
     total = sum(code_lines(path.read_text(encoding="utf-8")) for path in found.values())
     print(f"{total:,} lines of code in {len(found)} modules")
+    text = "\n".join(prose(path.read_text(encoding="utf-8")) for path in found.values())
+    words = len(text.split())
+    rates = {name: len(re.findall(pattern, text, re.IGNORECASE)) / words * 1000 for name, pattern in PHRASES.items()}
+    print(f"{words:,} words of prose; per 1,000: " + "; ".join(f"{name} {rate:.2f}" for name, rate in rates.items()))
     by_folder = Counter(path.parent for path in found.values() if path.name != "__init__.py")
     print("largest folders: " + ", ".join(f"{path.relative_to(src)} {n}" for path, n in by_folder.most_common(8)))
     graph = {name: set(imports(name, path, found)) - {name} for name, path in found.items()}
