@@ -69,6 +69,25 @@ OLD_WORDS: dict[str, str] = {
     # checkpointing
     # checkpointing/storage,sharded
     # data_loader
+    "can_agree": "supports_lockstep",
+    "CannotCutError": "BatchSlicingError",
+    "chain_from": "sampler_chain",
+    "Cutter": "BatchSlicer",
+    "deal_batches": "shard_batches",
+    "deal_items": "shard_items",
+    "drawn_from": "index_sampler",
+    "epoch_takers": "samplers_with_epoch",
+    "IndexStream": "LookaheadSampler",
+    "kept_arguments": "forwarded_arguments",
+    "mover": "make_transfer_fn",
+    "Outlasting": "IgnoreSigterm",
+    "ResumableIndices": "ResumableIterator",
+    "rounds_of": "iter_with_step_sizes",
+    "samples_drawn": "samples_per_epoch",
+    "SeededSamples": "SeededDataset",
+    "StepReader": "LockstepReader",
+    "Unmark": "StripMarkers",
+    "words_of": "select_host_collectives",
     # offload,quantization,inference
     # launch
     # settings

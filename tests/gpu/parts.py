@@ -26,8 +26,8 @@ from accelerate import (
     dispatch_model,
     infer_auto_device_map,
 )
-from accelerate.data_loader.batches.batch_broadcast import _SLOT, Channel
-from accelerate.data_loader.dispatch import words_of
+from accelerate.data_loader.batches.batch_broadcast import _ALIGNMENT, BatchBroadcaster
+from accelerate.data_loader.dispatch import select_host_collectives
 from accelerate.runtime import world
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
@@ -338,12 +338,14 @@ def dispatched() -> Figures:
     assert seen[:19] == list(range(19)), seen
     assert all(batch["x"].device == accelerator.device for batch in batches)
     everyone = world.current().collectives
-    channel = Channel(everyone, staged=True, words=words_of(everyone))  # a group of one has nobody to send to: by hand
+    broadcaster = BatchBroadcaster(
+        everyone, staged=True, host_collectives=select_host_collectives(everyone)
+    )  # a group of one has nobody to send to: by hand
     for rows in (4, 4, 9, 2):
         batch = collate(list(range(rows)))
-        channel.post(channel.pack([batch], rows, None, False))
-        sent = channel._wire[_SLOT : _SLOT + channel._tensor_bytes].cpu()
-        assert torch.equal(sent, channel._host[_SLOT : _SLOT + channel._tensor_bytes]), rows
+        broadcaster.send(broadcaster.pack([batch], rows, None, False))
+        sent = broadcaster._buffer[_ALIGNMENT : _ALIGNMENT + broadcaster._tensor_bytes].cpu()
+        assert torch.equal(sent, broadcaster._host_buffer[_ALIGNMENT : _ALIGNMENT + broadcaster._tensor_bytes]), rows
     accelerator.end_training()
     return {"batches": len(batches)}
 

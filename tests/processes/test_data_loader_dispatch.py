@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate.data_loader import ReadingRankError, gather_for_metrics, prepare_data_loader, skip_first_batches
-from accelerate.data_loader.batches.batch_broadcast import Channel
-from accelerate.data_loader.dispatch import words_of
+from accelerate.data_loader.batches.batch_broadcast import BatchBroadcaster
+from accelerate.data_loader.dispatch import select_host_collectives
 from accelerate.runtime import world
 from accelerate.runtime.collective_backend import TorchCollectives
 from accelerate.runtime.cpu_groups import cpu_group
@@ -153,7 +153,7 @@ def test_a_failure_on_rank_0_is_one_of_all_ranks(run_ranks: Any) -> None:
         ([[0], [2]], "OSError", "sample 5 is on a bad sector"),
         ([], "TypeError", "the loader gave None as a batch"),
         ([], "CannotDispatchError", "Odd"),
-        ([], "CannotCutError", "different numbers of rows"),
+        ([], "BatchSlicingError", "different numbers of rows"),
     ]
     for rank, results in enumerate(by_rank):
         *failures, afterwards = results
@@ -219,17 +219,17 @@ def _words_apart() -> list[Any]:
     """Batches as they arrive where tensors travel between devices and headers between hosts."""
     collectives = world.join(cpu=True).collectives
     elsewhere = TorchCollectives(torch.device("meta"))
-    words = words_of(elsewhere)
-    assert words is not None and words.device.type == "cpu" and words_of(collectives) is None
-    words = cpu_group("dispatched batches", datetime.timedelta(minutes=1))  # as beside NCCL alone
-    channel = Channel(collectives, staged=True, words=words)
+    on_host = select_host_collectives(elsewhere)
+    assert on_host is not None and on_host.device.type == "cpu" and select_host_collectives(collectives) is None
+    on_host = cpu_group("dispatched batches", datetime.timedelta(minutes=1))  # as beside NCCL alone
+    broadcaster = BatchBroadcaster(collectives, staged=True, host_collectives=on_host)
     got: list[Any] = []
     for rows in (2, 2, 5):
         batch = {"x": torch.arange(rows), "name": "a"}
         if collectives.rank == 0:
-            channel.post(channel.pack([batch, batch], rows, None, rows == 5))
+            broadcaster.send(broadcaster.pack([batch, batch], rows, None, rows == 5))
         else:
-            step = channel.receive(1)
+            step = broadcaster.receive(1)
             assert step is not None
             got.append((step.batch["x"].tolist(), step.batch["name"], step.rows, step.last))
     return got

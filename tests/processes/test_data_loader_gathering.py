@@ -20,13 +20,13 @@ def _cases(ranks: int, count: int) -> list[dict[str, Any]]:
     draw = random.Random(ranks)
     cases = []
     for number in range(count):
-        share, split = draw.randint(1, 4), draw.random() < 0.5
-        full = share * ranks
+        rows_per_rank, split = draw.randint(1, 4), draw.random() < 0.5
+        full = rows_per_rank * ranks
         sizes = [0, 1, ranks - 1, full, full + 1, 2 * full - 1, 2 * full]
         cases.append(
             {
                 "n": sizes[number] if number < len(sizes) else draw.randint(0, 50),
-                "batch_size": full if split else share,
+                "batch_size": full if split else rows_per_rank,
                 "split_batches": split,
                 "drop_last": draw.random() < 0.3,
                 "even_batches": draw.random() < 0.5,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from accelerate.data_loader import Reading, gather_for_metrics, prepare_data_loader, skip_first_batches
+from accelerate.data_loader import ReadMode, gather_for_metrics, prepare_data_loader, skip_first_batches
 from accelerate.state import GradientState, PartialState
 
 datasets = pytest.importorskip("datasets")
@@ -43,8 +43,8 @@ def _step(loader: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What this rank saw at a step, and what all gathered."""
     state, rank = GradientState(), PartialState().process_index
     x = batch.pop("x")  # the batch is the user's
-    share = torch.full((), float(rank)).repeat(loader.full_rows)
-    gathered, owners = gather_for_metrics((x, share), state)
+    rows_per_rank = torch.full((), float(rank)).repeat(loader.full_rows)
+    gathered, owners = gather_for_metrics((x, rows_per_rank), state)
     assert gather_for_metrics([str(row) for row in x.tolist()], state) == [str(row) for row in gathered.tolist()]
     members = gather_for_metrics((x, [str(row) for row in x.tolist()]), state)
     assert members[1] == [str(row) for row in gathered.tolist()] == [str(row) for row in members[0].tolist()]
@@ -98,9 +98,9 @@ def _cases(ranks: int) -> list[dict[str, Any]]:
         {"sizes": [3, 5, 0, 2], "batch_size": 2, "drop_last": True},
     ]
     for number in range(40):
-        split, share = draw.random() < 0.3, draw.randint(1, 4)
+        split, rows_per_rank = draw.random() < 0.3, draw.randint(1, 4)
         sizes = [draw.choice([0, 1, 2, 3, 5, 9]) for _ in range(draw.randint(ranks, 3 * ranks))]
-        cases.append({"sizes": sizes, "batch_size": share * (ranks if split else 1), "split_batches": split})
+        cases.append({"sizes": sizes, "batch_size": rows_per_rank * (ranks if split else 1), "split_batches": split})
         if number % 10 == 0:
             cases[-1]["workers"] = 2
     return cases
@@ -113,7 +113,7 @@ def _observed(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         loader = _prepared(_stream(options.pop("sizes")), **options)
         results.append(
             {
-                "reading": loader._plan.reading,
+                "reading": loader._plan.read_mode,
                 "steps": _epoch(loader),
                 "again": [step["own"] for step in _epoch(loader)],
             }
@@ -128,7 +128,7 @@ def test_every_sample_is_gathered_once_in_steps_of_all_ranks(run_ranks: Any, ran
     for number, case in enumerate(cases):
         results = [observed[number] for observed in by_rank]
         whole = case.get("even_batches") is False or case.get("drop_last") or len(case["sizes"]) < ranks
-        assert {result["reading"] for result in results} == {Reading.SHARD if whole else Reading.OWN_SHARDS}, case
+        assert {result["reading"] for result in results} == {ReadMode.SHARD if whole else ReadMode.OWN_SHARDS}, case
         steps = results[0]["steps"]
         expected = _expected(case["sizes"])
         if case.get("drop_last"):
@@ -137,11 +137,11 @@ def test_every_sample_is_gathered_once_in_steps_of_all_ranks(run_ranks: Any, ran
         assert all(len(step["owners"]) == len(step["gathered"]) for step in steps), case
         if whole:
             continue
-        share = case.get("batch_size", 1) // (ranks if case.get("split_batches") else 1)
+        rows_per_rank = case.get("batch_size", 1) // (ranks if case.get("split_batches") else 1)
         for result in results:
             own = result["steps"]
             assert [step["end"] for step in own] == [False] * (len(steps) - 1) + [True] * bool(steps), case
-            assert all(len(step["own"]) == share for step in own), case
+            assert all(len(step["own"]) == rows_per_rank for step in own), case
             assert [step["gathered"] for step in own] == [step["gathered"] for step in steps], case
             assert result["again"] == [step["own"] for step in own], case
 

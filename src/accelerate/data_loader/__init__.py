@@ -13,12 +13,13 @@ from ..runtime.system.lazy import lazy_exports
 if TYPE_CHECKING:
     from .base import DataLoaderAdapter, DataLoaderStateMixin
     from .batches.batch_broadcast import CannotDispatchError, ReadingRankError
-    from .batches.batch_sharding import Round
+    from .batches.batch_sharding import StepSizes
+    from .build import build_loader, logger
     from .dispatch import DataLoaderDispatcher
     from .gathering import gather_for_metrics, gather_items, gather_rows
     from .iterable import IterableDatasetShard
     from .mesh import data_ranks_of_mesh
-    from .plan import DataPlan, Reading, Shuffle, Source, logger, plan_data
+    from .plan import DataPlan, DatasetKind, ReadMode, Shuffle, plan_data
     from .prepare import override_even_batches, prepare_data_loader
     from .sampling.samplers import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler, get_sampler
     from .shard import DataLoaderShard, SkipDataLoader
@@ -34,14 +35,15 @@ __all__ = [
     "DataLoaderStateMixin",
     "DataPlan",
     "IterableDatasetShard",
-    "Reading",
+    "ReadMode",
     "ReadingRankError",
-    "Round",
+    "StepSizes",
     "SeedableRandomSampler",
     "Shuffle",
     "SkipBatchSampler",
     "SkipDataLoader",
-    "Source",
+    "DatasetKind",
+    "build_loader",
     "data_ranks_of_mesh",
     "gather_for_metrics",
     "gather_items",
@@ -58,6 +60,7 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "BatchSamplerShard": "sampling.samplers",
+        "build_loader": "build",
         "CannotDispatchError": "batches.batch_broadcast",
         "data_ranks_of_mesh": "mesh",
         "DataLoaderAdapter": "base",
@@ -70,19 +73,19 @@ __getattr__ = lazy_exports(
         "gather_rows": "gathering",
         "get_sampler": "sampling.samplers",
         "IterableDatasetShard": "iterable",
-        "logger": "plan",
+        "logger": "build",
         "MpDeviceLoaderWrapper": "xla",
         "override_even_batches": "prepare",
         "plan_data": "plan",
         "prepare_data_loader": "prepare",
-        "Reading": "plan",
+        "ReadMode": "plan",
         "ReadingRankError": "batches.batch_broadcast",
-        "Round": "batches.batch_sharding",
+        "StepSizes": "batches.batch_sharding",
         "SeedableRandomSampler": "sampling.samplers",
         "Shuffle": "plan",
         "skip_first_batches": "skip",
         "SkipBatchSampler": "sampling.samplers",
         "SkipDataLoader": "shard",
-        "Source": "plan",
+        "DatasetKind": "plan",
     },
 )

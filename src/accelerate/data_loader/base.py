@@ -18,22 +18,22 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..runtime import devices
 from ..runtime.tensors.pytree import send_to_device
 from ..state import GradientState
-from .batches.batch_sharding import Round
-from .batches.batch_slicing import Cutter
-from .iterable import Counted, IterableDatasetShard, StreamShard, Unmark, is_marked
+from .batches.batch_sharding import StepSizes
+from .batches.batch_slicing import BatchSlicer
+from .iterable import CountedBatch, IterableDatasetShard, StreamShard, StripMarkers, marks_padding
 from .sampling import workers
-from .sampling.order import EpochOrder, GeneratorOrder, IndexStream, SeededOrder, Track
+from .sampling.order import EpochOrder, GeneratorOrder, IterationProgress, LookaheadSampler, SeededOrder
 from .sampling.samplers import (
     BatchSamplerShard,
     SeedableRandomSampler,
     SkipBatchSampler,
-    chain_from,
-    drawn_from,
-    epoch_takers,
     get_sampler,
-    samples_drawn,
+    index_sampler,
+    sampler_chain,
+    samplers_with_epoch,
+    samples_per_epoch,
 )
-from .sampling.seeding import SampleSeeds, seeded
+from .sampling.seeding import SampleSeeds, with_sample_seeds
 
 if TYPE_CHECKING:
     from .plan import DataPlan
@@ -56,15 +56,16 @@ class DataLoaderStateMixin:
             batch (so 0 means that nothing is padded); -1 with ``drop_last`` and where the number is unknown. Iterable
             datasets: -1 until the last batch, then the samples in it over all ranks (-1 where the last batch is full
                 and
-            the loader sharded; the dispatcher knows it then too). **Not** enough to trim by: see `round`.
+            the loader sharded; the dispatcher knows it then too). **Not** enough to trim by: see `step_sizes`.
         round: What the current step of all ranks holds, if that is not "as many rows on each rank, all of them data";
-            else None. The one thing to gather by: ranks ``0 … round.holders - 1`` have a batch at this step, the others
-            have left their loops and must not be waited for; concatenated in rank order, the first ``round.rows`` rows
+            else None. The one thing to gather by: ranks ``0 … step_sizes.active_ranks - 1`` have a
+            batch at this step, the others
+            have left their loops and must not be waited for; concatenated in rank order, the first ``step_sizes.rows`` rows
             are data. `gather_rows` and `gather_items` in `accelerate.data_loader.gathering` do just that.
         short_rows: The number of rows in this rank's current batch, if they are fewer than `full_rows`; else None. A
             value repeated to a full batch (``loss.repeat(batch_size)``) counts as often as the batch has rows.
 
-    When `round` is set, by mode:
+    When `step_sizes` is set, by mode:
 
     - One rank, and ``drop_last`` (full rounds only): never.
     - Sharded, `even_batches`: at the last step, if samples were repeated to fill it. All ranks take as many steps.
@@ -73,13 +74,14 @@ class DataLoaderStateMixin:
       `even_batches` the last step is completed with whole batches from the start.
     - Sharded, ``batch_size=None``, where each item is a batch: at an incomplete last step, counting batches (`whole`).
     - Sharded iterable datasets: as above, but once for each worker, whose streams end one by one.
-    - Sharded iterable datasets whose shards each rank reads by itself: at each step with repeated rows, with `Round.kept`.
+    - Sharded iterable datasets whose shards each rank reads by itself: at each step with repeated rows, with
+      `StepSizes.valid_rows`.
     - Dispatched: at the last step, if rows were repeated, and wherever sizes differ. All ranks take as many steps.
     """
 
     end_of_dataloader: bool = False
     remainder: int = -1
-    round: Round | None = None
+    step_sizes: StepSizes | None = None
     short_rows: int | None = None
 
     @property
@@ -96,7 +98,7 @@ class DataLoaderStateMixin:
         """Forgets where the last loop stood."""
         self.end_of_dataloader = False
         self.remainder = -1
-        self.round = None
+        self.step_sizes = None
         self.short_rows = None
 
     def begin(self) -> None:
@@ -134,7 +136,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     _reseeds: bool = False
     """Whether `synchronized_generator` is the loader's own, to be seeded at the start of each epoch."""
     synchronized_generator: torch.Generator | None = None
-    _noted: Any = None
+    _recorded_position: Any = None
     """The position to save, where it is not that of the underlying loader."""
     _sample_seeds: SampleSeeds | None = None
     """Where samples are read with random states of their own."""
@@ -158,10 +160,10 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         self.skip_batches = skip_batches
         self.iteration = iteration
         self._drop_last = _drop_last
-        self._index_stream: IndexStream | None = None
+        self._lookahead_sampler: LookaheadSampler | None = None
         super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
         # The epoch that each of them showed last; one that shows another since has been set by the user.
-        self._epochs_seen: dict[int, Any] = {id(taker): _epoch_of(taker) for taker in self._epoch_takers()}
+        self._epochs_seen: dict[int, Any] = {id(receiver): _epoch_of(receiver) for receiver in self._epoch_receivers()}
 
     # What it is made of -----------------------------------------------------------------------------------------------
 
@@ -171,7 +173,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         return self
 
     @property
-    def is_stream(self) -> bool:
+    def is_iterable(self) -> bool:
         """Whether the dataset is an iterable one."""
         return isinstance(self.dataset, IterableDataset)
 
@@ -181,10 +183,10 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         if self._plan is not None:
             return self._plan.total_batch_size
         if isinstance(self.dataset, IterableDatasetShard):
-            return self.dataset.stretch
-        if self.is_stream:
+            return self.dataset.global_batch_size
+        if self.is_iterable:
             return self.batch_size
-        for link in chain_from(drawn_from(self)):
+        for link in sampler_chain(index_sampler(self)):
             size: int | None = getattr(link, "batch_size", None)
             if isinstance(link, BatchSamplerShard) and size is not None:
                 return size if link.split_batches else size * link.num_processes
@@ -198,11 +200,11 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         if self._plan is not None:
             return self._plan.batch_size
         total = self.total_batch_size
-        return None if total is None else total // self._parts()
+        return None if total is None else total // self._num_shards()
 
-    def _parts(self) -> int:
+    def _num_shards(self) -> int:
         """Among how many ranks the loader's data are shared."""
-        links: list[Any] = [self.dataset, *chain_from(drawn_from(self))]
+        links: list[Any] = [self.dataset, *sampler_chain(index_sampler(self))]
         shards = (link for link in links if isinstance(link, (IterableDatasetShard, BatchSamplerShard)))
         return next((shard.num_processes for shard in shards), 1)
 
@@ -218,7 +220,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         if isinstance(self.dataset, IterableDatasetShard):
             return max(0, self.dataset.batches() - self.skip_batches)
         length = super().__len__()
-        return max(0, length - self._raw_skips()) if self.is_stream else length
+        return max(0, length - self._batches_to_skip()) if self.is_iterable else length
 
     def get_sampler(self) -> Any:
         """The sampler that chooses the order; None for an iterable dataset."""
@@ -231,7 +233,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             ValueError: where the order does not come from a sampler that can be replaced: an iterable dataset, or a
                 custom batch sampler.
         """
-        *outer, innermost = chain_from(drawn_from(self)) or [None]
+        *outer, innermost = sampler_chain(index_sampler(self)) or [None]
         if outer:
             outer[-1].sampler = sampler
         elif innermost is not None and innermost is self.sampler:
@@ -241,7 +243,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             raise ValueError(f"this loader has no sampler that can be replaced: its order comes from a {kind}.")
         if self.__dict__.get("sampler") is innermost:
             self.__dict__["sampler"] = sampler
-        self._index_stream = None
+        self._lookahead_sampler = None
         if isinstance(sampler, SeedableRandomSampler):
             self.iteration = sampler.epoch
 
@@ -257,29 +259,29 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             epoch: The number of the epoch whose order the next iteration takes, from 0.
         """
         self.iteration = epoch
-        for taker in self._epoch_takers():
-            self._tell(taker, epoch)
+        for receiver in self._epoch_receivers():
+            self._set_epoch_of(receiver, epoch)
 
-    def _epoch_takers(self) -> list[Any]:
+    def _epoch_receivers(self) -> list[Any]:
         dataset = self.dataset.dataset if isinstance(self.dataset, IterableDatasetShard) else self.dataset
-        takers = epoch_takers(drawn_from(self))
-        return [*takers, dataset] if hasattr(dataset, "set_epoch") else takers
+        receivers = samplers_with_epoch(index_sampler(self))
+        return [*receivers, dataset] if hasattr(dataset, "set_epoch") else receivers
 
-    def _tell(self, taker: Any, epoch: int) -> None:
-        taker.set_epoch(epoch)
-        self._epochs_seen[id(taker)] = _epoch_of(taker)
+    def _set_epoch_of(self, receiver: Any, epoch: int) -> None:
+        receiver.set_epoch(epoch)
+        self._epochs_seen[id(receiver)] = _epoch_of(receiver)
 
-    def _tell_iteration(self) -> None:
-        for taker in self._epoch_takers():
-            shown = _epoch_of(taker)
-            ours = isinstance(taker, SeedableRandomSampler)  # counts for itself, and may have got ahead
-            if ours or shown == self._epochs_seen.get(id(taker), shown):
-                self._tell(taker, self.iteration)
-            elif isinstance(taker, StreamShard):
-                taker.set_epoch(shown)  # the user set it on the whole dataset
+    def _begin_epoch(self) -> None:
+        for receiver in self._epoch_receivers():
+            shown = _epoch_of(receiver)
+            ours = isinstance(receiver, SeedableRandomSampler)  # counts for itself, and may have got ahead
+            if ours or shown == self._epochs_seen.get(id(receiver), shown):
+                self._set_epoch_of(receiver, self.iteration)
+            elif isinstance(receiver, StreamShard):
+                receiver.set_epoch(shown)  # the user set it on the whole dataset
 
         if self._sample_seeds is not None:
-            self._sample_seeds.begin(self.iteration, agree=self._all_ranks_read())
+            self._sample_seeds.begin(self.iteration, synchronize=self._all_ranks_read())
 
     def _all_ranks_read(self) -> bool:
         return True
@@ -290,9 +292,9 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             self._origin.iteration = self.iteration  # the full loader goes on with the epoch that comes next
 
     def _expected_remainder(self) -> int:
-        if self._drop_last or self.is_stream or not self.total_batch_size:
+        if self._drop_last or self.is_iterable or not self.total_batch_size:
             return -1
-        samples = samples_drawn(self)
+        samples = samples_per_epoch(self)
         return -1 if samples is None else samples % self.total_batch_size
 
     # Iteration --------------------------------------------------------------------------------------------------------
@@ -300,17 +302,17 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     def _epoch_order(self) -> EpochOrder | None:
         sampler = self.get_sampler()
         if isinstance(sampler, SeedableRandomSampler):
-            return SeededOrder(sampler, self._synchronises_generator())
+            return SeededOrder(sampler, self._synchronizes_generator())
         generator = self.synchronized_generator
-        if generator is None or not (self._reseeds or self._stateful or self._synchronises_generator()):
+        if generator is None or not (self._reseeds or self._stateful or self._synchronizes_generator()):
             return None
-        return GeneratorOrder(generator, self._reseeds, self._synchronises_generator())
+        return GeneratorOrder(generator, self._reseeds, self._synchronizes_generator())
 
-    def _synchronises_generator(self) -> bool:
+    def _synchronizes_generator(self) -> bool:
         """Whether the ranks take over the state of rank 0's generator."""
         return False
 
-    def _read_ahead(self) -> int:
+    def _lookahead(self) -> int:
         """How many batches of indices are drawn ahead."""
         return 1
 
@@ -318,17 +320,17 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     def _index_sampler(self) -> Any:
         # torch's loader asks this for what it draws from.
         sampler = super()._index_sampler
-        if self.is_stream:
+        if self.is_iterable:
             return sampler
-        if self._index_stream is None:
-            if self._raw_skips():
-                sampler = SkipBatchSampler(sampler, self._raw_skips())
-            self._index_stream = IndexStream(
-                sampler, self._epoch_order(), self._read_ahead(), self._stateful, self.full_rows
+        if self._lookahead_sampler is None:
+            if self._batches_to_skip():
+                sampler = SkipBatchSampler(sampler, self._batches_to_skip())
+            self._lookahead_sampler = LookaheadSampler(
+                sampler, self._epoch_order(), self._lookahead(), self._stateful, self.full_rows
             )
-        return self._index_stream
+        return self._lookahead_sampler
 
-    def _raw_skips(self) -> int:
+    def _batches_to_skip(self) -> int:
         """How many batches of the underlying torch loader are left out."""
         return self.skip_batches
 
@@ -336,15 +338,17 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         # What only the iterator is to see.
         dataset, collate_fn, worker_init_fn = self.dataset, self.collate_fn, self.worker_init_fn
         try:
-            if is_marked(dataset):
-                self.collate_fn = Unmark(collate_fn)
+            if marks_padding(dataset):
+                self.collate_fn = StripMarkers(collate_fn)
             if self._sample_seeds is not None:
-                self.__dict__["dataset"] = seeded(dataset, self._sample_seeds)  # torch refuses the plain assignment
+                self.__dict__["dataset"] = with_sample_seeds(
+                    dataset, self._sample_seeds
+                )  # torch refuses the plain assignment
             if self.num_workers:
-                self.worker_init_fn = workers.Outlasting(worker_init_fn)
+                self.worker_init_fn = workers.IgnoreSigterm(worker_init_fn)
             iterator = super()._get_iterator()
             if self.num_workers:
-                workers.note(iterator)
+                workers.track_iterator(iterator)
             return iterator
         finally:
             self.__dict__["dataset"], self.collate_fn, self.worker_init_fn = dataset, collate_fn, worker_init_fn
@@ -355,39 +359,39 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
 
     def _batches(self) -> Iterator[Any]:
         """torch's batches, the state being set before each is handed out."""
-        return self._streamed() if self.is_stream else self._counted()
+        return self._iterable_batches() if self.is_iterable else self._map_style_batches()
 
-    def _counted(self) -> Iterator[Any]:
+    def _map_style_batches(self) -> Iterator[Any]:
         batches = self.torch_iterator()
-        assert self._index_stream is not None
-        track = self._index_stream.track
-        if track.exact and track.total is not None:
+        assert self._lookahead_sampler is not None
+        progress = self._lookahead_sampler.progress
+        if progress.exact and progress.total is not None:
             # No Python code a batch but the first and the last: this is the loop of every run on one process.
-            between = max(0, track.total - 2)
-            first = map(present, islice(batches, min(1, max(0, track.total - 1))))
-            return chain(first, islice(batches, between), self._last(batches))
-        return self._tracked(batches, track)
+            between = max(0, progress.total - 2)
+            first = map(require_batch, islice(batches, min(1, max(0, progress.total - 1))))
+            return chain(first, islice(batches, between), self._last_batch(batches))
+        return self._monitored_batches(batches, progress)
 
-    def _last(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _last_batch(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self.end_of_dataloader = True
-            self._take_rows(batch, self.remainder if self.remainder > 0 else None)
-            yield present(batch)
+            self._update_short_rows(batch, self.remainder if self.remainder > 0 else None)
+            yield require_batch(batch)
 
-    def _tracked(self, batches: Any, track: Track) -> Iterator[Any]:
+    def _monitored_batches(self, batches: Any, progress: IterationProgress) -> Iterator[Any]:
         position = batches._num_yielded  # above 0 for a loader that resumes
-        rounds, short = track.rounds, track.short
+        by_position, short = progress.step_sizes, progress.short
         for batch in batches:
             position += 1
-            if position == track.total:
+            if position == progress.total:
                 self.end_of_dataloader = True
             if short or self.short_rows is not None:
-                self._take_rows(batch, short.pop(position, None))
-            if rounds or self.round is not None:
-                self._take_round(rounds.pop(position, None))
-            yield present(batch)
+                self._update_short_rows(batch, short.pop(position, None))
+            if by_position or self.step_sizes is not None:
+                self._update_step_sizes(by_position.pop(position, None))
+            yield require_batch(batch)
 
-    def _take_rows(self, batch: Any, drawn: int | None) -> None:
+    def _update_short_rows(self, batch: Any, drawn: int | None) -> None:
         """Notes whether this rank's batch is shorter than a full one.
 
         Args:
@@ -396,35 +400,35 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         """
         full, rows = self.full_rows, None
         if full is not None:
-            rows = Cutter().rows(batch)
+            rows = BatchSlicer().rows(batch)
             rows = drawn if rows is None else rows
         self.short_rows = rows if full is not None and rows is not None and rows < full else None
 
-    def _take_round(self, round: Round | None) -> None:
-        self.round = round
-        if round is not None and self.end_of_dataloader and not round.whole:
-            self.remainder = round.rows
+    def _update_step_sizes(self, step_sizes: StepSizes | None) -> None:
+        self.step_sizes = step_sizes
+        if step_sizes is not None and self.end_of_dataloader and not step_sizes.counts_batches:
+            self.remainder = step_sizes.rows
 
-    def _streamed(self) -> Iterator[Any]:
+    def _iterable_batches(self) -> Iterator[Any]:
         several = self.num_workers > 1  # their streams end one by one
-        for batch, last in self._one_ahead(self.torch_iterator()):
+        for batch, last in self._with_lookahead(self.torch_iterator()):
             self.end_of_dataloader = last
-            if type(batch) is Counted:
-                self._take_round(batch.round)
+            if type(batch) is CountedBatch:
+                self._update_step_sizes(batch.step_sizes)
                 batch = batch.batch
-            elif self.round is not None:
-                self._take_round(None)
+            elif self.step_sizes is not None:
+                self._update_step_sizes(None)
             if last or several:
-                self._take_rows(batch, None)
-            yield present(batch)
+                self._update_short_rows(batch, None)
+            yield require_batch(batch)
 
-    def _one_ahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    def _with_lookahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         """Each batch of a stream (the skipped ones left out) with whether it is the last."""
-        for _ in range(self._raw_skips()):
+        for _ in range(self._batches_to_skip()):
             next(batches, None)
         current = next(batches, _END)
         while current is not _END:
-            self._note_position()
+            self._record_position()
             failure: Exception | None = None
             upcoming: Any = _END
             try:
@@ -435,16 +439,16 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             if failure is not None:
                 raise failure
             current = upcoming
-        self._note_position()
+        self._record_position()
 
-    def _note_position(self) -> None:
+    def _record_position(self) -> None:
         """Called before a stream is read ahead: the position to save is the one without that."""
 
     # Copies -----------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # Iterators, with their worker processes, stay here. A track belongs to an iterator.
-        return {**self.__dict__, "_iterator": None, "_index_stream": None, "_epochs_seen": {}}
+        return {**self.__dict__, "_iterator": None, "_lookahead_sampler": None, "_epochs_seen": {}}
 
     def adjust_state_dict_for_prefetch(self) -> None:
         """Kept for callers of the documented interface: the position is noted before anything is read ahead."""
@@ -458,11 +462,11 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         raise TypeError(_NOT_STATEFUL)
 
 
-def _epoch_of(taker: Any) -> Any:
-    return getattr(taker, "epoch", None)
+def _epoch_of(receiver: Any) -> Any:
+    return getattr(receiver, "epoch", None)
 
 
-def present(batch: Any) -> Any:
+def require_batch(batch: Any) -> Any:
     """The batch, which must be one: None would only be noticed in the model, far from where it came from."""
     if batch is None:
         raise ValueError(
@@ -508,7 +512,7 @@ def _only_cpu() -> bool:
     return not any(kind.name != "cpu" and kind.is_available() for kind in devices.DEVICES.values())
 
 
-def mover(device: torch.device | None, non_blocking: bool) -> Callable[[Any], Any] | None:
+def make_transfer_fn(device: torch.device | None, non_blocking: bool) -> Callable[[Any], Any] | None:
     """What brings a batch to a device; None where it need not (no device, or nothing but the CPU on this machine)."""
     if device is None or (device.type == "cpu" and _only_cpu()):
         return None

@@ -16,14 +16,14 @@ from ..runtime.collective_backend import Collectives, TorchCollectives
 from ..runtime.cpu_groups import cpu_group
 from ..runtime.world import DataRanks
 from ..state import PartialState
-from .base import DataLoaderAdapter, mover
+from .base import DataLoaderAdapter, make_transfer_fn
 from .mesh import data_ranks_of_mesh
 
 if TYPE_CHECKING:
-    from .batches.batch_broadcast import Channel, Step
+    from .batches.batch_broadcast import BatchBroadcaster, DispatchedStep
 
 
-_READING_LIMIT = datetime.timedelta(hours=2)
+_READ_TIMEOUT = datetime.timedelta(hours=2)
 """How long ranks with devices wait for rank 0 to read a batch; a rank that died is noticed at once."""
 
 
@@ -74,7 +74,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         self.torch_device_mesh = torch_device_mesh
         self._non_blocking = _non_blocking
         self._device: torch.device | None = None
-        self._channel: Channel | None = None
+        self._broadcaster: BatchBroadcaster | None = None
         super().__init__(
             dataset,
             use_stateful_dataloader=use_stateful_dataloader,
@@ -105,76 +105,76 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         return size if self.split_batches or size is None or self._plan is not None else size * self.ranks.count
 
     def __len__(self) -> int:
-        batches, step = super().__len__(), self._batches_a_step()
+        batches, step = super().__len__(), self._batches_per_step()
         return batches // step if self._drop_last else -(-batches // step)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.begin()
         try:
-            self._tell_iteration()
-            move = mover(self.state.device if self._device is None else self._device, self._non_blocking)
+            self._begin_epoch()
+            move = make_transfer_fn(self.state.device if self._device is None else self._device, self._non_blocking)
             for step in self._steps(world.current().collectives):
-                self.round = step.round
+                self.step_sizes = step.step_sizes
                 self.end_of_dataloader = step.last
                 if step.last and step.rows is not None:
                     self.remainder = step.rows
-                self._take_rows(step.batch, None)
+                self._update_short_rows(step.batch, None)
                 yield step.batch if move is None else move(step.batch)
             self._finish_epoch()
         finally:
             self.end()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_channel": None}
+        return {**super().__getstate__(), "_broadcaster": None}
 
     def _expected_remainder(self) -> int:
         return -1
 
-    def _parts(self) -> int:
+    def _num_shards(self) -> int:
         return self.ranks.count
 
-    def _batches_a_step(self) -> int:
+    def _batches_per_step(self) -> int:
         return 1 if self.split_batches else self.ranks.count
 
     def _all_ranks_read(self) -> bool:
         return False
 
-    def _raw_skips(self) -> int:
-        return self.skip_batches * self._batches_a_step()
+    def _batches_to_skip(self) -> int:
+        return self.skip_batches * self._batches_per_step()
 
-    def _read_ahead(self) -> int:
+    def _lookahead(self) -> int:
         # With drop_last a step is the last one if the batches left do not make another.
-        return self._batches_a_step() if self._drop_last else 1
+        return self._batches_per_step() if self._drop_last else 1
 
     # Every rank -------------------------------------------------------------------------------------------------------
 
-    def _steps(self, collectives: Collectives) -> Iterator[Step]:
+    def _steps(self, collectives: Collectives) -> Iterator[DispatchedStep]:
         if collectives.size == 1:
-            yield from self._deal(None)
+            yield from self._read_and_send(None)
             return
-        if self._channel is None or self._channel.collectives is not collectives:
-            from .batches.batch_broadcast import Channel  # here: most runs dispatch nothing
+        if self._broadcaster is None or self._broadcaster.collectives is not collectives:
+            from .batches.batch_broadcast import BatchBroadcaster  # here: most runs dispatch nothing
 
-            self._channel = Channel(collectives, words=words_of(collectives))
+            self._broadcaster = BatchBroadcaster(collectives, host_collectives=select_host_collectives(collectives))
         if collectives.rank == 0:
-            yield from self._deal(self._channel)
+            yield from self._read_and_send(self._broadcaster)
         else:
-            yield from self._receive(self._channel)
+            yield from self._receive(self._broadcaster)
 
-    def _receive(self, channel: Channel) -> Iterator[Step]:
+    def _receive(self, broadcaster: BatchBroadcaster) -> Iterator[DispatchedStep]:
         index = self.ranks.index
-        while (step := channel.receive(index)) is not None:
+        while (step := broadcaster.receive(index)) is not None:
             yield step
             if step.last:
                 return
 
     # Rank 0 -----------------------------------------------------------------------------------------------------------
 
-    def _deal(self, channel: Channel | None) -> Iterator[Step]:
-        from .batches.batch_broadcast import Step
-        from .batches.batch_slicing import Cutter
+    def _read_and_send(self, broadcaster: BatchBroadcaster | None) -> Iterator[DispatchedStep]:
+        from .batches.batch_broadcast import DispatchedStep
+        from .batches.batch_slicing import BatchSlicer
 
-        ranks, cutter = self.ranks, Cutter(self.slice_fn)
+        ranks, slicer = self.ranks, BatchSlicer(self.slice_fn)
         groups = self._groups()
         start: list[Any] | None = None
         while True:
@@ -184,48 +184,48 @@ class DataLoaderDispatcher(DataLoaderAdapter):
                     break
                 _check_batches(group)
                 if ranks.count == 1:
-                    parts, rows, round = group, cutter.rows(group[0]) if last else None, None
+                    parts, rows, step_sizes = group, slicer.rows(group[0]) if last else None, None
                 else:
-                    parts, rows, round = cutter.deal(group, ranks.count, start or [], self.split_batches)
+                    parts, rows, step_sizes = slicer.shard(group, ranks.count, start or [], self.split_batches)
                 if start is None and ranks.count > 1:
-                    start = cutter.copy_rows(group, ranks.count)
-                message = None if channel is None else channel.pack(parts, rows, round, last)
+                    start = slicer.clone_rows(group, ranks.count)
+                message = None if broadcaster is None else broadcaster.pack(parts, rows, step_sizes, last)
             except Exception as error:
-                if channel is not None:
-                    channel.send_error(error)
+                if broadcaster is not None:
+                    broadcaster.send_error(error)
                 raise
-            if channel is not None and message is not None:
-                channel.post(message)
-            yield Step(parts[ranks.index], rows, round, last)
+            if broadcaster is not None and message is not None:
+                broadcaster.send(message)
+            yield DispatchedStep(parts[ranks.index], rows, step_sizes, last)
             if last:
                 next(groups, None)
                 return
-        if channel is not None:
-            channel.send_end()
+        if broadcaster is not None:
+            broadcaster.send_end()
 
     def _groups(self) -> Iterator[tuple[list[Any], bool]]:
         """The batches of each step, with whether it is the last."""
-        return self._streamed_groups() if self.is_stream else self._counted_groups()
+        return self._iterable_groups() if self.is_iterable else self._map_style_groups()
 
-    def _counted_groups(self) -> Iterator[tuple[list[Any], bool]]:
+    def _map_style_groups(self) -> Iterator[tuple[list[Any], bool]]:
         batches = self.torch_iterator()
-        assert self._index_stream is not None
-        track = self._index_stream.track
+        assert self._lookahead_sampler is not None
+        progress = self._lookahead_sampler.progress
         position = batches._num_yielded
-        step = self._batches_a_step()
+        step = self._batches_per_step()
         while group := list(islice(batches, step)):
             position += len(group)
             if self._drop_last and len(group) < step:
                 return
-            left = None if track.total is None else track.total - position  # None: more than are drawn ahead
+            left = None if progress.total is None else progress.total - position  # None: more than are drawn ahead
             last = left is not None and left < (step if self._drop_last else 1)
             yield group, last
             if last and left:
                 return
 
-    def _streamed_groups(self) -> Iterator[tuple[list[Any], bool]]:
+    def _iterable_groups(self) -> Iterator[tuple[list[Any], bool]]:
         batches = self.torch_iterator()
-        step, ahead = self._batches_a_step(), self._read_ahead()
+        step, ahead = self._batches_per_step(), self._lookahead()
         waiting: deque[Any] = deque()
         ended, failure = False, None
 
@@ -239,7 +239,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
                 except Exception as error:  # noqa: BLE001 - raised at the step that needs this batch
                     failure = error
 
-        for _ in range(self._raw_skips()):
+        for _ in range(self._batches_to_skip()):
             next(batches, None)
         read(step)
         while waiting or failure is not None:
@@ -247,15 +247,15 @@ class DataLoaderDispatcher(DataLoaderAdapter):
                 raise failure
             if self._drop_last and len(waiting) < step:
                 return
-            self._note_position()  # what has been read is what this step takes
+            self._record_position()  # what has been read is what this step takes
             read(step + ahead)
             group = [waiting.popleft() for _ in range(min(step, len(waiting)))]
             yield group, ended and len(waiting) < (step if self._drop_last else 1)
             read(step)
-        self._note_position()
+        self._record_position()
 
 
-def words_of(collectives: Collectives) -> Collectives | None:
+def select_host_collectives(collectives: Collectives) -> Collectives | None:
     """Returns what carries headers in memory of the host, for ranks whose tensors travel between devices; else None.
 
     To read a header on a device is to wait for all that the device has been given to do.
@@ -264,8 +264,8 @@ def words_of(collectives: Collectives) -> Collectives | None:
         return None
     if "cpu" in dist.get_backend_config(collectives.group):
         return TorchCollectives(torch.device("cpu"), collectives.group)
-    words = cpu_group("dispatched batches", _READING_LIMIT)
-    return words if words.device.type == "cpu" else None
+    host_collectives = cpu_group("dispatched batches", _READ_TIMEOUT)
+    return host_collectives if host_collectives.device.type == "cpu" else None
 
 
 def _check_batches(batches: list[Any]) -> None:

@@ -1,6 +1,6 @@
 """What the ranks hold at one step of a prepared loader, gathered: each sample once, in the order of the data.
 
-The counterpart of `DataLoaderStateMixin`: everything here goes by the `Round` of the step. `gather_for_metrics` is what
+The counterpart of `DataLoaderStateMixin`: everything here goes by the `StepSizes` of the step. `gather_for_metrics` is what
 `Accelerator` calls; `gather_rows` and `gather_items` are its two halves, for tensors and for objects.
 """
 
@@ -22,26 +22,26 @@ from ..runtime.tensors.pytree import holds_only_tensors, honor_type, map_tensors
 from ..runtime.world import DataRanks
 from ..state import GradientState
 from .base import DataLoaderAdapter, DataLoaderStateMixin
-from .batches.batch_sharding import Round
+from .batches.batch_sharding import StepSizes
 from .batches.batch_slicing import like_mapping
 
 # Groups of the first ranks of others, made when first needed; they end with the group they are part of.
 _groups: weakref.WeakKeyDictionary[Collectives, dict[int, Collectives]] = weakref.WeakKeyDictionary()
 
 
-def holders(round: Round | None, collectives: Collectives) -> Collectives:
+def active_ranks(step_sizes: StepSizes | None, collectives: Collectives) -> Collectives:
     """The collectives of the ranks that have a batch at this step. Only these ranks may call this.
 
     Args:
-        round: The step's `Round`; None: all ranks have a batch.
+        round: The step's `StepSizes`; None: all ranks have a batch.
         collectives: Those of all ranks that share out the data, in the order of their parts.
     """
-    if round is None or round.holders == collectives.size:
+    if step_sizes is None or step_sizes.active_ranks == collectives.size:
         return collectives
     known = _groups.setdefault(collectives, {})
-    if round.holders not in known:
-        known[round.holders] = _first_ranks(collectives, round.holders)
-    return known[round.holders]
+    if step_sizes.active_ranks not in known:
+        known[step_sizes.active_ranks] = _first_ranks(collectives, step_sizes.active_ranks)
+    return known[step_sizes.active_ranks]
 
 
 def _first_ranks(collectives: Collectives, count: int) -> Collectives:
@@ -58,33 +58,33 @@ def _first_ranks(collectives: Collectives, count: int) -> Collectives:
     return TorchCollectives(collectives.device, group)
 
 
-def gather_rows(tensor: torch.Tensor, round: Round | None, collectives: Collectives) -> torch.Tensor:
+def gather_rows(tensor: torch.Tensor, step_sizes: StepSizes | None, collectives: Collectives) -> torch.Tensor:
     """The rows of all ranks' tensors that are data.
 
     Args:
         tensor: This rank's, a row for each of its samples (a scalar counts as one row); other dimensions agree.
-        round: The step's `Round`: ``loader.round``.
+        round: The step's `StepSizes`: ``loader.step_sizes``.
         collectives: Those of the ranks that share out the data.
 
     Returns:
         Rows in rank order, which is the order of the data; on every rank that has a batch at this step.
     """
-    if round is None:
+    if step_sizes is None:
         return collectives.all_gather(tensor)
-    members = holders(round, collectives)
-    if not round.ragged:
+    members = active_ranks(step_sizes, collectives)
+    if not step_sizes.ragged:
         gathered = members.all_gather(tensor)
-        if round.kept is not None:
+        if step_sizes.valid_rows is not None:
             held = len(gathered) // members.size
             return torch.cat(
-                [part[:rows] for part, rows in zip(gathered.split(max(1, held)), round.kept, strict=False)]
+                [part[:rows] for part, rows in zip(gathered.split(max(1, held)), step_sizes.valid_rows, strict=False)]
             )
-        return gathered[: round.rows] if round.padded else gathered
+        return gathered[: step_sizes.rows] if step_sizes.padded else gathered
     parts = _gather_ragged(tensor, members)
-    if round.whole:
-        return torch.cat(parts[: round.rows])
+    if step_sizes.counts_batches:
+        return torch.cat(parts[: step_sizes.rows])
     gathered = torch.cat(parts)
-    return gathered[: round.rows] if round.padded else gathered
+    return gathered[: step_sizes.rows] if step_sizes.padded else gathered
 
 
 def _gather_ragged(tensor: torch.Tensor, members: Collectives) -> list[torch.Tensor]:
@@ -98,21 +98,25 @@ def _gather_ragged(tensor: torch.Tensor, members: Collectives) -> list[torch.Ten
     return [gathered[rank * most : rank * most + count] for rank, count in enumerate(rows)]
 
 
-def gather_items(items: Sequence[Any], round: Round | None, collectives: Collectives) -> list[Any]:
+def gather_items(items: Sequence[Any], step_sizes: StepSizes | None, collectives: Collectives) -> list[Any]:
     """The items of all ranks' lists that belong to data.
 
     Args:
         items: This rank's, one for each of its samples. They are pickled.
-        round: The step's `Round`: ``loader.round``.
+        round: The step's `StepSizes`: ``loader.step_sizes``.
         collectives: Those of the ranks that share out the data.
     """
-    parts = holders(round, collectives).all_gather_object(list(items))
-    if round is not None and round.whole:
-        parts = parts[: round.rows]
-    elif round is not None and round.kept is not None:
-        parts = [part[:rows] for part, rows in zip(parts, round.kept, strict=True)]
+    parts = active_ranks(step_sizes, collectives).all_gather_object(list(items))
+    if step_sizes is not None and step_sizes.counts_batches:
+        parts = parts[: step_sizes.rows]
+    elif step_sizes is not None and step_sizes.valid_rows is not None:
+        parts = [part[:rows] for part, rows in zip(parts, step_sizes.valid_rows, strict=True)]
     gathered = [item for part in parts for item in part]
-    return gathered[: round.rows] if round is not None and round.padded and not round.whole else gathered
+    return (
+        gathered[: step_sizes.rows]
+        if step_sizes is not None and step_sizes.padded and not step_sizes.counts_batches
+        else gathered
+    )
 
 
 def gather_for_metrics(
@@ -146,41 +150,41 @@ def gather_for_metrics(
     loader = gradient_state.active_dataloader
     comm = _collectives_of(loader, data_ranks)
     ours = loader if isinstance(loader, DataLoaderStateMixin) else None
-    round = None if ours is None else ours.round
+    step_sizes = None if ours is None else ours.step_sizes
     short, full = (None, None) if ours is None else (ours.short_rows, ours.full_rows)
-    rest = _rest(loader)
+    rest = _foreign_remainder(loader)
     if use_gather_object or not holds_only_tensors(input_data):
-        join = _ObjectJoin(round, rest, concatenate=not use_gather_object)
-        return _gathered_objects(_Part(input_data, short, full), comm, join)
+        gather = _ObjectGather(step_sizes, rest, concatenate=not use_gather_object)
+        return _gathered_objects(_RankObjects(input_data, short, full), comm, gather)
     if short is not None:
-        input_data = recursively_apply(_cut, input_data, short, full)
-    if round is None and comm is world.current().collectives:
+        input_data = recursively_apply(_trim_column, input_data, short, full)
+    if step_sizes is None and comm is world.current().collectives:
         gathered = operations.gather(input_data)  # compares shapes in debug mode
     else:
-        gathered = map_tensors("gather_for_metrics", _rows, input_data, round, comm)
+        gathered = map_tensors("gather_for_metrics", _gather_tensor, input_data, step_sizes, comm)
     return gathered if rest is None else recursively_apply(lambda tensor: tensor[:rest], gathered)
 
 
-def _rows(tensor: torch.Tensor, round: Round | None, comm: Collectives) -> torch.Tensor:
+def _gather_tensor(tensor: torch.Tensor, step_sizes: StepSizes | None, comm: Collectives) -> torch.Tensor:
     if tensor.device == comm.device:
-        return gather_rows(tensor, round, comm)
-    return gather_rows(tensor.to(comm.device), round, comm).to(tensor.device)
+        return gather_rows(tensor, step_sizes, comm)
+    return gather_rows(tensor.to(comm.device), step_sizes, comm).to(tensor.device)
 
 
-def _cut(column: Any, short: int | None, full: int | None) -> Any:
+def _trim_column(column: Any, short: int | None, full: int | None) -> Any:
     """A tensor or list; with the rows of a short batch, if it has as many as a full one."""
     cuts = short is not None and _is_column(column) and len(column) == full
     return column[:short] if cuts else column
 
 
-class _Part(NamedTuple):
+class _RankObjects(NamedTuple):
     """One rank's objects, with its batch's `short_rows` and `full_rows`."""
 
     data: Any
     short: int | None
     full: int | None
 
-    def member(self, key: Any) -> _Part:
+    def member(self, key: Any) -> _RankObjects:
         return self._replace(data=self.data[key])
 
     def counts_samples(self, column: Any) -> bool:
@@ -188,15 +192,15 @@ class _Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _ObjectJoin:
+class _ObjectGather:
     """Joins the ranks' objects: member by member where members hold the samples, else item by item."""
 
-    round: Round | None
+    step_sizes: StepSizes | None
     rest: int | None
     concatenate: bool
     """Make tensors one tensor, and not a list of rows."""
 
-    def join(self, parts: list[_Part], own: Any) -> Any:
+    def join(self, parts: list[_RankObjects], own: Any) -> Any:
         """All ranks' objects; `own` is this rank's."""
         if isinstance(own, Mapping):
             return like_mapping(own, {key: self.join([part.member(key) for part in parts], own[key]) for key in own})
@@ -205,15 +209,15 @@ class _ObjectJoin:
             return honor_type(own, members)
         return self._joined_items(parts, own) if _is_column(own) else own
 
-    def _joined_items(self, parts: list[_Part], own: Any) -> Any:
-        columns = [_cut(*part) for part in parts]
+    def _joined_items(self, parts: list[_RankObjects], own: Any) -> Any:
+        columns = [_trim_column(*part) for part in parts]
         end = self.rest
-        if self.round is not None and self.round.whole:
-            columns = columns[: self.round.rows]
-        elif self.round is not None and self.round.kept is not None:
-            columns = [column[:rows] for column, rows in zip(columns, self.round.kept, strict=True)]
-        elif self.round is not None and self.round.padded:
-            end = self.round.rows
+        if self.step_sizes is not None and self.step_sizes.counts_batches:
+            columns = columns[: self.step_sizes.rows]
+        elif self.step_sizes is not None and self.step_sizes.valid_rows is not None:
+            columns = [column[:rows] for column, rows in zip(columns, self.step_sizes.valid_rows, strict=True)]
+        elif self.step_sizes is not None and self.step_sizes.padded:
+            end = self.step_sizes.rows
         if len(parts) == 1:
             return columns[0] if end is None else columns[0][:end]
         if self.concatenate and isinstance(own, torch.Tensor):
@@ -221,7 +225,7 @@ class _ObjectJoin:
         return [item for column in columns for item in column][:end]
 
 
-def _gathered_objects(own: _Part, comm: Collectives, how: _ObjectJoin) -> Any:
+def _gathered_objects(own: _RankObjects, comm: Collectives, how: _ObjectGather) -> Any:
     data = own.data
     if comm.size == 1:
         return data if own.short is None and how.rest is None else how.join([own], data)
@@ -233,7 +237,7 @@ def _gathered_objects(own: _Part, comm: Collectives, how: _ObjectJoin) -> Any:
         )
     if not isinstance(data, Mapping) and not _is_column(data):
         data = list(data)
-    return how.join(holders(how.round, comm).all_gather_object(own._replace(data=data)), data)
+    return how.join(active_ranks(how.step_sizes, comm).all_gather_object(own._replace(data=data)), data)
 
 
 def _is_column(data: Any) -> bool:
@@ -244,7 +248,7 @@ def _is_member(data: Any) -> bool:
     return _is_column(data) or isinstance(data, Mapping)
 
 
-def _has_members(part: _Part) -> bool:
+def _has_members(part: _RankObjects) -> bool:
     """Whether the members of a list or tuple, and not its items, hold something for each sample."""
     data = part.data
     if not isinstance(data, (list, tuple)) or not data or not all(map(_is_member, data)):
@@ -263,8 +267,8 @@ def _has_members(part: _Part) -> bool:
     return complete and any(tensors)
 
 
-def _rest(loader: Any) -> int | None:
-    """What to trim by for a loader of another library that has registered with `GradientState`: it has no `round`."""
+def _foreign_remainder(loader: Any) -> int | None:
+    """What to trim by for a loader of another library that has registered with `GradientState`: it has no `step_sizes`."""
     if loader is None or isinstance(loader, DataLoaderStateMixin):
         return None
     ends = getattr(loader, "end_of_dataloader", False) and getattr(loader, "remainder", -1) > 0
@@ -283,7 +287,7 @@ def _collectives_of(loader: Any, data_ranks: Callable[[], DataRanks] | None) -> 
         ranks = data_ranks()
     if ranks.count == 1:
         return Collectives(everyone.device)
-    return everyone if ranks.group is None else _of_group(ranks.group, everyone)
+    return everyone if ranks.group is None else _group_collectives(ranks.group, everyone)
 
 
 _by_group: weakref.WeakKeyDictionary[Any, Collectives] = weakref.WeakKeyDictionary()
@@ -291,7 +295,7 @@ world.when_leaving(_by_group.clear)
 world.when_leaving(_groups.clear)
 
 
-def _of_group(group: Any, everyone: Collectives) -> Collectives:
+def _group_collectives(group: Any, everyone: Collectives) -> Collectives:
     if group not in _by_group:
         _by_group[group] = TorchCollectives(everyone.device, group)
     return _by_group[group]

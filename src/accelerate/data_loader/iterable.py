@@ -2,7 +2,8 @@
 
 `IterableDatasetShard`: every rank reads the whole stream and keeps its own samples, so all ranks know where it ends; only
 the last round can be padded. `StreamShard`: every rank reads shards of its own and pads its own last batch. The first
-sample of a padded batch carries its `Round` through torch's fetching and collating (`Marked`, `Unmark`, `Counted`).
+sample of a padded batch carries its `StepSizes` through torch's fetching and collating (`PaddingMarker`,
+`StripMarkers`, `CountedBatch`).
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from torch.utils.data import IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from ..runtime.world import DataRanks
-from .batches.batch_sharding import Round, describe, fill
+from .batches.batch_sharding import StepSizes, irregular_sizes, pad_cyclic
 from .sampling.samplers import check_split
 
 
 @dataclass
-class Marked:
+class PaddingMarker:
     """The first sample of a rank's part of a round that is not a plain one."""
 
     sample: Any
-    round: Round
+    step_sizes: StepSizes
 
 
 @dataclass
-class Counted:
-    """A collated batch and the `Round` it belongs to."""
+class CountedBatch:
+    """A collated batch and the `StepSizes` it belongs to."""
 
     batch: Any
-    round: Round
+    step_sizes: StepSizes
 
-    def pin_memory(self) -> Counted:
+    def pin_memory(self) -> CountedBatch:
         """torch calls this for a class it does not know."""
-        return Counted(pin_memory(self.batch), self.round)
+        return CountedBatch(pin_memory(self.batch), self.step_sizes)
 
 
-class Unmark:
+class StripMarkers:
     """A collate function around the user's: takes the mark off the samples and puts it on the batch."""
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
@@ -48,10 +49,10 @@ class Unmark:
 
     def __call__(self, samples: Any) -> Any:
         first = samples[0] if type(samples) is list and samples else samples
-        if type(first) is not Marked:
+        if type(first) is not PaddingMarker:
             return self.collate_fn(samples)
         unmarked = [first.sample, *samples[1:]] if first is not samples else first.sample
-        return Counted(self.collate_fn(unmarked), first.round)
+        return CountedBatch(self.collate_fn(unmarked), first.step_sizes)
 
 
 class IterableDatasetShard(IterableDataset):
@@ -98,17 +99,17 @@ class IterableDatasetShard(IterableDataset):
         self.even_batches = even_batches
         self.epoch = 0
         self.items_are_batches = False
-        self.marks_rounds = False
+        self.marks_padding = False
 
     @property
-    def stretch(self) -> int:
+    def global_batch_size(self) -> int:
         """Samples that all ranks together take at one step."""
         return self.batch_size if self.split_batches else self.batch_size * self.num_processes
 
     @property
-    def share(self) -> int:
+    def rows_per_rank(self) -> int:
         """Samples that one rank takes of a full stretch."""
-        return self.stretch // self.num_processes
+        return self.global_batch_size // self.num_processes
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to the dataset."""
@@ -117,8 +118,8 @@ class IterableDatasetShard(IterableDataset):
             self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.dataset), self.stretch)
-        return full * self.share + (0 if self.drop_last else self._part_of(rest))
+        full, rest = divmod(len(self.dataset), self.global_batch_size)
+        return full * self.rows_per_rank + (0 if self.drop_last else self._rows_of_last(rest))
 
     def batches(self) -> int:
         """Number of batches this rank gets.
@@ -126,42 +127,44 @@ class IterableDatasetShard(IterableDataset):
         Raises:
             TypeError: when the dataset has no length.
         """
-        return -(-len(self) // self.share)
+        return -(-len(self) // self.rows_per_rank)
 
-    def _part_of(self, rest: int) -> int:
+    def _rows_of_last(self, rest: int) -> int:
         """This rank's samples of an incomplete stretch."""
         if self.even_batches:
-            return self.share if rest else 0
-        return min(self.share, max(0, rest - self.process_index * self.share))
+            return self.rows_per_rank if rest else 0
+        return min(self.rows_per_rank, max(0, rest - self.process_index * self.rows_per_rank))
 
     def __iter__(self) -> Iterator[Any]:
-        start = self.process_index * self.share
-        for stretch, round in self._stretches():
-            mine = stretch[start : start + self.share]
-            if round is not None and self.marks_rounds and mine:
-                mine[0] = Marked(mine[0], round)
+        start = self.process_index * self.rows_per_rank
+        for global_batch, step_sizes in self._global_batches():
+            mine = global_batch[start : start + self.rows_per_rank]
+            if step_sizes is not None and self.marks_padding and mine:
+                mine[0] = PaddingMarker(mine[0], step_sizes)
             yield from mine
 
-    def _stretches(self) -> Iterator[tuple[list[Any], Round | None]]:
+    def _global_batches(self) -> Iterator[tuple[list[Any], StepSizes | None]]:
         start: list[Any] = []
-        stretch: list[Any] = []
+        global_batch: list[Any] = []
         for sample in self.dataset:
-            stretch.append(sample)
-            if len(stretch) == self.stretch:
-                start = start or stretch
-                yield list(stretch), None
-                stretch = []
-        if stretch and not self.drop_last:
-            rows = len(stretch)
+            global_batch.append(sample)
+            if len(global_batch) == self.global_batch_size:
+                start = start or global_batch
+                yield list(global_batch), None
+                global_batch = []
+        if global_batch and not self.drop_last:
+            rows = len(global_batch)
             if self.even_batches:
-                stretch = fill(stretch, start or stretch, self.stretch)
-            yield list(stretch), self._round(len(stretch), rows)
+                global_batch = pad_cyclic(global_batch, start or global_batch, self.global_batch_size)
+            yield list(global_batch), self._step_sizes(len(global_batch), rows)
 
-    def _round(self, held: int, rows: int) -> Round | None:
-        sizes = [min(self.share, max(0, held - rank * self.share)) for rank in range(self.num_processes)]
+    def _step_sizes(self, held: int, rows: int) -> StepSizes | None:
+        sizes = [
+            min(self.rows_per_rank, max(0, held - rank * self.rows_per_rank)) for rank in range(self.num_processes)
+        ]
         if self.items_are_batches:
-            return Round(tuple(sizes), rows, whole=True)
-        return describe(sizes, rows)
+            return StepSizes(tuple(sizes), rows, counts_batches=True)
+        return irregular_sizes(sizes, rows)
 
     def __getattr__(self, name: str) -> Any:
         # torchdata saves and restores a dataset that has these two. A step ends with its stretch read and nothing
@@ -183,7 +186,7 @@ class StreamShard(IterableDataset):
     def __init__(self, dataset: Any, batch_size: int, ranks: DataRanks) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
-        self.part = dataset.shard(num_shards=ranks.count, index=ranks.index)
+        self.shard = dataset.shard(num_shards=ranks.count, index=ranks.index)
 
     @property
     def epoch(self) -> Any:
@@ -192,29 +195,29 @@ class StreamShard(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to the dataset and to this rank's shards of it."""
-        for dataset in (self.dataset, self.part):
+        for dataset in (self.dataset, self.shard):
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        samples = iter(self.part)
+        samples = iter(self.shard)
         start: list[Any] = []
         while batch := list(islice(samples, self.batch_size)):
             start = start or batch
             rows = len(batch)
             if rows < self.batch_size:
-                batch = fill(batch, start, self.batch_size)
-                batch[0] = Marked(batch[0], Round((self.batch_size,), rows))
+                batch = pad_cyclic(batch, start, self.batch_size)
+                batch[0] = PaddingMarker(batch[0], StepSizes((self.batch_size,), rows))
             yield from batch
 
     def __getattr__(self, name: str) -> Any:
         # torchdata saves and restores a dataset that has these two. A batch ends with its samples read and nothing
         # beyond, so the position in the shards is this one's.
-        if name in ("state_dict", "load_state_dict") and "part" in self.__dict__:
-            return getattr(self.part, name)
+        if name in ("state_dict", "load_state_dict") and "shard" in self.__dict__:
+            return getattr(self.shard, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
-def is_marked(dataset: Any) -> bool:
-    """Whether batches of this dataset may come as `Counted`."""
-    return isinstance(dataset, StreamShard) or (isinstance(dataset, IterableDatasetShard) and dataset.marks_rounds)
+def marks_padding(dataset: Any) -> bool:
+    """Whether batches of this dataset may come as `CountedBatch`."""
+    return isinstance(dataset, StreamShard) or (isinstance(dataset, IterableDatasetShard) and dataset.marks_padding)

@@ -37,9 +37,9 @@ def data_ranks_of_mesh(mesh: Any) -> DataRanks:
             place = names.index(dimension)
             size = mesh.size(place)
             index, count = index * size + coordinate[place], count * size
-    present = tuple(name for name in DATA_DIMENSIONS if name in names)
+    require_batch = tuple(name for name in DATA_DIMENSIONS if name in names)
     if count in (1, mesh.size()):
         return DataRanks(index, count)
     # Every rank of the mesh comes by here, so that the group of two dimensions can be made.
-    group = mesh.get_group(present[0]) if len(present) == 1 else mesh[present]._flatten().get_group()
+    group = mesh.get_group(require_batch[0]) if len(require_batch) == 1 else mesh[require_batch]._flatten().get_group()
     return DataRanks(index, count, group)

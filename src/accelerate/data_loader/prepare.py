@@ -14,13 +14,14 @@ from ..settings.enums import RNGType
 from ..settings.handlers import DataLoaderConfiguration
 from ..state import PartialState
 from .base import DataLoaderAdapter
+from .build import build_loader, logger
 from .dispatch import DataLoaderDispatcher
 from .iterable import IterableDatasetShard
 from .mesh import data_ranks_of_mesh
-from .plan import Reading, logger, plan_data
-from .sampling.samplers import BatchSamplerShard, SamplerShard, chain_from, drawn_from
+from .plan import ReadMode, plan_data
+from .sampling.samplers import BatchSamplerShard, SamplerShard, index_sampler, sampler_chain
 from .shard import DataLoaderShard
-from .stream_shards import can_agree
+from .stream_shards import supports_lockstep
 
 _T = TypeVar("_T")
 
@@ -101,9 +102,9 @@ def prepare_data_loader(
         put_on_device=put_on_device,
         rng_types=rng_types,
         slice_fn=slice_fn_for_dispatch,
-        can_agree=can_agree(ranks),
+        lockstep=supports_lockstep(ranks),
     )
-    return plan.build(device, torch_device_mesh)
+    return build_loader(plan, device, torch_device_mesh)
 
 
 @contextmanager
@@ -117,11 +118,11 @@ def override_even_batches(loaders: Iterable[Any], even_batches: bool | None) -> 
     changed: list[tuple[Any, bool]] = []
     for loader in loaders if even_batches is not None else ():
         parts: list[Any] = [
-            link for link in chain_from(drawn_from(loader)) if isinstance(link, (BatchSamplerShard, SamplerShard))
+            link for link in sampler_chain(index_sampler(loader)) if isinstance(link, (BatchSamplerShard, SamplerShard))
         ]
         if isinstance(loader.dataset, IterableDatasetShard) and loader.num_workers < 2:
             parts.append(loader.dataset)
-        if not parts and loader._plan is not None and loader._plan.reading is not Reading.WHOLE:
+        if not parts and loader._plan is not None and loader._plan.read_mode is not ReadMode.WHOLE:
             logger.warning_once(
                 "even_batches cannot be overridden for a loader whose data rank 0 gives out, and for one of an iterable "
                 "dataset that several workers read, or shards of which each rank reads; it stays as it was."
@@ -160,11 +161,11 @@ def _check_prepared(
         "num_processes": (num_processes, plan.ranks.count),
         "process_index": (process_index, plan.ranks.index),
         "split_batches": (split_batches or None, plan.split_batches),
-        "dispatch_batches": (dispatch_batches, plan.reading is Reading.DISPATCH),
+        "dispatch_batches": (dispatch_batches, plan.read_mode is ReadMode.DISPATCH),
     }
     other = {name: pair for name, pair in asked.items() if pair[0] is not None and pair[0] != pair[1]}
     if other:
-        told = ", ".join(f"{name}={wanted!r} (it has {has!r})" for name, (wanted, has) in other.items())
+        told = ", ".join(f"{name}={value!r} (it has {has!r})" for name, (value, has) in other.items())
         raise ValueError(
             f"this loader is prepared already, and now asked for {told}. Prepare the original loader instead."
         )

@@ -10,9 +10,9 @@ import torch
 from ..runtime import rng
 from ..runtime.devices import with_index
 from ..settings.enums import RNGType
-from .base import DataLoaderAdapter, mover
+from .base import DataLoaderAdapter, make_transfer_fn
 from .iterable import StreamShard
-from .stream_shards import StepReader
+from .stream_shards import LockstepReader
 
 
 class DataLoaderShard(DataLoaderAdapter):
@@ -71,38 +71,38 @@ class DataLoaderShard(DataLoaderAdapter):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.begin()
         try:
-            self._tell_iteration()
-            self._synchronise()
+            self._begin_epoch()
+            self._synchronize_rng()
             batches = self._batches()
-            move = mover(self.device, self._non_blocking)
+            move = make_transfer_fn(self.device, self._non_blocking)
             yield from batches if move is None else map(move, batches)
             self._finish_epoch()
         finally:
             self.end()
 
-    def _streamed(self) -> Iterator[Any]:
+    def _iterable_batches(self) -> Iterator[Any]:
         if not isinstance(self.dataset, StreamShard):
-            yield from super()._streamed()
+            yield from super()._iterable_batches()
             return
-        reader = StepReader(self.torch_iterator(), self.dataset.batch_size, self._position)
-        for step in reader.steps(self._raw_skips()):
-            self._noted = step.position
+        reader = LockstepReader(self.torch_iterator(), self.dataset.batch_size, self._position)
+        for step in reader.steps(self._batches_to_skip()):
+            self._recorded_position = step.position
             self.end_of_dataloader = step.last
-            self._take_round(step.round)
+            self._update_step_sizes(step.step_sizes)
             yield step.batch
-        self._note_position()
+        self._record_position()
 
     def _position(self) -> Any:
-        self._note_position()
-        return self._noted
+        self._record_position()
+        return self._recorded_position
 
-    def _synchronises_generator(self) -> bool:
+    def _synchronizes_generator(self) -> bool:
         return RNGType.GENERATOR in map(RNGType, self.rng_types or ())
 
-    def _synchronise(self) -> None:
+    def _synchronize_rng(self) -> None:
         # The generator of a map-style dataset's sampler follows when the first index is drawn; see `GeneratorOrder`.
         types: list[RNGType] = [kind for kind in map(RNGType, self.rng_types or ()) if kind is not RNGType.GENERATOR]
-        if self.is_stream and self.synchronized_generator is not None and self._synchronises_generator():
+        if self.is_iterable and self.synchronized_generator is not None and self._synchronizes_generator():
             types.append(RNGType.GENERATOR)
         if types:
             rng.synchronize_rng_states(types, self.synchronized_generator)

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from .base import DataLoaderAdapter
 from .dispatch import DataLoaderDispatcher
-from .plan import kept_arguments
-from .sampling.samplers import SkipBatchSampler, drawn_from
+from .plan import forwarded_arguments
+from .sampling.samplers import SkipBatchSampler, index_sampler
 from .shard import SkipDataLoader
 
 _T = TypeVar("_T")
@@ -48,10 +48,10 @@ def skip_first_batches(dataloader: DataLoader[_T], num_batches: int = 0) -> Data
         later = copy.copy(dataloader)
         later._origin = dataloader
         later._epochs_seen = dataloader._epochs_seen  # the same samplers and dataset, whichever of the two is used
-        if later.is_stream or isinstance(later, DataLoaderDispatcher):
+        if later.is_iterable or isinstance(later, DataLoaderDispatcher):
             later.skip_batches += count
             return later
-    elif drawn_from(dataloader) is None:
+    elif index_sampler(dataloader) is None:
         stateful = hasattr(dataloader, "snapshot_every_n_steps")
         return SkipDataLoader(
             dataloader.dataset,
@@ -59,14 +59,14 @@ def skip_first_batches(dataloader: DataLoader[_T], num_batches: int = 0) -> Data
             use_stateful_dataloader=stateful,
             batch_size=dataloader.batch_size,
             drop_last=dataloader.drop_last,
-            **dict(kept_arguments(dataloader, stateful)),
+            **dict(forwarded_arguments(dataloader, stateful)),
         )
     else:
         later = copy.copy(dataloader)  # type: ignore[assignment]
         later._iterator = None
     # torch refuses to exchange a loader's sampler; this is a copy that nobody has iterated over.
     place = "sampler" if later.batch_sampler is None else "batch_sampler"
-    later.__dict__[place] = SkipBatchSampler(drawn_from(later), count)
+    later.__dict__[place] = SkipBatchSampler(index_sampler(later), count)
     return later
 
 

@@ -17,15 +17,15 @@ SAMPLE_SEED = "_sample_seed"
 """Key of the seed that samples are read with."""
 
 
-class _Stateful:
+class _StatefulMixin:
     """The position that belongs to the batch handed out last, whatever has been read ahead since."""
 
     _stateful = True
 
     def state_dict(self: Any) -> dict[str, Any]:
         """The position behind the batch that was handed out last."""
-        if self._noted is not None:
-            state = self._noted
+        if self._recorded_position is not None:
+            state = self._recorded_position
         elif self._iterator is not None:
             state = StatefulDataLoader.state_dict(self)
         else:  # not begun: torchdata would begin now, and draw seeds
@@ -44,7 +44,7 @@ class _Stateful:
         seed = state.pop(SAMPLE_SEED, None)
         if seed is not None and self._sample_seeds is not None:
             self._sample_seeds.seed = seed
-        self._noted = None
+        self._recorded_position = None
         self.next_iter_state = None
         StatefulDataLoader.load_state_dict(self, _with_position(state))
 
@@ -59,11 +59,11 @@ class _Stateful:
             self.generator.set_state(own)
         return iterator
 
-    def _note_position(self: Any) -> None:
-        self._noted = StatefulDataLoader.state_dict(self)
+    def _record_position(self: Any) -> None:
+        self._recorded_position = StatefulDataLoader.state_dict(self)
 
     def _finish_epoch(self: Any) -> None:
-        self._noted = None
+        self._recorded_position = None
         super()._finish_epoch()  # type: ignore[misc]
 
 
@@ -77,15 +77,15 @@ def _with_position(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-class StatefulDataLoaderShard(_Stateful, DataLoaderShard, StatefulDataLoader):
+class StatefulDataLoaderShard(_StatefulMixin, DataLoaderShard, StatefulDataLoader):
     """A `DataLoaderShard` whose position can be saved."""
 
-    def _synchronise(self) -> None:
+    def _synchronize_rng(self) -> None:
         if self.next_iter_state is None or self.next_iter_state.get("_iterator_finished"):
-            super()._synchronise()  # else the ranks were brought together when the epoch began
+            super()._synchronize_rng()  # else the ranks were brought together when the epoch began
 
 
-class StatefulDataLoaderDispatcher(_Stateful, DataLoaderDispatcher, StatefulDataLoader):
+class StatefulDataLoaderDispatcher(_StatefulMixin, DataLoaderDispatcher, StatefulDataLoader):
     """A `DataLoaderDispatcher` whose position can be saved. Only rank 0 reads, so only its position counts."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class StatefulDataLoaderDispatcher(_Stateful, DataLoaderDispatcher, StatefulData
             self.iteration = state_dict.get(ITERATION, self.iteration)
 
 
-class StatefulSkipDataLoader(_Stateful, SkipDataLoader, StatefulDataLoader):
+class StatefulSkipDataLoader(_StatefulMixin, SkipDataLoader, StatefulDataLoader):
     """A `SkipDataLoader` whose position can be saved."""
 
 

@@ -20,16 +20,16 @@ from ..runtime import world
 from ..runtime.collective_backend import Collectives, TorchCollectives
 from ..runtime.cpu_groups import cpu_group
 from ..runtime.world import DataRanks
-from .batches.batch_sharding import Round
-from .batches.batch_slicing import cloned
-from .iterable import Counted
+from .batches.batch_sharding import StepSizes
+from .batches.batch_slicing import clone_batch
+from .iterable import CountedBatch
 
 _END = object()
-_READING_LIMIT = datetime.timedelta(hours=2)
+_READ_TIMEOUT = datetime.timedelta(hours=2)
 """How long a rank waits for the others to read a batch; a rank that died is noticed at once."""
 _FAILED = -1
 """Sent in place of a number of rows by a rank that could not read."""
-_ACROSS_SHARDS = (
+_ORDER_DEPENDENT = (
     "TakeExamplesIterable",
     "SkipExamplesIterable",
     "StepExamplesIterable",
@@ -52,7 +52,7 @@ def has_shards(dataset: Any, count: int) -> bool:
         return False
     if not {"num_shards", "index"} <= inspect.signature(shard).parameters.keys():
         return False
-    return not hasattr(dataset, "__len__") and not any(name in _ACROSS_SHARDS for name in _operations(dataset))
+    return not hasattr(dataset, "__len__") and not any(name in _ORDER_DEPENDENT for name in _operations(dataset))
 
 
 def _operations(dataset: Any) -> Iterator[str]:
@@ -65,7 +65,7 @@ def _operations(dataset: Any) -> Iterator[str]:
             waiting += [getattr(link, "ex_iterable", None), *(getattr(link, "ex_iterables", None) or ())]
 
 
-def can_agree(ranks: DataRanks) -> bool:
+def supports_lockstep(ranks: DataRanks) -> bool:
     """Returns whether the ranks that share out the data are all ranks of the run, and can communicate on the CPU."""
     if not world.is_joined() or not dist.is_available() or not dist.is_gloo_available():
         return False
@@ -76,23 +76,23 @@ def can_agree(ranks: DataRanks) -> bool:
 # Agreeing -----------------------------------------------------------------------------------------------------------
 
 
-class Step(NamedTuple):
+class StreamStep(NamedTuple):
     """One step of this rank.
 
     Attributes:
         batch: Its batch.
         position: The loader's position behind it.
-        round: The step's `Round`.
+        round: The step's `StepSizes`.
         last: It is the last step of all ranks.
     """
 
     batch: Any
     position: Any
-    round: Round | None
+    step_sizes: StepSizes | None
     last: bool
 
 
-class _Posted:
+class _PendingAllGather:
     """An all-gather on its way: each rank's step, the rows of its batch, and whether it has no batch to repeat."""
 
     def __init__(self, collectives: Collectives, step: int, rows: int, lacks: bool) -> None:
@@ -112,17 +112,17 @@ class _Posted:
         return list(rows), list(map(bool, lacking))
 
 
-class _Fetched(NamedTuple):
+class _PrefetchedBatch(NamedTuple):
     batch: Any
     position: Any
-    posted: _Posted
+    pending: _PendingAllGather
 
 
-class StepReader:
+class LockstepReader:
     """Reads this rank's batches in step with the other ranks.
 
     Args:
-        batches: This rank's batches, each of `size` rows; a `Counted` one holds fewer that are data.
+        batches: This rank's batches, each of `size` rows; a `CountedBatch` one holds fewer that are data.
         size: Rows in a full batch.
         position: Returns the loader's position, which is noted after each batch.
     """
@@ -131,33 +131,35 @@ class StepReader:
         self._batches = batches
         self._size = size
         self._position = position
-        self._noted: Any = None
+        self._recorded_position: Any = None
         self._first: Any = _END
         self._ended = False
         self._failure: Exception | None = None
-        self._posted = 0
+        self._num_posted = 0
 
-    def steps(self, skip: int) -> Iterator[Step]:
+    def steps(self, skip: int) -> Iterator[StreamStep]:
         """The steps, from the one numbered `skip` on. A failure to read is raised on every rank.
 
         Raises:
             RuntimeError: if another rank could not read, or is at another step.
         """
-        collectives = cpu_group("rows of stream shards", _READING_LIMIT)
+        collectives = cpu_group("rows of stream shards", _READ_TIMEOUT)
         for _ in range(skip):
             self._next()
-        self._noted = self._position()
+        self._recorded_position = self._position()
         ahead = deque(self._read(collectives) for _ in range(2))
-        rows, lacking = ahead[0].posted.wait()
+        rows, lacking = ahead[0].pending.wait()
         if any(lacking) and max(rows) > 0:
-            self._borrow(collectives, next(rank for rank, count in enumerate(rows) if count > 0), ahead[0].batch)
+            self._broadcast_filler(
+                collectives, next(rank for rank, count in enumerate(rows) if count > 0), ahead[0].batch
+            )
         while any(rows):
             self._raise_failures(rows)
             current = ahead.popleft()
             ahead.append(self._read(collectives))
-            upcoming, _ = ahead[0].posted.wait()
-            batch = cloned(self._first) if current.batch is _END else current.batch
-            yield Step(batch, current.position, self._round(rows), not any(upcoming))
+            upcoming, _ = ahead[0].pending.wait()
+            batch = clone_batch(self._first) if current.batch is _END else current.batch
+            yield StreamStep(batch, current.position, self._step_sizes(rows), not any(upcoming))
             rows = upcoming
 
     def _next(self) -> tuple[Any, int]:
@@ -167,13 +169,13 @@ class StepReader:
         if self._ended:
             return _END, 0
         rows = self._size
-        if type(batch) is Counted:
-            batch, rows = batch.batch, batch.round.rows
+        if type(batch) is CountedBatch:
+            batch, rows = batch.batch, batch.step_sizes.rows
         if self._first is _END:
-            self._first = cloned(batch)  # the user may change the batch
+            self._first = clone_batch(batch)  # the user may change the batch
         return batch, rows
 
-    def _read(self, collectives: Collectives) -> _Fetched:
+    def _read(self, collectives: Collectives) -> _PrefetchedBatch:
         batch, rows = _END, _FAILED
         try:
             if self._failure is None:
@@ -181,11 +183,13 @@ class StepReader:
         except Exception as error:  # noqa: BLE001 - raised at the step of this batch: those before are whole
             self._failure = error
         if batch is not _END:
-            self._noted = self._position()
-        self._posted += 1
-        return _Fetched(batch, self._noted, _Posted(collectives, self._posted, rows, self._first is _END))
+            self._recorded_position = self._position()
+        self._num_posted += 1
+        return _PrefetchedBatch(
+            batch, self._recorded_position, _PendingAllGather(collectives, self._num_posted, rows, self._first is _END)
+        )
 
-    def _borrow(self, collectives: Collectives, source: int, own: Any) -> None:
+    def _broadcast_filler(self, collectives: Collectives, source: int, own: Any) -> None:
         """Takes over a batch of rank `source`, if this rank has none: its shards are empty, or it resumed behind them."""
         sent = [own if collectives.rank == source else None]
         collectives.broadcast_object_list(sent, source)
@@ -200,7 +204,7 @@ class StepReader:
         failed = ", ".join(str(rank) for rank, count in enumerate(rows) if count == _FAILED)
         raise RuntimeError(f"rank {failed} failed to read its shards of the dataset; its own error says why.")
 
-    def _round(self, rows: list[int]) -> Round | None:
+    def _step_sizes(self, rows: list[int]) -> StepSizes | None:
         if all(count == self._size for count in rows):
             return None
-        return Round((self._size,) * len(rows), sum(rows), kept=tuple(rows))
+        return StepSizes((self._size,) * len(rows), sum(rows), valid_rows=tuple(rows))

@@ -13,7 +13,7 @@ import torch_xla.distributed.parallel_loader as parallel_loader
 from .shard import DataLoaderShard
 
 
-class _Feed:
+class _FeederSource:
     """What the feeder's thread reads. It runs ahead of the loop, so the loop's state waits in a queue of its own."""
 
     def __init__(self, loader: DataLoaderShard) -> None:
@@ -27,7 +27,7 @@ class _Feed:
         reader = copy.copy(self.loader)
         reader.reset()
         for batch in reader._batches():
-            self.states.append((reader.end_of_dataloader, reader.remainder, reader.round, reader.short_rows))
+            self.states.append((reader.end_of_dataloader, reader.remainder, reader.step_sizes, reader.short_rows))
             yield batch
 
 
@@ -40,7 +40,7 @@ class MpDeviceLoaderWrapper(parallel_loader.MpDeviceLoader):
     """
 
     def __init__(self, dataloader: DataLoaderShard, device: torch.device) -> None:
-        super().__init__(_Feed(dataloader), device)
+        super().__init__(_FeederSource(dataloader), device)
         self.dataloader = dataloader
 
     def __iter__(self) -> Iterator[Any]:
@@ -49,10 +49,10 @@ class MpDeviceLoaderWrapper(parallel_loader.MpDeviceLoader):
         loader.begin()
         remainder = loader.remainder
         try:
-            loader._tell_iteration()
-            loader._synchronise()
+            loader._begin_epoch()
+            loader._synchronize_rng()
             for batch in super().__iter__():
-                loader.end_of_dataloader, last_rows, loader.round, loader.short_rows = states.popleft()
+                loader.end_of_dataloader, last_rows, loader.step_sizes, loader.short_rows = states.popleft()
                 loader.remainder = max(remainder, last_rows)
                 yield batch
             loader._finish_epoch()

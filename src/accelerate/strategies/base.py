@@ -222,8 +222,8 @@ class Strategy:
             on_device: Move its batches to the run's device.
             slice_fn: Cuts a batch into the ranks' parts where rank 0 reads for all; None cuts along dimension 0.
         """
-        from ..data_loader import DataLoaderDispatcher, DataLoaderShard, plan_data
-        from ..data_loader.stream_shards import can_agree
+        from ..data_loader import DataLoaderDispatcher, DataLoaderShard, build_loader, plan_data
+        from ..data_loader.stream_shards import supports_lockstep
 
         if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)):
             return loader
@@ -236,9 +236,9 @@ class Strategy:
             put_on_device=on_device,
             rng_types=settings.rng_types,
             slice_fn=slice_fn,
-            can_agree=can_agree(ranks),
+            lockstep=supports_lockstep(ranks),
         )
-        return plan.build(self.world.device, settings.mesh)
+        return build_loader(plan, self.world.device, settings.mesh)
 
     def data_ranks(self) -> DataRanks:
         """Who reads which part of the data."""

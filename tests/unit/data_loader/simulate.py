@@ -1,5 +1,5 @@
 """All ranks of a prepared loader in one process: each rank's loop is run by itself, and what they would gather is put
-together step by step from the `Round`s they saw."""
+together step by step from the `StepSizes`s they saw."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from accelerate.data_loader import DataPlan, Round, plan_data
+from accelerate.data_loader import DataPlan, StepSizes, plan_data
 from accelerate.runtime.world import DataRanks
 from accelerate.settings.handlers import DataLoaderConfiguration
 
@@ -31,7 +31,7 @@ class Seen:
     rows: list[Any]
     end: bool
     remainder: int
-    round: Round | None
+    step_sizes: StepSizes | None
 
 
 def plans(loader: DataLoader[Any], ranks: int, **settings: Any) -> list[DataPlan]:
@@ -42,7 +42,7 @@ def plans(loader: DataLoader[Any], ranks: int, **settings: Any) -> list[DataPlan
 
 def loop(loader: Any) -> list[Seen]:
     """One rank's loop."""
-    return [Seen(batch.tolist(), loader.end_of_dataloader, loader.remainder, loader.round) for batch in loader]
+    return [Seen(batch.tolist(), loader.end_of_dataloader, loader.remainder, loader.step_sizes) for batch in loader]
 
 
 def gathered(by_rank: list[list[Seen]]) -> list[Any]:
@@ -50,18 +50,18 @@ def gathered(by_rank: list[list[Seen]]) -> list[Any]:
     result: list[Any] = []
     for step, first in enumerate(by_rank[0]):
         held = [seen[step] for seen in by_rank if len(seen) > step]
-        assert all(seen.round == first.round for seen in held), "all ranks see the same round"
-        if first.round is None:
+        assert all(seen.step_sizes == first.step_sizes for seen in held), "all ranks see the same round"
+        if first.step_sizes is None:
             assert len(held) == len(by_rank), "a plain step is one of all ranks"
             assert len({len(seen.rows) for seen in held}) == 1, "and as large on each"
             result += [row for seen in held for row in seen.rows]
             continue
-        assert first.round.holders == len(held)
-        assert not first.round.padded or first.round.ragged or len({len(seen.rows) for seen in held}) == 1
-        if first.round.whole:
-            held = held[: first.round.rows]
+        assert first.step_sizes.active_ranks == len(held)
+        assert not first.step_sizes.padded or first.step_sizes.ragged or len({len(seen.rows) for seen in held}) == 1
+        if first.step_sizes.counts_batches:
+            held = held[: first.step_sizes.rows]
             result += [row for seen in held for row in seen.rows]
         else:
-            assert first.round.sizes[: len(held)] == tuple(len(seen.rows) for seen in held)
-            result += [row for seen in held for row in seen.rows][: first.round.rows]
+            assert first.step_sizes.sizes[: len(held)] == tuple(len(seen.rows) for seen in held)
+            result += [row for seen in held for row in seen.rows][: first.step_sizes.rows]
     return result

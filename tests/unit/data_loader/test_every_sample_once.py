@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from accelerate.data_loader import build_loader
 from tests.unit.data_loader.simulate import Numbers, gathered, loop, plans
 
 
@@ -27,7 +28,7 @@ def _check_ends(by_rank: list[Any]) -> None:
 @given(
     n=st.integers(0, 50),
     ranks=st.integers(1, 4),
-    share=st.integers(1, 4),
+    rows_per_rank=st.integers(1, 4),
     drop_last=st.booleans(),
     split=st.booleans(),
     even=st.booleans(),
@@ -35,17 +36,17 @@ def _check_ends(by_rank: list[Any]) -> None:
     dispatch=st.booleans(),
 )
 def test_gathered_once_in_order(
-    n: int, ranks: int, share: int, drop_last: bool, split: bool, even: bool, stream: bool, dispatch: bool
+    n: int, ranks: int, rows_per_rank: int, drop_last: bool, split: bool, even: bool, stream: bool, dispatch: bool
 ) -> None:
-    batch_size = share * ranks if split else share
+    batch_size = rows_per_rank * ranks if split else rows_per_rank
     loader: DataLoader[Any] = DataLoader(
         Numbers(n) if stream else list(range(n)), batch_size=batch_size, drop_last=drop_last
     )
     settings = {"split_batches": split, "even_batches": even, "dispatch_batches": dispatch}
-    loaders = [plan.build() for plan in plans(loader, ranks, **settings)]
+    loaders = [build_loader(plan) for plan in plans(loader, ranks, **settings)]
     by_rank = [loop(one) for one in loaders]
 
-    full = share * ranks
+    full = rows_per_rank * ranks
     expected = _expected(n, full, drop_last)
     assert gathered(by_rank) == expected
     _check_ends(by_rank)
@@ -77,7 +78,7 @@ def test_a_custom_batch_sampler_of_varying_sizes(lengths: list[int], ranks: int,
     numbers = iter(range(1000))
     batches = [[next(numbers) for _ in range(length)] for length in lengths]
     loader: DataLoader[Any] = DataLoader(list(range(sum(lengths))), batch_sampler=batches)  # type: ignore[arg-type]
-    by_rank = [loop(plan.build()) for plan in plans(loader, ranks, even_batches=even, dispatch_batches=dispatch)]
+    by_rank = [loop(build_loader(plan)) for plan in plans(loader, ranks, even_batches=even, dispatch_batches=dispatch)]
     assert gathered(by_rank) == list(range(sum(lengths)))
     _check_ends(by_rank)
 
@@ -86,7 +87,7 @@ def test_a_custom_batch_sampler_of_varying_sizes(lengths: list[int], ranks: int,
 def test_loaders_without_a_batch_size(n: int, ranks: int, even: bool, stream: bool) -> None:
     # Each item is a batch of two rows.
     loader: DataLoader[Any] = DataLoader(Numbers(n) if stream else range(n), batch_size=None, collate_fn=_two_rows)
-    by_rank = [loop(plan.build()) for plan in plans(loader, ranks, even_batches=even, dispatch_batches=False)]
+    by_rank = [loop(build_loader(plan)) for plan in plans(loader, ranks, even_batches=even, dispatch_batches=False)]
     assert gathered(by_rank) == [row for item in range(n) for row in (2 * item, 2 * item + 1)]
     _check_ends(by_rank)
 
@@ -101,7 +102,7 @@ def _two_rows(item: int) -> Any:
 def test_a_batch_sampler_given_as_the_sampler(n: int, ranks: int, even: bool) -> None:
     sampler = BatchSampler(SequentialSampler(range(n)), 3, False)
     loader: DataLoader[Any] = DataLoader(_Rows(n), sampler=sampler, batch_size=None)
-    by_rank = [loop(plan.build()) for plan in plans(loader, ranks, even_batches=even)]
+    by_rank = [loop(build_loader(plan)) for plan in plans(loader, ranks, even_batches=even)]
     assert gathered(by_rank) == list(range(n))
     _check_ends(by_rank)
 
@@ -121,11 +122,11 @@ class _Rows:
         return torch.tensor(rows)
 
 
-@given(n=st.integers(0, 40), ranks=st.integers(1, 3), share=st.integers(1, 3), first=st.integers(0, 8))
-def test_a_sampler_that_draws_other_than_all(n: int, ranks: int, share: int, first: int) -> None:
+@given(n=st.integers(0, 40), ranks=st.integers(1, 3), rows_per_rank=st.integers(1, 3), first=st.integers(0, 8))
+def test_a_sampler_that_draws_other_than_all(n: int, ranks: int, rows_per_rank: int, first: int) -> None:
     chosen = list(range(min(first, n), n))
-    loader: DataLoader[Any] = DataLoader(list(range(n)), batch_size=share, sampler=chosen)  # type: ignore[arg-type]
-    by_rank = [loop(plan.build()) for plan in plans(loader, ranks)]
+    loader: DataLoader[Any] = DataLoader(list(range(n)), batch_size=rows_per_rank, sampler=chosen)  # type: ignore[arg-type]
+    by_rank = [loop(build_loader(plan)) for plan in plans(loader, ranks)]
     assert gathered(by_rank) == chosen
     for seen in by_rank:
-        assert all(step.remainder == len(chosen) % (share * ranks) for step in seen)
+        assert all(step.remainder == len(chosen) % (rows_per_rank * ranks) for step in seen)

@@ -10,14 +10,14 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from accelerate.data_loader import (
-    Round,
+    StepSizes,
     gather_for_metrics,
     gather_items,
     gather_rows,
     prepare_data_loader,
     skip_first_batches,
 )
-from accelerate.data_loader.gathering import holders
+from accelerate.data_loader.gathering import active_ranks
 from accelerate.runtime.collective_backend import Collectives
 from accelerate.state import GradientState
 
@@ -139,24 +139,24 @@ class Three(Collectives):
 
 
 @pytest.mark.parametrize(
-    ("round", "rows", "items"),
+    ("step_sizes", "rows", "items"),
     [
         (None, [7, 8] * 3, ["a", "b"] * 3),
-        (Round((2, 2, 2), 3), [7, 8, 7], ["a", "b", "a"]),
-        (Round((1, 1, 1), 2, whole=True), [7, 8, 7, 8], ["a", "b", "a", "b"]),
-        (Round((2, 0, 0), 2), [7, 8], ["a", "b"]),
+        (StepSizes((2, 2, 2), 3), [7, 8, 7], ["a", "b", "a"]),
+        (StepSizes((1, 1, 1), 2, counts_batches=True), [7, 8, 7, 8], ["a", "b", "a", "b"]),
+        (StepSizes((2, 0, 0), 2), [7, 8], ["a", "b"]),
     ],
 )
-def test_the_round_decides(round: Round | None, rows: list[int], items: list[str]) -> None:
-    assert gather_rows(torch.tensor([7, 8]), round, Three()).tolist() == rows
-    assert gather_items(["a", "b"], round, Three()) == items
+def test_the_round_decides(step_sizes: StepSizes | None, rows: list[int], items: list[str]) -> None:
+    assert gather_rows(torch.tensor([7, 8]), step_sizes, Three()).tolist() == rows
+    assert gather_items(["a", "b"], step_sizes, Three()) == items
 
 
 def test_a_scalar_is_a_row() -> None:
-    assert gather_rows(torch.tensor(7), Round((1, 1, 1), 2), Three()).tolist() == [7, 7]
-    assert gather_rows(torch.tensor(7), Round((1, 1, 1), 3, whole=True), Three()).tolist() == [7, 7, 7]
+    assert gather_rows(torch.tensor(7), StepSizes((1, 1, 1), 2), Three()).tolist() == [7, 7]
+    assert gather_rows(torch.tensor(7), StepSizes((1, 1, 1), 3, counts_batches=True), Three()).tolist() == [7, 7, 7]
 
 
 def test_some_ranks_only_need_a_process_group() -> None:
     with pytest.raises(NotImplementedError, match="even_batches=True"):
-        holders(Round((2, 1, 0), 3), Three())
+        active_ranks(StepSizes((2, 1, 0), 3), Three())

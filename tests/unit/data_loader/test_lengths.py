@@ -15,6 +15,7 @@ from accelerate.data_loader import (
     IterableDatasetShard,
     SeedableRandomSampler,
     SkipBatchSampler,
+    build_loader,
     skip_first_batches,
 )
 from accelerate.data_loader.sampling.samplers import SamplerShard
@@ -42,7 +43,7 @@ def agrees(sized: Any) -> None:
 everything: Any = {
     "n": st.integers(0, 50),
     "ranks": st.integers(1, 4),
-    "share": st.integers(1, 5),
+    "rows_per_rank": st.integers(1, 5),
     "drop_last": st.booleans(),
     "split": st.booleans(),
     "even": st.booleans(),
@@ -51,10 +52,12 @@ everything: Any = {
 
 
 @given(**everything)
-def test_samplers(n: int, ranks: int, share: int, drop_last: bool, split: bool, even: bool, skip: int) -> None:
+def test_samplers(n: int, ranks: int, rows_per_rank: int, drop_last: bool, split: bool, even: bool, skip: int) -> None:
     agrees(SeedableRandomSampler(range(n)) if n else SequentialSampler(range(n)))
     for rank in range(ranks):
-        batches = BatchSampler(SequentialSampler(range(n)), share * ranks if split else share, drop_last)
+        batches = BatchSampler(
+            SequentialSampler(range(n)), rows_per_rank * ranks if split else rows_per_rank, drop_last
+        )
         shard = BatchSamplerShard(batches, ranks, rank, split_batches=split, even_batches=even)
         for sampler in (shard, SamplerShard(range(n), ranks, rank, even), SamplerShard(batches, ranks, rank, even)):
             agrees(sampler)
@@ -81,10 +84,18 @@ def test_shards_of_varying_batches(
 
 
 @given(**everything)
-def test_iterable_shards(n: int, ranks: int, share: int, drop_last: bool, split: bool, even: bool, skip: int) -> None:
+def test_iterable_shards(
+    n: int, ranks: int, rows_per_rank: int, drop_last: bool, split: bool, even: bool, skip: int
+) -> None:
     for rank in range(ranks):
         shard = IterableDatasetShard(
-            Sized(n), share * ranks if split else share, drop_last, ranks, rank, split, even_batches=even
+            Sized(n),
+            rows_per_rank * ranks if split else rows_per_rank,
+            drop_last,
+            ranks,
+            rank,
+            split,
+            even_batches=even,
         )
         agrees(shard)
 
@@ -92,17 +103,25 @@ def test_iterable_shards(n: int, ranks: int, share: int, drop_last: bool, split:
 @pytest.mark.parametrize("kind", ["map", "stream", "items", "shuffled"])
 @given(**everything, dispatch=st.booleans())
 def test_loaders(
-    kind: str, n: int, ranks: int, share: int, drop_last: bool, split: bool, even: bool, skip: int, dispatch: bool
+    kind: str,
+    n: int,
+    ranks: int,
+    rows_per_rank: int,
+    drop_last: bool,
+    split: bool,
+    even: bool,
+    skip: int,
+    dispatch: bool,
 ) -> None:
     dataset: Any = Sized(n) if kind == "stream" else list(range(n))
-    size: int | None = share * ranks if split else share
+    size: int | None = rows_per_rank * ranks if split else rows_per_rank
     if kind == "items":
         size, drop_last, split = None, False, False
     shuffle = kind == "shuffled" and n > 0
     plain: DataLoader[Any] = DataLoader(dataset, batch_size=size, drop_last=drop_last, shuffle=shuffle)
     settings = {"split_batches": split, "even_batches": even, "dispatch_batches": dispatch}
     for plan in plans(plain, ranks, **settings):
-        loader = plan.build()
+        loader = build_loader(plan)
         agrees(loader)
         agrees(loader)
         agrees(skip_first_batches(loader, skip))

@@ -22,9 +22,10 @@ from accelerate.data_loader import (
     DataLoaderDispatcher,
     DataLoaderShard,
     DataPlan,
-    Reading,
+    DatasetKind,
+    ReadMode,
     Shuffle,
-    Source,
+    build_loader,
     data_ranks_of_mesh,
     plan_data,
     prepare_data_loader,
@@ -49,7 +50,7 @@ def test_a_plan_is_a_value() -> None:
     assert one == other
     assert plan(loader, even_batches=False) != one
     assert plan(loader, ranks=3) != one
-    assert "reading=<Reading.SHARD: 'shard'>" in repr(one)
+    assert "read_mode=<ReadMode.SHARD: 'shard'>" in repr(one)
     with pytest.raises(FrozenInstanceError):
         one.batch_size = 3  # type: ignore[misc]
 
@@ -71,50 +72,50 @@ def test_planning_changes_and_draws_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dataset", "ranks", "put_on_device", "dispatch", "reading"),
+    ("dataset", "ranks", "put_on_device", "dispatch", "read_mode"),
     [
-        ([1, 2], 1, True, None, Reading.WHOLE),
-        ([1, 2], 2, True, None, Reading.SHARD),
-        ([1, 2], 2, True, True, Reading.DISPATCH),
-        ([1, 2], 1, True, True, Reading.DISPATCH),
-        (Stream(), 1, True, None, Reading.WHOLE),
-        (Stream(), 2, True, None, Reading.DISPATCH),
-        (Stream(), 2, False, None, Reading.SHARD),
-        (Stream(), 2, True, False, Reading.SHARD),
+        ([1, 2], 1, True, None, ReadMode.WHOLE),
+        ([1, 2], 2, True, None, ReadMode.SHARD),
+        ([1, 2], 2, True, True, ReadMode.DISPATCH),
+        ([1, 2], 1, True, True, ReadMode.DISPATCH),
+        (Stream(), 1, True, None, ReadMode.WHOLE),
+        (Stream(), 2, True, None, ReadMode.DISPATCH),
+        (Stream(), 2, False, None, ReadMode.SHARD),
+        (Stream(), 2, True, False, ReadMode.SHARD),
     ],
 )
-def test_who_reads(dataset: Any, ranks: int, put_on_device: bool, dispatch: bool | None, reading: Reading) -> None:
+def test_who_reads(dataset: Any, ranks: int, put_on_device: bool, dispatch: bool | None, read_mode: ReadMode) -> None:
     made = plan(DataLoader(dataset), ranks, put_on_device, dispatch_batches=dispatch)
-    assert made.reading is reading
-    assert type(made.build()) is (DataLoaderDispatcher if reading is Reading.DISPATCH else DataLoaderShard)
+    assert made.read_mode is read_mode
+    assert type(build_loader(made)) is (DataLoaderDispatcher if read_mode is ReadMode.DISPATCH else DataLoaderShard)
 
 
 @pytest.mark.parametrize(
-    ("loader", "source", "size"),
+    ("loader", "dataset_kind", "size"),
     [
-        (DataLoader(range(8), batch_size=4), Source.BATCHES, 4),
-        (DataLoader(range(8), batch_sampler=[[1, 2], [3]]), Source.BATCHES, None),
-        (DataLoader(range(8), sampler=BatchSampler(range(8), 3, False), batch_size=None), Source.BATCHES, 3),
-        (DataLoader(range(8), batch_size=None), Source.ITEMS, None),
-        (DataLoader(Stream(), batch_size=5), Source.STREAM, 5),
-        (DataLoader(Stream(), batch_size=None), Source.STREAM, None),
+        (DataLoader(range(8), batch_size=4), DatasetKind.MAP_BATCHED, 4),
+        (DataLoader(range(8), batch_sampler=[[1, 2], [3]]), DatasetKind.MAP_BATCHED, None),
+        (DataLoader(range(8), sampler=BatchSampler(range(8), 3, False), batch_size=None), DatasetKind.MAP_BATCHED, 3),
+        (DataLoader(range(8), batch_size=None), DatasetKind.MAP_UNBATCHED, None),
+        (DataLoader(Stream(), batch_size=5), DatasetKind.ITERABLE, 5),
+        (DataLoader(Stream(), batch_size=None), DatasetKind.ITERABLE, None),
     ],
 )
-def test_what_is_read_from(loader: Any, source: Source, size: int | None) -> None:
+def test_what_is_read_from(loader: Any, dataset_kind: DatasetKind, size: int | None) -> None:
     made = plan(loader)
-    assert (made.source, made.batch_size) == (source, size)
+    assert (made.dataset_kind, made.batch_size) == (dataset_kind, size)
     assert made.total_batch_size == (None if size is None else 2 * size)
 
 
 def test_where_the_order_comes_from() -> None:
     shuffled = DataLoader(range(8), shuffle=True)
-    assert plan(shuffled, ranks=1).shuffle is Shuffle.KEPT
+    assert plan(shuffled, ranks=1).shuffle is Shuffle.UNCHANGED
     assert plan(shuffled, ranks=2).shuffle is Shuffle.GENERATOR
-    assert plan(shuffled, ranks=2, dispatch_batches=True).shuffle is Shuffle.KEPT
+    assert plan(shuffled, ranks=2, dispatch_batches=True).shuffle is Shuffle.UNCHANGED
     assert plan(shuffled, ranks=1, use_stateful_dataloader=True).shuffle is Shuffle.GENERATOR
     assert plan(shuffled, ranks=1, use_seedable_sampler=True).shuffle is Shuffle.SEEDABLE
-    assert plan(DataLoader(range(8)), use_seedable_sampler=True).shuffle is Shuffle.KEPT
-    assert plan(DataLoader(range(8), shuffle=True, generator=torch.Generator())).shuffle is Shuffle.KEPT
+    assert plan(DataLoader(range(8)), use_seedable_sampler=True).shuffle is Shuffle.UNCHANGED
+    assert plan(DataLoader(range(8), shuffle=True, generator=torch.Generator())).shuffle is Shuffle.UNCHANGED
 
 
 def test_split_batches_has_the_loaders_batch_for_all() -> None:
@@ -129,11 +130,11 @@ def test_a_batch_sampler_of_the_users_is_kept() -> None:
 
     sampler = RandomSampler(range(8))
     batches = Own(sampler, 2, False)
-    loader = plan(DataLoader(range(8), batch_sampler=batches), use_seedable_sampler=True, data_seed=0).build()
+    loader = build_loader(plan(DataLoader(range(8), batch_sampler=batches), use_seedable_sampler=True, data_seed=0))
     assert loader.batch_sampler.batch_sampler is batches  # type: ignore[union-attr]
     assert type(batches.sampler).__name__ == "SeedableRandomSampler"
     drawing = Own(RandomSampler(range(8)), 2, False)
-    plan(DataLoader(range(8), batch_sampler=drawing)).build()
+    build_loader(plan(DataLoader(range(8), batch_sampler=drawing)))
     assert type(drawing.sampler) is RandomSampler
 
 
@@ -143,13 +144,13 @@ def test_a_custom_sampler_is_kept() -> None:
 
     sampler = Own(range(8))
     made = plan(DataLoader(range(8), sampler=sampler))
-    loader = made.build()
+    loader = build_loader(made)
     assert loader.sampler is sampler
     assert loader.synchronized_generator is sampler.generator is not None  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
-    ("loader", "settings", "error", "says"),
+    ("loader", "settings", "error", "match"),
     [
         ([1, 2], {}, TypeError, "DataLoader to prepare, got list"),
         (DataLoader(range(8), batch_size=3), {"split_batches": True}, ValueError, "batch_size=3 and there are 2"),
@@ -185,13 +186,13 @@ def test_a_custom_sampler_is_kept() -> None:
         ),
     ],
 )
-def test_what_does_not_go_together(loader: Any, settings: dict[str, Any], error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_what_does_not_go_together(loader: Any, settings: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
         plan(loader, **settings)
 
 
 def test_ranks_that_do_not_exist() -> None:
-    with pytest.raises(ValueError, match="process_index=2 is no rank of num_processes=2"):
+    with pytest.raises(ValueError, match="process_index=2 is out of range for num_processes=2"):
         prepare_data_loader(DataLoader(range(4)), num_processes=2, process_index=2)
 
 
@@ -248,18 +249,18 @@ def test_a_mesh_that_says_nothing_is_refused() -> None:
 
 
 def test_sequential_order_is_kept() -> None:
-    made = plan(DataLoader(range(8), batch_size=2), ranks=1).build()
+    made = build_loader(plan(DataLoader(range(8), batch_size=2), ranks=1))
     assert type(made.sampler) is SequentialSampler
 
 
 def test_what_the_user_should_know_is_in_the_plan(caplog: pytest.LogCaptureFixture) -> None:
     divided = DataLoader(range(8), sampler=DistributedSampler(range(8), num_replicas=2, rank=0))
-    (note,) = plan(divided).notes
-    assert "divides that part once more" in note
-    assert plan(divided, ranks=1).notes == ()
-    (note,) = plan(DataLoader(range(8), num_workers=2, in_order=False)).notes
-    assert "in_order=False" in note
-    plan(divided).build()
+    (warning,) = plan(divided).warnings
+    assert "shards that shard once more" in warning
+    assert plan(divided, ranks=1).warnings == ()
+    (warning,) = plan(DataLoader(range(8), num_workers=2, in_order=False)).warnings
+    assert "in_order=False" in warning
+    build_loader(plan(divided))
     assert "DistributedSampler" in caplog.text
 
 
@@ -283,7 +284,7 @@ def test_drop_last_of_a_batch_sampler_of_the_users_own() -> None:
         batches = BatchSampler(SequentialSampler(range(7)), 2, drop_last=drop_last)
         loader = DataLoader(range(7), batch_sampler=batches)  # type: ignore[arg-type]
         assert plan(loader).drop_last is drop_last
-        rank_1 = plan_data(loader, DataLoaderConfiguration(), DataRanks(1, 2)).build("cpu")
+        rank_1 = build_loader(plan_data(loader, DataLoaderConfiguration(), DataRanks(1, 2)), "cpu")
         assert [batch.tolist() for batch in rank_1] == ([[2, 3]] if drop_last else [[2, 3], [6, 0]])
 
 
@@ -293,24 +294,24 @@ def test_what_a_plan_takes_over() -> None:
     found = plan_data(loader, DataLoaderConfiguration(**settings), DataRanks(0, 2), rng_types=["torch"], slice_fn=print)
     assert (found.even_batches, found.data_seed, found.non_blocking) == (False, 7, True)
     assert (found.rng_types, found.slice_fn) == ((RNGType.TORCH,), print)
-    built = found.build("cpu")
+    built = build_loader(found, "cpu")
     assert built._non_blocking and built.rng_types == [RNGType.TORCH]  # type: ignore[attr-defined]
 
 
 def test_arguments_of_torchs_loader_stay() -> None:
-    def initialise(worker: int) -> None: ...
+    def initialize(worker: int) -> None: ...
 
     options: dict[str, Any] = {
         "num_workers": 1,
         "persistent_workers": True,
         "prefetch_factor": 5,
         "timeout": 60,
-        "worker_init_fn": initialise,
+        "worker_init_fn": initialize,
         "multiprocessing_context": "spawn",
         "collate_fn": list,
         "generator": torch.Generator(),
     }
-    built = plan(DataLoader(range(8), batch_size=2, **options)).build("cpu")  # type: ignore[arg-type]
+    built = build_loader(plan(DataLoader(range(8), batch_size=2, **options)), "cpu")  # type: ignore[arg-type]
     context = options.pop("multiprocessing_context")
     assert built.multiprocessing_context.get_start_method() == context
     assert {name: getattr(built, name) for name in options} == options

@@ -532,7 +532,7 @@ def test_worker_processes(persistent: bool) -> None:
         process_index=1,
     )
     for _ in range(2):
-        seen = [(batch.tolist(), loader.end_of_dataloader, loader.round is None) for batch in loader]
+        seen = [(batch.tolist(), loader.end_of_dataloader, loader.step_sizes is None) for batch in loader]
         assert seen == [([2, 3], False, True), ([6, 7], False, True), ([10, 0], True, False)]
     for _ in loader:
         break
@@ -556,10 +556,10 @@ def test_each_workers_stream_ends_for_itself() -> None:
         loader = prepare_data_loader(
             DataLoader(ShardedStream(5), batch_size=2, num_workers=2), num_processes=2, process_index=rank
         )
-        steps.append([(batch.tolist(), loader.round) for batch in loader])
-    for (first, round), (second, other) in zip(*steps, strict=True):
-        assert round == other
-        gathered += [*first, *second][: None if round is None else round.rows]
+        steps.append([(batch.tolist(), loader.step_sizes) for batch in loader])
+    for (first, step_sizes), (second, other) in zip(*steps, strict=True):
+        assert step_sizes == other
+        gathered += [*first, *second][: None if step_sizes is None else step_sizes.rows]
     assert sorted(gathered) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
 
 

@@ -78,8 +78,8 @@ def rows(loader: Any) -> list[Any]:
 def _seen(loader: Any, batch: Any) -> tuple[Any, ...]:
     # What completes the last batch of a stream comes from the first batch that was read: after resuming that is
     # another.
-    given = batch.tolist() if loader.round is None else len(batch)
-    return given, loader.end_of_dataloader, loader.remainder, loader.round
+    given = batch.tolist() if loader.step_sizes is None else len(batch)
+    return given, loader.end_of_dataloader, loader.remainder, loader.step_sizes
 
 
 CASES = [

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
 
-from accelerate.data_loader import Reading, plan_data
-from accelerate.data_loader.iterable import Marked, StreamShard
-from accelerate.data_loader.stream_shards import can_agree, has_shards
+from accelerate.data_loader import ReadMode, plan_data
+from accelerate.data_loader.iterable import PaddingMarker, StreamShard
+from accelerate.data_loader.stream_shards import has_shards, supports_lockstep
 from accelerate.runtime.world import DataRanks
 from accelerate.settings.handlers import DataLoaderConfiguration
 from accelerate.state import PartialState
@@ -44,26 +44,26 @@ class Sized(Shards):
 
 
 def reading(
-    dataset: Any, ranks: int = 2, can_agree: bool = True, batch_size: int | None = 2, **settings: Any
-) -> Reading:
+    dataset: Any, ranks: int = 2, lockstep: bool = True, batch_size: int | None = 2, **settings: Any
+) -> ReadMode:
     drop_last = settings.pop("drop_last", False)
     loader: Any = DataLoader(dataset, batch_size=batch_size, drop_last=drop_last)
     config = DataLoaderConfiguration(**{"dispatch_batches": False, **settings})
-    return plan_data(loader, config, DataRanks(0, ranks), can_agree=can_agree).reading
+    return plan_data(loader, config, DataRanks(0, ranks), lockstep=lockstep).read_mode
 
 
 def test_who_reads_shards_of_its_own() -> None:
     stream = Shards([1], [2], [3])
-    assert reading(stream) is reading(stream, 3) is Reading.OWN_SHARDS
-    assert reading(stream, split_batches=True) is Reading.OWN_SHARDS
-    assert reading(stream, 1) is Reading.WHOLE
-    assert reading(stream, dispatch_batches=None) is Reading.DISPATCH
-    assert reading(stream, 4) is Reading.SHARD, "fewer shards than ranks"
-    assert reading(stream, can_agree=False) is Reading.SHARD
-    assert reading(stream, even_batches=False) is Reading.SHARD
-    assert reading(stream, drop_last=True) is Reading.SHARD
-    assert reading(stream, batch_size=None) is Reading.SHARD
-    assert reading(Sized([1], [2], [3])) is Reading.SHARD, "its length is that of the present way"
+    assert reading(stream) is reading(stream, 3) is ReadMode.OWN_SHARDS
+    assert reading(stream, split_batches=True) is ReadMode.OWN_SHARDS
+    assert reading(stream, 1) is ReadMode.WHOLE
+    assert reading(stream, dispatch_batches=None) is ReadMode.DISPATCH
+    assert reading(stream, 4) is ReadMode.SHARD, "fewer shards than ranks"
+    assert reading(stream, lockstep=False) is ReadMode.SHARD
+    assert reading(stream, even_batches=False) is ReadMode.SHARD
+    assert reading(stream, drop_last=True) is ReadMode.SHARD
+    assert reading(stream, batch_size=None) is ReadMode.SHARD
+    assert reading(Sized([1], [2], [3])) is ReadMode.SHARD, "its length is that of the present way"
 
 
 def test_what_has_shards() -> None:
@@ -78,16 +78,16 @@ def test_what_has_shards() -> None:
 
 def test_a_process_on_its_own_has_nobody_to_agree_with() -> None:
     PartialState(cpu=True)
-    assert not can_agree(DataRanks(0, 1))
-    assert not can_agree(DataRanks(0, 2))
+    assert not supports_lockstep(DataRanks(0, 1))
+    assert not supports_lockstep(DataRanks(0, 2))
 
 
 @pytest.mark.parametrize(("numbers", "rows"), [([1, 2, 3, 4, 5], 2), ([1], 1), ([1, 2, 3], None), ([], None)])
 def test_the_last_batch_is_completed_from_the_start(numbers: list[int], rows: int | None) -> None:
     samples = list(StreamShard(Shards(numbers, [9]), 3, DataRanks(0, 2)))
-    marks = [sample for sample in samples if isinstance(sample, Marked)]
-    assert [mark.round.rows for mark in marks] == ([] if rows is None else [rows])
-    plain = [sample.sample if isinstance(sample, Marked) else sample for sample in samples]
+    marks = [sample for sample in samples if isinstance(sample, PaddingMarker)]
+    assert [mark.step_sizes.rows for mark in marks] == ([] if rows is None else [rows])
+    plain = [sample.sample if isinstance(sample, PaddingMarker) else sample for sample in samples]
     assert plain[: len(numbers)] == numbers
     assert plain[len(numbers) :] == (numbers * 3)[: -len(numbers) % 3]
 
@@ -96,4 +96,4 @@ def test_the_epoch_reaches_the_whole_and_the_part() -> None:
     whole = Shards([1], [2])
     shard = StreamShard(whole, 1, DataRanks(1, 2))
     shard.set_epoch(4)
-    assert shard.epoch == whole.epoch == shard.part.epoch == 4
+    assert shard.epoch == whole.epoch == shard.shard.epoch == 4

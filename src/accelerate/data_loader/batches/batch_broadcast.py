@@ -1,6 +1,6 @@
 """How batches travel from rank 0: one byte buffer a step, no pickles.
 
-A message is ``[header][tensor bytes][plain values][layout]``. The layout (containers, dtypes, shapes) is sent only when
+A message is ``[header][tensor bytes][plain values][spec]``. The layout (containers, dtypes, shapes) is sent only when
 it differs from the one before. All ranks hold a buffer of one agreed size; a message that does not fit is announced by
 one that says which size to agree on.
 """
@@ -22,14 +22,14 @@ import torch
 
 from ...runtime.collective_backend import Collectives
 from ...runtime.tensors.pytree import is_namedtuple
-from .batch_sharding import Round
+from .batch_sharding import StepSizes
 
 # kind, last step, -, layout bytes, value bytes, tensor bytes, buffer size to agree on, rows of data
 _HEADER = struct.Struct("<BBHIQQQq")
-_SLOT = 64  # the header's place, and what every tensor is aligned to
+_ALIGNMENT = 64  # the header's place, and what every tensor is aligned to
 _SAME, _NEW, _END, _ERROR, _RESIZE = range(1, 6)
-_PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
-_REMEMBERED = 16  # messages after which a buffer that has become too large shrinks
+_SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
+_HISTORY = 16  # messages after which a buffer that has become too large shrinks
 
 
 class CannotDispatchError(TypeError):
@@ -41,13 +41,13 @@ class ReadingRankError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a rank received: its batch, the rows of data on all ranks (None: unknown), their `Round`, whether it is the
+class DispatchedStep:
+    """What a rank received: its batch, the rows of data on all ranks (None: unknown), their `StepSizes`, whether it is the
     last."""
 
     batch: Any
     rows: int | None
-    round: Round | None
+    step_sizes: StepSizes | None
     last: bool
 
 
@@ -55,8 +55,8 @@ class Step:
 class Message:
     """What rank 0 sends for one step."""
 
-    layout: list[Any]
-    layout_bytes: bytes
+    spec: list[Any]
+    spec_bytes: bytes
     tensors: list[torch.Tensor]
     value_bytes: bytes
     rows: int | None
@@ -66,7 +66,7 @@ class Message:
 # Layouts ------------------------------------------------------------------------------------------------------------
 
 
-def describe(data: Any, tensors: list[torch.Tensor], values: list[Any], path: str = "batch") -> tuple[Any, ...]:
+def flatten(data: Any, tensors: list[torch.Tensor], values: list[Any], path: str = "batch") -> tuple[Any, ...]:
     """The layout of a batch; its tensors and plain values are appended to the two lists, in order.
 
     Args:
@@ -83,60 +83,62 @@ def describe(data: Any, tensors: list[torch.Tensor], values: list[Any], path: st
         _check_tensor(data, path)
         tensors.append(data)
         return ("t", data.dtype, tuple(data.shape))
-    if kind in _PLAIN:
+    if kind in _SCALARS:
         _check_value(data, path)
         values.append(data)
         return ("v",)
     if isinstance(data, (list, tuple)):
-        return _describe_sequence(data, tensors, values, path)
+        return _flatten_sequence(data, tensors, values, path)
     if isinstance(data, Mapping):
         keys = list(data)
-        if any(type(key) not in _PLAIN for key in keys):
-            raise CannotDispatchError(_refusal(f"{path} is a {kind.__name__} whose keys are not strings or numbers"))
-        nodes = tuple(describe(data[key], tensors, values, f"{path}[{key!r}]") for key in keys)
+        if any(type(key) not in _SCALARS for key in keys):
+            raise CannotDispatchError(
+                _cannot_send(f"{path} is a {kind.__name__} whose keys are not strings or numbers")
+            )
+        nodes = tuple(flatten(data[key], tensors, values, f"{path}[{key!r}]") for key in keys)
         name = "" if kind is dict else _class_name(data, path)
         return ("d", name, tuple(keys), nodes)
     if isinstance(data, (np.ndarray, np.generic)):
-        return _describe_array(data, tensors, values, path)
-    raise CannotDispatchError(_refusal(f"{path} is a {kind.__module__}.{kind.__qualname__}"))
+        return _flatten_array(data, tensors, values, path)
+    raise CannotDispatchError(_cannot_send(f"{path} is a {kind.__module__}.{kind.__qualname__}"))
 
 
-def _describe_sequence(data: Any, tensors: list[torch.Tensor], values: list[Any], path: str) -> tuple[Any, ...]:
+def _flatten_sequence(data: Any, tensors: list[torch.Tensor], values: list[Any], path: str) -> tuple[Any, ...]:
     kind = type(data)
-    if kind in (list, tuple) and all(type(item) in _PLAIN for item in data):
+    if kind in (list, tuple) and all(type(item) in _SCALARS for item in data):
         for item in data:
             _check_value(item, path)
         values.append(list(data))
         return ("w" if kind is list else "x",)
-    nodes = tuple(describe(item, tensors, values, f"{path}[{place}]") for place, item in enumerate(data))
+    nodes = tuple(flatten(item, tensors, values, f"{path}[{index}]") for index, item in enumerate(data))
     if kind in (list, tuple):
         return ("l" if kind is list else "u", nodes)
     return ("n", _class_name(data, path), nodes)
 
 
-def _describe_array(data: Any, tensors: list[torch.Tensor], values: list[Any], path: str) -> tuple[Any, ...]:
+def _flatten_array(data: Any, tensors: list[torch.Tensor], values: list[Any], path: str) -> tuple[Any, ...]:
     if isinstance(data, np.str_):
         values.append(str(data))
         return ("v",)
     try:
         tensor = torch.from_numpy(np.array(data))
     except TypeError:
-        raise CannotDispatchError(_refusal(f"{path} is a numpy array of dtype {data.dtype}")) from None
+        raise CannotDispatchError(_cannot_send(f"{path} is a numpy array of dtype {data.dtype}")) from None
     tensors.append(tensor)
     return ("g" if isinstance(data, np.generic) else "a", tensor.dtype, tuple(tensor.shape))
 
 
 def _check_tensor(tensor: torch.Tensor, path: str) -> None:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-        raise CannotDispatchError(_refusal(f"{path} is a tensor with layout {tensor.layout} on {tensor.device}"))
+        raise CannotDispatchError(_cannot_send(f"{path} is a tensor with layout {tensor.layout} on {tensor.device}"))
 
 
 def _check_value(value: Any, path: str) -> None:
     if type(value) is int and not -(2**63) <= value < 2**63:
-        raise CannotDispatchError(_refusal(f"{path} holds an integer of more than 64 bits"))
+        raise CannotDispatchError(_cannot_send(f"{path} holds an integer of more than 64 bits"))
 
 
-def _refusal(found: str) -> str:
+def _cannot_send(found: str) -> str:
     return (
         f"cannot send this batch to the other ranks: {found}. Sent can be tensors, numpy arrays of numbers, strings, "
         "numbers, bytes and None, in lists, tuples, named tuples and mappings with such keys. Have collate_fn make these, "
@@ -147,11 +149,11 @@ def _refusal(found: str) -> str:
 def _class_name(data: Any, path: str) -> str:
     """A name under which the other ranks find the class, tried here first, so that a failure shows on rank 0."""
     kind = type(data)
-    if kind in _known_classes:
-        return _known_classes[kind]
+    if kind in _class_names:
+        return _class_names[kind]
     name = f"{kind.__module__}:{kind.__qualname__}"
     if not (isinstance(data, Mapping) or is_namedtuple(data)) or "<locals>" in name:
-        raise CannotDispatchError(_refusal(f"{path} is a {name.replace(':', '.')}, which other ranks cannot build"))
+        raise CannotDispatchError(_cannot_send(f"{path} is a {name.replace(':', '.')}, which other ranks cannot build"))
     try:
         if find_class(name) is not kind:
             raise LookupError(name)
@@ -159,12 +161,12 @@ def _class_name(data: Any, path: str) -> str:
             kind(dict(data))
     except (ImportError, LookupError, TypeError, AttributeError) as error:
         reason = f"{path} is a {name.replace(':', '.')}, which cannot be built from its items on another rank ({error})"
-        raise CannotDispatchError(_refusal(reason)) from error
-    _known_classes[kind] = name
+        raise CannotDispatchError(_cannot_send(reason)) from error
+    _class_names[kind] = name
     return name
 
 
-_known_classes: dict[type, str] = {}
+_class_names: dict[type, str] = {}
 
 
 @functools.cache
@@ -183,18 +185,18 @@ def find_class(name: str) -> Any:
     return found
 
 
-def encode_layout(node: Any) -> bytes:
+def encode_spec(node: Any) -> bytes:
     """A layout, or a list of them, as bytes."""
-    return msgspec.msgpack.encode(_named(node))
+    return msgspec.msgpack.encode(_encodable(node))
 
 
-def _named(node: Any) -> Any:
+def _encodable(node: Any) -> Any:
     if isinstance(node, torch.dtype):
         return str(node).removeprefix("torch.")
-    return [_named(part) for part in node] if isinstance(node, (tuple, list)) else node
+    return [_encodable(part) for part in node] if isinstance(node, (tuple, list)) else node
 
 
-def rebuild(node: Sequence[Any], tensors: Iterator[torch.Tensor], values: Iterator[Any]) -> Any:
+def unflatten(node: Sequence[Any], tensors: Iterator[torch.Tensor], values: Iterator[Any]) -> Any:
     """The batch of a (decoded) layout, from its tensors and plain values, in order."""
     tag = node[0]
     if tag == "t":
@@ -205,18 +207,18 @@ def rebuild(node: Sequence[Any], tensors: Iterator[torch.Tensor], values: Iterat
         return tuple(next(values))
     if tag == "d":
         _, name, keys, nodes = node
-        items = {key: rebuild(part, tensors, values) for key, part in zip(keys, nodes, strict=True)}
+        items = {key: unflatten(part, tensors, values) for key, part in zip(keys, nodes, strict=True)}
         return find_class(name)(items) if name else items
     if tag in ("a", "g"):
         array = next(tensors).cpu().numpy()
         return array if tag == "a" else array[()]
-    parts = [rebuild(part, tensors, values) for part in node[-1]]
+    parts = [unflatten(part, tensors, values) for part in node[-1]]
     if tag == "n":
         return find_class(node[1])(*parts)
     return parts if tag == "l" else tuple(parts)
 
 
-def specs(node: Sequence[Any]) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
+def tensor_specs(node: Sequence[Any]) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of the tensors of a (decoded) layout, in order."""
     tag = node[0]
     if tag in ("t", "a", "g"):
@@ -224,13 +226,13 @@ def specs(node: Sequence[Any]) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
         yield dtype, tuple(node[2])
     elif tag in ("d", "l", "u", "n"):
         for part in node[-1]:
-            yield from specs(part)
+            yield from tensor_specs(part)
 
 
 # Messages -----------------------------------------------------------------------------------------------------------
 
 
-class Channel:
+class BatchBroadcaster:
     """Rank 0's line to all ranks. Every rank makes the same number of steps: rank 0 sends, the others receive.
 
     Args:
@@ -240,35 +242,36 @@ class Channel:
             and `collectives` the bytes of tensors only; None: they travel together.
     """
 
-    def __init__(self, collectives: Collectives, staged: bool | None = None, words: Collectives | None = None) -> None:
+    def __init__(
+        self, collectives: Collectives, staged: bool | None = None, host_collectives: Collectives | None = None
+    ) -> None:
         self.collectives = collectives
-        self._words = words
-        self._head = torch.empty(_SLOT, dtype=torch.uint8)
+        self._host_collectives = host_collectives
+        self._header_buffer = torch.empty(_ALIGNMENT, dtype=torch.uint8)
         self._copied: torch.cuda.Event | None = None  # when the latest message has left pinned memory
         self._staged = collectives.device.type != "cpu" if staged is None else staged
-        self._layout: Any = None
-        self._parts: list[Any] = []
-        self._lengths: deque[int] = deque(maxlen=_REMEMBERED)
-        self._resize(_SLOT)
+        self._spec: Any = None
+        self._lengths: deque[int] = deque(maxlen=_HISTORY)
+        self._resize(_ALIGNMENT)
 
     def _resize(self, size: int) -> None:
-        self._wire = torch.empty(size, dtype=torch.uint8, device=self.collectives.device)
-        pinned = self._staged and self._wire.device.type == "cuda"
-        self._host = torch.empty(size, dtype=torch.uint8, pin_memory=pinned) if self._staged else self._wire
-        self._copied = torch.cuda.Event() if pinned and self._words is not None else None
-        host: Any = self._host.numpy()
-        self._bytes = memoryview(host)
+        self._buffer = torch.empty(size, dtype=torch.uint8, device=self.collectives.device)
+        pinned = self._staged and self._buffer.device.type == "cuda"
+        self._host_buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned) if self._staged else self._buffer
+        self._copied = torch.cuda.Event() if pinned and self._host_collectives is not None else None
+        host: Any = self._host_buffer.numpy()
+        self._host_bytes = memoryview(host)
         self._views: list[list[torch.Tensor]] | None = None
 
     # Sending
 
-    def pack(self, parts: Sequence[Any], rows: int | None, round: Round | None, last: bool) -> Message:
+    def pack(self, parts: Sequence[Any], rows: int | None, step_sizes: StepSizes | None, last: bool) -> Message:
         """Makes the message that gives each rank its part; nothing is sent yet.
 
         Args:
             parts: One batch a part, in the order of the ranks' parts.
             rows: Rows of data in all parts; None where that is unknown.
-            round: The `Round` of this step.
+            round: The `StepSizes` of this step.
             last: Whether no step follows.
 
         Raises:
@@ -276,93 +279,95 @@ class Channel:
         """
         tensors: list[torch.Tensor] = []
         values: list[list[Any]] = [[] for _ in parts]
-        layout = [describe(part, tensors, held) for part, held in zip(parts, values, strict=True)]
+        spec = [flatten(part, tensors, held) for part, held in zip(parts, values, strict=True)]
         value_bytes = b""
-        if round is not None or any(values):
-            value_bytes = msgspec.msgpack.encode([round and [round.sizes, round.rows, round.whole], values])
-        return Message(
-            layout, encode_layout(layout) if layout != self._layout else b"", tensors, value_bytes, rows, last
-        )
+        if step_sizes is not None or any(values):
+            value_bytes = msgspec.msgpack.encode(
+                [step_sizes and [step_sizes.sizes, step_sizes.rows, step_sizes.counts_batches], values]
+            )
+        return Message(spec, encode_spec(spec) if spec != self._spec else b"", tensors, value_bytes, rows, last)
 
-    def post(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Sends what `pack` made."""
-        if message.layout_bytes:
-            self._take_layout(message.layout)
-        length = _SLOT + self._tensor_bytes + len(message.value_bytes) + len(message.layout_bytes)
-        self._agree(length, slack=len(message.value_bytes) // 4)
+        if message.spec_bytes:
+            self._set_spec(message.spec)
+        length = _ALIGNMENT + self._tensor_bytes + len(message.value_bytes) + len(message.spec_bytes)
+        self._ensure_capacity(length, slack=len(message.value_bytes) // 4)
         if self._copied is not None:
             self._copied.synchronize()
         views = (view for part in self._tensor_views() for view in part)
         for view, tensor in zip(views, message.tensors, strict=True):
             view.copy_(tensor.detach())
-        kind = _NEW if message.layout_bytes else _SAME
-        self._send(kind, message.last, message.rows, self._tensor_bytes, message.value_bytes, message.layout_bytes)
+        kind = _NEW if message.spec_bytes else _SAME
+        self._broadcast_message(
+            kind, message.last, message.rows, self._tensor_bytes, message.value_bytes, message.spec_bytes
+        )
 
     def send_end(self) -> None:
         """Tells the other ranks that there is no further step."""
-        self._send(_END, True)
+        self._broadcast_message(_END, True)
 
     def send_error(self, error: Exception) -> None:
         """Tells the other ranks that reading failed; their `receive` raises."""
         text = "".join(traceback.format_exception(error))
         blob = msgspec.msgpack.encode([type(error).__name__, str(error), text])
-        self._agree(_SLOT + len(blob), slack=0)
-        self._send(_ERROR, True, values=blob)
+        self._ensure_capacity(_ALIGNMENT + len(blob), slack=0)
+        self._broadcast_message(_ERROR, True, values=blob)
 
-    def _agree(self, length: int, slack: int) -> None:
+    def _ensure_capacity(self, length: int, slack: int) -> None:
         """Sees to a buffer that holds `length` bytes and is not much larger than what is being sent."""
         self._lengths.append(length)
-        size = self._host.numel()
+        size = self._host_buffer.numel()
         enough = max(self._lengths)
-        shrinks = len(self._lengths) == _REMEMBERED and size > 2 * (enough + slack) + 4096
+        shrinks = len(self._lengths) == _HISTORY and size > 2 * (enough + slack) + 4096
         if length > size or shrinks:
-            wanted = -(-(enough + slack) // _SLOT) * _SLOT
-            self._send(_RESIZE, False, wanted=wanted)
-            self._resize(wanted)
+            buffer_size = -(-(enough + slack) // _ALIGNMENT) * _ALIGNMENT
+            self._broadcast_message(_RESIZE, False, buffer_size=buffer_size)
+            self._resize(buffer_size)
 
-    def _send(
+    def _broadcast_message(
         self,
         kind: int,
         last: bool,
         rows: int | None = None,
         tensor_bytes: int = 0,
         values: bytes = b"",
-        layout: bytes = b"",
-        wanted: int = 0,
+        spec: bytes = b"",
+        buffer_size: int = 0,
     ) -> None:
         known = -1 if rows is None else rows
-        header = kind, last, 0, len(layout), len(values), tensor_bytes, wanted, known
-        if self._words is not None:
-            self._send_words(self._words, header, values + layout)
+        header = kind, last, 0, len(spec), len(values), tensor_bytes, buffer_size, known
+        if self._host_collectives is not None:
+            self._send_on_host(self._host_collectives, header, values + spec)
             self._send_tensors(tensor_bytes)
             return
-        _HEADER.pack_into(self._bytes, 0, *header)
-        start = _SLOT + tensor_bytes
-        self._bytes[start : start + len(values)] = values
-        self._bytes[start + len(values) : start + len(values) + len(layout)] = layout
+        _HEADER.pack_into(self._host_bytes, 0, *header)
+        start = _ALIGNMENT + tensor_bytes
+        self._host_bytes[start : start + len(values)] = values
+        self._host_bytes[start + len(values) : start + len(values) + len(spec)] = spec
         if self._staged:
-            self._wire.copy_(self._host)
-        self.collectives.broadcast(self._wire, src=0)
+            self._buffer.copy_(self._host_buffer)
+        self.collectives.broadcast(self._buffer, src=0)
 
-    def _send_words(self, words: Collectives, header: tuple[int, ...], text: bytes) -> None:
-        _HEADER.pack_into(memoryview(self._head.numpy()), 0, *header)  # type: ignore[arg-type]
-        words.broadcast(self._head, src=0)
+    def _send_on_host(self, host_collectives: Collectives, header: tuple[int, ...], text: bytes) -> None:
+        _HEADER.pack_into(memoryview(self._header_buffer.numpy()), 0, *header)  # type: ignore[arg-type]
+        host_collectives.broadcast(self._header_buffer, src=0)
         if text:
-            words.broadcast(torch.frombuffer(bytearray(text), dtype=torch.uint8), src=0)
+            host_collectives.broadcast(torch.frombuffer(bytearray(text), dtype=torch.uint8), src=0)
 
     def _send_tensors(self, length: int) -> None:
         if not length:
             return
-        wire = self._wire[_SLOT : _SLOT + length]
+        buffer = self._buffer[_ALIGNMENT : _ALIGNMENT + length]
         if self._staged:
-            wire.copy_(self._host[_SLOT : _SLOT + length], non_blocking=self._copied is not None)
+            buffer.copy_(self._host_buffer[_ALIGNMENT : _ALIGNMENT + length], non_blocking=self._copied is not None)
             if self._copied is not None:
                 self._copied.record()
-        self.collectives.broadcast(wire, src=0)
+        self.collectives.broadcast(buffer, src=0)
 
     # Receiving
 
-    def receive(self, index: int) -> Step | None:
+    def receive(self, index: int) -> DispatchedStep | None:
         """What rank 0 sends next.
 
         Args:
@@ -375,69 +380,69 @@ class Channel:
             ReadingRankError: when rank 0 failed.
         """
         header = self._receive_header()
-        kind, last, _, layout_length, value_length, tensor_bytes, wanted, rows = _HEADER.unpack(header)
+        kind, last, _, spec_length, value_length, tensor_bytes, buffer_size, rows = _HEADER.unpack(header)
         if kind == _RESIZE:
-            self._resize(wanted)
+            self._resize(buffer_size)
             return self.receive(index)
         if kind == _END:
             return None
-        text = self._receive_text(_SLOT + tensor_bytes, value_length, layout_length)
+        text = self._receive_payload(_ALIGNMENT + tensor_bytes, value_length, spec_length)
         payload = text[:value_length]
         if kind == _ERROR:
             name, message, text = msgspec.msgpack.decode(payload)
             raise ReadingRankError(f"rank 0 reads for all ranks, and failed with {name}: {message}\nThere:\n{text}")
         if kind == _NEW:
-            self._take_layout(msgspec.msgpack.decode(text[value_length:]))
-        if self._words is not None and tensor_bytes:
-            self.collectives.broadcast(self._wire[_SLOT : _SLOT + tensor_bytes], src=0)
-        round, values = msgspec.msgpack.decode(payload) if payload else (None, None)
+            self._set_spec(msgspec.msgpack.decode(text[value_length:]))
+        if self._host_collectives is not None and tensor_bytes:
+            self.collectives.broadcast(self._buffer[_ALIGNMENT : _ALIGNMENT + tensor_bytes], src=0)
+        step_sizes, values = msgspec.msgpack.decode(payload) if payload else (None, None)
         held = iter(values[index] if values else ())
-        batch = rebuild(self._layout[index], (view.clone() for view in self._tensor_views()[index]), held)
-        round = round and Round(tuple(round[0]), round[1], round[2])
-        return Step(batch, None if rows < 0 else rows, round, bool(last))
+        batch = unflatten(self._spec[index], (view.clone() for view in self._tensor_views()[index]), held)
+        step_sizes = step_sizes and StepSizes(tuple(step_sizes[0]), step_sizes[1], step_sizes[2])
+        return DispatchedStep(batch, None if rows < 0 else rows, step_sizes, bool(last))
 
     def _receive_header(self) -> bytes:
-        if self._words is None:
-            self.collectives.broadcast(self._wire, src=0)
+        if self._host_collectives is None:
+            self.collectives.broadcast(self._buffer, src=0)
             return self._read(0, _HEADER.size)
-        self._words.broadcast(self._head, src=0)
-        return self._head.numpy().tobytes()[: _HEADER.size]
+        self._host_collectives.broadcast(self._header_buffer, src=0)
+        return self._header_buffer.numpy().tobytes()[: _HEADER.size]
 
-    def _receive_text(self, start: int, value_length: int, layout_length: int) -> bytes:
+    def _receive_payload(self, start: int, value_length: int, spec_length: int) -> bytes:
         """The values of a message, and its layout."""
-        length = value_length + layout_length
-        if not length or self._words is None:
+        length = value_length + spec_length
+        if not length or self._host_collectives is None:
             return self._read(start, start + length) if length else b""
-        return self._words.broadcast(torch.empty(length, dtype=torch.uint8), src=0).numpy().tobytes()
+        return self._host_collectives.broadcast(torch.empty(length, dtype=torch.uint8), src=0).numpy().tobytes()
 
     def _read(self, start: int, end: int) -> bytes:
         if self._staged:
-            self._host[start:end].copy_(self._wire[start:end])
-        return bytes(self._bytes[start:end])
+            self._host_buffer[start:end].copy_(self._buffer[start:end])
+        return bytes(self._host_bytes[start:end])
 
     # Both
 
-    def _take_layout(self, layout: list[Any]) -> None:
-        self._layout = layout
+    def _set_spec(self, spec: list[Any]) -> None:
+        self._spec = spec
         self._views = None
-        self._places: list[list[tuple[int, int, torch.dtype, tuple[int, ...]]]] = []
-        position = _SLOT
-        for part in layout:
-            places = []
-            for dtype, shape in specs(part):
+        self._offsets: list[list[tuple[int, int, torch.dtype, tuple[int, ...]]]] = []
+        position = _ALIGNMENT
+        for part in spec:
+            offsets = []
+            for dtype, shape in tensor_specs(part):
                 length = dtype.itemsize * int(np.prod(shape))
-                places.append((position, position + length, dtype, shape))
-                position += -(-length // _SLOT) * _SLOT
-            self._places.append(places)
-        self._tensor_bytes = position - _SLOT
+                offsets.append((position, position + length, dtype, shape))
+                position += -(-length // _ALIGNMENT) * _ALIGNMENT
+            self._offsets.append(offsets)
+        self._tensor_bytes = position - _ALIGNMENT
 
     def _tensor_views(self) -> list[list[torch.Tensor]]:
         """The buffer seen as the tensors of the present layout, by part: rank 0 writes them, the others read them."""
         if self._views is None:
             # The others read what is on the device; rank 0 writes what is to be copied there.
-            buffer = self._host if self.collectives.rank == 0 else self._wire
+            buffer = self._host_buffer if self.collectives.rank == 0 else self._buffer
             self._views = [
                 [buffer[start:end].view(dtype).view(shape) for start, end, dtype, shape in part]
-                for part in self._places
+                for part in self._offsets
             ]
         return self._views

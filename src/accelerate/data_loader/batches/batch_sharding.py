@@ -1,7 +1,7 @@
 """How batches are dealt to the ranks: pure arithmetic over index lists, all ranks at once, no process and no tensor.
 
-One step of all ranks' loops together is a *round*. `deal_batches` and `deal_items` turn the index batches of one
-sampler into rounds; a rank picks its part. What a step holds beyond the plain case is said by a `Round`.
+One step of all ranks' loops together is a *round*. `shard_batches` and `shard_items` turn the index batches of one
+sampler into rounds; a rank picks its part. What a step holds beyond the plain case is said by a `StepSizes`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _END = object()
 
 
 @dataclass(frozen=True)
-class Round:
+class StepSizes:
     """What one step of all ranks holds, where that is not "every rank has the same number of rows, all of them data".
 
     Attributes:
@@ -31,18 +31,18 @@ class Round:
 
     sizes: tuple[int, ...]
     rows: int
-    whole: bool = False
-    kept: tuple[int, ...] | None = None
+    counts_batches: bool = False
+    valid_rows: tuple[int, ...] | None = None
 
     @property
-    def holders(self) -> int:
-        """How many ranks have a batch at this step: ranks 0 to ``holders - 1``."""
+    def active_ranks(self) -> int:
+        """How many ranks have a batch at this step: ranks 0 to ``active_ranks - 1``."""
         return sum(size > 0 for size in self.sizes)
 
     @property
     def ragged(self) -> bool:
         """Whether the ranks that have a batch may have different numbers of rows."""
-        return self.whole or len({size for size in self.sizes if size}) > 1
+        return self.counts_batches or len({size for size in self.sizes if size}) > 1
 
     @property
     def padded(self) -> bool:
@@ -50,25 +50,25 @@ class Round:
         return self.rows < sum(self.sizes)
 
 
-class Deal(NamedTuple):
-    """One round: each rank's part, and its `Round` where it is not a plain one."""
+class ShardedStep(NamedTuple):
+    """One round: each rank's part, and its `StepSizes` where it is not a plain one."""
 
     parts: list[list[Any]]
-    round: Round | None
+    step_sizes: StepSizes | None
 
 
-def describe(sizes: Iterable[int], rows: int) -> Round | None:
-    """The `Round` of these sizes; None when every rank has as many rows and all are data."""
+def irregular_sizes(sizes: Iterable[int], rows: int) -> StepSizes | None:
+    """The `StepSizes` of these sizes; None when every rank has as many rows and all are data."""
     sizes = tuple(sizes)
-    return None if len(set(sizes)) == 1 and rows == sum(sizes) else Round(sizes, rows)
+    return None if len(set(sizes)) == 1 and rows == sum(sizes) else StepSizes(sizes, rows)
 
 
-def fill(items: Sequence[_T], source: Sequence[_T], length: int) -> list[_T]:
+def pad_cyclic(items: Sequence[_T], source: Sequence[_T], length: int) -> list[_T]:
     """`items`, brought to `length` with the items of `source`, over and over."""
     return [*items, *islice(cycle(source), max(0, length - len(items)))]
 
 
-def chunks(items: list[_T], count: int) -> list[list[_T]]:
+def split_evenly(items: list[_T], count: int) -> list[list[_T]]:
     """`items` cut into `count` parts of one size, which must divide them."""
     size = len(items) // count
     return [items[part * size : (part + 1) * size] for part in range(count)]
@@ -85,7 +85,7 @@ def grouped(items: Iterable[_T], size: int) -> Iterator[tuple[list[_T], bool]]:
         yield group, upcoming is _END
 
 
-def deal_batches(
+def shard_batches(
     batches: Iterable[Sequence[Any]],
     ranks: int,
     *,
@@ -93,7 +93,7 @@ def deal_batches(
     split: bool = False,
     even: bool = True,
     drop_last: bool = False,
-) -> Iterator[Deal]:
+) -> Iterator[ShardedStep]:
     """Deals index batches to ranks.
 
     Args:
@@ -106,20 +106,20 @@ def deal_batches(
         drop_last: Leave out what does not make a full round.
 
     Yields:
-        One `Deal` a round. A rank without a batch has an empty part; that happens in the last round only.
+        One `ShardedStep` a round. A rank without a batch has an empty part; that happens in the last round only.
     """
     if ranks == 1:
-        yield from (Deal([list(batch)], None) for batch in batches)
+        yield from (ShardedStep([list(batch)], None) for batch in batches)
     elif split:
         assert batch_size is not None and batch_size % ranks == 0
-        yield from _deal_split(batches, ranks, batch_size, even, drop_last)
+        yield from _split_batches(batches, ranks, batch_size, even, drop_last)
     else:
-        yield from _deal_whole(batches, ranks, batch_size, even, drop_last)
+        yield from _distribute_batches(batches, ranks, batch_size, even, drop_last)
 
 
-def _deal_whole(
+def _distribute_batches(
     batches: Iterable[Sequence[Any]], ranks: int, batch_size: int | None, even: bool, drop_last: bool
-) -> Iterator[Deal]:
+) -> Iterator[ShardedStep]:
     start: list[list[Any]] = []
     for group, last in grouped(map(list, batches), ranks):
         start = start or group
@@ -129,7 +129,7 @@ def _deal_whole(
                 return
             if not drop_last:
                 group = _completed(group, start, ranks, batch_size, even)
-        yield Deal(group, describe(map(len, group), rows))
+        yield ShardedStep(group, irregular_sizes(map(len, group), rows))
 
 
 def _completed(
@@ -145,15 +145,15 @@ def _completed(
         and len(group[-1]) <= batch_size
     ):
         rows = list(chain.from_iterable(group))
-        return chunks(fill(rows, list(chain.from_iterable(start)), ranks * batch_size), ranks)
-    return fill(group, start, ranks)
+        return split_evenly(pad_cyclic(rows, list(chain.from_iterable(start)), ranks * batch_size), ranks)
+    return pad_cyclic(group, start, ranks)
 
 
-def _deal_split(
+def _split_batches(
     batches: Iterable[Sequence[Any]], ranks: int, batch_size: int, even: bool, drop_last: bool
-) -> Iterator[Deal]:
+) -> Iterator[ShardedStep]:
     start: list[Any] = []
-    share = batch_size // ranks
+    rows_per_rank = batch_size // ranks
     for batch in map(list, batches):
         start = start or batch
         rows = len(batch)
@@ -166,12 +166,14 @@ def _deal_split(
             if drop_last:
                 continue
             if even:
-                batch = fill(batch, start, batch_size)
-        parts = [batch[rank * share : (rank + 1) * share] for rank in range(ranks)]
-        yield Deal(parts, describe(map(len, parts), rows))
+                batch = pad_cyclic(batch, start, batch_size)
+        parts = [batch[rank * rows_per_rank : (rank + 1) * rows_per_rank] for rank in range(ranks)]
+        yield ShardedStep(parts, irregular_sizes(map(len, parts), rows))
 
 
-def deal_items(items: Iterable[Any], ranks: int, *, even: bool = True, drop_last: bool = False) -> Iterator[Deal]:
+def shard_items(
+    items: Iterable[Any], ranks: int, *, even: bool = True, drop_last: bool = False
+) -> Iterator[ShardedStep]:
     """Deals single items, each of which is a whole batch of unknown size, to ranks in turn.
 
     Args:
@@ -181,17 +183,17 @@ def deal_items(items: Iterable[Any], ranks: int, *, even: bool = True, drop_last
         drop_last: Leave out an incomplete last round.
 
     Yields:
-        One `Deal` a round; a part is a list of one item, or empty. The `Round` of an incomplete one counts whole
+        One `ShardedStep` a round; a part is a list of one item, or empty. The `StepSizes` of an incomplete one counts whole
         batches.
     """
     start: list[Any] = []
     for group, last in grouped(items, ranks):
         start = start or group
         if not last or len(group) == ranks:
-            yield Deal([[item] for item in group], None)
+            yield ShardedStep([[item] for item in group], None)
         elif not drop_last:
-            held = fill(group, start, ranks) if even else group
+            held = pad_cyclic(group, start, ranks) if even else group
             sizes = (1,) * len(held) + (0,) * (ranks - len(held))
-            yield Deal(
-                [[item] for item in held] + [[] for _ in range(ranks - len(held))], Round(sizes, len(group), True)
+            yield ShardedStep(
+                [[item] for item in held] + [[] for _ in range(ranks - len(held))], StepSizes(sizes, len(group), True)
             )

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from ...runtime.tensors.pytree import honor_type, ignorant_find_batch_size
-from .batch_sharding import Round, describe
+from .batch_sharding import StepSizes, irregular_sizes
 
-_PLAIN = (str, int, float, bool, bytes, type(None))
+_SCALARS = (str, int, float, bool, bytes, type(None))
 SliceFn = Callable[..., Any]
 
 
-class CannotCutError(ValueError):
+class BatchSlicingError(ValueError):
     """A batch whose rows cannot be told, or batches that cannot be joined."""
 
 
@@ -30,7 +30,7 @@ def _has_rows(leaf: Any) -> bool:
 
 
 def _is_plain_list(data: Any) -> bool:
-    return type(data) in (list, tuple) and len(data) > 0 and all(isinstance(item, _PLAIN) for item in data)
+    return type(data) in (list, tuple) and len(data) > 0 and all(isinstance(item, _SCALARS) for item in data)
 
 
 def _leaves(data: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
@@ -38,13 +38,13 @@ def _leaves(data: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
         for key in data:
             yield from _leaves(data[key], f"{path}[{key!r}]")
     elif isinstance(data, (list, tuple)) and not _is_plain_list(data):
-        for place, item in enumerate(data):
-            yield from _leaves(item, f"{path}[{place}]")
+        for index, item in enumerate(data):
+            yield from _leaves(item, f"{path}[{index}]")
     else:
         yield path, data
 
 
-def rows_of(batch: Any) -> int | None:
+def batch_length(batch: Any) -> int | None:
     """How many rows a batch has: those of its tensors, else of its lists of plain values; None where it has neither.
 
     Raises:
@@ -53,7 +53,7 @@ def rows_of(batch: Any) -> int | None:
     leaves = list(_leaves(batch))
     sizes = {path: len(leaf) for path, leaf in leaves if _has_rows(leaf)}
     if len(set(sizes.values())) > 1:
-        raise CannotCutError(
+        raise BatchSlicingError(
             f"a batch cannot be cut into parts for the ranks, because its tensors have different numbers of rows: {sizes}. "
             "Give them one size in dimension 0, say how to cut with slice_fn_for_dispatch, or let every rank read its own "
             "part: DataLoaderConfiguration(dispatch_batches=False)."
@@ -66,54 +66,54 @@ def rows_of(batch: Any) -> int | None:
     return len(batch) if isinstance(batch, list) and batch else None
 
 
-def take(batch: Any, start: int, stop: int, rows: int | None = None) -> Any:
+def slice_batch(batch: Any, start: int, stop: int, rows: int | None = None) -> Any:
     """Rows `start` to `stop` of a batch, in its containers."""
-    rows = rows_of(batch) if rows is None else rows
+    rows = batch_length(batch) if rows is None else rows
     if _has_rows(batch):
         return batch[start:stop]
     if _is_plain_list(batch):
         return batch[start:stop] if len(batch) == rows else batch
     if isinstance(batch, Mapping):
-        return like_mapping(batch, {key: take(batch[key], start, stop, rows) for key in batch})
+        return like_mapping(batch, {key: slice_batch(batch[key], start, stop, rows) for key in batch})
     if isinstance(batch, list) and len(batch) == rows and not any(_has_rows(leaf) for _, leaf in _leaves(batch)):
         return batch[start:stop]  # a list of samples, not of columns
     if isinstance(batch, (list, tuple)):
-        return honor_type(batch, [take(item, start, stop, rows) for item in batch])
+        return honor_type(batch, [slice_batch(item, start, stop, rows) for item in batch])
     return batch
 
 
-def join(batches: Sequence[Any]) -> Any:
+def concat_batches(batches: Sequence[Any]) -> Any:
     """Batches of one structure, one below the other.
 
     Raises:
         CannotCutError: when structures, or shapes beyond dimension 0, differ.
     """
-    return _join(batches, [Cutter().rows(batch) for batch in batches])
+    return _concat(batches, [BatchSlicer().rows(batch) for batch in batches])
 
 
-def _join(batches: Sequence[Any], rows: Sequence[int | None]) -> Any:
+def _concat(batches: Sequence[Any], rows: Sequence[int | None]) -> Any:
     first = batches[0]
     if any(type(batch) is not type(first) for batch in batches):
-        raise CannotCutError(f"batches hold different things: {[type(batch).__name__ for batch in batches]}")
+        raise BatchSlicingError(f"batches hold different things: {[type(batch).__name__ for batch in batches]}")
     if _has_rows(first):
         if any(batch.shape[1:] != first.shape[1:] for batch in batches):
-            raise CannotCutError(f"batches have different shapes: {[tuple(batch.shape) for batch in batches]}")
+            raise BatchSlicingError(f"batches have different shapes: {[tuple(batch.shape) for batch in batches]}")
         return torch.cat(list(batches)) if isinstance(first, torch.Tensor) else np.concatenate(list(batches))
     if isinstance(first, Mapping):
         if any(batch.keys() != first.keys() for batch in batches):
-            raise CannotCutError(f"batches have different keys: {[list(batch) for batch in batches]}")
-        return like_mapping(first, {key: _join([batch[key] for batch in batches], rows) for key in first})
+            raise BatchSlicingError(f"batches have different keys: {[list(batch) for batch in batches]}")
+        return like_mapping(first, {key: _concat([batch[key] for batch in batches], rows) for key in first})
     lists = isinstance(first, (list, tuple))
-    if lists and all(_counts_rows(batch, count) for batch, count in zip(batches, rows, strict=True)):
+    if lists and all(_is_row_list(batch, count) for batch, count in zip(batches, rows, strict=True)):
         return type(first)(item for batch in batches for item in batch)
     if lists and not _is_plain_list(first):
         if any(len(batch) != len(first) for batch in batches):
-            raise CannotCutError(f"batches have different lengths: {[len(batch) for batch in batches]}")
-        return honor_type(first, [_join(items, rows) for items in zip(*batches, strict=True)])
+            raise BatchSlicingError(f"batches have different lengths: {[len(batch) for batch in batches]}")
+        return honor_type(first, [_concat(items, rows) for items in zip(*batches, strict=True)])
     return first
 
 
-def _counts_rows(data: Any, rows: int | None) -> bool:
+def _is_row_list(data: Any, rows: int | None) -> bool:
     """Whether a list's items are rows: plain values, or whole samples."""
     if len(data) != rows:
         return False
@@ -125,11 +125,11 @@ def like_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
 
 
-class Cutter:
+class BatchSlicer:
     """How a dispatcher cuts batches: along their rows, or as its user says.
 
     Args:
-        slice_fn: Called as ``slice_fn(batch, slice, process_index=…, num_processes=…)``; None: `take`.
+        slice_fn: Called as ``slice_fn(batch, slice, process_index=…, num_processes=…)``; None: `slice_batch`.
     """
 
     def __init__(self, slice_fn: SliceFn | None = None) -> None:
@@ -140,30 +140,30 @@ class Cutter:
         if self.slice_fn is not None and (found := ignorant_find_batch_size(batch)) is not None:
             return found
         try:
-            return rows_of(batch)
-        except CannotCutError:
+            return batch_length(batch)
+        except BatchSlicingError:
             return None
 
-    def take(self, batch: Any, start: int, stop: int, rows: int, rank: int = 0, ranks: int = 1) -> Any:
+    def slice_batch(self, batch: Any, start: int, stop: int, rows: int, rank: int = 0, ranks: int = 1) -> Any:
         """Rows `start` to `stop` of a batch that has `rows`, for one rank."""
         if self.slice_fn is None:
-            return take(batch, start, stop, rows)
+            return slice_batch(batch, start, stop, rows)
         return self.slice_fn(batch, slice(start, stop), process_index=rank, num_processes=ranks)
 
-    def copy_rows(self, batches: Sequence[Any], count: int) -> list[Any]:
+    def clone_rows(self, batches: Sequence[Any], count: int) -> list[Any]:
         """The first `count` rows of successive batches, in memory of their own; fewer where there are not so many."""
-        kept: list[Any] = []
+        cloned: list[Any] = []
         for batch in batches:
             rows = self.rows(batch)
             if not rows or count <= 0:
                 break
-            kept.append(cloned(self.take(batch, 0, min(rows, count), rows)))
+            cloned.append(clone_batch(self.slice_batch(batch, 0, min(rows, count), rows)))
             count -= rows
-        return kept
+        return cloned
 
-    def deal(
+    def shard(
         self, batches: Sequence[Any], ranks: int, start: Sequence[Any], split: bool
-    ) -> tuple[list[Any], int | None, Round | None]:
+    ) -> tuple[list[Any], int | None, StepSizes | None]:
         """What was read for one step of all ranks, as one part a rank.
 
         As many equal batches as ranks are given out as they are. Otherwise all rows are joined and cut into parts of
@@ -173,11 +173,11 @@ class Cutter:
         Args:
             batches: One batch a rank, or fewer, or shorter ones, at the end of the data; with `split`, the one batch.
             ranks: How many parts.
-            start: The first rows of the data, as a list of batches (see `copy_rows`).
+            start: The first rows of the data, as a list of batches (see `clone_rows`).
             split: The batch has to be cut.
 
         Returns:
-            The parts, the number of rows read (None if rows cannot be told), and the `Round` if it is no plain one.
+            The parts, the number of rows read (None if rows cannot be told), and the `StepSizes` if it is no plain one.
 
         Raises:
             CannotCutError: when a batch is to be split and its rows cannot be told.
@@ -188,62 +188,64 @@ class Cutter:
         known = [size for size in sizes if size is not None]
         if len(known) < len(sizes):
             if split:
-                raise _without_rows(batches[0])
+                raise _unsplittable_error(batches[0])
             parts = [batches[rank % len(batches)] for rank in range(ranks)]
-            return parts, None, Round((1,) * ranks, len(batches), whole=True)
+            return parts, None, StepSizes((1,) * ranks, len(batches), counts_batches=True)
         rows = sum(known)
-        share = -(-rows // ranks)
+        rows_per_rank = -(-rows // ranks)
         try:
-            full = self._filled(join(batches) if len(batches) > 1 else batches[0], rows, share * ranks, start)
-        except CannotCutError:
+            full = self._pad(
+                concat_batches(batches) if len(batches) > 1 else batches[0], rows, rows_per_rank * ranks, start
+            )
+        except BatchSlicingError:
             if self.slice_fn is not None or len(batches) == 1:
                 raise
             held = [known[rank % len(known)] for rank in range(ranks)]
-            return [batches[rank % len(batches)] for rank in range(ranks)], rows, describe(held, rows)
-        bounds = [(rank * share, (rank + 1) * share) for rank in range(ranks)]
-        parts = [self.take(full, *bounds[rank], share * ranks, rank, ranks) for rank in range(ranks)]
-        return parts, rows, describe([share] * ranks, rows)
+            return [batches[rank % len(batches)] for rank in range(ranks)], rows, irregular_sizes(held, rows)
+        bounds = [(rank * rows_per_rank, (rank + 1) * rows_per_rank) for rank in range(ranks)]
+        parts = [self.slice_batch(full, *bounds[rank], rows_per_rank * ranks, rank, ranks) for rank in range(ranks)]
+        return parts, rows, irregular_sizes([rows_per_rank] * ranks, rows)
 
-    def _filled(self, batch: Any, rows: int, wanted: int, start: Sequence[Any]) -> Any:
-        if wanted == rows:
+    def _pad(self, batch: Any, rows: int, target_rows: int, start: Sequence[Any]) -> Any:
+        if target_rows == rows:
             return batch
         try:
-            return join(self._pieces(batch, wanted - rows, start or [batch]))
-        except CannotCutError:  # the start has other shapes than the end: repeat what is here
-            return join(self._pieces(batch, wanted - rows, [batch]))
+            return concat_batches(self._with_repeated_rows(batch, target_rows - rows, start or [batch]))
+        except BatchSlicingError:  # the start has other shapes than the end: repeat what is here
+            return concat_batches(self._with_repeated_rows(batch, target_rows - rows, [batch]))
 
-    def _pieces(self, batch: Any, missing: int, source: Sequence[Any]) -> list[Any]:
+    def _with_repeated_rows(self, batch: Any, missing: int, source: Sequence[Any]) -> list[Any]:
         pieces = [batch]
         for piece in cycle(source):
             rows = self.rows(piece)
             assert rows
-            pieces.append(self.take(piece, 0, min(missing, rows), rows))
+            pieces.append(self.slice_batch(piece, 0, min(missing, rows), rows))
             missing -= rows
             if missing <= 0:
                 return pieces
         raise AssertionError("unreachable: a cycle does not end")
 
 
-def _without_rows(batch: Any) -> CannotCutError:
+def _unsplittable_error(batch: Any) -> BatchSlicingError:
     try:
-        rows_of(batch)
-    except CannotCutError as error:  # its tensors disagree, which the message says
+        batch_length(batch)
+    except BatchSlicingError as error:  # its tensors disagree, which the message says
         return error
-    return CannotCutError(
+    return BatchSlicingError(
         f"a batch of type {type(batch).__name__} cannot be split into parts for the ranks: it holds no tensor with a "
         "dimension and no list. Have collate_fn make one, say how to cut with slice_fn_for_dispatch, or use "
         "split_batches=False."
     )
 
 
-def cloned(data: Any) -> Any:
+def clone_batch(data: Any) -> Any:
     """Returns a batch in memory of its own: tensors, arrays and containers are copied, other objects are not."""
     if isinstance(data, torch.Tensor):
         return data.clone()
     if isinstance(data, np.ndarray):
         return data.copy()
     if isinstance(data, Mapping):
-        return like_mapping(data, {key: cloned(data[key]) for key in data})
+        return like_mapping(data, {key: clone_batch(data[key]) for key in data})
     if isinstance(data, (list, tuple)):
-        return honor_type(data, [cloned(item) for item in data])
+        return honor_type(data, [clone_batch(item) for item in data])
     return data

@@ -1,8 +1,7 @@
 """The order of an epoch: which generator it is drawn from, how the ranks agree on it, where in it a loader stands.
 
-`IndexStream` stands between a sampler and torch's loader, so that the last batch is known when it is handed out: from the
-length, where that cannot be wrong, else by drawing one batch of indices ahead (no data is fetched for that). It keeps
-each step's `Round`.
+`LookaheadSampler` wraps a sampler so that the last batch can be identified when it is yielded: by the length where that is
+exact, else by drawing one batch of indices ahead (which fetches no data). It also records the `StepSizes` of each step.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from torch.utils.data import (
 )
 
 from ...runtime import rng, world
-from ..batches.batch_sharding import Round
-from .samplers import SeedableRandomSampler, rounds_of
+from ..batches.batch_sharding import StepSizes
+from .samplers import SeedableRandomSampler, iter_with_step_sizes
 
 
 class EpochOrder(Protocol):
@@ -48,15 +47,15 @@ class GeneratorOrder:
         synchronise: Copy rank 0's state to the other ranks.
     """
 
-    def __init__(self, generator: torch.Generator, reseed: bool, synchronise: bool) -> None:
+    def __init__(self, generator: torch.Generator, reseed: bool, synchronize: bool) -> None:
         self.generator = generator
         self.reseed = reseed
-        self.synchronise = synchronise
+        self.synchronize = synchronize
 
     def start(self) -> None:
         if self.reseed:
             self.generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
-        if self.synchronise:
+        if self.synchronize:
             rng.synchronize_rng_states(["generator"], self.generator)
 
     def state(self) -> torch.Tensor:
@@ -74,12 +73,12 @@ class SeededOrder:
         synchronise: Take over rank 0's seed unless one was given.
     """
 
-    def __init__(self, sampler: SeedableRandomSampler, synchronise: bool) -> None:
+    def __init__(self, sampler: SeedableRandomSampler, synchronize: bool) -> None:
         self.sampler = sampler
-        self.synchronise = synchronise
+        self.synchronize = synchronize
 
     def start(self) -> None:
-        if self.synchronise and not self.sampler.seed_is_shared:
+        if self.synchronize and not self.sampler.seed_is_shared:
             (self.sampler.initial_seed,) = world.current().collectives.broadcast_object_list(
                 [self.sampler.initial_seed]
             )
@@ -94,28 +93,28 @@ class SeededOrder:
         self.sampler.seed_is_shared = True
 
 
-class Track:
+class IterationProgress:
     """What is known of one pass over the indices.
 
     Attributes:
         total: How many batches of indices there are; None until the last one has been drawn.
-        rounds: Position (from 1) -> `Round`, for the steps that have one.
+        rounds: Position (from 1) -> `StepSizes`, for the steps that have one.
         short: Position -> number of indices, for the batches that are not full ones.
         drawn: How many have been handed out; not counted where `exact`.
-        exact: `total` was known beforehand, no step has a `Round`, and none but the last is short.
+        exact: `total` was known beforehand, no step has a `StepSizes`, and none but the last is short.
     """
 
-    __slots__ = ("drawn", "exact", "rounds", "short", "total")
+    __slots__ = ("drawn", "exact", "short", "step_sizes", "total")
 
     def __init__(self) -> None:
         self.total: int | None = None
-        self.rounds: dict[int, Round] = {}
+        self.step_sizes: dict[int, StepSizes] = {}
         self.short: dict[int, int] = {}
         self.drawn = 0
         self.exact = False
 
 
-class IndexStream:
+class LookaheadSampler:
     """A sampler as torch's loader draws from it.
 
     Args:
@@ -142,22 +141,22 @@ class IndexStream:
         self.ahead = ahead
         self.resumable = resumable
         self.full = full
-        self.track = Track()
+        self.progress = IterationProgress()
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        self.track = Track()
+        self.progress = IterationProgress()
         if self.resumable:
-            return ResumableIndices(self, self.track)
+            return ResumableIterator(self, self.progress)
         if self.order is None and (length := exact_length(self.sampler)) is not None:
-            self.track.total, self.track.exact = length, True
+            self.progress.total, self.progress.exact = length, True
             return iter(self.sampler)  # nothing stands between: this runs once a batch, and every instruction counts
-        return self.draw(self.track)
+        return self.draw(self.progress)
 
-    def draw(self, track: Track, *, begun: bool = False, skip: int = 0) -> Iterator[Any]:
-        """The indices, `track` telling what is known of them.
+    def draw(self, progress: IterationProgress, *, begun: bool = False, skip: int = 0) -> Iterator[Any]:
+        """The indices, `progress` telling what is known of them.
 
         Args:
             begun: The order has been settled.
@@ -165,24 +164,24 @@ class IndexStream:
         """
         if self.order is not None and not begun:
             self.order.start()
-        source = enumerate(rounds_of(self.sampler), 1)
+        source = enumerate(iter_with_step_sizes(self.sampler), 1)
         waiting: list[Any] = []
         full = self.full or 0
-        for position, (indices, round) in source:
-            if round is not None:
-                track.rounds[position] = round
+        for position, (indices, step_sizes) in source:
+            if step_sizes is not None:
+                progress.step_sizes[position] = step_sizes
             if full and len(indices) < full:
-                track.short[position] = len(indices)
+                progress.short[position] = len(indices)
             if position <= skip:
-                track.drawn = position
+                progress.drawn = position
                 continue
             waiting.append(indices)
             if len(waiting) > self.ahead:
-                track.drawn += 1
+                progress.drawn += 1
                 yield waiting.pop(0)
-        track.total = track.drawn + len(waiting)
+        progress.total = progress.drawn + len(waiting)
         for indices in waiting:
-            track.drawn += 1
+            progress.drawn += 1
             yield indices
 
 
@@ -203,20 +202,20 @@ def exact_length(sampler: Any) -> int | None:
     return len(sampler) if type(sampler) in _EXACT else None
 
 
-class ResumableIndices:
-    """The indices of an `IndexStream`, with a position to save and restore. torchdata calls these methods.
+class ResumableIterator:
+    """The indices of an `LookaheadSampler`, with a position to save and restore. torchdata calls these methods.
 
     A state holds how the epoch's order came about and how many batches were handed out; going on means drawing the same
     order again and passing over that many batches of indices, which fetches no data.
     """
 
-    def __init__(self, stream: IndexStream, track: Track) -> None:
+    def __init__(self, stream: LookaheadSampler, progress: IterationProgress) -> None:
         self._stream = stream
-        self._track = track
+        self._progress = progress
         self._indices: Iterator[Any] | None = None
         self._order: Any = None
 
-    def __iter__(self) -> ResumableIndices:
+    def __iter__(self) -> ResumableIterator:
         return self
 
     def __next__(self) -> Any:
@@ -230,11 +229,11 @@ class ResumableIndices:
     def _begin(self, skip: int) -> None:
         stream = self._stream
         self._order = None if stream.order is None else stream.order.state()
-        self._indices = stream.draw(self._track, begun=True, skip=skip)
+        self._indices = stream.draw(self._progress, begun=True, skip=skip)
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the batch that was handed out last."""
-        return {"drawn": self._track.drawn, "order": self._order}
+        return {"drawn": self._progress.drawn, "order": self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on behind the position that `state` names."""

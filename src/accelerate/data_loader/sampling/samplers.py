@@ -1,7 +1,7 @@
 """Samplers and batch samplers: one rank's part of another's batches, a later start, an order that a seed determines.
 
-`BatchSamplerShard`, `SamplerShard` and `SkipBatchSampler` also have ``rounds()``: what ``iter`` gives, each with the
-`Round` of that step, from which the loader knows what is padding.
+`BatchSamplerShard`, `SamplerShard` and `SkipBatchSampler` also have ``with_step_sizes()``: what ``iter`` gives,
+each with the `StepSizes` of that step, from which the loader knows what is padding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 
-from ..batches.batch_sharding import Round, deal_batches, deal_items
+from ..batches.batch_sharding import StepSizes, shard_batches, shard_items
 
 
 class SeedableRandomSampler(RandomSampler):
@@ -57,7 +57,7 @@ class SeedableRandomSampler(RandomSampler):
         self.epoch = epoch
 
 
-def chain_from(sampler: Any) -> list[Any]:
+def sampler_chain(sampler: Any) -> list[Any]:
     """A sampler and those inside it, outermost first."""
     chain: list[Any] = []
     while sampler is not None and not any(sampler is seen for seen in chain):
@@ -68,15 +68,15 @@ def chain_from(sampler: Any) -> list[Any]:
     return chain
 
 
-def epoch_takers(sampler: Any) -> list[Any]:
+def samplers_with_epoch(sampler: Any) -> list[Any]:
     """The samplers in a chain that want to be told the epoch; ours only pass it on, so they are not among them."""
     ours = (BatchSamplerShard, SamplerShard, SkipBatchSampler)
-    return [link for link in chain_from(sampler) if hasattr(link, "set_epoch") and not isinstance(link, ours)]
+    return [link for link in sampler_chain(sampler) if hasattr(link, "set_epoch") and not isinstance(link, ours)]
 
 
-def _pass_epoch(sampler: Any, epoch: int) -> None:
-    for taker in epoch_takers(sampler):
-        taker.set_epoch(epoch)
+def _forward_epoch(sampler: Any, epoch: int) -> None:
+    for receiver in samplers_with_epoch(sampler):
+        receiver.set_epoch(epoch)
 
 
 class BatchSamplerShard(BatchSampler):
@@ -146,10 +146,10 @@ class BatchSamplerShard(BatchSampler):
         rest = len(sampler) % self.batch_size
         return 0 < rest <= self.process_index * (self.batch_size // self.num_processes)
 
-    def rounds(self) -> Iterator[tuple[list[Any], Round | None]]:
-        """This rank's index batches, each with the `Round` it belongs to (None: a plain one)."""
+    def with_step_sizes(self) -> Iterator[tuple[list[Any], StepSizes | None]]:
+        """This rank's index batches, each with the `StepSizes` it belongs to (None: a plain one)."""
         rank = self.process_index  # read now, not in the constructor: transformers changes both on a prepared loader
-        for parts, round in deal_batches(
+        for parts, step_sizes in shard_batches(
             self.batch_sampler,
             self.num_processes,
             batch_size=self.batch_size,
@@ -158,14 +158,14 @@ class BatchSamplerShard(BatchSampler):
             drop_last=self.drop_last,
         ):
             if parts[rank]:
-                yield parts[rank], round
+                yield parts[rank], step_sizes
 
     def __iter__(self) -> Iterator[list[Any]]:
-        return (indices for indices, _ in self.rounds())
+        return (indices for indices, _ in self.with_step_sizes())
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to the batch sampler."""
-        _pass_epoch(self.batch_sampler, epoch)
+        _forward_epoch(self.batch_sampler, epoch)
 
 
 def check_split(batch_size: int | None, num_processes: int) -> None:
@@ -208,18 +208,18 @@ class SamplerShard(Sampler[Any]):
         full, extra = divmod(len(self.sampler), self.num_processes)
         return full + (extra > 0 if self.even_batches else self.process_index < extra)
 
-    def rounds(self) -> Iterator[tuple[Any, Round | None]]:
-        """This rank's items, each with the `Round` it belongs to (None: a plain one)."""
-        for parts, round in deal_items(self.sampler, self.num_processes, even=self.even_batches):
+    def with_step_sizes(self) -> Iterator[tuple[Any, StepSizes | None]]:
+        """This rank's items, each with the `StepSizes` it belongs to (None: a plain one)."""
+        for parts, step_sizes in shard_items(self.sampler, self.num_processes, even=self.even_batches):
             if parts[self.process_index]:
-                yield parts[self.process_index][0], round
+                yield parts[self.process_index][0], step_sizes
 
     def __iter__(self) -> Iterator[Any]:
-        return (item for item, _ in self.rounds())
+        return (item for item, _ in self.with_step_sizes())
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to the sampler."""
-        _pass_epoch(self.sampler, epoch)
+        _forward_epoch(self.sampler, epoch)
 
 
 class SkipBatchSampler(BatchSampler):
@@ -244,24 +244,26 @@ class SkipBatchSampler(BatchSampler):
     def __len__(self) -> int:
         return max(0, len(self.batch_sampler) - self.skip_batches)
 
-    def rounds(self) -> Iterator[tuple[Any, Round | None]]:
-        """The remaining index batches, each with the `Round` it belongs to (None: a plain one)."""
-        return itertools.islice(rounds_of(self.batch_sampler), self.skip_batches, None)
+    def with_step_sizes(self) -> Iterator[tuple[Any, StepSizes | None]]:
+        """The remaining index batches, each with the `StepSizes` it belongs to (None: a plain one)."""
+        return itertools.islice(iter_with_step_sizes(self.batch_sampler), self.skip_batches, None)
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(iter(self.batch_sampler), self.skip_batches, None)
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to the batch sampler."""
-        _pass_epoch(self.batch_sampler, epoch)
+        _forward_epoch(self.batch_sampler, epoch)
 
 
-def rounds_of(sampler: Iterable[Any]) -> Iterator[tuple[Any, Round | None]]:
-    """What a sampler gives, each with its `Round`; plain ones for a sampler that is not a shard."""
-    return sampler.rounds() if hasattr(sampler, "rounds") else ((indices, None) for indices in sampler)
+def iter_with_step_sizes(sampler: Iterable[Any]) -> Iterator[tuple[Any, StepSizes | None]]:
+    """What a sampler gives, each with its `StepSizes`; plain ones for a sampler that is not a shard."""
+    return (
+        sampler.with_step_sizes() if hasattr(sampler, "with_step_sizes") else ((indices, None) for indices in sampler)
+    )
 
 
-def drawn_from(loader: DataLoader[Any]) -> Any:
+def index_sampler(loader: DataLoader[Any]) -> Any:
     """What a loader draws its indices from: its batch sampler, or its sampler where it does not batch; None for an
     iterable dataset's."""
     if isinstance(loader.dataset, IterableDataset):
@@ -275,13 +277,13 @@ def get_sampler(dataloader: DataLoader[Any]) -> Any:
     Returns:
         The sampler; a custom batch sampler that has none itself; None for an iterable dataset.
     """
-    chain = chain_from(drawn_from(dataloader))
+    chain = sampler_chain(index_sampler(dataloader))
     return chain[-1] if chain else None
 
 
-def samples_drawn(loader: DataLoader[Any]) -> int | None:
+def samples_per_epoch(loader: DataLoader[Any]) -> int | None:
     """How many samples a loader's sampler draws in an epoch; None where that is not known."""
-    chain: list[Any] = chain_from(drawn_from(loader))
+    chain: list[Any] = sampler_chain(index_sampler(loader))
     if len(chain) < 2 or isinstance(chain[-2], SamplerShard):
         return None
     sampler: Any = getattr(chain[-2], "sampler", None)

@@ -1,7 +1,7 @@
 """Random numbers that belong to a sample: those drawn while it is read are a function of (seed, epoch, index).
 
 So an augmentation is the same whoever reads the sample, whatever was read before it, and after resuming. `SampleSeeds`
-is the loader's part; `SeededSamples` is the dataset as the iterator and its workers see it.
+is the loader's part; `SeededDataset` is the dataset as the iterator and its workers see it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class SampleSeeds:
         self.seed = seed
         # In shared memory: workers that persist learn of the next epoch here. It begins when all have answered that they
         # are done with the last.
-        self._now = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
 
-    def begin(self, epoch: int, agree: bool) -> None:
+    def begin(self, epoch: int, synchronize: bool) -> None:
         """An epoch begins.
 
         Args:
@@ -42,13 +42,13 @@ class SampleSeeds:
         """
         if self.seed is None:
             self.seed = torch.initial_seed()
-            if agree:
+            if synchronize:
                 (self.seed,) = world.current().collectives.broadcast_object_list([self.seed])
-        self._now[0], self._now[1] = self.seed & (2**63 - 1), epoch
+        self._shared[0], self._shared[1] = self.seed & (2**63 - 1), epoch
 
-    def of(self, index: Any) -> int:
+    def seed_for(self, index: Any) -> int:
         """The seed of a sample, or of a batch of them."""
-        seed, epoch = self._now.tolist()
+        seed, epoch = self._shared.tolist()
         digest = hashlib.blake2b(f"{seed}/{epoch}/{_plain(index)}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
@@ -63,7 +63,7 @@ def _plain(index: Any) -> Any:
         return repr(index)
 
 
-class SeededSamples:
+class SeededDataset:
     """A map-style dataset whose samples are read with random states of their own; otherwise it is the dataset itself.
 
     torch's, numpy's and Python's generators are seeded before each sample. A dataset that reads whole batches
@@ -93,23 +93,23 @@ class SeededSamples:
         return len(self._dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        with _states_kept():
+        with _preserve_rng_state():
             return self._read(index)
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
-        with _states_kept():
+        with _preserve_rng_state():
             if reads_batches(self._dataset):
-                _seed(self._seeds.of(indices))
+                _seed(self._seeds.seed_for(indices))
                 batch: list[Any] = self._dataset.__getitems__(indices)
                 return batch
             return [self._read(index) for index in indices]
 
     def _read(self, index: Any) -> Any:
-        _seed(self._seeds.of(index))
+        _seed(self._seeds.seed_for(index))
         return self._dataset[index]
 
 
-class StatefulSeededSamples(SeededSamples):
+class StatefulSeededDataset(SeededDataset):
     """The same for a dataset with a state, which torchdata looks for on the class."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,10 +122,10 @@ class StatefulSeededSamples(SeededSamples):
         self._dataset.load_state_dict(state)
 
 
-def seeded(dataset: Any, seeds: SampleSeeds) -> SeededSamples:
+def with_sample_seeds(dataset: Any, seeds: SampleSeeds) -> SeededDataset:
     """A dataset with samples that have random states of their own."""
     stateful = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
-    return (StatefulSeededSamples if stateful else SeededSamples)(dataset, seeds)
+    return (StatefulSeededDataset if stateful else SeededDataset)(dataset, seeds)
 
 
 def reads_batches(dataset: Any) -> bool:
@@ -142,7 +142,7 @@ def _seed(seed: int) -> None:
 
 
 @contextmanager
-def _states_kept() -> Iterator[None]:
+def _preserve_rng_state() -> Iterator[None]:
     """In the process that trains, whose random numbers are for the model; a worker reads and does nothing else."""
     if get_worker_info() is not None:
         yield

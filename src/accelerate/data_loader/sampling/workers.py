@@ -21,7 +21,7 @@ _iterators: WeakSet[Any] = WeakSet()
 _workers: list[Any] = []
 
 
-class Outlasting:
+class IgnoreSigterm:
     """A ``worker_init_fn`` that has the worker ignore SIGTERM while its loader is in use, then calls another.
 
     Args:
@@ -60,42 +60,42 @@ def _exit_if_set(done: Any) -> None:
         os._exit(0)
 
 
-def note(iterator: Any) -> None:
+def track_iterator(iterator: Any) -> None:
     """Ends the workers of an iterator with this process, or with the iterator.
 
     Args:
         iterator: torch's or torchdata's iterator over several processes.
     """
     # Before the iterator is finalized where it is part of a reference cycle, after that elsewhere.
-    finalize(iterator, _collected, list(iterator._workers), iterator._workers_done_event).atexit = False
-    _workers[:] = [*_running(), *iterator._workers]
+    finalize(iterator, _on_iterator_collected, list(iterator._workers), iterator._workers_done_event).atexit = False
+    _workers[:] = [*_live_workers(), *iterator._workers]
     _iterators.add(iterator)
-    atexit.unregister(_end_all)
-    atexit.register(_end_all)  # runs before multiprocessing's, which would wait for the workers
+    atexit.unregister(_shut_down_all)
+    atexit.register(_shut_down_all)  # runs before multiprocessing's, which would wait for the workers
 
 
-def _collected(workers: list[Any], done: Any) -> None:
+def _on_iterator_collected(workers: list[Any], done: Any) -> None:
     """Ends workers that the iterator cannot end. The garbage collector closes the queues of a reference cycle first, so that
     torch's request to stop is not sent: it would wait 5 s for each worker."""
     if any(worker._parent_pid == os.getpid() and worker.is_alive() for worker in workers):
-        threading.Thread(target=_end_when_set, args=(workers, done), daemon=True).start()
+        threading.Thread(target=_terminate_when_set, args=(workers, done), daemon=True).start()
 
 
-def _end_when_set(workers: list[Any], done: Any) -> None:
+def _terminate_when_set(workers: list[Any], done: Any) -> None:
     if done.wait(timeout=60):  # set once nothing reads any longer what the workers send
         for worker in workers:
             worker.terminate()
 
 
-def _running() -> list[Any]:
+def _live_workers() -> list[Any]:
     """The workers of this process; one that was forked from another knows that one's."""
     return [worker for worker in _workers if worker._parent_pid == os.getpid() and worker.is_alive()]
 
 
-def _end_all() -> None:
-    if not _running():
+def _shut_down_all() -> None:
+    if not _live_workers():
         return
     for iterator in list(_iterators):
         iterator._shutdown_workers()
-    for worker in _running():  # they hang
+    for worker in _live_workers():  # they hang
         worker.kill()

@@ -12,8 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelerate.data_loader.batches.batch_broadcast import CannotDispatchError, Channel, ReadingRankError, Step
-from accelerate.data_loader.batches.batch_sharding import Round
+from accelerate.data_loader.batches.batch_broadcast import (
+    BatchBroadcaster,
+    CannotDispatchError,
+    DispatchedStep,
+    ReadingRankError,
+)
+from accelerate.data_loader.batches.batch_sharding import StepSizes
 from accelerate.runtime.collective_backend import Collectives
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -47,15 +52,19 @@ class Ends:
         sent: deque[torch.Tensor] = deque()
         self.line = Line(0, sent)
         said: deque[torch.Tensor] = deque()
-        self.words = Line(0, said)
-        self.near = Channel(self.line, staged=staged, words=self.words if apart else None)
-        self.far = Channel(Line(1, sent), staged=staged, words=Line(1, said) if apart else None)
+        self.host_line = Line(0, said)
+        self.sender = BatchBroadcaster(self.line, staged=staged, host_collectives=self.host_line if apart else None)
+        self.receiver = BatchBroadcaster(
+            Line(1, sent), staged=staged, host_collectives=Line(1, said) if apart else None
+        )
 
-    def carry(self, parts: list[Any], rows: int | None = None, round: Round | None = None, last: bool = False) -> Step:
-        self.near.post(self.near.pack(parts, rows, round, last))
-        step = self.far.receive(1)
+    def carry(
+        self, parts: list[Any], rows: int | None = None, step_sizes: StepSizes | None = None, last: bool = False
+    ) -> DispatchedStep:
+        self.sender.send(self.sender.pack(parts, rows, step_sizes, last))
+        step = self.receiver.receive(1)
         assert step is not None
-        assert not self.line.sent and not self.words.sent
+        assert not self.line.sent and not self.host_line.sent
         return step
 
 
@@ -109,11 +118,11 @@ def test_what_is_sent_arrives(steps: list[tuple[Any, Any]], staged: bool, apart:
 
 def test_what_comes_along() -> None:
     ends = Ends()
-    round = Round((2, 1), 3)
-    assert ends.carry([1, 2], 3, round, True) == Step(2, 3, round, True)
-    assert ends.carry([1, 2]) == Step(2, None, None, False)
-    ends.near.send_end()
-    assert ends.far.receive(1) is None
+    step_sizes = StepSizes((2, 1), 3)
+    assert ends.carry([1, 2], 3, step_sizes, True) == DispatchedStep(2, 3, step_sizes, True)
+    assert ends.carry([1, 2]) == DispatchedStep(2, None, None, False)
+    ends.sender.send_end()
+    assert ends.receiver.receive(1) is None
 
 
 def test_steps_of_one_layout_are_one_message_of_their_bytes() -> None:
@@ -158,12 +167,12 @@ def test_apart_from_words_only_bytes_of_tensors_are_sent() -> None:
     for _ in range(3):
         assert torch.equal(ends.carry([torch.zeros(32), torch.ones(32)], 2).batch, torch.ones(32))
     assert ends.line.sizes == [2 * 32 * 4] * 3
-    assert ends.words.sizes[-1] == 64, "a step of a known layout is one header"
-    ends.near.send_error(OSError("disk on fire"))
+    assert ends.host_line.sizes[-1] == 64, "a step of a known layout is one header"
+    ends.sender.send_error(OSError("disk on fire"))
     with pytest.raises(ReadingRankError, match="disk on fire"):
-        ends.far.receive(1)
-    ends.near.send_end()
-    assert ends.far.receive(1) is None and not ends.line.sent
+        ends.receiver.receive(1)
+    ends.sender.send_end()
+    assert ends.receiver.receive(1) is None and not ends.line.sent
 
 
 def test_special_values() -> None:
@@ -206,7 +215,7 @@ class Demanding(UserDict):
 def test_what_cannot_be_sent_is_refused_before_anything_is(value: Any, found: str) -> None:
     ends = Ends()
     with pytest.raises(CannotDispatchError, match=found) as caught:
-        ends.near.pack([value, value], None, None, False)
+        ends.sender.pack([value, value], None, None, False)
     assert "dispatch_batches=False" in str(caught.value)
     assert not ends.line.sent
 
@@ -217,9 +226,9 @@ def test_a_failure_arrives_with_its_text() -> None:
     try:
         raise OSError("disk on fire")
     except OSError as error:
-        ends.near.send_error(error)
+        ends.sender.send_error(error)
     with pytest.raises(ReadingRankError, match=r"(?s)OSError: disk on fire.*test_batch_broadcast.py"):
-        ends.far.receive(1)
+        ends.receiver.receive(1)
     assert ends.carry([1, 2]).batch == 2, "the line stays usable"
 
 

@@ -11,8 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelerate.data_loader.batches.batch_sharding import Round
-from accelerate.data_loader.batches.batch_slicing import CannotCutError, Cutter, join, rows_of, take
+from accelerate.data_loader.batches.batch_sharding import StepSizes
+from accelerate.data_loader.batches.batch_slicing import (
+    BatchSlicer,
+    BatchSlicingError,
+    batch_length,
+    concat_batches,
+    slice_batch,
+)
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -47,8 +53,8 @@ def test_a_cut_has_the_rows_of_all_columns(rows: int, data: st.DataObject) -> No
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
     batch = _batch(0, rows)
-    assert rows_of(batch) == rows
-    assert _same(take(batch, start, stop), _batch(start, stop))
+    assert batch_length(batch) == rows
+    assert _same(slice_batch(batch, start, stop), _batch(start, stop))
 
 
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
@@ -57,7 +63,7 @@ def test_joined_batches_have_all_rows(sizes: list[int]) -> None:
     for size in sizes:
         bounds.append(bounds[-1] + size)
     batches = [_batch(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
-    assert _same(join(batches), _batch(0, bounds[-1]))
+    assert _same(concat_batches(batches), _batch(0, bounds[-1]))
 
 
 @given(
@@ -72,58 +78,58 @@ def test_a_step_is_dealt_to_the_last_row(sizes: list[int], ranks: int, first: in
     for size in sizes:
         bounds.append(bounds[-1] + size)
     batches = [torch.arange(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
-    cutter = Cutter()
-    start = cutter.copy_rows([torch.arange(first)], ranks)
-    parts, rows, round = cutter.deal(batches, ranks, start, split)
+    slicer = BatchSlicer()
+    start = slicer.clone_rows([torch.arange(first)], ranks)
+    parts, rows, step_sizes = slicer.shard(batches, ranks, start, split)
     assert rows == sum(sizes)
     assert len(parts) == ranks
     given = [row for part in parts for row in part.tolist()]
-    kept = given if round is None else given[: round.rows]
+    kept = given if step_sizes is None else given[: step_sizes.rows]
     assert kept == list(range(100, bounds[-1]))
     assert given[len(kept) :] == (list(range(min(first, ranks))) * ranks)[: len(given) - len(kept)]
 
 
 def test_rows_to_repeat_have_memory_of_their_own() -> None:
     batch = {"x": torch.zeros(3, 2), "y": [1, 2, 3]}
-    kept = Cutter().copy_rows([batch, batch], 5)
-    assert [rows_of(part) for part in kept] == [3, 2]
+    kept = BatchSlicer().clone_rows([batch, batch], 5)
+    assert [batch_length(part) for part in kept] == [3, 2]
     batch["x"].fill_(7)
     assert all(part["x"].eq(0).all() for part in kept)
 
 
 def test_full_batches_are_given_out_as_they_are() -> None:
     batches = [{"x": torch.ones(2, 5)}, {"x": torch.ones(2, 9)}]  # padded to the longest of each
-    parts, rows, round = Cutter().deal(batches, 2, [], split=False)
+    parts, rows, step_sizes = BatchSlicer().shard(batches, 2, [], split=False)
     assert parts == batches
-    assert (rows, round) == (4, None)
+    assert (rows, step_sizes) == (4, None)
 
 
 def test_batches_that_cannot_be_joined_are_repeated_whole() -> None:
     batches = [torch.ones(2, 5), torch.ones(1, 9)]
-    parts, rows, round = Cutter().deal(batches, 3, [], split=False)
+    parts, rows, step_sizes = BatchSlicer().shard(batches, 3, [], split=False)
     assert [tuple(part.shape) for part in parts] == [(2, 5), (1, 9), (2, 5)]
     assert rows == 3
-    assert round == Round((2, 1, 2), 3)
+    assert step_sizes == StepSizes((2, 1, 2), 3)
 
 
 def test_what_completes_a_batch_comes_from_itself_if_the_start_has_other_shapes() -> None:
-    parts, rows, round = Cutter().deal([torch.ones(1, 9)], 2, [torch.ones(2, 5)], split=False)
+    parts, rows, step_sizes = BatchSlicer().shard([torch.ones(1, 9)], 2, [torch.ones(2, 5)], split=False)
     assert [tuple(part.shape) for part in parts] == [(1, 9), (1, 9)]
-    assert (rows, round) == (1, Round((1, 1), 1))
+    assert (rows, step_sizes) == (1, StepSizes((1, 1), 1))
 
 
 def test_batches_without_rows_are_given_out_whole() -> None:
-    parts, rows, round = Cutter().deal([{"a": 1}, {"a": 2}], 2, [], split=False)
-    assert (parts, rows, round) == ([{"a": 1}, {"a": 2}], None, None)
-    parts, rows, round = Cutter().deal([{"a": 1}], 2, [], split=False)
-    assert (parts, rows, round) == ([{"a": 1}, {"a": 1}], None, Round((1, 1), 1, whole=True))
+    parts, rows, step_sizes = BatchSlicer().shard([{"a": 1}, {"a": 2}], 2, [], split=False)
+    assert (parts, rows, step_sizes) == ([{"a": 1}, {"a": 2}], None, None)
+    parts, rows, step_sizes = BatchSlicer().shard([{"a": 1}], 2, [], split=False)
+    assert (parts, rows, step_sizes) == ([{"a": 1}, {"a": 1}], None, StepSizes((1, 1), 1, counts_batches=True))
 
 
 def test_lists_of_samples_are_cut_by_sample() -> None:
     samples = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "c", "answer": 3}]
-    parts, rows, round = Cutter().deal([samples[:2], samples[2:]], 3, [], split=False)
+    parts, rows, step_sizes = BatchSlicer().shard([samples[:2], samples[2:]], 3, [], split=False)
     assert parts == [samples[:1], samples[1:2], samples[2:]]
-    assert (rows, round) == (3, None)
+    assert (rows, step_sizes) == (3, None)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +143,8 @@ def test_lists_of_samples_are_cut_by_sample() -> None:
     ],
 )
 def test_what_cannot_be_split_is_refused(batch: Any, found: str) -> None:
-    with pytest.raises(CannotCutError, match=found):
-        Cutter().deal([batch], 2, [], split=True)
+    with pytest.raises(BatchSlicingError, match=found):
+        BatchSlicer().shard([batch], 2, [], split=True)
 
 
 def test_a_slice_function_decides() -> None:
@@ -149,8 +155,8 @@ def test_a_slice_function_decides() -> None:
         return {"x": batch["x"][bounds], "weights": batch["weights"]}
 
     batch = {"x": torch.arange(4), "weights": torch.ones(3)}
-    parts, rows, round = Cutter(by_columns).deal([batch], 2, [], split=True)
+    parts, rows, step_sizes = BatchSlicer(by_columns).shard([batch], 2, [], split=True)
     assert [part["x"].tolist() for part in parts] == [[0, 1], [2, 3]]
     assert all(len(part["weights"]) == 3 for part in parts)
     assert calls == [(slice(0, 2), 0, 2), (slice(2, 4), 1, 2)]
-    assert (rows, round) == (4, None)
+    assert (rows, step_sizes) == (4, None)

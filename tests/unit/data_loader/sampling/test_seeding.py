@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, get_worker_info
 
 pytest.importorskip("torchdata.stateful_dataloader")
 
-from accelerate.data_loader import plan_data
-from accelerate.data_loader.sampling.seeding import SampleSeeds, seeded
+from accelerate.data_loader import build_loader, plan_data
+from accelerate.data_loader.sampling.seeding import SampleSeeds, with_sample_seeds
 from accelerate.runtime.world import DataRanks
 from accelerate.settings.handlers import DataLoaderConfiguration
 
@@ -46,7 +46,7 @@ def loader(ranks: int = 1, rank: int = 0, workers: int = 0, total: int = 12, dat
     options = {"use_seedable_sampler": True, "data_seed": 5, "seed_samples": True, **options}
     config = DataLoaderConfiguration(use_stateful_dataloader=True, **options)
     plain = DataLoader(data or Augmented(), batch_size=total // ranks, shuffle=True, num_workers=workers)
-    return plan_data(plain, config, DataRanks(rank, ranks)).build()
+    return build_loader(plan_data(plain, config, DataRanks(rank, ranks)))
 
 
 def draws(batches: Any) -> dict[int, tuple[float, ...]]:
@@ -96,7 +96,7 @@ def test_a_resumed_epoch_goes_on_with_them(epochs: Any, workers: int) -> None:
 def test_persistent_workers_learn_of_the_next_epoch(epochs: Any) -> None:
     config = DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=5)
     plain = DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=2, persistent_workers=True)
-    prepared = plan_data(plain, config, DataRanks(0, 1)).build()
+    prepared = build_loader(plan_data(plain, config, DataRanks(0, 1)))
     next(iter(prepared))  # left in the middle, with batches on their way
     assert draws(prepared) == epochs[0]
     assert draws(prepared) == epochs[1]
@@ -140,13 +140,13 @@ def test_the_rule_of_the_default() -> None:
 
 def test_datasets_that_read_batches_are_seeded_once_a_batch() -> None:
     seeds = SampleSeeds(3)
-    seeds.begin(0, agree=False)
+    seeds.begin(0, synchronize=False)
     for data in (InBatches(), Subset(InBatches(), range(4, LENGTH))):
-        samples = seeded(data, seeds)
+        samples = with_sample_seeds(data, seeds)
         first = draws([samples.__getitems__([1, 2])])
         assert draws([samples.__getitems__([1, 2])]) == first
         assert draws([samples.__getitems__([2, 1])]) != first
-    plain = seeded(Subset(Augmented(), range(4, LENGTH)), seeds)
+    plain = with_sample_seeds(Subset(Augmented(), range(4, LENGTH)), seeds)
     assert draws([plain.__getitems__([1, 2])]) == draws([plain.__getitems__([2, 1])])
     assert torch.equal(plain[np.int64(2)], plain[torch.tensor(2)]) and not torch.equal(plain[2], plain[3])
 
@@ -166,7 +166,7 @@ def open_it(worker: int) -> None:
 def test_a_worker_init_fn_reaches_the_dataset() -> None:
     config = DataLoaderConfiguration(use_stateful_dataloader=True, seed_samples=True)
     plain = DataLoader(Opened(), batch_size=12, num_workers=2, worker_init_fn=open_it)
-    handles = [batch[0][0] for batch in plan_data(plain, config, DataRanks(0, 1)).build()]
+    handles = [batch[0][0] for batch in build_loader(plan_data(plain, config, DataRanks(0, 1)))]
     assert handles == ["opened by 0 of 24", "opened by 1 of 24"]
 
 

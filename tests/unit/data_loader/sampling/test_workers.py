@@ -13,7 +13,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from accelerate.data_loader import prepare_data_loader
-from accelerate.data_loader.sampling.workers import _running
+from accelerate.data_loader.sampling.workers import _live_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 
@@ -37,7 +37,7 @@ def begin(loader: Any) -> tuple[Any, list[Any]]:
     """An iteration at its first batch, and the workers that read for it."""
     iterator = iter(loader)
     next(iterator)
-    return iterator, _running()
+    return iterator, _live_workers()
 
 
 kinds = pytest.mark.parametrize(
