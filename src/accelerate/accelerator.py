@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 import torch
 
 from . import data_loader as loading
-from .checkpointing import CheckpointMethods
+from .checkpointing import CheckpointMixin
 from .optimizer import AcceleratedOptimizer
 from .parallelism_config import requested
 from .precision import choose as choose_precision
@@ -74,7 +74,7 @@ _HANDLERS = (
 )
 
 
-class Accelerator(ProcessControl, CheckpointMethods, TrackerMethods):
+class Accelerator(ProcessControl, CheckpointMixin, TrackerMethods):
     """Lets one training loop run on one process or many, on any device.
 
     Args:

@@ -67,6 +67,20 @@ OLD_WORDS: dict[str, str] = {
     # strategies
     # strategies/parallel
     # checkpointing
+    "of_the_first": "broadcast_from_rank0",
+    "newest_valid": "latest_valid",
+    "StopRequest": "PreemptionHandler",
+    "write_whole": "atomic_write",
+    "without_aliases": "drop_shared_tensors",
+    "finish_pieces": "write_shard_index",
+    "piece_names": "shard_file_names",
+    "shared_names": "shared_tensor_names",
+    "BackgroundWriter": "AsyncSaver",
+    "settle_all": "recover_all",
+    "read_entries": "read_items",
+    "CheckpointMethods": "CheckpointMixin",
+    "_lonely_branches": "_rank_branches",
+    "saves_whole": "saves_full_state",
     # checkpointing/storage,sharded
     # data_loader
     "can_agree": "supports_lockstep",

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, LoadError, Problem, SaveError
     from .items.state_item import Entry
     from .loading import LoadReport
-    from .mixin import CheckpointMethods
+    from .mixin import CheckpointMixin
     from .model_files import clean_state_dict_for_safetensors, load, save
     from .preemption import EXIT_CODE
 
 __all__ = [
     "EXIT_CODE",
     "CheckpointError",
-    "CheckpointMethods",
+    "CheckpointMixin",
     "Entry",
     "LoadError",
     "LoadReport",
@@ -37,7 +37,7 @@ __getattr__ = lazy_exports(
     {
         "EXIT_CODE": "preemption",
         "CheckpointError": "errors",
-        "CheckpointMethods": "mixin",
+        "CheckpointMixin": "mixin",
         "Entry": "items.state_item",
         "LoadError": "errors",
         "LoadReport": "loading",

@@ -6,12 +6,12 @@ import atexit
 import threading
 
 from ..logging import get_logger
-from .saving import Job
+from .saving import SaveJob
 
 logger = get_logger(__name__)
 
 
-class BackgroundWriter:
+class AsyncSaver:
     """Runs jobs on a thread, one at a time. What fails is raised by the next call."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class BackgroundWriter:
         """Whether a save is under way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, job: Job) -> None:
+    def start(self, job: SaveJob) -> None:
         """Begins a job; the one before has been waited for."""
         assert not self.busy
 

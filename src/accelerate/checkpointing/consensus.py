@@ -23,12 +23,12 @@ from .errors import CheckpointError, LoadError, SaveError
 
 _T = TypeVar("_T")
 
-LONGEST = datetime.timedelta(hours=12)
+TIMEOUT = datetime.timedelta(hours=12)
 """How long ranks wait for each other in a save or a load: longer than a slow disk takes (4 TB at 100 MB/s). A rank that
 died is noticed by its closed connections, long before."""
 
 
-def all_ranks(failure: type[CheckpointError], purpose: str = "checkpoints") -> Collectives:
+def checkpoint_group(failure: type[CheckpointError], purpose: str = "checkpoints") -> Collectives:
     """Returns the ranks in a group of their own, in which they may wait for a disk. The first call is collective.
 
     Args:
@@ -41,12 +41,12 @@ def all_ranks(failure: type[CheckpointError], purpose: str = "checkpoints") -> C
     everyone = world.current().collectives
 
     def meet() -> None:  # the training group notices a rank that is gone; a new group would wait for it to come
-        together(everyone, "meeting for a checkpoint", lambda: None, failure)
+        run_on_all_ranks(everyone, "meeting for a checkpoint", lambda: None, failure)
 
-    return everyone if everyone.size == 1 else cpu_group(purpose, LONGEST, meet)
+    return everyone if everyone.size == 1 else cpu_group(purpose, TIMEOUT, meet)
 
 
-def together(
+def run_on_all_ranks(
     collectives: Collectives, doing: str, action: Callable[[], _T], failure: type[CheckpointError]
 ) -> list[_T]:
     """Runs `action` on every rank and waits for all.
@@ -85,9 +85,9 @@ def together(
     raise failure(f"{doing} failed: {where}") from cause
 
 
-def of_the_first(collectives: Collectives, doing: str, value: _T, failure: type[CheckpointError]) -> _T:
-    """Rank 0's value, on every rank. Arguments and errors as for `together`."""
-    return together(collectives, doing, lambda: value, failure)[0]
+def broadcast_from_rank0(collectives: Collectives, doing: str, value: _T, failure: type[CheckpointError]) -> _T:
+    """Rank 0's value, on every rank. Arguments and errors as for `run_on_all_ranks`."""
+    return run_on_all_ranks(collectives, doing, lambda: value, failure)[0]
 
 
 def _describe(error: BaseException) -> str:
@@ -146,11 +146,11 @@ def _store() -> dist.Store | None:
 
 
 def _polled(store: dist.Store, key: str, doing: str, writer: int) -> str:
-    pause, limit = 0.005, time.monotonic() + LONGEST.total_seconds()
+    pause, limit = 0.005, time.monotonic() + TIMEOUT.total_seconds()
     try:
         while not store.check([key]):
             if time.monotonic() > limit:
-                raise TimeoutError(f"no answer within {LONGEST}")
+                raise TimeoutError(f"no answer within {TIMEOUT}")
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
         return store.get(key).decode()
@@ -166,7 +166,7 @@ _ALONE = {"is_main_process", "is_local_main_process", "is_last_process"}
 _RANKS = {"process_index", "local_process_index"}
 
 
-def check_called_by_all(collectives: Collectives, call: str) -> None:
+def check_called_by_all_ranks(collectives: Collectives, call: str) -> None:
     """Refuses a call that stands in a branch which only some ranks take: the others would be waited for in vain.
 
     Raises:
@@ -177,7 +177,7 @@ def check_called_by_all(collectives: Collectives, call: str) -> None:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path, line = frame.f_code.co_filename, frame.f_lineno
-        for first, last, test in _lonely_branches(path):
+        for first, last, test in _rank_branches(path):
             if first <= line <= last:
                 raise RuntimeError(
                     f"{call} is called under `if {test}` ({path}, line {line}), so that only some processes call it. All "
@@ -188,7 +188,7 @@ def check_called_by_all(collectives: Collectives, call: str) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _lonely_branches(path: str) -> tuple[tuple[int, int, str], ...]:
+def _rank_branches(path: str) -> tuple[tuple[int, int, str], ...]:
     source = "".join(linecache.getlines(path))
     if not any(name in source for name in (*_ALONE, *_RANKS)):
         return ()

@@ -27,7 +27,7 @@ class Found:
     passed_over: list[tuple[Path, list[Problem]]] = field(default_factory=list)
 
 
-def newest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None = None) -> Found:
+def latest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None = None) -> Found:
     """Looks through the numbered checkpoints of a project, newest first.
 
     Replacements that were interrupted are finished first.
@@ -36,7 +36,7 @@ def newest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None 
         project: The project's folder.
         inspect: What is wrong with a folder; None: `problems_of`.
     """
-    settle_all(project)
+    recover_all(project)
     found = Found(None)
     for folder in reversed(numbered_folders(project)):
         problems = (inspect or problems_of)(folder)
@@ -47,7 +47,7 @@ def newest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None 
     return found
 
 
-def settle_all(project: Path) -> None:
+def recover_all(project: Path) -> None:
     """Finishes the replacements in a project that were committed and then interrupted."""
     folder = project / FOLDER
     if folder.is_dir():

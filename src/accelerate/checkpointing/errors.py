@@ -51,7 +51,7 @@ class Problem:
         return f"{self.file}: {self.kind}: {self.text}"
 
 
-def listed(problems: Sequence[object], most: int = 40) -> str:
+def bullet_list(problems: Sequence[object], most: int = 40) -> str:
     """Findings as lines of a message; of very many, the first ones and their number."""
     lines = [f"  - {problem}" for problem in problems[:most]]
     if len(problems) > most:

@@ -18,11 +18,11 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..runtime import world
 from ..runtime.tensors.forward import bare_model
 from . import loading
-from .consensus import all_ranks, together
+from .consensus import checkpoint_group, run_on_all_ranks
 from .errors import LoadError, SaveError
 from .items import model_items, transaction
 from .items.state_item import Entry, Part
-from .model_files import write_whole
+from .model_files import atomic_write
 from .sharded import local_state, reshard
 from .sharded.dcp_writer import describe
 from .sharded.gathering import gathered
@@ -53,7 +53,7 @@ def save_fsdp_model(
         SaveError: on every rank, when one could not write its part.
     """
     here = world.current()
-    state, full = _state(model, adapter_only), model_items.saves_whole(fsdp_plugin)
+    state, full = _state(model, adapter_only), model_items.saves_full_state(fsdp_plugin)
     if full:
         _write(model_items.gathered_model(model_index, gathered(state)), Path(output_dir))
     else:
@@ -79,7 +79,9 @@ def load_fsdp_model(
             its tensors, which is found on the way (`Accelerator.load_state` compares checksums first).
     """
     folder, bare = Path(input_dir), bare_model(model)
-    entry = model_items.model_in(folder, model_index, bare, sharded=True, full=model_items.saves_whole(fsdp_plugin))
+    entry = model_items.model_in(
+        folder, model_index, bare, sharded=True, full=model_items.saves_full_state(fsdp_plugin)
+    )
     _load(entry, folder, strict=not adapter_only)
     state, saved = local_state.model_state(bare), entry.read(folder, {})
     return _IncompatibleKeys(*reshard.misnamed(state, saved))
@@ -95,7 +97,7 @@ def save_fsdp_optimizer(
     use_dcp: bool = True,
 ) -> None:
     """Saves the state of a sharded model's optimizer; arguments as for `save_fsdp_model`."""
-    here, models, full = world.current(), [bare_model(model)], model_items.saves_whole(fsdp_plugin)
+    here, models, full = world.current(), [bare_model(model)], model_items.saves_full_state(fsdp_plugin)
     if full:
         entry = model_items.gathered_optimizer(optimizer_index, here.rank, optimizer, models)
     else:
@@ -114,7 +116,7 @@ def load_fsdp_optimizer(
     use_dcp: bool = True,
 ) -> None:
     """Loads what `save_fsdp_optimizer` saved; arguments and errors as for `load_fsdp_model`."""
-    folder, full = Path(input_dir), model_items.saves_whole(fsdp_plugin)
+    folder, full = Path(input_dir), model_items.saves_full_state(fsdp_plugin)
     entry = model_items.optimizer_in(folder, optimizer_index, optimizer, [bare_model(model)], sharded=True, full=full)
     _load(entry, folder, strict=True)
 
@@ -130,7 +132,7 @@ def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
 
 def _write(entry: Entry, folder: Path) -> None:
     """Writes each rank's part, over what was there."""
-    here, path, ranks = world.current(), folder / entry.path, all_ranks(SaveError)
+    here, path, ranks = world.current(), folder / entry.path, checkpoint_group(SaveError)
     state = entry.capture()
 
     def clear() -> None:
@@ -142,21 +144,21 @@ def _write(entry: Entry, folder: Path) -> None:
             return Part(entry.path, state, entry.format).write(folder).places if state is not None else []
         if here.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda writer: write_torch(state, writer))
+            atomic_write(path, lambda writer: write_torch(state, writer))
         return []
 
-    together(ranks, f"preparing {path.parent}", clear, SaveError)
-    places = together(ranks, f"writing {path}", write, SaveError)
+    run_on_all_ranks(ranks, f"preparing {path.parent}", clear, SaveError)
+    places = run_on_all_ranks(ranks, f"writing {path}", write, SaveError)
 
     def close() -> None:
         if here.rank == 0 and entry.everywhere:
             describe(path.parent, [place for own in places for place in own])
 
-    together(ranks, f"describing {path.parent}", close, SaveError)
+    run_on_all_ranks(ranks, f"describing {path.parent}", close, SaveError)
 
 
 def _load(entry: Entry, folder: Path, strict: bool) -> None:
-    here = dataclasses.replace(world.current(), collectives=all_ranks(LoadError))
-    reading = loading.read_entries(folder, [entry], None, {})
-    loading.conclude(here, folder, [reading], strict)
+    here = dataclasses.replace(world.current(), collectives=checkpoint_group(LoadError))
+    reading = loading.read_items(folder, [entry], None, {})
+    loading.merge_problems(here, folder, [reading], strict)
     transaction.apply(here, folder, reading.states)

@@ -12,9 +12,9 @@ from ..logging import get_logger
 from ..runtime.system.file_names import require_regular
 from ..runtime.world import World
 from ..settings.enums import SAMPLER_NAME
-from .consensus import together
-from .discovery import newest_valid, problems_of, problems_without_manifest
-from .errors import LoadError, Problem, listed
+from .consensus import run_on_all_ranks
+from .discovery import latest_valid, problems_of, problems_without_manifest
+from .errors import LoadError, Problem, bullet_list
 from .items.state_item import Entry
 from .storage import manifest as manifests
 from .storage.atomic import settle
@@ -49,11 +49,11 @@ def find(world: World, project: Path) -> tuple[Path | None, list[tuple[Path, lis
     """The newest valid checkpoint of a project, as rank 0 finds it."""
 
     def look() -> Any:
-        return newest_valid(project) if world.rank == 0 else None
+        return latest_valid(project) if world.rank == 0 else None
 
-    found = together(world.collectives, f"looking for checkpoints in {project}", look, LoadError)[0]
+    found = run_on_all_ranks(world.collectives, f"looking for checkpoints in {project}", look, LoadError)[0]
     for folder, problems in found.passed_over:
-        logger.warning(f"the checkpoint {folder} is passed over, it is not valid:\n{listed(problems, 5)}")
+        logger.warning(f"the checkpoint {folder} is passed over, it is not valid:\n{bullet_list(problems, 5)}")
     return found.folder, found.passed_over
 
 
@@ -75,7 +75,7 @@ def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
         if world.rank == 0:
             settle(folder)
 
-    together(world.collectives, f"opening {folder}", finish, LoadError)
+    run_on_all_ranks(world.collectives, f"opening {folder}", finish, LoadError)
 
     def look() -> tuple[Any, list[Problem]]:
         if not folder.is_dir():
@@ -87,7 +87,7 @@ def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
         except (OSError, ValueError) as error:
             return None, [Problem(manifests.NAME, "corrupt", str(error))]
 
-    outcomes = together(world.collectives, f"opening {folder}", look, LoadError)
+    outcomes = run_on_all_ranks(world.collectives, f"opening {folder}", look, LoadError)
     _refuse_damaged(folder, [found for _, found in outcomes])
     own: manifests.Manifest | None = outcomes[world.rank][0]
     return own
@@ -100,13 +100,13 @@ def _left(changed: Sequence[str]) -> str:
 def _refuse_damaged(folder: Path, outcomes: Sequence[Sequence[Problem]], changed: Sequence[str] = ()) -> None:
     problems = list(dict.fromkeys(problem for found in outcomes for problem in found))
     if problems:
-        raise LoadError(f"{folder} cannot be loaded, and {_left(changed)}:\n{listed(problems)}", problems, changed)
+        raise LoadError(f"{folder} cannot be loaded, and {_left(changed)}:\n{bullet_list(problems)}", problems, changed)
 
 
 def verify_files(world: World, folder: Path, manifest: manifests.Manifest, entries: Sequence[Entry]) -> None:
     """Compares all files with the manifest; the ranks of a machine share the reading out between them.
 
-    A rank that is alone on its machine leaves the content of files that `read_entries` compares to that.
+    A rank that is alone on its machine leaves the content of files that `read_items` compares to that.
 
     Raises:
         LoadError: on every rank, with all that is missing or damaged.
@@ -118,11 +118,11 @@ def verify_files(world: World, folder: Path, manifest: manifests.Manifest, entri
         found = manifests.verify(folder, manifest, share=share, unread=left)
         return found and manifests.verify(folder, manifest, share=share)  # what is wrong is all told at once
 
-    _refuse_damaged(folder, together(world.collectives, f"verifying {folder}", look, LoadError))
+    _refuse_damaged(folder, run_on_all_ranks(world.collectives, f"verifying {folder}", look, LoadError))
 
 
 @dataclass
-class Reading:
+class ReadResult:
     """Entries that have been read, and what was found; `damaged`: what makes the whole checkpoint one not to load."""
 
     states: list[tuple[Entry, Any]] = field(default_factory=list)
@@ -130,9 +130,9 @@ class Reading:
     damaged: list[Problem] = field(default_factory=list)
 
 
-def read_entries(
+def read_items(
     folder: Path, entries: Sequence[Entry], manifest: manifests.Manifest | None, options: dict[str, Any]
-) -> Reading:
+) -> ReadResult:
     """Reads entries and checks whether they fit. Changes nothing.
 
     Args:
@@ -142,7 +142,7 @@ def read_entries(
             their own.
         options: For `torch.load`.
     """
-    reading = Reading()
+    reading = ReadResult()
     records = {} if manifest is None else {record.path: record for record in manifest.files}
     for entry in entries:
         if not os.path.lexists(folder / entry.path):
@@ -200,8 +200,8 @@ def extra_files(folder: Path, entries: Sequence[Entry], manifest: manifests.Mani
     ]
 
 
-def conclude(
-    world: World, folder: Path, readings: Sequence[Reading], strict: bool, changed: Sequence[str] = ()
+def merge_problems(
+    world: World, folder: Path, readings: Sequence[ReadResult], strict: bool, changed: Sequence[str] = ()
 ) -> list[Problem]:
     """All ranks' findings, once each.
 
@@ -220,16 +220,18 @@ def conclude(
         damaged = [problem for reading in readings for problem in reading.damaged]
         return damaged, [problem for reading in readings for problem in reading.problems]
 
-    outcomes = together(world.collectives, f"checking {folder}", own, LoadError)
+    outcomes = run_on_all_ranks(world.collectives, f"checking {folder}", own, LoadError)
     if any(damaged for damaged, _ in outcomes):
         _refuse_damaged(folder, [found for outcome in outcomes for found in outcome], changed)
     problems = list(dict.fromkeys(problem for _, found in outcomes for problem in found))
     if problems and strict:
         raise LoadError(
-            f"{folder} does not fit this run, and {_left(changed)} (strict=False loads what fits):\n{listed(problems)}",
+            f"{folder} does not fit this run, and {_left(changed)} (strict=False loads what fits):\n{bullet_list(problems)}",
             problems,
             changed,
         )
     if problems:
-        logger.warning(f"{folder} was loaded except for what does not fit:\n{listed(problems)}", main_process_only=True)
+        logger.warning(
+            f"{folder} was loaded except for what does not fit:\n{bullet_list(problems)}", main_process_only=True
+        )
     return problems

@@ -15,15 +15,15 @@ from torch.utils.hooks import RemovableHandle
 from ..settings.handlers import ProjectConfiguration
 from ..state import GradientState
 from . import loading
-from .async_saver import BackgroundWriter
-from .consensus import all_ranks, check_called_by_all, of_the_first, together
+from .async_saver import AsyncSaver
+from .consensus import broadcast_from_rank0, check_called_by_all_ranks, checkpoint_group, run_on_all_ranks
 from .discovery import is_whole
-from .errors import CheckpointError, LoadError, SaveError, listed
+from .errors import CheckpointError, LoadError, SaveError, bullet_list
 from .items import training_state, transaction
 from .items.standard_items import custom_entry, scaler_entry, scheduler_entry
 from .items.state_item import Entry
-from .items.training_state import Run
-from .saving import Job, abandon, capture, open_staging
+from .items.training_state import TrainingState
+from .saving import SaveJob, capture, discard_staging, open_staging
 from .storage import remote
 from .storage.filenames import FOLDER, NUMBERED, number_of, numbered_folders
 from .storage.staging import Room
@@ -31,7 +31,7 @@ from .storage.staging import Room
 PreHook = Callable[..., None]
 
 
-class Checkpoints:
+class CheckpointManager:
     """Saves and loads the state of a run.
 
     Args:
@@ -40,11 +40,11 @@ class Checkpoints:
         project: Where checkpoints go that are not given a folder.
     """
 
-    def __init__(self, run: Callable[[], Run], strategy: Any, project: ProjectConfiguration) -> None:
+    def __init__(self, run: Callable[[], TrainingState], strategy: Any, project: ProjectConfiguration) -> None:
         self._run = run
         self._strategy = strategy
         self._project = project
-        self._writer = BackgroundWriter()
+        self._writer = AsyncSaver()
         self._room = Room()
         self.save_hooks: OrderedDict[int, PreHook] = OrderedDict()
         self.load_hooks: OrderedDict[int, PreHook] = OrderedDict()
@@ -66,7 +66,7 @@ class Checkpoints:
     def save(self, output_dir: str | os.PathLike[str] | None, safe: bool, asynchronous: bool) -> Path | str:
         """See `Accelerator.save_state`."""
         run = self._run()
-        check_called_by_all(run.world.collectives, "save_state")
+        check_called_by_all_ranks(run.world.collectives, "save_state")
         self._check_window("save_state", SaveError)
         self.wait()
         for agree in self.boundaries.values():
@@ -75,7 +75,7 @@ class Checkpoints:
         comm = run.world.collectives
         outgoing = remote.Outgoing(run.world, str(output_dir)) if remote.is_url(output_dir) else None
         target = self._named(run, output_dir) if outgoing is None else outgoing.folder
-        collectives = all_ranks(SaveError, "saves in the background") if asynchronous else comm
+        collectives = checkpoint_group(SaveError, "saves in the background") if asynchronous else comm
         disk = open_staging(run.world, target, self._project.save_on_each_node)
         # Ranks may differ in the folder they asked for; rank 0's counts.
         target = disk.target
@@ -98,15 +98,15 @@ class Checkpoints:
         parts: list[Any] = []
         try:
             # Hooks may fail on one rank alone, and what follows them may be collective.
-            together(comm, f"taking the weights for {target}", take_weights, SaveError)
-            together(comm, f"taking the state for {target}", take_all, SaveError)
+            run_on_all_ranks(comm, f"taking the weights for {target}", take_weights, SaveError)
+            run_on_all_ranks(comm, f"taking the state for {target}", take_all, SaveError)
         except SaveError:
-            abandon(disk)
+            discard_staging(disk)
             if outgoing is not None:
                 outgoing.clean()
             raise
         project = self._project_folder() if outgoing is None else None
-        job = Job(
+        job = SaveJob(
             run.world,
             collectives,
             disk,
@@ -124,7 +124,7 @@ class Checkpoints:
         self._project.iteration += 1
         return target if outgoing is None else outgoing.url
 
-    def _others(self, run: Run, saved_world_size: int) -> list[Entry]:
+    def _others(self, run: TrainingState, saved_world_size: int) -> list[Entry]:
         """The entries besides models and optimizers; random states last, since everything else may draw from them."""
         gradients = (
             training_state.no_gradients_entry(run)
@@ -152,7 +152,7 @@ class Checkpoints:
             )
         return None if folder is None else Path(os.path.expanduser(folder))
 
-    def _named(self, run: Run, output_dir: str | os.PathLike[str] | None) -> Path:
+    def _named(self, run: TrainingState, output_dir: str | os.PathLike[str] | None) -> Path:
         if output_dir is not None:
             return Path(os.path.expanduser(output_dir))
         project = self._project_folder()
@@ -163,7 +163,7 @@ class Checkpoints:
             )
         target = project / FOLDER / f"{NUMBERED}{self._project.iteration}"
         is_taken = target.is_dir() and is_whole(target)
-        taken = of_the_first(run.world.collectives, f"preparing {target}", is_taken, SaveError)
+        taken = broadcast_from_rank0(run.world.collectives, f"preparing {target}", is_taken, SaveError)
         if taken:
             raise ValueError(
                 f"{target} exists already. Go on from the newest checkpoint with `accelerator.resume()`, which also counts "
@@ -183,7 +183,7 @@ class Checkpoints:
     def resume(self, **options: Any) -> loading.LoadReport | None:
         """See `Accelerator.resume`."""
         run = self._run()
-        check_called_by_all(run.world.collectives, "resume")
+        check_called_by_all_ranks(run.world.collectives, "resume")
         project = self._project_folder()
         if project is None:
             raise ValueError("resume looks for checkpoints below the project's folder: Accelerator(project_dir=...).")
@@ -199,7 +199,7 @@ class Checkpoints:
     def load(self, input_dir: str | os.PathLike[str] | None, **options: Any) -> loading.LoadReport:
         """See `Accelerator.load_state`."""
         run = self._run()
-        check_called_by_all(run.world.collectives, "load_state")
+        check_called_by_all_ranks(run.world.collectives, "load_state")
         self.wait()
         run = _apart(run, LoadError)
         if remote.is_url(input_dir):
@@ -210,7 +210,7 @@ class Checkpoints:
             return report
         if input_dir is not None:
             name = os.path.expanduser(input_dir)
-            name = of_the_first(run.world.collectives, f"opening {name}", name, LoadError)
+            name = broadcast_from_rank0(run.world.collectives, f"opening {name}", name, LoadError)
             return self._load(run, Path(name), verified=False, **options)
         project = self._project_folder()
         if project is None:
@@ -221,7 +221,7 @@ class Checkpoints:
         folder, passed_over = loading.find(run.world, project)
         if folder is None:
             reasons = [f"{path.name}: {problem}" for path, problems in passed_over for problem in problems[:3]]
-            told = f"; these are no valid ones:\n{listed(reasons)}" if reasons else "."
+            told = f"; these are no valid ones:\n{bullet_list(reasons)}" if reasons else "."
             raise LoadError(f"there is no checkpoint in {project / FOLDER}{told}")
         report = self._load(run, folder, verified=True, **options)
         report.passed_over = passed_over
@@ -229,7 +229,7 @@ class Checkpoints:
 
     def _load(
         self,
-        run: Run,
+        run: TrainingState,
         folder: Path,
         *,
         verified: bool,
@@ -244,18 +244,18 @@ class Checkpoints:
         others = [*self._strategy.optimizer_entries(folder, run.optimizers, run.models), *self._others(run, size)]
         if manifest is not None and not verified:
             loading.verify_files(run.world, folder, manifest, others)
-        readings = [loading.read_entries(folder, others, manifest, options)]
+        readings = [loading.read_items(folder, others, manifest, options)]
         models = list(run.models)
         changed: list[str] = []
         if self.load_hooks:
             # A hook changes models itself: what can be checked before is checked before.
-            loading.conclude(run.world, folder, readings, strict)
+            loading.merge_problems(run.world, folder, readings, strict)
             changed = self._run_load_hooks(run, folder, models)
         entries = self._strategy.model_entries(folder, models, model_options or {})
-        readings.append(loading.read_entries(folder, entries, manifest, options))
+        readings.append(loading.read_items(folder, entries, manifest, options))
         hooked = [] if self.load_hooks else loading.extra_files(folder, [*others, *entries], manifest)
-        readings.append(loading.Reading(problems=hooked))
-        problems = loading.conclude(run.world, folder, readings, strict, changed)
+        readings.append(loading.ReadResult(problems=hooked))
+        problems = loading.merge_problems(run.world, folder, readings, strict, changed)
         begin = None if GradientState().sync_gradients else functools.partial(training_state.drop_gradients, run)
         transaction.apply(run.world, folder, [*readings[1].states, *readings[0].states], begin=begin, changed=changed)
         self._strategy.agree_on_random_states()
@@ -264,7 +264,7 @@ class Checkpoints:
             folder, problems, world_size=size, number=None if manifest is None else manifest.iteration
         )
 
-    def _run_load_hooks(self, run: Run, folder: Path, models: list[Any]) -> list[str]:
+    def _run_load_hooks(self, run: TrainingState, folder: Path, models: list[Any]) -> list[str]:
         """Runs the hooks on every rank; returns what they may have changed, for messages."""
         changed = ["what the hooks of register_load_state_pre_hook changed"]
 
@@ -273,7 +273,7 @@ class Checkpoints:
                 hook(models, str(folder))
 
         try:
-            together(run.world.collectives, f"running the hooks before {folder} is loaded", call, LoadError)
+            run_on_all_ranks(run.world.collectives, f"running the hooks before {folder} is loaded", call, LoadError)
         except LoadError as error:
             error.changed = changed
             raise
@@ -287,9 +287,9 @@ class Checkpoints:
         self._project.iteration = max(number for number in numbers if number is not None) + 1
 
 
-def _apart(run: Run, failure: type[CheckpointError]) -> Run:
+def _apart(run: TrainingState, failure: type[CheckpointError]) -> TrainingState:
     """Returns the run with the ranks in a group of their own, since they wait for each other's disks."""
-    return dataclasses.replace(run, world=dataclasses.replace(run.world, collectives=all_ranks(failure)))
+    return dataclasses.replace(run, world=dataclasses.replace(run.world, collectives=checkpoint_group(failure)))
 
 
 def _ranks_in(folder: Path) -> int:

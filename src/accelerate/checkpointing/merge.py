@@ -15,9 +15,9 @@ import torch
 
 from ..runtime import world
 from ..settings.enums import FSDP_MODEL_NAME
-from .consensus import all_ranks, check_called_by_all, together
-from .errors import LoadError, SaveError, listed
-from .model_files import finish_pieces, piece_names, size_in_bytes, split, write_whole
+from .consensus import check_called_by_all_ranks, checkpoint_group, run_on_all_ranks
+from .errors import LoadError, SaveError, bullet_list
+from .model_files import atomic_write, shard_file_names, size_in_bytes, split, write_shard_index
 from .sharded.dcp_reader import StoredFolder
 from .storage import manifest as manifests
 from .storage.formats import write_safetensors, write_torch
@@ -63,8 +63,8 @@ def merge_fsdp_weights(
     if here.size == 1:
         act()
         return
-    check_called_by_all(here.collectives, "merge_fsdp_weights")
-    together(all_ranks(SaveError), f"merging {source}", act, SaveError)
+    check_called_by_all_ranks(here.collectives, "merge_fsdp_weights")
+    run_on_all_ranks(checkpoint_group(SaveError), f"merging {source}", act, SaveError)
 
 
 def _merge(source: Path, target: Path, safe: bool, remove: bool, limit: int) -> None:
@@ -89,17 +89,17 @@ def _merge(source: Path, target: Path, safe: bool, remove: bool, limit: int) -> 
 def _write(weights: Weights, target: Path, safe: bool, limit: int) -> None:
     described = weights.described()
     groups = split(described, limit) or [[]]
-    names = piece_names(len(groups), safe)
+    names = shard_file_names(len(groups), safe)
     try:
         target.mkdir(parents=True, exist_ok=True)
         for name, group in zip(names, groups, strict=True):
             if safe:
                 part = {key: described[key] for key in group}
-                write_whole(target / name, functools.partial(write_safetensors, part, values=weights))
+                atomic_write(target / name, functools.partial(write_safetensors, part, values=weights))
             else:
                 extra = weights.read_extra() if name == names[-1] else {}
-                write_whole(target / name, functools.partial(write_torch, {**{k: weights[k] for k in group}, **extra}))
-        finish_pieces(target, dict(zip(names, groups, strict=True)), described, safe)
+                atomic_write(target / name, functools.partial(write_torch, {**{k: weights[k] for k in group}, **extra}))
+        write_shard_index(target, dict(zip(names, groups, strict=True)), described, safe)
     except OSError as error:
         raise SaveError(f"the merged weights cannot be written to {target}: {error}") from error
 
@@ -113,7 +113,7 @@ def _verify(source: Path) -> None:
     inside = f"{source.resolve().name}/"
     problems = manifests.verify(source.resolve().parent, manifest, only=lambda path: path.startswith(inside))
     if problems:
-        raise LoadError(f"{source} is damaged:\n{listed(problems)}", problems)
+        raise LoadError(f"{source} is damaged:\n{bullet_list(problems)}", problems)
 
 
 class Weights(Mapping[str, torch.Tensor]):

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from .items.training_state import Run
+    from .items.training_state import TrainingState
     from .loading import LoadReport
-    from .manager import Checkpoints
-    from .preemption import StopRequest
+    from .manager import CheckpointManager
+    from .preemption import PreemptionHandler
 
 logger = get_logger(__name__)
 
 
-class CheckpointMethods:
+class CheckpointMixin:
     """What an `Accelerator` does with checkpoints."""
 
     if TYPE_CHECKING:
@@ -35,22 +35,22 @@ class CheckpointMethods:
         _custom_objects: list[Any]
 
     @cached_property
-    def _checkpoints(self) -> Checkpoints:
-        from .manager import Checkpoints
+    def _checkpoints(self) -> CheckpointManager:
+        from .manager import CheckpointManager
 
         bound = weakref.WeakMethod(self._run)  # a reference cycle would keep models alive until the collector runs
 
-        def run() -> Run:
+        def run() -> TrainingState:
             method = bound()
             assert method is not None, "the Accelerator calls its own checkpoints"
             return method()
 
-        return Checkpoints(run, self.strategy, self.project_configuration)
+        return CheckpointManager(run, self.strategy, self.project_configuration)
 
-    def _run(self: Any) -> Run:
-        from .items.training_state import Run
+    def _run(self: Any) -> TrainingState:
+        from .items.training_state import TrainingState
 
-        return Run(
+        return TrainingState(
             world.current(),
             self._models,
             self._optimizers,
@@ -160,10 +160,10 @@ class CheckpointMethods:
         self._checkpoints.wait()
 
     @cached_property
-    def _stop_request(self) -> StopRequest:
-        from .preemption import StopRequest
+    def _stop_request(self) -> PreemptionHandler:
+        from .preemption import PreemptionHandler
 
-        return StopRequest()
+        return PreemptionHandler()
 
     def stop_on(self, *signals: int) -> None:
         """Has signals make `should_stop` true, instead of ending the process.

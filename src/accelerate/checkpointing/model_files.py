@@ -46,7 +46,7 @@ def _region(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     return tensor.device, pointer, tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def shared_names(state: Mapping[str, Any]) -> list[list[str]]:
+def shared_tensor_names(state: Mapping[str, Any]) -> list[list[str]]:
     """The groups of names in a state that stand for one and the same tensor."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, value in state.items():
@@ -56,9 +56,9 @@ def shared_names(state: Mapping[str, Any]) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def without_aliases(state: Mapping[str, Any]) -> dict[str, Any]:
+def drop_shared_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state with one name for each tensor: the first."""
-    dropped = {name for names in shared_names(state) for name in names[1:]}
+    dropped = {name for names in shared_tensor_names(state) for name in names[1:]}
     return {name: value for name, value in state.items() if name not in dropped}
 
 
@@ -72,7 +72,7 @@ def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, An
     Returns:
         A new dictionary.
     """
-    kept = without_aliases(state_dict)
+    kept = drop_shared_tensors(state_dict)
     dropped = sorted(state_dict.keys() - kept.keys())
     if dropped:
         logger.warning("tied weights are saved once; left out are the names %s.", dropped)
@@ -116,7 +116,7 @@ def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: 
             _save_to_file(obj, file, safe_serialization)
         return
     write = write_safetensors if safe_serialization else write_torch
-    write_whole(Path(f), lambda writer: write(obj, writer))
+    atomic_write(Path(f), lambda writer: write(obj, writer))
 
 
 def _save_to_file(obj: Any, file: Any, safe: bool) -> None:
@@ -126,7 +126,7 @@ def _save_to_file(obj: Any, file: Any, safe: bool) -> None:
         torch.save(obj, file)
 
 
-def write_whole(path: Path, write: Callable[[FileWriter], None]) -> None:
+def atomic_write(path: Path, write: Callable[[FileWriter], None]) -> None:
     """Writes a file beside its place, and moves it there when it is whole and on disk."""
     unfinished = path.with_name(path.name + ".incomplete")
     unfinished.unlink(missing_ok=True)
@@ -164,7 +164,7 @@ def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
 
 def split(state: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
     """Names of a state in groups of at most `limit` bytes. A tensor larger than that is alone; tied ones stay together."""
-    tied = {name: names for names in shared_names(state) for name in names}
+    tied = {name: names for names in shared_tensor_names(state) for name in names}
     groups: list[list[str]] = []
     open_group: list[str] = []
     room = limit
@@ -212,19 +212,19 @@ def save_model(
     state = clean_state_dict_for_safetensors(state) if safe else state
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     groups = split(tensors, size_in_bytes(max_shard_size)) or [[]]
-    names = piece_names(len(groups), safe)
+    names = shard_file_names(len(groups), safe)
     contents = {name: {key: tensors[key] for key in group} for name, group in zip(names, groups, strict=True)}
     rest = {key: value for key, value in state.items() if key not in tensors}
     contents[names[-1]].update(rest)
     folder.mkdir(parents=True, exist_ok=True)
     write = write_safetensors if safe else write_torch
     for name, content in contents.items():
-        write_whole(folder / name, functools.partial(write, content))
-    finish_pieces(folder, contents, tensors, safe)
+        atomic_write(folder / name, functools.partial(write, content))
+    write_shard_index(folder, contents, tensors, safe)
     return names
 
 
-def piece_names(count: int, safe: bool) -> list[str]:
+def shard_file_names(count: int, safe: bool) -> list[str]:
     """The names of the files that hold a model's weights in `count` pieces."""
     if count < 2:
         return [SAFE_WEIGHTS_NAME if safe else WEIGHTS_NAME]
@@ -232,7 +232,7 @@ def piece_names(count: int, safe: bool) -> list[str]:
     return [pattern.format(suffix=f"-{number:05d}-of-{count:05d}") for number in range(1, count + 1)]
 
 
-def finish_pieces(
+def write_shard_index(
     folder: Path, pieces: Mapping[str, Iterable[str]], tensors: Mapping[str, torch.Tensor], safe: bool
 ) -> None:
     """Writes the index of pieces that are all there, if they are several, and removes those of an earlier call.
@@ -245,10 +245,10 @@ def finish_pieces(
     """
     index_name = SAFE_WEIGHTS_INDEX_NAME if safe else WEIGHTS_INDEX_NAME
     if len(pieces) > 1:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in without_aliases(tensors).values())
+        total = sum(tensor.numel() * tensor.element_size() for tensor in drop_shared_tensors(tensors).values())
         places = {name: file for file, names in pieces.items() for name in names}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2, sort_keys=True) + "\n"
-        write_whole(folder / index_name, lambda writer: _write_text(writer, text))
+        atomic_write(folder / index_name, lambda writer: _write_text(writer, text))
     pattern = SAFE_WEIGHTS_PATTERN_NAME if safe else WEIGHTS_PATTERN_NAME
     stale = re.compile(re.escape(pattern).replace(re.escape("{suffix}"), r"(-\d{5}-of-\d{5})?"))
     for path in folder.iterdir():

@@ -14,7 +14,7 @@ EXIT_CODE = 75
 """What a script exits with when it has saved because it was asked to stop: EX_TEMPFAIL, "try again later"."""
 
 
-class StopRequest:
+class PreemptionHandler:
     """Remembers that this process was asked to stop, and shares it with the others."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ import torch
 from ..logging import get_logger
 from ..runtime.collective_backend import Collectives
 from ..runtime.world import World
-from .consensus import of_the_first, together
+from .consensus import broadcast_from_rank0, run_on_all_ranks
 from .discovery import is_whole
 from .errors import SaveError
 from .items.state_item import Entry, Part, Written
@@ -39,7 +39,7 @@ _TOKEN = ".disk"
 
 
 @dataclass(frozen=True)
-class Disk:
+class StagingTarget:
     """Where this rank's part goes, and what it does there.
 
     Attributes:
@@ -57,7 +57,7 @@ class Disk:
     group: int
 
 
-def open_staging(world: World, target: Path, save_on_each_node: bool) -> Disk:
+def open_staging(world: World, target: Path, save_on_each_node: bool) -> StagingTarget:
     """Makes the folder that all ranks write to, on each disk.
 
     Args:
@@ -70,7 +70,7 @@ def open_staging(world: World, target: Path, save_on_each_node: bool) -> Disk:
     """
     comm = world.collectives
     token = uuid.uuid4().hex
-    name, token = of_the_first(comm, f"preparing {target}", (str(target), token), SaveError)
+    name, token = broadcast_from_rank0(comm, f"preparing {target}", (str(target), token), SaveError)
     target = Path(name)
     staging = target.with_name(target.name + ".incomplete")
 
@@ -79,14 +79,14 @@ def open_staging(world: World, target: Path, save_on_each_node: bool) -> Disk:
             stage(target)
             (staging / _TOKEN).write_text(token)
 
-    together(comm, f"preparing {target}", make, SaveError)
+    run_on_all_ranks(comm, f"preparing {target}", make, SaveError)
     if world.local_size == world.size:
-        return Disk(target, staging, commits=world.rank == 0, shared=world.rank == 0, group=0)
+        return StagingTarget(target, staging, commits=world.rank == 0, shared=world.rank == 0, group=0)
 
     def look() -> bool:
         return (staging / _TOKEN).is_file() and (staging / _TOKEN).read_text() == token
 
-    sees = together(comm, f"preparing {target}", look, SaveError)
+    sees = run_on_all_ranks(comm, f"preparing {target}", look, SaveError)
     first = world.rank - world.local_rank
     alone = not sees[first]
 
@@ -94,13 +94,13 @@ def open_staging(world: World, target: Path, save_on_each_node: bool) -> Disk:
         if alone and world.local_rank == 0:
             stage(target)
 
-    together(comm, f"preparing {target}", make_own, SaveError)
+    run_on_all_ranks(comm, f"preparing {target}", make_own, SaveError)
     leads = world.rank == 0 or (alone and world.local_rank == 0)
     shares = world.rank == 0 or (leads and save_on_each_node)
-    return Disk(target, staging, commits=leads, shared=shares, group=first if alone else 0)
+    return StagingTarget(target, staging, commits=leads, shared=shares, group=first if alone else 0)
 
 
-def capture(entries: Sequence[Entry], disk: Disk, room: Room | None) -> list[Part]:
+def capture(entries: Sequence[Entry], disk: StagingTarget, room: Room | None) -> list[Part]:
     """This rank's parts of a checkpoint.
 
     Args:
@@ -146,7 +146,7 @@ def _copied(tree: Any, room: Room) -> Any:
 
 
 @dataclass(frozen=True)
-class Job:
+class SaveJob:
     """A captured checkpoint on its way to the disk; `run` may be called on another thread.
 
     Attributes:
@@ -162,7 +162,7 @@ class Job:
 
     world: World
     collectives: Collectives
-    disk: Disk
+    disk: StagingTarget
     parts: Sequence[Part]
     step: int
     number: int
@@ -178,17 +178,19 @@ class Job:
         """
         comm, disk = self.collectives, self.disk
         try:
-            written = together(comm, f"writing {disk.target}", self._write, SaveError)
-            together(comm, f"committing {disk.target}", lambda: self._commit(written), SaveError)
+            written = run_on_all_ranks(comm, f"writing {disk.target}", self._write, SaveError)
+            run_on_all_ranks(comm, f"committing {disk.target}", lambda: self._commit(written), SaveError)
             if self.outgoing is not None:
-                together(comm, f"sending the checkpoint to {self.outgoing.url}", self._send, SaveError)
+                run_on_all_ranks(comm, f"sending the checkpoint to {self.outgoing.url}", self._send, SaveError)
         except SaveError:
-            abandon(disk)
+            discard_staging(disk)
             raise
         finally:
             if self.outgoing is not None and disk.commits:
                 self.outgoing.clean()
-        together(comm, f"removing older checkpoints than {disk.target}, which is there,", self._prune, SaveError)
+        run_on_all_ranks(
+            comm, f"removing older checkpoints than {disk.target}, which is there,", self._prune, SaveError
+        )
 
     def _write(self) -> tuple[int, list[Written]]:
         largest_first = sorted(self.parts, key=lambda part: _bytes(part.state), reverse=True)
@@ -232,7 +234,7 @@ def _bytes(tree: Any) -> int:
     return sum(map(_bytes, tree)) if isinstance(tree, (list, tuple)) else 0
 
 
-def abandon(disk: Disk) -> None:
+def discard_staging(disk: StagingTarget) -> None:
     """Removes what was written of a checkpoint that failed, as far as it can be."""
     if disk.commits:
         shutil.rmtree(disk.staging, ignore_errors=True)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..checkpointing.errors import listed
-from ..checkpointing.model_files import shared_names
+from ..checkpointing.errors import bullet_list
+from ..checkpointing.model_files import shared_tensor_names
 from ..checkpointing.sharded.compat import compare_weights, ties, ties_in
 from ..checkpointing.sharded.local_state import plain_name
 from ..precision.loss_scale import LossScaler
@@ -81,10 +81,12 @@ def fsdp2_load_full_state_dict(
     tied = ties_in(targets)
     wrong: list[Any] = [None]
     if here.rank == 0:
-        wrong = [compare_weights("full_sd", type(bare).__name__, targets, full_sd, tied, ties(shared_names(full_sd)))]
+        wrong = [
+            compare_weights("full_sd", type(bare).__name__, targets, full_sd, tied, ties(shared_tensor_names(full_sd)))
+        ]
     here.collectives.broadcast_object_list(wrong)
     if wrong[0]:
-        raise ValueError(f"the state does not fit {type(bare).__name__}:\n{listed(wrong[0])}")
+        raise ValueError(f"the state does not fit {type(bare).__name__}:\n{bullet_list(wrong[0])}")
     there = torch.device("cpu") if cpu_offload else here.device
     if any(tensor.is_meta for tensor in targets.values()):
         bare._apply(lambda tensor: torch.empty_like(tensor, device=there) if tensor.is_meta else tensor)

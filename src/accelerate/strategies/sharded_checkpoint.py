@@ -35,7 +35,7 @@ class ShardedStateStrategy(Strategy):
     def state_to_save(self, model: nn.Module) -> dict[str, Any]:
         return (
             self.model_state(model)
-            if model_items.saves_whole(self.settings.fsdp)
+            if model_items.saves_full_state(self.settings.fsdp)
             else local_state.model_state(bare_model(model))
         )
 
@@ -48,7 +48,7 @@ class ShardedStateStrategy(Strategy):
         safe: bool = True,
     ) -> list[Entry]:
         bare, rank = list(map(bare_model, models)), self.world.rank
-        if model_items.saves_whole(self.settings.fsdp):
+        if model_items.saves_full_state(self.settings.fsdp):
             return [
                 *(
                     model_items.gathered_optimizer(index, rank, optimizer, bare)
@@ -65,7 +65,7 @@ class ShardedStateStrategy(Strategy):
         ]
 
     def model_entries(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[Entry]:
-        full = model_items.saves_whole(self.settings.fsdp)
+        full = model_items.saves_full_state(self.settings.fsdp)
         return [
             model_items.model_in(folder, i, bare_model(model), sharded=True, full=full)
             for i, model in enumerate(models)
@@ -74,7 +74,7 @@ class ShardedStateStrategy(Strategy):
     def optimizer_entries(
         self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
     ) -> list[Entry]:
-        full, bare = model_items.saves_whole(self.settings.fsdp), list(map(bare_model, models))
+        full, bare = model_items.saves_full_state(self.settings.fsdp), list(map(bare_model, models))
         return [
             model_items.optimizer_in(folder, index, optimizer, bare, sharded=True, full=full)
             for index, optimizer in enumerate(optimizers)

@@ -13,7 +13,7 @@ from torch import nn
 
 from accelerate import Accelerator
 from accelerate.checkpointing import SaveError
-from accelerate.checkpointing.async_saver import BackgroundWriter
+from accelerate.checkpointing.async_saver import AsyncSaver
 from accelerate.checkpointing.items.state_item import TORCH
 from accelerate.checkpointing.storage import formats as checkpoint_files
 
@@ -35,7 +35,7 @@ class Slow:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
-    slow, write, wait = Slow(), checkpoint_files.write_torch, BackgroundWriter.wait
+    slow, write, wait = Slow(), checkpoint_files.write_torch, AsyncSaver.wait
 
     def held_back(state: Any, writer: Any) -> None:
         if isinstance(state, dict) and "slow" in state and threading.current_thread() is not threading.main_thread():
@@ -44,12 +44,12 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
                 raise slow.error
         write(state, writer)
 
-    def waited_for(writer: BackgroundWriter) -> None:
+    def waited_for(writer: AsyncSaver) -> None:
         if writer._thread is not None:
             slow.waited_for.set()
         wait(writer)
 
-    monkeypatch.setattr(BackgroundWriter, "wait", waited_for)
+    monkeypatch.setattr(AsyncSaver, "wait", waited_for)
     object.__setattr__(TORCH, "write", held_back)
     yield slow
     slow.waited_for.set()

@@ -21,7 +21,7 @@ from torch import nn
 import accelerate
 from accelerate import Accelerator
 from accelerate.checkpointing import LoadError
-from accelerate.checkpointing.discovery import is_whole, newest_valid, problems_of
+from accelerate.checkpointing.discovery import is_whole, latest_valid, problems_of
 from accelerate.checkpointing.merge import merge_fsdp_weights
 from accelerate.checkpointing.sharded.dcp_reader import StoredFolder
 from accelerate.utils import (
@@ -410,7 +410,7 @@ def test_a_resume_passes_over_a_manifest_without_end(world: Path) -> None:
     first, second = Path(accelerator.save_state()), Path(accelerator.save_state())
     (second / "manifest.json").unlink()
     (second / "manifest.json").symlink_to("/dev/zero")
-    assert newest_valid(world).folder == first
+    assert latest_valid(world).folder == first
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

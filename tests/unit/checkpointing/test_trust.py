@@ -16,7 +16,7 @@ from torch import nn
 
 from accelerate import Accelerator
 from accelerate.checkpointing import LoadError, SaveError
-from accelerate.checkpointing.discovery import newest_valid, problems_of
+from accelerate.checkpointing.discovery import latest_valid, problems_of
 from accelerate.checkpointing.storage import atomic
 from tests.helpers.corruption import Bomb, corrupt
 from tests.unit.checkpointing.test_saving_and_loading import project, trained, weights
@@ -192,4 +192,4 @@ def test_leftovers_are_cleaned_up(tmp_path: Path) -> None:
 
 
 def test_no_project_is_no_error_for_the_search(tmp_path: Path) -> None:
-    assert newest_valid(tmp_path / "none").folder is None
+    assert latest_valid(tmp_path / "none").folder is None

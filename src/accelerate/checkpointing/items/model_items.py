@@ -29,7 +29,7 @@ from .standard_items import model_entry, optimizer_entry
 from .state_item import SAFETENSORS, TORCH, Entry, FileFormat
 
 
-def saves_whole(plugin: Any) -> bool:
+def saves_full_state(plugin: Any) -> bool:
     """Whether rank 0 is to save all of sharded models, by an FSDP plugin (or none); else each rank saves its own part."""
     kind = getattr(plugin, "state_dict_type", None)
     return bool(getattr(kind, "name", kind) == "FULL_STATE_DICT")

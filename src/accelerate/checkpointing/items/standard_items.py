@@ -12,7 +12,7 @@ from torch import nn
 
 from ...settings.enums import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from ..errors import Problem
-from ..model_files import shared_names, without_aliases
+from ..model_files import drop_shared_tensors, shared_tensor_names
 from ..sharded.compat import (
     SCALARS,
     compare_optimizers,
@@ -51,7 +51,7 @@ def model_entry(
     path = model_file(index, safe)
     return Entry(
         path,
-        capture=lambda: without_aliases(state or {}) if safe else state,
+        capture=lambda: drop_shared_tensors(state or {}) if safe else state,
         load=lambda saved: _load_model(model, saved, options or {}),
         check=lambda saved: _check_model(path, model, saved),
         partial=lambda saved: _matching(model, saved),
@@ -80,7 +80,7 @@ def _check_model(path: str, model: nn.Module | None, saved: Any) -> list[Problem
     if not isinstance(saved, dict):
         return [Problem(path, "corrupt", f"expected a mapping of names to tensors, found {type(saved).__name__}")]
     live = model.state_dict()
-    tied = ties(shared_names(live)), ties(shared_names(saved))
+    tied = ties(shared_tensor_names(live)), ties(shared_tensor_names(saved))
     return compare_weights(path, type(model).__name__, live, saved, *tied)
 
 

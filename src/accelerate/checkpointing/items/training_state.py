@@ -28,7 +28,7 @@ EXTENT = "_extent"
 
 
 @dataclass
-class Run:
+class TrainingState:
     """The objects of a run that a checkpoint is about.
 
     Attributes:
@@ -159,7 +159,7 @@ def _scaled(tree: Any, parts: int, whole: int) -> Any:
 # Random states, gradients, counters -----------------------------------------------------------------------------------
 
 
-def random_entry(run: Run, saved_world_size: int) -> Entry:
+def random_entry(run: TrainingState, saved_world_size: int) -> Entry:
     """This rank's random states; of a rank that the checkpoint does not know, rank 0's to derive some from."""
     rank = run.world.rank
     known = rank < saved_world_size
@@ -181,7 +181,7 @@ def random_entry(run: Run, saved_world_size: int) -> Entry:
     )
 
 
-def progress_entry(run: Run) -> Entry:
+def progress_entry(run: TrainingState) -> Entry:
     """Counters that need no tensors: the epochs of the loaders, and whether a window is open."""
 
     def capture() -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _set_epoch(loader: Any, epoch: dict[str, Any]) -> None:
         sampler.seed_is_shared = True
 
 
-def gradients_entry(run: Run) -> Entry:
+def gradients_entry(run: TrainingState) -> Entry:
     """What this rank has accumulated in the window that is open: gradients, and the items they are of."""
     path = gradients_file(run.world.rank)
 
@@ -251,7 +251,7 @@ def gradients_entry(run: Run) -> Entry:
     )
 
 
-def merged_gradients_entry(run: Run, saved_world_size: int) -> Entry:
+def merged_gradients_entry(run: TrainingState, saved_world_size: int) -> Entry:
     """The same for another number of ranks than saved it: each takes an equal part of what all had accumulated."""
 
     def read(path: Path, **options: Any) -> list[Any]:
@@ -272,7 +272,7 @@ def merged_gradients_entry(run: Run, saved_world_size: int) -> Entry:
     )
 
 
-def no_gradients_entry(run: Run) -> Entry:
+def no_gradients_entry(run: TrainingState) -> Entry:
     """The same for ranks of which none has a gradient as a whole: there are none to save, and none can be taken up."""
     path = gradients_file(0)
     text = (
@@ -287,7 +287,7 @@ def no_gradients_entry(run: Run) -> Entry:
     )
 
 
-def _check_gradients(path: str, run: Run, saved: Any) -> list[Problem]:
+def _check_gradients(path: str, run: TrainingState, saved: Any) -> list[Problem]:
     grads = saved.get("gradients") if isinstance(saved, dict) else None
     items = saved.get("items") if isinstance(saved, dict) else None
     if not isinstance(grads, list) or not all(one is None or isinstance(one, torch.Tensor) for one in [*grads, items]):
@@ -303,7 +303,7 @@ def _parameters(models: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(seen.values())
 
 
-def put_gradients(run: Run, saved: Sequence[dict[str, Any]]) -> None:
+def put_gradients(run: TrainingState, saved: Sequence[dict[str, Any]]) -> None:
     """Gives the parameters what was accumulated: of one rank its own, of all ranks an equal part.
 
     What the next synchronisation makes of it is what it would have made of the parts that were saved: the mean over ranks
@@ -324,7 +324,7 @@ def put_gradients(run: Run, saved: Sequence[dict[str, Any]]) -> None:
     run.set_items(sum(items[1:], items[0].clone()) / parts if items else None)
 
 
-def drop_gradients(run: Run) -> None:
+def drop_gradients(run: TrainingState) -> None:
     """Forgets what has been accumulated in this process: the checkpoint was saved between two windows."""
     for parameter in _parameters(run.models):
         parameter.grad = None

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.world import World
-from ..consensus import together
-from ..errors import LoadError, Problem, listed
+from ..consensus import run_on_all_ranks
+from ..errors import LoadError, Problem, bullet_list
 from .state_item import Entry
 
 States = Sequence[tuple[Entry, Any]]
@@ -55,7 +55,7 @@ def apply(
                 entry.load(state)
 
     cause = _attempt(put)
-    found = together(world.collectives, f"loading {folder}", lambda: (_text(cause), done), LoadError)
+    found = run_on_all_ranks(world.collectives, f"loading {folder}", lambda: (_text(cause), done), LoadError)
     failed = {rank: (done[-1], text) for rank, (text, done) in enumerate(found) if text}
     if failed:
         everything = list(dict.fromkeys(name for _, names in found for name in names))
@@ -79,10 +79,10 @@ def _put_or_undo(world: World, folder: Path, states: States, changed: list[str])
         ]
 
     cause = _attempt(put)
-    found = together(world.collectives, f"loading {folder}", lambda: (_text(cause), at), LoadError)
+    found = run_on_all_ranks(world.collectives, f"loading {folder}", lambda: (_text(cause), at), LoadError)
     failed = {rank: ((paths or ["registered objects"])[-1], text) for rank, (text, paths) in enumerate(found) if text}
     if failed:
-        left = together(world.collectives, f"undoing the load of {folder}", undo, LoadError)
+        left = run_on_all_ranks(world.collectives, f"undoing the load of {folder}", undo, LoadError)
         everything = list(dict.fromkeys([*changed, *(path for paths in left for path in paths)]))
         raise _refused(world, folder, failed, everything) from cause
 
@@ -117,4 +117,4 @@ def _refused(world: World, folder: Path, failed: dict[int, tuple[str, str]], cha
         if changed
         else "Nothing was changed"
     )
-    return LoadError(f"{folder} was not loaded:\n{listed(problems)}\n{after}.", problems, changed)
+    return LoadError(f"{folder} was not loaded:\n{bullet_list(problems)}\n{after}.", problems, changed)

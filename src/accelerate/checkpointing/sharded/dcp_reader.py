@@ -21,7 +21,7 @@ import torch
 
 from ...offload.sizes import is_shape
 from ...runtime.system.file_names import LARGEST_TEXT, FileNameError, path_inside, read_bytes, shown, size_of
-from ..errors import LoadError, Problem, listed
+from ..errors import LoadError, Problem, bullet_list
 from ..storage.thread_map import in_parallel
 from .shard_layout import Box, is_tiled, overlap, part_of
 
@@ -122,7 +122,7 @@ class StoredFolder:
         self.entries = _entries(_description(folder), folder)
         problems = list(self._problems())
         if problems:
-            raise LoadError(f"{folder} cannot be read:\n{listed(problems)}", problems)
+            raise LoadError(f"{folder} cannot be read:\n{bullet_list(problems)}", problems)
 
     def _problems(self) -> Iterator[Problem]:
         needed: dict[str, int] = {}
@@ -160,7 +160,7 @@ class StoredFolder:
                 damaged.setdefault(piece.file, text)
         if damaged:
             problems = [Problem(file, "corrupt", text) for file, text in sorted(damaged.items())]
-            raise LoadError(f"{self.folder} is damaged:\n{listed(problems)}", problems)
+            raise LoadError(f"{self.folder} is damaged:\n{bullet_list(problems)}", problems)
 
     def _damage(self, piece: Piece) -> str | None:
         with open(self.folder / piece.file, "rb") as file:
@@ -227,7 +227,7 @@ class StoredFolder:
 
     def _damaged(self, name: str, piece: Piece, text: str) -> LoadError:
         problem = Problem(piece.file, "corrupt", f"{name}: {text}")
-        return LoadError(f"{self.folder} is damaged:\n{listed([problem])}", [problem])
+        return LoadError(f"{self.folder} is damaged:\n{bullet_list([problem])}", [problem])
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..consensus import all_ranks, together
+from ..consensus import checkpoint_group, run_on_all_ranks
 from ..errors import SaveError
 from .local_state import ExtraState
 from .shard_layout import Box, Held, is_tiled, part_of
@@ -29,7 +29,7 @@ def gathered(state: Mapping[Any, Any]) -> dict[Any, Any]:
         state: Each rank's part: `Held` tensors, and other values where this rank is the one to give them. Keys of one
             tensor (tied names) share it afterwards, too.
     """
-    collectives = all_ranks(SaveError)
+    collectives = checkpoint_group(SaveError)
     tied = _tied(state)
     pieces = {
         (key, box): piece
@@ -42,7 +42,7 @@ def gathered(state: Mapping[Any, Any]) -> dict[Any, Any]:
     def own() -> Any:  # modules say what they hold besides tensors
         return offer, {key: _other(value) for key, value in state.items() if not isinstance(value, Held)}, tied
 
-    told = together(collectives, "gathering a state on rank 0", own, SaveError)
+    told = run_on_all_ranks(collectives, "gathering a state on rank 0", own, SaveError)
     result: dict[Any, Any] = {}
     sizes = [_sum(stretch) for offered, _, _ in told[1:] for stretch in _stretches(offered)]
     buffer = torch.empty(0)
@@ -60,7 +60,7 @@ def gathered(state: Mapping[Any, Any]) -> dict[Any, Any]:
                     if key not in result:
                         result[key] = torch.empty(shape, dtype=dtype)
 
-    together(collectives, "gathering a state on rank 0", make_room, SaveError)
+    run_on_all_ranks(collectives, "gathering a state on rank 0", make_room, SaveError)
 
     def transfer() -> None:
         if collectives.rank:
@@ -78,7 +78,7 @@ def gathered(state: Mapping[Any, Any]) -> dict[Any, Any]:
                     part_of(result[key], box, (0,) * len(box.offsets)).copy_(part)
 
     # No rank goes back to the training, and waits there, before rank 0 has everything.
-    together(collectives, "gathering a state on rank 0", transfer, SaveError)
+    run_on_all_ranks(collectives, "gathering a state on rank 0", transfer, SaveError)
     if collectives.rank:
         return {}
     for _, _, names in told:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..model_files import shared_names
+from ..model_files import shared_tensor_names
 from ..storage.schema import no_optimizer
 from .compat import ties
 from .dcp_reader import StoredFolder
@@ -96,7 +96,7 @@ def weights_in_file(state: Any) -> SavedWeights:
     if not isinstance(state, dict):
         raise ValueError(f"expected a mapping of names to tensors, found {type(state).__name__}")
     values = {name: of_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-    return SavedWeights(values, shared_names(state))
+    return SavedWeights(values, shared_tensor_names(state))
 
 
 def weights_in_folder(folder: Path) -> SavedWeights:

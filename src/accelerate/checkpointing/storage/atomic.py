@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ...runtime.system.file_names import FileNameError, path_inside, path_to_change, size_of
-from ..errors import Problem, listed
+from ..errors import Problem, bullet_list
 from . import manifest as manifests
 from .file_writer import FileRecord, record_of, room_made_later, sync_folder, wait_for_room, write_file
 from .filenames import files_of, folders_of_shards
@@ -127,7 +127,7 @@ def settle(target: Path) -> bool:
             "at it:\n%s",
             committed,
             target,
-            listed(problems, 5),
+            bullet_list(problems, 5),
         )
         return False
     if not target.exists():

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...runtime.system.file_names import FileNameError, path_inside, shown
 from ...runtime.world import World
-from ..consensus import of_the_first, together
+from ..consensus import broadcast_from_rank0, run_on_all_ranks
 from ..errors import CheckpointError, LoadError, SaveError
 from . import manifest as manifests
 
@@ -119,7 +119,7 @@ class Outgoing:
     """
 
     def __init__(self, world: World, url: str) -> None:
-        self.url = of_the_first(world.collectives, f"preparing {url}", url, SaveError)
+        self.url = broadcast_from_rank0(world.collectives, f"preparing {url}", url, SaveError)
 
         def make() -> str:
             if world.rank != 0:
@@ -128,7 +128,7 @@ class Outgoing:
                 raise SaveError("there is a checkpoint already, which is not written over: choose another name")
             return tempfile.mkdtemp(prefix="accelerate_")
 
-        self._scratch = Path(together(world.collectives, f"preparing {self.url}", make, SaveError)[0])
+        self._scratch = Path(run_on_all_ranks(world.collectives, f"preparing {self.url}", make, SaveError)[0])
         self.folder = self._scratch / "checkpoint"
 
     def check(self, group: int) -> None:
@@ -162,7 +162,7 @@ def fetch(world: World, url: str, load: Callable[[Path], Any]) -> Any:
     Raises:
         LoadError: on every rank, when it cannot be fetched.
     """
-    url = of_the_first(world.collectives, f"opening {url}", url, LoadError)
+    url = broadcast_from_rank0(world.collectives, f"opening {url}", url, LoadError)
     scratch = tempfile.mkdtemp(prefix="accelerate_") if world.local_rank == 0 else ""
 
     def get() -> str:
@@ -171,7 +171,9 @@ def fetch(world: World, url: str, load: Callable[[Path], Any]) -> Any:
         return scratch
 
     try:
-        folder = Path(together(world.collectives, f"fetching {url}", get, LoadError)[world.rank - world.local_rank])
+        folder = Path(
+            run_on_all_ranks(world.collectives, f"fetching {url}", get, LoadError)[world.rank - world.local_rank]
+        )
         try:
             loaded = load(folder)
         except LoadError as error:

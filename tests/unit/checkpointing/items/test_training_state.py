@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from accelerate.checkpointing.items.training_state import Run, put_gradients
+from accelerate.checkpointing.items.training_state import TrainingState, put_gradients
 from accelerate.runtime import world
 
 
@@ -17,7 +17,7 @@ from accelerate.runtime import world
 def test_other_ranks_share_what_all_had_accumulated(size, counted):
     model = nn.Linear(2, 1, bias=False)
     found: list[torch.Tensor | None] = []
-    run = Run(replace(world.current(), size=size), models=[model], set_items=found.append)
+    run = TrainingState(replace(world.current(), size=size), models=[model], set_items=found.append)
     saved = [
         {"gradients": [torch.full((1, 2), float(rank))], "items": torch.tensor(10.0 * rank) if counted else None}
         for rank in (1, 2, 3)
@@ -33,7 +33,7 @@ def test_other_ranks_share_what_all_had_accumulated(size, counted):
 def test_a_rank_takes_up_its_own(items):
     model = nn.Linear(2, 1, bias=False)
     found: list[torch.Tensor | None] = []
-    run = Run(replace(world.current(), size=3), models=[model], set_items=found.append)
+    run = TrainingState(replace(world.current(), size=3), models=[model], set_items=found.append)
     put_gradients(run, [{"gradients": [torch.ones(1, 2)], "items": items}])
     assert model.weight.grad is not None and model.weight.grad.tolist() == [[1, 1]]
     assert found == [items]
