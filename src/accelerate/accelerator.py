@@ -160,7 +160,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackerMethods):
         self.init_handler: InitProcessGroupKwargs | None = handlers[InitProcessGroupKwargs]
         self.profile_handler: ProfileKwargs | None = handlers[ProfileKwargs]
         self.fp8_recipe_handler = next((handlers[kind] for kind in _RECIPES if handlers[kind] is not None), None)
-        plugin = resolve_args.accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
+        plugin = resolve_args.gradient_accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
         dynamo = resolve_args.dynamo(dynamo_backend, dynamo_plugin)
 
         self.state = AcceleratorState(
@@ -178,7 +178,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackerMethods):
         precision = choose_precision(self.mixed_precision, self.device, self.autocast_handler, self.scaler_handler)
         settings = RunSettings(
             precision=precision,
-            loading=resolve_args.loading(dataloader_config, split_batches),
+            loading=resolve_args.data_loader_config(dataloader_config, split_batches),
             rng_types=resolve_args.rng_types(rng_types),
             device_placement=device_placement,
             step_scheduler_with_optimizer=step_scheduler_with_optimizer,
@@ -856,7 +856,7 @@ def _distribution(fsdp: Any, deepspeed: Any, megatron: Any, tensor_parallel: Any
     plugins = resolve_args.plugins(fsdp, deepspeed, megatron, tensor_parallel, launched=not is_initialized())
     if not is_initialized():
         sizes = requested(sizes, tensor_parallel)
-        choose_strategy(plugins.kind or DistributedType.NO, sizes, plugins)
+        choose_strategy(plugins.distributed_type or DistributedType.NO, sizes, plugins)
     return {
         "fsdp_plugin": plugins.fsdp,
         "deepspeed_plugin": plugins.deepspeed,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .offload.device_map import check_device_map, infer_auto_device_map, settled
+from .offload.device_map import check_device_map, infer_auto_device_map, normalize
 from .offload.disk_weights import INDEX_NAME, OffloadedWeightsLoader, offload_state_dict, save_offload_index
 from .offload.hooks import (
     AlignDevicesHook,
@@ -267,7 +267,7 @@ def dispatch_model(
         RuntimeError: when a part goes to a device that this process does not have.
     """
     check_device_map(model, device_map)
-    where = settled(device_map)
+    where = normalize(device_map)
     used = set(where.values())
     known = {**(offload_index or {}), **(state_dict or {})}
     state_dict = {**(state_dict or {}), **{n: value for n, value in release_offloaded(model).items() if n not in known}}

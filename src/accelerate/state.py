@@ -262,13 +262,13 @@ class AcceleratorState(_Shared, ProcessControl):
         self.torch_tp_plugin = torch_tp_plugin
         self.parallelism_config = sizes
         self.device_mesh = mesh
-        if plugins.kind is DistributedType.FSDP and partial.backend is None:
+        if plugins.distributed_type is DistributedType.FSDP and partial.backend is None:
             logger.warning(
                 "fully sharded training was asked for, and this process is alone: it trains unsharded. Start several with "
                 "`accelerate launch --use_fsdp --num_processes N`."
             )
-        elif plugins.kind is not None:
-            self.distributed_type = plugins.kind
+        elif plugins.distributed_type is not None:
+            self.distributed_type = plugins.distributed_type
         engines = {"fsdp_plugin": plugins.fsdp, "megatron_lm_plugin": plugins.megatron}
         self.__dict__.update({name: plugin for name, plugin in engines.items() if plugin is not None})
         if plugins.deepspeed is not None:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from accelerate.settings.planned import Planned
+from accelerate.settings.planned import Placeholder
 
 OPTIONAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -42,7 +42,7 @@ def owners(documented: Iterable[Any]) -> dict[str, Owner]:
         if module.partition(".")[0] != "accelerate" or not hasattr(value, "__qualname__"):
             continue
         if inspect.isclass(value):
-            if issubclass(value, Planned) or hasattr(value, "__members__"):
+            if issubclass(value, Placeholder) or hasattr(value, "__members__"):
                 continue
             add(found, value, value.__module__, value.__qualname__)
             for name, method in methods(value, documented):

@@ -103,9 +103,25 @@ OLD_WORDS: dict[str, str] = {
     "Unmark": "StripMarkers",
     "words_of": "select_host_collectives",
     # offload,quantization,inference
+    "Brought": "PendingTransfer",
+    "CutShort": "TruncatedFileError",
+    "StreamLane": "DeviceTransferStream",
+    "are_at_hand": "are_resident",
+    "ask_for_large_pages": "advise_huge_pages",
+    "at_hand": "is_resident",
+    "lane_to": "stream_to",
+    "layers_to_quantise": "layers_to_quantize",
+    "quantise_in_place": "quantize_in_place",
     # launch
     # settings
+    "_on_the_wire": "_with_wire_dtype",
+    "spelt": "format_value",
     # commands
+    "CannotFollow": "TraceError",
+    "_laid_out": "_format_node",
+    "_settle_with_aws": "_configure_aws",
+    "follow_step": "trace_step",
+    "follow_units": "trace_units",
     # runtime
     # others
 }

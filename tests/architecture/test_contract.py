@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate.settings.planned import Planned
+from accelerate.settings.planned import Placeholder
 from tests.architecture import rules
 
 DATA = rules.ROOT / "tests" / "data"
@@ -63,7 +63,7 @@ def missing_names(paths: dict[str, dict[str, list[str]]]) -> Iterator[str]:
         except LookupError:
             yield path
             continue
-        if inspect.isclass(found) and issubclass(found, Planned):  # a placeholder
+        if inspect.isclass(found) and issubclass(found, Placeholder):  # a placeholder
             yield path
             continue
         for member in facts.get("members", []):

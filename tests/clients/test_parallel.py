@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import AcceleratorState
-from tests.helpers.releases import FSDP2_ON_CPU
+from tests.helpers.releases import FSDP2_ON_CPU, TP_OF_TRANSFORMERS
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
 pytestmark = pytest.mark.slow
@@ -83,7 +83,11 @@ def alone(rank_pool: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(name, marks=FSDP2_ON_CPU if "fsdp" in way[1] else ()) for name, way in WAYS.items()]
+    "way",
+    [
+        pytest.param(name, marks=FSDP2_ON_CPU if "fsdp" in way[1] else TP_OF_TRANSFORMERS if "cut_by" in way[1] else ())
+        for name, way in WAYS.items()
+    ],
 )
 def test_a_llama_trains_as_on_one_rank(way: str, folder: Path, run_ranks: Any, alone: Any) -> None:
     ranks, arguments = WAYS[way]
@@ -218,6 +222,7 @@ def _trained(folder: Path, output: Path, sizes: dict[str, int] | None, resumes: 
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@FSDP2_ON_CPU
 def test_trainer_saves_and_resumes_with_tensors_shared(
     folder: Path, tmp_path: Path, run_ranks: Any, rank_pool: Any
 ) -> None:

@@ -159,12 +159,12 @@ def train(
         whole = [tokens, truths, positions]
         shared = accelerator.maybe_context_parallel(whole, [1, 1, 0], no_restore_buffers={tokens})
         with accelerator.accumulate(model), shared:
-            guesses = model(tokens, positions).flatten(0, 1)
+            predictions = model(tokens, positions).flatten(0, 1)
             if items:
-                loss = functional.cross_entropy(guesses, truths.flatten(), reduction="sum")
+                loss = functional.cross_entropy(predictions, truths.flatten(), reduction="sum")
                 accelerator.backward(loss, num_items=truths.numel())
             else:
-                accelerator.backward(functional.cross_entropy(guesses, truths.flatten()))
+                accelerator.backward(functional.cross_entropy(predictions, truths.flatten()))
             if accelerator.sync_gradients:
                 norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
                 if clip_value:

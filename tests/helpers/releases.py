@@ -17,6 +17,9 @@ def needs_torch(version: str, what: str) -> pytest.MarkDecorator:
 FSDP2_ON_CPU = needs_torch("2.7", "fully_shard on the CPU")
 """torch 2.6 records events on streams of the CPU in `fully_shard`'s all-gather, and has none; strategies/fsdp2.py raises."""
 
+TP_OF_TRANSFORMERS = needs_torch("2.7", "tensor parallelism of transformers 5")
+"""It calls `distribute_tensor` with an argument that torch 2.6 does not have."""
+
 FSDP_VERSIONS = (1, 2) if is_torch_version(">=", "2.7") else (1,)
 """The versions of FSDP that this release of torch runs on the CPU, for tests that go through them on their ranks."""
 

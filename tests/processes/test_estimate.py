@@ -9,7 +9,7 @@ import torch
 
 from accelerate import Accelerator
 from accelerate.commands.estimate.sharding import Sharding, rank_memory
-from accelerate.commands.estimate.step import follow_units
+from accelerate.commands.estimate.step import trace_units
 from accelerate.strategies.fsdp_base import units
 from tests.helpers.releases import fsdp
 from tests.helpers.sharding import Tiny, plugin
@@ -52,7 +52,7 @@ def test_a_rank_holds_what_is_estimated(run_ranks: Any, version: int, fields: di
 
     with torch.device("meta"):
         empty = Model()
-    step = follow_units(empty, 2, 3, units=choose)
+    step = trace_units(empty, 2, 3, units=choose)
     for rank, held in enumerate(run_ranks(2, _held, version, fields)):
         guess = rank_memory(step, Sharding(ranks=2, version=version), rank)
         assert held == {part: getattr(guess, part) for part in PARTS}, rank

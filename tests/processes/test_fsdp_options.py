@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import load_fsdp_model, load_fsdp_optimizer, save_fsdp_model, save_fsdp_optimizer
+from tests.helpers.releases import FSDP2_ON_CPU
 
 
 class Net(nn.Module):
@@ -57,6 +58,7 @@ def units(options: dict[str, Any]) -> list[str]:
     return [name for name, part in model.named_modules() if hasattr(part, "unshard")]
 
 
+@FSDP2_ON_CPU
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -80,6 +82,7 @@ def whole(version: int) -> list[str]:
     return [name for name, (kind, shape) in shapes.items() if kind is not DTensor and shape == (1, 2)]
 
 
+@FSDP2_ON_CPU
 def test_modules_that_are_ignored_stay_whole(run_ranks):
     assert run_ranks(2, whole, 2) == [["head.weight"]] * 2
 
@@ -114,6 +117,7 @@ def saved(folder: Path, kind: str) -> None:
     accelerator.save_state(folder)
 
 
+@FSDP2_ON_CPU
 @pytest.mark.parametrize(("kind", "file"), [("FULL_STATE_DICT", True), ("SHARDED_STATE_DICT", False)])
 def test_checkpoints_are_whole_or_in_shards(kind, file, run_ranks, tmp_path):
     run_ranks(2, saved, tmp_path / "saved", kind)
@@ -139,6 +143,7 @@ def numbered(folder: Path) -> list[Any]:
     return [files, sorted(missing)]
 
 
+@FSDP2_ON_CPU
 def test_models_and_optimizers_are_numbered_and_adapters_saved_alone(run_ranks, tmp_path):
     files, missing = run_ranks(2, numbered, tmp_path)[0]
     assert len(files) == 2 and all("_1" in name for name in files), files

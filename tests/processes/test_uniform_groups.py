@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from tests.helpers.llama import VOCABULARY, Llama
+from tests.helpers.releases import FSDP2_ON_CPU
 
 RunRanks = Callable[..., list[Any]]
 WAYS: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ def stepped(way: str, **options: Any) -> tuple[dict[str, torch.Tensor], list[dic
     return {name: value.clone() for name, value in accelerator.get_state_dict(model).items()}, groups
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=FSDP2_ON_CPU if "FSDP" in way else ()) for way in WAYS])
 def test_kernels_over_lists_step_both_kinds(run_ranks: RunRanks, way: str) -> None:
     expected, (group,) = run_ranks(2, stepped, way)[0]
     assert group["params"] == len(list(Llama().parameters()))

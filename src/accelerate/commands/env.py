@@ -90,14 +90,14 @@ def _report(path: str | None, configuration: Mapping[str, Any] | str) -> dict[st
     import shutil
 
     report: dict[str, Any] = {
-        "`Accelerate` version": _or_why(_own_version),
+        "`Accelerate` version": _or_error(_own_version),
         "Platform": platform.platform(),
         "`accelerate` bash location": shutil.which("accelerate") or f"not on the PATH (this is {sys.argv[0]})",
         "Python version": platform.python_version(),
-        "Numpy version": _or_why(lambda: _import("numpy").__version__),
-        "PyTorch version": _or_why(lambda: _import("torch").__version__),
-        "PyTorch accelerator": _or_why(_accelerator),
-        "System RAM": _or_why(_memory),
+        "Numpy version": _or_error(lambda: _import("numpy").__version__),
+        "PyTorch version": _or_error(lambda: _import("torch").__version__),
+        "PyTorch accelerator": _or_error(_accelerator),
+        "System RAM": _or_error(_memory),
     }
     devices = _devices()
     if devices:
@@ -106,13 +106,13 @@ def _report(path: str | None, configuration: Mapping[str, Any] | str) -> dict[st
     report["`Accelerate` default config" if path is None else "`Accelerate` config passed"] = configuration
     if devices:
         report["Devices"] = devices
-    report["CPU cores"] = _or_why(_cores)
+    report["CPU cores"] = _or_error(_cores)
     report["Environment variables"] = variables()
     report["Optional packages"] = _packages()
     return report
 
 
-def _or_why(look: Callable[[], Any]) -> str:
+def _or_error(look: Callable[[], Any]) -> str:
     """What `look` finds, or why it finds nothing."""
     try:
         return str(look())
@@ -161,7 +161,7 @@ def _devices() -> dict[str, str]:
         module = None if kind.name in ("cpu", "mps", "xla") else kind.torch_module()
         if module is None or not hasattr(module, "get_device_name"):
             return {}
-        return {f"{kind.name}:{n}": _or_why(functools.partial(_device, module, n)) for n in range(kind.count())}
+        return {f"{kind.name}:{n}": _or_error(functools.partial(_device, module, n)) for n in range(kind.count())}
     except Exception as error:  # noqa: BLE001 - as above
         return {"unknown": f"{type(error).__name__}: {error}"}
 

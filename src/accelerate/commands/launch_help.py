@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..settings.launcher import DISTRIBUTED, HARDWARE, PARADIGM, LaunchSettings
-from ..settings.option import Entry, Section, entries, spelt
+from ..settings.option import OptionSpec, Section, format_value, option_specs
 from ..settings.option_groups import RESOURCES
 
 _ALWAYS_SHOWN = ("General", HARDWARE, RESOURCES, PARADIGM, DISTRIBUTED)
@@ -25,8 +25,8 @@ def format_help(given: Mapping[str, Any] = MappingProxyType({})) -> str:
     lines = ["usage: accelerate launch [flags] script.py [arguments of the script]", ""]
     hidden: dict[str, str] = {}
     group = ""
-    for entry in sorted(entries(LaunchSettings), key=lambda entry: _order(entry.group)):
-        if entry.group not in _ALWAYS_SHOWN and not _matters(entry.section, given):
+    for entry in sorted(option_specs(LaunchSettings), key=lambda entry: _order(entry.group)):
+        if entry.group not in _ALWAYS_SHOWN and not _is_relevant(entry.section, given):
             hidden[entry.group] = _turned_on_by(entry.section)
             continue
         if entry.group != group:
@@ -39,19 +39,19 @@ def format_help(given: Mapping[str, Any] = MappingProxyType({})) -> str:
     return "\n".join([*lines, "", "Flags may be written with dashes. A flag wins over the configuration file."])
 
 
-def _matters(section: Section | None, given: Mapping[str, Any]) -> bool:
+def _is_relevant(section: Section | None, given: Mapping[str, Any]) -> bool:
     """Whether a group is turned on, or one of its flags is on the line already."""
     if section is not None and section.enabled_by in given:
         return True
     if section is not None and section.key == "fp8_config" and given.get("mixed_precision") == "fp8":
         return True
-    return any(entry.section is section and entry.dest in given for entry in entries(LaunchSettings))
+    return any(entry.section is section and entry.dest in given for entry in option_specs(LaunchSettings))
 
 
 def _turned_on_by(section: Section | None) -> str:
     """The flag that turns a group on, as one types it."""
     name = section.enabled_by if section is not None else None
-    entry = next(entry for entry in entries(LaunchSettings) if entry.dest == name)
+    entry = next(entry for entry in option_specs(LaunchSettings) if entry.dest == name)
     value = entry.option.choices[0] if entry.option.choices else "FILE" if name == "mpirun_hostfile" else "WORD"
     return entry.flags[0] if entry.option.switch else f"{entry.flags[0]} {value}"
 
@@ -60,7 +60,7 @@ def _order(group: str) -> int:
     return _ALWAYS_SHOWN.index(group) if group in _ALWAYS_SHOWN else len(_ALWAYS_SHOWN)
 
 
-def _line(entry: Entry, width: int) -> list[str]:
+def _line(entry: OptionSpec, width: int) -> list[str]:
     shown = [flag for flag in (*reversed(entry.flags), entry.option.off) if flag]
     choices = "|".join(map(str, entry.option.choices))
     value = {"int": " N", "float": " X", "bool": " true|false"}.get(entry.type, " WORD")
@@ -69,7 +69,7 @@ def _line(entry: Entry, width: int) -> list[str]:
     if not entry.option.switch:
         spelling += f" {choices}" if choices and len(choices) < 40 else value
         text += f" ({choices.replace('|', ', ')})" if len(choices) >= 40 else ""
-        text += f" (default {spelt(entry.option.default)})" if entry.option.default not in (None, "", ()) else ""
+        text += f" (default {format_value(entry.option.default)})" if entry.option.default not in (None, "", ()) else ""
     wrapped = textwrap.wrap(text, max(20, width - 30))
     if len(spelling) < 29:
         return [f"{spelling:<30}{wrapped[0]}", *(" " * 30 + line for line in wrapped[1:])]

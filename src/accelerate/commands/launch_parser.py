@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from ..launch import parse
 from ..settings.launcher import LaunchSettings
-from ..settings.option import Entry, SettingsError, entries
+from ..settings.option import OptionSpec, SettingsError, option_specs
 from .launch_help import format_help
 from .parsers import with_dashes
 
@@ -34,7 +34,7 @@ class LaunchParser(argparse.ArgumentParser):
         if not words.script:
             self.error("which script? Write it after the launcher's flags.")
         namespace = argparse.Namespace() if namespace is None else namespace
-        for entry in entries(LaunchSettings):
+        for entry in option_specs(LaunchSettings):
             setattr(namespace, entry.dest, words.flags.get(entry.dest, entry.option.default))
         for name, value in self._defaults.items():
             setattr(namespace, name, value)
@@ -59,7 +59,7 @@ def make(command: Callable[[argparse.Namespace], None], subparsers: Any = None) 
     else:
         parser = LaunchParser(prog="accelerate launch", description=description, allow_abbrev=False)
     groups: dict[str, Any] = {}
-    for entry in entries(LaunchSettings):
+    for entry in option_specs(LaunchSettings):
         if entry.group not in groups:
             groups[entry.group] = parser.add_argument_group(entry.group)
         _add(groups[entry.group], entry)
@@ -69,7 +69,7 @@ def make(command: Callable[[argparse.Namespace], None], subparsers: Any = None) 
     return parser
 
 
-def _add(group: Any, entry: Entry) -> None:
+def _add(group: Any, entry: OptionSpec) -> None:
     common = {"dest": entry.dest, "default": entry.option.default, "help": entry.option.help}
     spellings = with_dashes(entry.flags)
     if entry.option.switch:

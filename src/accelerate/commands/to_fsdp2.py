@@ -12,7 +12,7 @@ from ..launch import config_file
 from ..launch.config_io import dump, load, read, write
 from ..launch.parse import choose
 from ..settings.enums import FSDP_SHARDING_STRATEGY
-from ..settings.option import Entry, SettingsError
+from ..settings.option import OptionSpec, SettingsError
 from .parsers import add, make_parser
 
 # Whether the strategy frees gathered parameters after the forward.
@@ -83,7 +83,7 @@ def convert(content: Mapping[str, Any], path: str) -> Conversion:
     return Conversion({**content, "fsdp_config": section}, tuple(notes), True)
 
 
-def _converted(entry: Entry, value: Any) -> tuple[str | None, Any, str | None]:
+def _converted(entry: OptionSpec, value: Any) -> tuple[str | None, Any, str | None]:
     """An option's key and value in FSDP 2 (no key: it has none), and what to say about it."""
     if entry.dest == "fsdp_version":
         return entry.key, 2, None

@@ -19,8 +19,8 @@ from ..offload.sizes import compute_module_sizes
 from ..offload.tensors import named_module_tensors, set_module_tensor_to_device
 from ..runtime import world
 from ..runtime.tensors.forward import wrap_forward
-from .pipeline import Pipeline, resized, rows_of
-from .stages import cut, to_device
+from .pipeline import Pipeline, batch_length, resized
+from .stages import split, to_device
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -72,7 +72,7 @@ def prepare_pippy(
     model.eval()
     args, kwargs = tuple(example_args or ()), dict(example_kwargs or {})
     stages = here.size
-    rows = rows_of((args, kwargs), "example_args and example_kwargs")
+    rows = batch_length((args, kwargs), "example_args and example_kwargs")
     chunks = stages if num_chunks is None else num_chunks
     if chunks < 1:
         raise ValueError(f"num_chunks={num_chunks}: expected at least 1.")
@@ -82,7 +82,7 @@ def prepare_pippy(
         return model
     each = -(-rows // chunks)
     part = pytree.tree_map(lambda value: resized(value, each), (args, kwargs))
-    found = cut(model, part[0], part[1], points, here.rank)
+    found = split(model, part[0], part[1], points, here.rank)
     _check_outputs(found.shapes, each)
     to_device(found.stage.module, here.device)
     _give_up_others(model, found.stage.module)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ..runtime import world
 from ..runtime.collectives import broadcast, broadcast_object_list
 from ..runtime.tensors.forward import ForwardWrapper
-from .stages import Cut, Position, Stage
+from .stages import OutputRef, SplitModel, Stage
 
 _ROOM = 1024  # bytes for what is said about a failure
 
@@ -34,11 +34,11 @@ class Pipeline(ForwardWrapper):
         gather_output: Outputs come to all processes, not only to the last.
     """
 
-    def __init__(self, cut: Cut, example: Inputs, chunks: int, gather_output: bool) -> None:
+    def __init__(self, cut: SplitModel, example: Inputs, chunks: int, gather_output: bool) -> None:
         here = world.current()
-        self.stage = _Unfailing(cut.stage, here.rank, here.device)
+        self.stage = _ErrorForwarding(cut.stage, here.rank, here.device)
         self.received = (*cut.stage.inputs, _words("", here.device))
-        self.chunks, self.part = chunks, rows_of(example, "the example")
+        self.chunks, self.part = chunks, batch_length(example, "the example")
         self.round = self.chunks * self.part
         self.outputs, self.shapes, self.structure = cut.outputs, cut.shapes, cut.structure
         self.gather_output = gather_output
@@ -51,7 +51,7 @@ class Pipeline(ForwardWrapper):
         here = world.current()
         if set(kwargs) == set(self.names):
             kwargs = {name: kwargs[name] for name in self.names}
-        rows, given = self._agree((args, kwargs))
+        rows, given = self._agree_on_batch((args, kwargs))
         self.stage.error = None
         found: list[tuple[torch.Tensor, ...]] = []
         for start in range(0, self._filled(rows), self.round):
@@ -66,7 +66,7 @@ class Pipeline(ForwardWrapper):
             whole = [torch.empty((rows, *s.shape[1:]), dtype=s.dtype, device=here.device) for s in self.shapes]
         if self.gather_output:
             whole = broadcast(whole, from_process=here.size - 1)
-        leaves = [whole[value.index] if isinstance(value, Position) else value for value in self.outputs]
+        leaves = [whole[value.index] if isinstance(value, OutputRef) else value for value in self.outputs]
         return pytree.tree_unflatten(leaves, self.structure)
 
     def _round(self, given: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
@@ -92,7 +92,7 @@ class Pipeline(ForwardWrapper):
             request.wait()
         return outputs
 
-    def _agree(self, inputs: Inputs) -> tuple[int, list[torch.Tensor]]:
+    def _agree_on_batch(self, inputs: Inputs) -> tuple[int, list[torch.Tensor]]:
         """How many rows the first process was given, and there its inputs, filled up; or what is wrong, on all."""
         here = world.current()
         answer: list[Any] = [None]
@@ -138,10 +138,10 @@ class Pipeline(ForwardWrapper):
                 "a pipeline takes inputs like those that it was traced with, in any number of rows: expected "
                 f"{_told(self.expected, self.inputs)}, and got {_told(given, structure)}. For these, prepare the model anew."
             )
-        return rows_of(inputs, "the inputs")
+        return batch_length(inputs, "the inputs")
 
 
-class _Unfailing(nn.Module):
+class _ErrorForwarding(nn.Module):
     """A stage that hands on outputs of zeros from the part on that it fails at, and words about failures with all.
 
     Attributes:
@@ -189,7 +189,7 @@ def _words(said: str, device: torch.device) -> torch.Tensor:
     return torch.tensor([list(said.encode()[:_ROOM].ljust(_ROOM, b"\0"))], dtype=torch.uint8, device=device)
 
 
-def rows_of(inputs: Inputs, where: str) -> int:
+def batch_length(inputs: Inputs, where: str) -> int:
     """How many rows inputs have.
 
     Raises:

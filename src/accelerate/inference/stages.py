@@ -30,7 +30,7 @@ class Stage:
 
 
 @dataclass
-class Cut:
+class SplitModel:
     """What is known of a model that was cut.
 
     Attributes:
@@ -47,13 +47,15 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Position:
+class OutputRef:
     """The place of an output among those of the last stage."""
 
     index: int
 
 
-def cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], points: Sequence[str], number: int) -> Cut:
+def split(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], points: Sequence[str], number: int
+) -> SplitModel:
     """Traces a model with example inputs and cuts it.
 
     Args:
@@ -79,8 +81,8 @@ def cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], points:
     own = nodes[([0, *starts])[number] : ([*starts, len(nodes) - 1])[number]]
     module = _module(traced, own, crossing[number], crossing[number + 1])
     shapes = [tuple(torch.empty_like(node.meta["val"], device="meta").contiguous() for node in c) for c in crossing]
-    places = {node: Position(index) for index, node in enumerate(crossing[-1])}
-    return Cut(
+    places = {node: OutputRef(index) for index, node in enumerate(crossing[-1])}
+    return SplitModel(
         Stage(module, shapes[number], shapes[number + 1]),
         [places[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in returned],
         shapes[-1],

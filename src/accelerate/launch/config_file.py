@@ -13,7 +13,7 @@ from ..settings import env
 from ..settings.clouds import SageMakerSettings, TpuCommandSettings
 from ..settings.enums import DistributedType, SageMakerDistributedType
 from ..settings.launcher import LaunchSettings
-from ..settings.option import Entry, SettingsError, entries, shown
+from ..settings.option import OptionSpec, SettingsError, option_specs, short_repr
 from .config_io import load, printable
 
 _T = TypeVar("_T")
@@ -125,18 +125,18 @@ class _Findings:
         self.sections: set[str] = set()
         self.problems: list[str] = []
 
-    def section(self, name: str, content: Any, table: Mapping[str, Entry]) -> None:
+    def section(self, name: str, content: Any, table: Mapping[str, OptionSpec]) -> None:
         if content is None:
             return
         if not isinstance(content, Mapping):
-            self.problems.append(f"{name}: expected keys and values of its own, found {shown(content)}.")
+            self.problems.append(f"{name}: expected keys and values of its own, found {short_repr(content)}.")
             return
         if content:
             self.sections.add(name)
         for key, value in content.items():
             self.put(table, key, f"{name}.{printable(key)}", value, near=table)
 
-    def put(self, table: Mapping[str, Entry], key: Any, where: str, value: Any, near: Iterable[str]) -> None:
+    def put(self, table: Mapping[str, OptionSpec], key: Any, where: str, value: Any, near: Iterable[str]) -> None:
         entry = table.get(key) if isinstance(key, str) else None
         if entry is None:
             self.problems.append(_unknown(key, printable(where), near))
@@ -159,12 +159,12 @@ class _Findings:
             return None
 
 
-def tables() -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
+def tables() -> tuple[dict[str, OptionSpec], dict[str, dict[str, OptionSpec]]]:
     """Options by the keys of the file's top level, and of each section."""
-    top: dict[str, Entry] = {}
-    inside: dict[str, dict[str, Entry]] = {}
+    top: dict[str, OptionSpec] = {}
+    inside: dict[str, dict[str, OptionSpec]] = {}
     for settings in (SageMakerSettings, TpuCommandSettings, LaunchSettings):
-        for entry in entries(settings):
+        for entry in option_specs(settings):
             if entry.dest in _FROM_THE_COMMAND_LINE_ONLY or entry.option.secret:
                 continue
             if entry.section is None or entry.section.key is None:
@@ -179,7 +179,7 @@ def tables() -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
 
 
 def _unknown(key: Any, where: str, near: Iterable[str]) -> str:
-    if any(entry.option.secret and key in entry.keys for entry in entries(LaunchSettings)):
+    if any(entry.option.secret and key in entry.keys for entry in option_specs(LaunchSettings)):
         return (
             f"{where}: nothing secret belongs in this file. Name a profile of the AWS command line (`profile: NAME`), "
             f"give --{key}, or set {str(key).upper()}."
@@ -213,7 +213,7 @@ def _compute_environment(content: Mapping[str, Any]) -> str:
     value = content.get("compute_environment") or "LOCAL_MACHINE"
     if value in ("LOCAL_MACHINE", "AMAZON_SAGEMAKER"):
         return str(value)
-    raise SettingsError(f"compute_environment: expected LOCAL_MACHINE or AMAZON_SAGEMAKER, found {shown(value)}.")
+    raise SettingsError(f"compute_environment: expected LOCAL_MACHINE or AMAZON_SAGEMAKER, found {short_repr(value)}.")
 
 
 _ENGINES = {"deepspeed_config": "DEEPSPEED", "fsdp_config": "FSDP", "megatron_lm_config": "MEGATRON_LM"}
@@ -235,6 +235,6 @@ def _distributed_type(content: Mapping[str, Any], environment: str, sections: It
         return str(value)
     raise SettingsError(
         f"distributed_type: expected one of {', '.join(kinds)}, "
-        + (f"found {shown(value)}." if "distributed_type" in content else "but the key is missing.")
+        + (f"found {short_repr(value)}." if "distributed_type" in content else "but the key is missing.")
         + (f" Its sections are about {' and '.join(meant)}." if meant and "distributed_type" not in content else "")
     )

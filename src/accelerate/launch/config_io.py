@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..settings.option import SettingsError, shown
+from ..settings.option import SettingsError, short_repr
 
 if TYPE_CHECKING:
     import yaml
@@ -39,11 +39,11 @@ def load(path: str) -> dict[str, Any]:
         raise SettingsError(f"configuration file {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise SettingsError(
-            f"configuration file {path}: expected keys and values such as `num_processes: 2`, found {shown(content)}."
+            f"configuration file {path}: expected keys and values such as `num_processes: 2`, found {short_repr(content)}."
         )
     for key in content:
         if not isinstance(key, str):
-            raise SettingsError(f"configuration file {path}: expected a word as key, found {shown(key)}.")
+            raise SettingsError(f"configuration file {path}: expected a word as key, found {short_repr(key)}.")
     return content
 
 
@@ -194,7 +194,7 @@ def _joined(path: str, key: yaml.Node) -> str:
 
 def printable(key: Any) -> str:
     """A key for a message: as it is where it can be printed on one line."""
-    return key if isinstance(key, str) and key.isprintable() and len(key) <= 80 else shown(key)
+    return key if isinstance(key, str) and key.isprintable() and len(key) <= 80 else short_repr(key)
 
 
 def _refuse_twice(keys: Iterable[tuple[object, str]]) -> None:
@@ -223,7 +223,7 @@ def _culprit(loader: Any, node: yaml.Node) -> str | None:
                 loader.construct_object(node)
             except _NOT_A_VALUE:
                 kind = node.tag.rpartition(":")[2]
-                return f"line {_line(node)}: {path}: {shown(node.value)} cannot be read as {kind}."
+                return f"line {_line(node)}: {path}: {short_repr(node.value)} cannot be read as {kind}."
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..settings.clouds import SageMakerSettings, TpuCommandSettings
 from ..settings.launcher import LaunchSettings
-from ..settings.option import Entry, SettingsError, build, entries
+from ..settings.option import OptionSpec, SettingsError, build, option_specs
 from . import config_file
 from .config_file import ConfigFile
 
@@ -89,7 +89,7 @@ def of_namespace(args: Any) -> Words:
     """What `args`, from the launcher's argparse parser, say; options that hold their defaults were not given."""
     given = getattr(args, "_given", ())
     flags: dict[str, Any] = {}
-    for entry in entries(LaunchSettings):
+    for entry in option_specs(LaunchSettings):
         value = getattr(args, entry.dest, entry.option.default)
         if entry.type == "tuple[str, ...]":  # argparse collects lists
             value = tuple(value or ())
@@ -108,10 +108,10 @@ def of_words(words: Words) -> tuple[LaunchSettings, ConfigFile | None]:
     return assemble(words.flags, file, words.script, words.script_args), file
 
 
-def _flags() -> dict[str, tuple[Entry, bool | None]]:
+def _flags() -> dict[str, tuple[OptionSpec, bool | None]]:
     """Every spelling with underscores -> its option, and the value of a flag that takes none."""
-    table: dict[str, tuple[Entry, bool | None]] = {}
-    for entry in entries(LaunchSettings):
+    table: dict[str, tuple[OptionSpec, bool | None]] = {}
+    for entry in option_specs(LaunchSettings):
         table.update(dict.fromkeys(entry.flags, (entry, True if entry.option.switch else None)))
         if entry.option.off is not None:
             table[entry.option.off] = (entry, False)
@@ -122,7 +122,7 @@ def _spelling(flag: str) -> str:
     return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
 
 
-def _known(table: Mapping[str, tuple[Entry, bool | None]], name: str) -> tuple[Entry, bool | None]:
+def _known(table: Mapping[str, tuple[OptionSpec, bool | None]], name: str) -> tuple[OptionSpec, bool | None]:
     found = table.get(_spelling(name))
     if found is not None:
         return found

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..runtime.cluster.cluster_env import DEFAULT_PORT
 from ..settings.enums import SageMakerDistributedType
 from ..settings.launcher import LaunchSettings
-from ..settings.option import SettingsError, entries
+from ..settings.option import SettingsError, option_specs
 from .parse import parse
 
 # The variable that says which devices a process may see, by kind of device (the rows of runtime.devices, which this
@@ -293,7 +293,7 @@ def _options(settings: LaunchSettings, section: str) -> dict[str, str]:
     """The variables of one section's options; an option without a value has none."""
     return {
         entry.variable: entry.render(value)
-        for entry in entries(LaunchSettings)
+        for entry in option_specs(LaunchSettings)
         if entry.path[0] == section and entry.variable is not None and (value := entry.get(settings)) is not None
     }
 
@@ -339,7 +339,7 @@ def _agent_arguments(settings: LaunchSettings) -> list[str]:
         else:
             address = str(settings.main_process_ip)
             arguments += ["--rdzv_endpoint", f"[{address}]:{port}" if ":" in address else f"{address}:{port}"]
-    for entry in entries(LaunchSettings):
+    for entry in option_specs(LaunchSettings):
         if entry.dest in _AGENT_OPTIONS and (value := entry.get(settings)) != entry.option.default:
             arguments += [f"--{entry.dest}", str(value)]
     if settings.module:

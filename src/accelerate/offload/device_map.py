@@ -18,8 +18,8 @@ from ..runtime.devices import require_device
 from ..runtime.helpers import convert_bytes
 from ..settings import env
 from .max_memory import OFFLOADED, Device, Limits, accelerators, get_max_memory
-from .module_groups import Groups, groups_of
-from .module_tree import walk
+from .module_groups import ModuleGroups, group_modules
+from .module_tree import build_tree
 from .sizes import Dtype
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,8 @@ def infer_auto_device_map(
     """
     limits = get_max_memory(max_memory)
     limits.setdefault("disk", _UNLIMITED)
-    groups = groups_of(model, no_split_module_classes, dtype, special_dtypes)
-    places = place(
+    groups = group_modules(model, no_split_module_classes, dtype, special_dtypes)
+    places = assign_devices(
         groups,
         limits,
         offload_buffers=offload_buffers,
@@ -91,7 +91,7 @@ def infer_auto_device_map(
 
 
 @dataclass
-class _Room:
+class _Budget:
     """What one device has left.
 
     Attributes:
@@ -105,8 +105,8 @@ class _Room:
     passed: bool = False
 
 
-def place(
-    groups: Groups, limits: Limits, *, offload_buffers: bool = True, fallback: bool = False, ahead: bool = True
+def assign_devices(
+    groups: ModuleGroups, limits: Limits, *, offload_buffers: bool = True, fallback: bool = False, ahead: bool = True
 ) -> list[Device]:
     """Returns a device for each group. Pure.
 
@@ -137,7 +137,9 @@ def place(
         if len(places) < len(found):
             raise ValueError(_refusal(found, groups, limits, kept, main))
         waiting = [number for number, device in enumerate(places) if device in waits]
-        needed = _room_to_run(groups, waiting, limits[main], with_buffers=offload_buffers, ahead=ahead and bool(fast))
+        needed = _runtime_reserve(
+            groups, waiting, limits[main], with_buffers=offload_buffers, ahead=ahead and bool(fast)
+        )
         buffers = sum(groups.buffers[number] for number in waiting)
         if count_buffers and needed + buffers > limits[main]:
             # To send the rest of the model away would not make them fit.
@@ -155,7 +157,9 @@ def place(
         kept = needed
 
 
-def _room_to_run(groups: Groups, waiting: Sequence[int], limit: int, *, with_buffers: bool, ahead: bool) -> int:
+def _runtime_reserve(
+    groups: ModuleGroups, waiting: Sequence[int], limit: int, *, with_buffers: bool, ahead: bool
+) -> int:
     """Returns the bytes that groups which wait elsewhere take on the device where they run.
 
     That is the largest of them, and with reading ahead two of the largest modules that are fetched as one: the one that
@@ -179,7 +183,7 @@ def _in_order(sizes: Sequence[int], limits: Mapping[Device, int], *, skip: bool)
         limits: Bytes by device.
         skip: A group larger than a whole device passes it by, and later ones may still go there. Else it ends the device.
     """
-    rooms = [(device, _Room(limit, limit)) for device, limit in limits.items()]
+    rooms = [(device, _Budget(limit, limit)) for device, limit in limits.items()]
     places: list[Device | None] = []
     latest: Device | None = None
     for size in sizes:
@@ -202,7 +206,7 @@ def _in_order(sizes: Sequence[int], limits: Mapping[Device, int], *, skip: bool)
     return places
 
 
-def _refusal(found: Sequence[Device | None], groups: Groups, limits: Limits, reserve: int, main: Device) -> str:
+def _refusal(found: Sequence[Device | None], groups: ModuleGroups, limits: Limits, reserve: int, main: Device) -> str:
     used = dict.fromkeys(limits, 0)
     for size, device in zip(groups.sizes, found, strict=True):
         if device is not None:
@@ -228,7 +232,7 @@ def _refusal(found: Sequence[Device | None], groups: Groups, limits: Limits, res
 _NOTHING, _SEVERAL = object(), object()
 
 
-def _named(groups: Groups, places: Sequence[Device], clean: bool) -> DeviceMap:
+def _named(groups: ModuleGroups, places: Sequence[Device], clean: bool) -> DeviceMap:
     """The map, with a module in place of its parts where all go to one device.
 
     Args:
@@ -315,7 +319,7 @@ def device_of(name: str, device_map: Mapping[str, _Place]) -> _Place | None:
         name = name.rpartition(".")[0]
 
 
-def settled(device_map: Mapping[str, Device | torch.device]) -> dict[str, str | torch.device]:
+def normalize(device_map: Mapping[str, Device | torch.device]) -> dict[str, str | torch.device]:
     """Returns a device map in the form in which places are compared: ``"cpu"``, ``"disk"``, or a device with its index.
 
     Raises:
@@ -342,7 +346,7 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Device | torch.d
     Raises:
         ValueError: naming every tensor that it leaves out; one that shares a covered tensor's memory counts as covered.
     """
-    tree = walk(model)
+    tree = build_tree(model)
     known = {*tree.names, *tree.tensor_names}
     for key in device_map.keys() - known:
         near = difflib.get_close_matches(key, known, 1, 0)

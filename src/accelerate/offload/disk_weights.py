@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from ..runtime.system.file_names import path_inside, path_to_change, read_json, replace_file, shown, size_of
-from .io.direct_io import Buffers
-from .io.mmap_reader import Interrupted, Span, Stop, Windows, never
+from .io.direct_io import BufferPool
+from .io.mmap_reader import MmapWindowCache, ReadInterruptedError, Span, Stop, never
 from .io.safetensors_file import SafetensorsFile
-from .io.tensor_reader import Reading, WeightFile
+from .io.tensor_reader import CachedFile, TensorRead
 from .sizes import is_shape
 from .tensors import set_module_tensor_to_device
 
@@ -97,7 +97,7 @@ def _check_index(path: Path, index: Any) -> None:
         file = info.get("safetensors_file")
         if file is None:
             path_inside(path.parent, _file_of(name, info))
-            _described(name, info)
+            _index_entry(name, info)
         elif not isinstance(file, str) or not isinstance(info.get("weight_name", name), str):
             raise ValueError(f"{path} is no index of offloaded weights: its entry of {shown(name)} is {shown(info)}")
 
@@ -107,7 +107,7 @@ def _file_of(name: str, info: Mapping[str, Any]) -> str:
     return f"{info.get('weight_name', name)}.dat"
 
 
-def _described(name: object, info: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
+def _index_entry(name: object, info: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
     """The dtype and the shape in an entry of an index.
 
     Raises:
@@ -149,7 +149,7 @@ def load_offloaded_weight(weight_file: Folder, weight_info: Mapping[str, Any]) -
         RuntimeError: when the file is not there or shorter than the entry says.
         ValueError: when it is no regular file, or the entry describes no tensor.
     """
-    dtype, shape = _described(weight_file, weight_info)
+    dtype, shape = _index_entry(weight_file, weight_info)
     count = torch.Size(shape).numel()
     if not count:
         return torch.empty(shape, dtype=dtype)
@@ -222,14 +222,14 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         self.index = read_offload_index(save_folder) if index is None and save_folder is not None else (index or {})
         self.all_keys = [*self.state_dict, *(name for name in self.index if name not in self.state_dict)]
         self.device = device
-        self._forget()
+        self._close()
 
-    def _forget(self) -> None:
+    def _close(self) -> None:
         """Begins without open files."""
-        self._buffers, self._windows = Buffers(), Windows()
-        self._files: dict[str, tuple[SafetensorsFile, WeightFile, dict[str, Span]]] = {}
+        self._buffers, self._windows = BufferPool(), MmapWindowCache()
+        self._files: dict[str, tuple[SafetensorsFile, CachedFile, dict[str, Span]]] = {}
         self._plans: dict[tuple[str, ...], _Plan] = {}
-        self._slow: deque[Reading] = deque()
+        self._slow: deque[TensorRead] = deque()
         self._size = 0  # bytes of the files that weights are read from
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -265,19 +265,19 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
                 found[key] = value if as_is else value.to(device=self.device, dtype=dtype)
         return found
 
-    def at_hand(self, keys: Iterable[str]) -> bool:
+    def is_resident(self, keys: Iterable[str]) -> bool:
         """Whether reading some weights now takes no time worth mentioning."""
         try:
-            return all(reading.at_hand() for reading, _ in self._plan(tuple(keys)).readings)
+            return all(reading.is_resident() for reading, _ in self._plan(tuple(keys)).readings)
         except (KeyError, OSError, ValueError):
             return False  # `read` will say what is wrong, when they are needed
 
     @property
     def slow(self) -> bool:
-        """Whether `renew` has something to do."""
+        """Whether `remap_huge_pages` has something to do."""
         return bool(self._slow)
 
-    def renew(self, stop: Stop) -> None:
+    def remap_huge_pages(self, stop: Stop) -> None:
         """Makes faster what reading has found to be slower than it could be, at leisure.
 
         Args:
@@ -286,8 +286,8 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         for _ in range(len(self._slow)):
             reading = self._slow.popleft()
             try:
-                again = reading.renew(stop)
-            except Interrupted:
+                again = reading.remap_huge_pages(stop)
+            except ReadInterruptedError:
                 self._slow.appendleft(reading)
                 return
             if again:
@@ -315,9 +315,9 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
             spans = [span for _, span, _ in entries]
             kept = self._files.get(os.fspath(path))
             # One of many files with a single weight each is opened when it is read.
-            single = functools.partial(WeightFile, path, self._buffers, self._windows)
+            single = functools.partial(CachedFile, path, self._buffers, self._windows)
             opened = single if kept is None else functools.partial(_same, kept[1])
-            reading = Reading(spans, opened, self._has_room, self._slow.append, keep=kept is not None)
+            reading = TensorRead(spans, opened, self._has_free_memory, self._slow.append, keep=kept is not None)
             readings.append((reading, [(key, dtype) for key, _, dtype in entries]))
         return _Plan(sources, elsewhere, readings)
 
@@ -332,22 +332,22 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
             return None if span is None else (Path(name), span, _dtype(info.get("dtype")))
         if self.save_folder is None:
             return None
-        dtype, shape = _described(key, info)
+        dtype, shape = _index_entry(key, info)
         whole = Span(0, torch.Size(shape).numel() * dtype.itemsize, dtype, shape)
         self._size += whole.stop
         return path_inside(Path(self.save_folder), _file_of(key, info)), whole, None
 
-    def _has_room(self) -> bool:
+    def _has_free_memory(self) -> bool:
         """Whether memory has room for all that is read from files, and for as much of anything else."""
         import psutil
 
         return bool(psutil.virtual_memory().available > 2 * self._size)
 
-    def _file(self, name: str) -> tuple[SafetensorsFile, WeightFile, dict[str, Span]]:
+    def _file(self, name: str) -> tuple[SafetensorsFile, CachedFile, dict[str, Span]]:
         """A file, and where what lies in it; kept open, so that its header is read once."""
         if name not in self._files:
             tensors = SafetensorsFile(Path(name))
-            file = WeightFile(name, self._buffers, self._windows)
+            file = CachedFile(name, self._buffers, self._windows)
             self._files[name] = tensors, file, tensors.spans()
             self._size += file.size
         return self._files[name]
@@ -368,10 +368,10 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._close()
 
 
-def _same(file: WeightFile) -> WeightFile:
+def _same(file: CachedFile) -> CachedFile:
     return file
 
 
@@ -389,7 +389,7 @@ class _Plan(NamedTuple):
 
     sources: list[object]
     elsewhere: list[str]
-    readings: list[tuple[Reading, list[tuple[str, torch.dtype | None]]]]
+    readings: list[tuple[TensorRead, list[tuple[str, torch.dtype | None]]]]
 
 
 def _dtype(name: Any) -> torch.dtype | None:
@@ -411,10 +411,10 @@ def read_weights(weights: Mapping[str, Any], names: Sequence[str], stop: Stop = 
     return {name: found[key] for name, key in zip(names, keys, strict=True)}
 
 
-def are_at_hand(weights: Mapping[str, Any], names: Iterable[str]) -> bool:
+def are_resident(weights: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether reading some weights of a mapping now takes no time worth mentioning."""
     source, prefix = _behind(weights)
-    return not isinstance(source, OffloadedWeightsLoader) or source.at_hand([prefix + name for name in names])
+    return not isinstance(source, OffloadedWeightsLoader) or source.is_resident([prefix + name for name in names])
 
 
 def sources_of(weights: Mapping[str, Any], names: Iterable[str]) -> list[object] | None:
@@ -429,10 +429,10 @@ def sources_of(weights: Mapping[str, Any], names: Iterable[str]) -> list[object]
         found = [source.get(prefix + name) for name in names]
     else:
         return None
-    return [_Values(value) if isinstance(value, torch.Tensor) else _Same(value) for value in found]
+    return [_MappingDataset(value) if isinstance(value, torch.Tensor) else _IdentityDataset(value) for value in found]
 
 
-class _Same:
+class _IdentityDataset:
     """Equal as long as it stands for one and the same object."""
 
     def __init__(self, value: object) -> None:
@@ -442,7 +442,7 @@ class _Same:
         return type(other) is type(self) and self._value is other._value
 
 
-class _Values(_Same):
+class _MappingDataset(_IdentityDataset):
     """Equal as long as it stands for one tensor that nobody wrote to."""
 
     def __init__(self, value: torch.Tensor) -> None:
@@ -450,7 +450,7 @@ class _Values(_Same):
         self._version = 0 if value.is_inference() else value._version
 
     def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and isinstance(other, _Values) and self._version == other._version
+        return super().__eq__(other) and isinstance(other, _MappingDataset) and self._version == other._version
 
 
 def loader_behind(weights: Mapping[str, Any] | None) -> OffloadedWeightsLoader | None:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from .checkpoints import EXTRA_STATE, Inspection, WeightFile, WeightsError, find_checkpoint, inspect
-from .device_map import check_tied_parameters_on_same_device, device_of, settled
+from .device_map import check_tied_parameters_on_same_device, device_of, normalize
 from .disk_weights import offload_weight, save_offload_index
-from .module_tree import Tree, walk
+from .module_tree import ModuleTree, build_tree
 from .sharded import is_shard, load_sharded
 from .sizes import as_dtype
 from .tensors import Place, as_parameter, set_module_tensor_to_device
@@ -70,7 +70,7 @@ def load_checkpoint_in_model(
             "offload_8bit_bnb=True: this function does not quantise. load_and_quantize_model does, with a device map too."
         )
     if device_map is None and (broadcast_from_rank0 or any(map(is_shard, model.parameters()))):
-        _tell(
+        _log_mismatches(
             checkpoint,
             load_sharded(model, checkpoint, strict=strict, whole=full_state_dict, first_reads=broadcast_from_rank0),
         )
@@ -113,17 +113,17 @@ def load_weights(
     Raises:
         WeightsError: listing everything that is wrong.
     """
-    device_map = None if device_map is None else settled(device_map)
+    device_map = None if device_map is None else normalize(device_map)
     wanted = as_dtype(dtype)
     if wanted is not None and not isinstance(wanted, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no format that torch can hold weights in.")
-    tree = walk(model)
+    tree = build_tree(model)
     tied = tied_in(tree)
     found = inspect(model, find_checkpoint(checkpoint), tied)
-    job = _Job(model, _slots(tree), device_map, offload_folder, wanted, offload_buffers, list(keep_in_fp32 or ()))
+    job = _LoadJob(model, _slots(tree), device_map, offload_folder, wanted, offload_buffers, list(keep_in_fp32 or ()))
     plan = {file: job.plan(file, found) for file in found.files}
     found.problems += _other_layout(model, found)
-    _judge(checkpoint, found, strict)
+    _raise_mismatches(checkpoint, found, strict)
     if device_map is not None:
         check_tied_parameters_on_same_device(tied, device_map)
     for file, places in plan.items():
@@ -150,15 +150,15 @@ def _other_layout(model: nn.Module, found: Inspection) -> list[str]:
     return [problem]
 
 
-def _judge(checkpoint: Folder, found: Inspection, strict: bool) -> None:
+def _raise_mismatches(checkpoint: Folder, found: Inspection, strict: bool) -> None:
     loose = [f"{name} is missing" for name in found.missing]
     loose += [f"{name} is in the files, and not in the model" for name in found.unexpected]
     if found.problems or (strict and loose):
         raise WeightsError(checkpoint, [*found.problems, *loose])
-    _tell(checkpoint, loose)
+    _log_mismatches(checkpoint, loose)
 
 
-def _tell(checkpoint: Folder, loose: list[str]) -> None:
+def _log_mismatches(checkpoint: Folder, loose: list[str]) -> None:
     """Logs names too few or too many."""
     if loose:
         more = f"; and {len(loose) - 20} more" if len(loose) > 20 else ""
@@ -172,7 +172,7 @@ def _tell(checkpoint: Folder, loose: list[str]) -> None:
 _Slot = tuple[dict[str, Any], str]
 
 
-def _slots(tree: Tree) -> dict[str, _Slot]:
+def _slots(tree: ModuleTree) -> dict[str, _Slot]:
     found: dict[str, _Slot] = {}
     for name, module in zip(tree.names, tree.modules, strict=True):
         prefix = f"{name}." if name else ""
@@ -183,7 +183,7 @@ def _slots(tree: Tree) -> dict[str, _Slot]:
 
 
 @dataclass
-class _Job:
+class _LoadJob:
     """One loading: where each tensor goes, and in which format.
 
     Attributes:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..runtime.devices import default_kind
 from ..runtime.helpers import convert_file_size_to_int
-from .module_groups import groups_of
+from .module_groups import group_modules
 from .sizes import Dtype
 
 Device = int | str
@@ -100,7 +100,7 @@ def get_balanced_memory(
     devices = [device for device in accelerators(limits) if limits[device] > 0]
     if len(devices) < 2:
         return limits
-    sizes = groups_of(model, no_split_module_classes, dtype, special_dtypes).sizes
+    sizes = group_modules(model, no_split_module_classes, dtype, special_dtypes).sizes
     if low_zero:
         # The first takes what is left when the others are full; rounded up to whole layers by the placement.
         total = sum(sizes)

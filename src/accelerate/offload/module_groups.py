@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .module_tree import Tree, split_points, walk
-from .sizes import Dtype, Measure
+from .module_tree import ModuleTree, build_tree, split_points
+from .sizes import Dtype, SizeMeasure
 
 
 @dataclass
-class Groups:
+class ModuleGroups:
     """What goes to one device together. Kept as columns, for the reason that a tree is.
 
     Attributes:
@@ -29,7 +29,7 @@ class Groups:
         numbers: For each of these, the group that it belongs to (or the tensors that lie directly on it); -1: none does.
     """
 
-    tree: Tree
+    tree: ModuleTree
     sizes: list[int] = field(default_factory=list)
     buffers: list[int] = field(default_factory=list)
     units: list[int] = field(default_factory=list)
@@ -54,16 +54,16 @@ class Groups:
         return self.tree.tensor_names[self.tree.starts[here] : self.tree.starts[here + 1]]
 
 
-def groups_of(
+def group_modules(
     model: nn.Module,
     no_split_module_classes: Sequence[str] | str | None = None,
     dtype: Dtype | None = None,
     special_dtypes: Mapping[str, Dtype] | None = None,
-) -> Groups:
+) -> ModuleGroups:
     """The groups of a model; arguments as for `infer_auto_device_map`."""
-    keep_whole, measure = split_points(no_split_module_classes), Measure(dtype, special_dtypes)
-    tree = walk(model, sizes=True)
-    found = Groups(tree)
+    keep_whole, measure = split_points(no_split_module_classes), SizeMeasure(dtype, special_dtypes)
+    tree = build_tree(model, sizes=True)
+    found = ModuleGroups(tree)
     each = measure.all(tree)
     taken = [0, *itertools.accumulate(each)]
     in_buffers = [0, *itertools.accumulate(each[position] for position in tree.buffers)]
@@ -93,7 +93,7 @@ def groups_of(
     return found
 
 
-def _join(found: Groups, behind: Sequence[int]) -> None:
+def _join(found: ModuleGroups, behind: Sequence[int]) -> None:
     """Makes those groups one that share a tensor: the first takes all, and its place in the order is where they go."""
     taker = list(range(len(found.sizes)))  # by number of a group, itself or an earlier one
 

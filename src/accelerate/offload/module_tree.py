@@ -16,7 +16,7 @@ from torch import nn
 
 
 @dataclass
-class Tree:
+class ModuleTree:
     """Modules, each before those inside it, and their tensors in the same order.
 
     Attributes:
@@ -63,7 +63,7 @@ class Tree:
         return found
 
 
-def walk(model: nn.Module, *, parameters: bool = True, buffers: bool = True, sizes: bool = False) -> Tree:
+def build_tree(model: nn.Module, *, parameters: bool = True, buffers: bool = True, sizes: bool = False) -> ModuleTree:
     """The tree of a model. A module or tensor that stands in two places is listed in both.
 
     Args:
@@ -72,7 +72,7 @@ def walk(model: nn.Module, *, parameters: bool = True, buffers: bool = True, siz
         buffers: List buffers.
         sizes: Note the sizes of tensors as well.
     """
-    tree = Tree()
+    tree = ModuleTree()
     names, modules, parents, ends, starts = tree.names, tree.modules, tree.parents, tree.ends, tree.starts
     tensor_names, tensors, identities = tree.tensor_names, tree.tensors, tree.identities
 

@@ -55,7 +55,7 @@ def load_sharded(
         files = {name: file for file in found.files for name in file.shapes if name in state}
         loose = [f"{name} is missing" for name in found.missing]
         loose += [f"{name} is in the files, and not in the model" for name in found.unexpected]
-        problems += found.problems + _misshaped(state, files, whole)
+        problems += found.problems + _shape_mismatches(state, files, whole)
         if not problems:
             described = {name: (files[name][name].dtype, files[name].shapes[name]) for name in state if name in files}
     all_problems, all_loose, everything = _from_all(problems), _from_all(loose), _gathered(described)
@@ -64,7 +64,7 @@ def load_sharded(
     for name, (dtype, shape) in (everything[0] if first_reads else described).items():
         value = files[name][name] if name in files else torch.empty(shape, dtype=dtype)
         if first_reads:
-            value = _sent(value, state[name])
+            value = _broadcast(value, state[name])
         _fill(state[name], value, whole)
     return all_loose
 
@@ -86,7 +86,7 @@ def _from_all(lines: list[str]) -> list[str]:
     return list(dict.fromkeys(line for each in _gathered(lines) for line in each))
 
 
-def _misshaped(state: Mapping[str, torch.Tensor], files: Mapping[str, WeightFile], whole: bool) -> list[str]:
+def _shape_mismatches(state: Mapping[str, torch.Tensor], files: Mapping[str, WeightFile], whole: bool) -> list[str]:
     problems = []
     for name, file in files.items():
         wanted: Any = state[name]
@@ -98,7 +98,7 @@ def _misshaped(state: Mapping[str, torch.Tensor], files: Mapping[str, WeightFile
     return problems
 
 
-def _sent(value: torch.Tensor, target: Any) -> torch.Tensor:
+def _broadcast(value: torch.Tensor, target: Any) -> torch.Tensor:
     """The first process's value, on all; on the device that the processes' transport can reach."""
     local = target.to_local() if is_shard(target) else target
     value = value.to(local.device).contiguous()
@@ -113,10 +113,10 @@ def _fill(target: Any, value: torch.Tensor, whole: bool) -> None:
         elif not whole:
             target.to_local().copy_(value)
         else:
-            target.to_local().copy_(_part(target, value))
+            target.to_local().copy_(_local_slice(target, value))
 
 
-def _part(target: Any, value: torch.Tensor) -> torch.Tensor:
+def _local_slice(target: Any, value: torch.Tensor) -> torch.Tensor:
     """This process's part of a whole tensor."""
     from torch.distributed.tensor import distribute_tensor
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..settings.enums import CustomDtype
-from .module_tree import Tree, split_points, walk
+from .module_tree import ModuleTree, build_tree, split_points
 
 Dtype = str | torch.dtype | CustomDtype
 Sizes = defaultdict[str, int]
@@ -64,7 +64,7 @@ def as_dtype(dtype: Dtype | None) -> torch.dtype | CustomDtype | None:
         ) from None
 
 
-class Measure:
+class SizeMeasure:
     """Bytes of tensors, if weights were converted.
 
     Args:
@@ -84,7 +84,7 @@ class Measure:
             assert special is not None, name
             self._special[name] = dtype_byte_size(special)
 
-    def all(self, tree: Tree) -> list[int]:
+    def all(self, tree: ModuleTree) -> list[int]:
         """Bytes of all tensors of a tree, in its order; of one that stands there several times, 0 from the second on."""
         sizes = tree.sizes.copy()
         if self._limit < math.inf:
@@ -124,10 +124,10 @@ def compute_module_sizes(
         compute_module_sizes(torch.nn.Linear(10, 2))  # {"weight": 80, "bias": 8, "": 88}
         ```
     """
-    return sizes_of(walk(model, parameters=not buffers_only, sizes=True), Measure(dtype, special_dtypes))
+    return sizes_of(build_tree(model, parameters=not buffers_only, sizes=True), SizeMeasure(dtype, special_dtypes))
 
 
-def sizes_of(tree: Tree, measure: Measure) -> Sizes:
+def sizes_of(tree: ModuleTree, measure: SizeMeasure) -> Sizes:
     """`compute_module_sizes` of a tree that was walked already."""
     each = measure.all(tree)
     again = {position for positions in tree.repeated.values() for position in positions[1:]}

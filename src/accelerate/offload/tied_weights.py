@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .module_tree import Tree, walk
+from .module_tree import ModuleTree, build_tree
 
 
 def find_tied_parameters(model: nn.Module, **kwargs: Any) -> list[list[str]]:
@@ -26,10 +26,10 @@ def find_tied_parameters(model: nn.Module, **kwargs: Any) -> list[list[str]]:
         find_tied_parameters(model)  # [["emb.weight", "head.weight"]]
         ```
     """
-    return tied_in(walk(model, buffers=False))
+    return tied_in(build_tree(model, buffers=False))
 
 
-def tied_in(tree: Tree) -> list[list[str]]:
+def tied_in(tree: ModuleTree) -> list[list[str]]:
     """`find_tied_parameters` of a tree that was walked already; buffers in it do not count."""
     groups = (places for places in tree.repeated.values() if isinstance(tree.tensors[places[0]], nn.Parameter))
     return [sorted(tree.tensor_names[place] for place in places) for places in groups]

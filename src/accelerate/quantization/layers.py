@@ -42,7 +42,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
             device="meta",
         )
 
-    def quantise(self, weight: torch.Tensor, device: torch.device) -> None:
+    def quantize_weight(self, weight: torch.Tensor, device: torch.device) -> None:
         """Takes a weight, (outputs, inputs), as 8-bit numbers on a device."""
         values = torch.empty(weight.shape, dtype=torch.int8, device=device)
         scales = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
@@ -50,7 +50,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
             values[rows], scales[rows], _ = bnb.functional.int8_vectorwise_quant(part.half())
         self._hold(values, scales)
 
-    def adopt(self, weight: torch.Tensor, companions: Companions, device: torch.device) -> None:
+    def load_quantized(self, weight: torch.Tensor, companions: Companions, device: torch.device) -> None:
         """Takes a weight that was quantised before."""
         self._hold(weight.to(device), companions["SCB"].to(device))
 
@@ -58,7 +58,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
         self.state.reset_grads()
         self.weight = _int8(values, values, scales)
 
-    def let_go(self) -> torch.Tensor:
+    def release(self) -> torch.Tensor:
         """Gives the weight away, to be fetched before each forward; its scales stay."""
         values, scales = self.weight.data, self.weight.SCB
         self.weight = _int8(torch.empty_like(values, device="meta"), None, scales)
@@ -142,7 +142,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         if shape.outputs % 32 or shape.inputs % 64:
             self.support_avx512bf16_for_cpu = False
 
-    def quantise(self, weight: torch.Tensor, device: torch.device) -> None:
+    def quantize_weight(self, weight: torch.Tensor, device: torch.device) -> None:
         """Takes a weight, (outputs, inputs), as 4-bit numbers on a device."""
         values = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device=device)
         scales, done = [], 0
@@ -156,7 +156,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         state.absmax, state.shape = torch.cat(scales), weight.shape
         self._hold(values, _nested(state) if self.weight.compress_statistics else state)
 
-    def adopt(self, weight: torch.Tensor, companions: Companions, device: torch.device) -> None:
+    def load_quantized(self, weight: torch.Tensor, companions: Companions, device: torch.device) -> None:
         """Takes a weight that was quantised before."""
         self._hold(weight.to(device), QuantState.from_dict(dict(companions), device=device))
 
@@ -192,7 +192,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         moved: Linear4bit = super()._apply(fn, recurse)
         return moved
 
-    def let_go(self) -> torch.Tensor:
+    def release(self) -> torch.Tensor:
         """Gives the weight away, to be fetched before each forward; its scales stay."""
         values = self.weight.data
         self._hold(torch.empty_like(values, device="meta"), self.as_quantised)

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..big_modeling import dispatch_model, made_map
 from ..offload.checkpoints import WeightFile, WeightsError, find_checkpoint, inspect
-from ..offload.device_map import check_device_map, device_of, settled
+from ..offload.device_map import check_device_map, device_of, normalize
 from ..offload.disk_weights import offload_weight, save_offload_index
 from ..offload.max_memory import OFFLOADED
 from ..offload.tensors import Place, get_non_persistent_buffers, owner_of, set_module_tensor_to_device
@@ -26,7 +26,7 @@ from ..offload.tied_weights import find_tied_parameters
 from ..runtime import world
 from ..runtime.devices import default_kind, with_index
 from ..settings.plugins.quantization import BnbQuantizationConfig
-from .selection import Linear, fp32_modules, layers_to_quantise, named, special_dtypes
+from .selection import Linear, fp32_modules, layers_to_quantize, named, special_dtypes
 
 if TYPE_CHECKING:
     from .layers import Linear4bit, Linear8bitLt
@@ -93,7 +93,7 @@ def load_and_quantize_model(
     """
     _require_bitsandbytes()
     config = bnb_quantization_config
-    layers = layers_to_quantise(model, config)
+    layers = layers_to_quantize(model, config)
     if not layers:
         logger.warning("%s has no linear layers to quantise.", type(model).__name__)
     where = made_map(
@@ -105,14 +105,14 @@ def load_and_quantize_model(
         special_dtypes=special_dtypes(model, layers, config),
     )
     assert where is not None
-    job = _Job(model, config, layers, where, offload_folder)
+    job = _QuantizeJob(model, config, layers, where, offload_folder)
     job.check(weights_location)
-    job.where = settled(where)
+    job.where = normalize(where)
     if weights_location is None:
-        job.quantise_in_place()
+        job.quantize_in_place()
     else:
         job.load(weights_location)
-    job.spread()
+    job.dispatch()
     model.hf_device_map = dict(where)  # type: ignore[assignment]  # a plain attribute, as the caller wrote it
     model.is_loaded_in_8bit = config.load_in_8bit  # type: ignore[assignment]  # plain attributes, as clients expect
     model.is_loaded_in_4bit = config.load_in_4bit  # type: ignore[assignment]
@@ -129,7 +129,7 @@ def _require_bitsandbytes() -> None:
 
 
 @dataclass
-class _Job:
+class _QuantizeJob:
     """One quantisation: what becomes of each tensor, and where it goes.
 
     Attributes:
@@ -240,27 +240,27 @@ class _Job:
             }
             weight = source[f"{layer.name}.weight"][f"{layer.name}.weight"]
             if companions:
-                module.adopt(weight, companions, self._device(layer))
+                module.load_quantized(weight, companions, self._device(layer))
             else:
-                module.quantise(layer.upright(weight), self._device(layer))
+                module.quantize_weight(layer.upright(weight), self._device(layer))
             self._placed(layer, module)
         self._place_rest(source)
 
-    def quantise_in_place(self) -> None:
+    def quantize_in_place(self) -> None:
         """Quantises the values that the model has, and frees each as soon as it is."""
         from .layers import empty_layer
 
         for layer in self.layers:
             old: Any = self.model.get_submodule(layer.name)
             new = empty_layer(layer, self.config)
-            new.quantise(layer.upright(old.weight.detach()), self._device(layer))
+            new.quantize_weight(layer.upright(old.weight.detach()), self._device(layer))
             new.bias = old.bias
             self._replace(layer, new)
             self.replaced.clear()
             self._placed(layer, new)
         self._place_rest({})
 
-    def spread(self) -> None:
+    def dispatch(self) -> None:
         """Attaches what fetches weights that wait, where some do."""
         uses_disk = "disk" in self.where.values()
         if uses_disk and self.folder is not None:
@@ -294,7 +294,7 @@ class _Job:
     def _placed(self, layer: Linear, module: _Layer) -> None:
         name = f"{layer.name}.weight"
         if device_of(name, self.where) in self.waiting:
-            self._wait(name, module.let_go())
+            self._wait(name, module.release())
 
     def _wait(self, name: str, value: torch.Tensor) -> None:
         """Puts a weight where it waits."""

@@ -54,7 +54,7 @@ def fp32_modules(model: nn.Module, config: BnbQuantizationConfig) -> list[str]:
     return list(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def layers_to_quantise(model: nn.Module, config: BnbQuantizationConfig) -> list[Linear]:
+def layers_to_quantize(model: nn.Module, config: BnbQuantizationConfig) -> list[Linear]:
     """The layers of a model that a configuration quantises, in order.
 
     Only plain linear layers: a subclass may look at its weight itself, as that inside `nn.MultiheadAttention` does. Weights

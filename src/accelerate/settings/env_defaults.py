@@ -10,12 +10,12 @@ from typing import Any
 
 from . import env
 from .launcher import LaunchSettings
-from .option import Entry, entries
+from .option import OptionSpec, option_specs
 
 
 @functools.cache
-def _options() -> dict[str, Entry]:
-    return {entry.dest: entry for entry in entries(LaunchSettings)}
+def _options() -> dict[str, OptionSpec]:
+    return {entry.dest: entry for entry in option_specs(LaunchSettings)}
 
 
 LAUNCHERS_DEFAULT: Any = object()

@@ -168,7 +168,7 @@ class Settings:
         return type(self)(**{**self.__dict__, **changes})
 
 
-class Entry(NamedTuple):
+class OptionSpec(NamedTuple):
     """An option in its place: all its spellings.
 
     Attributes:
@@ -202,7 +202,7 @@ class Entry(NamedTuple):
         if isinstance(value, bool):
             true, false = self.section.truth if self.section is not None else ("true", "false")
             return true if value else false
-        return spelt(value)
+        return format_value(value)
 
     def convert(self, value: Any, where: str) -> Any:
         """Turns text from the command line, or a value from a file, into the option's type.
@@ -218,15 +218,15 @@ class Entry(NamedTuple):
             return self._choice(value, where)
         converted = _CONVERTERS[self.type](value)
         if converted is None:
-            raise SettingsError(f"{where}: expected {_EXPECTED[self.type]}, found {shown(value)}.")
+            raise SettingsError(f"{where}: expected {_EXPECTED[self.type]}, found {short_repr(value)}.")
         if self.option.minimum is not None and not converted >= self.option.minimum:  # nan is not
-            raise SettingsError(f"{where}: expected at least {self.option.minimum:g}, found {shown(value)}.")
+            raise SettingsError(f"{where}: expected at least {self.option.minimum:g}, found {short_repr(value)}.")
         return converted
 
     def _choice(self, value: Any, where: str) -> Any:
         # YAML 1.1 reads a bare `no` or NO as false, and that word is a choice of several options.
         text = "no" if value is False and "no" in self.option.choices else value
-        text = text if isinstance(text, str) else shown(text)
+        text = text if isinstance(text, str) else short_repr(text)
         for choice in self.option.choices:
             if str(choice).lower() == text.lower():
                 return choice
@@ -234,18 +234,18 @@ class Entry(NamedTuple):
         if text.isdecimal() and 0 < int(text) <= len(numbers):
             return numbers[int(text) - 1]
         raise SettingsError(
-            f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {shown(value)}."
+            f"{where}: expected one of {', '.join(map(str, self.option.choices))}, found {short_repr(value)}."
         )
 
 
-def spelt(value: Any) -> str:
+def format_value(value: Any) -> str:
     """`value` as one writes it on the command line or in a file."""
     if isinstance(value, tuple):
-        return ",".join(map(spelt, value))
+        return ",".join(map(format_value, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """`value` for a message: as Python writes it, in 60 characters at most."""
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write out the largest
         return f"an integer of {value.bit_length()} bits"
@@ -291,12 +291,12 @@ def _word(value: float | str) -> str | None:
         return None
 
 
-def _truth(value: Any) -> bool | None:
+def _boolean(value: Any) -> bool | None:
     if isinstance(value, bool):
         return value
     if isinstance(value, (int, str)):
         try:
-            return bool(env.str_to_bool(shown(value) if isinstance(value, int) else value))
+            return bool(env.str_to_bool(short_repr(value) if isinstance(value, int) else value))
         except ValueError:
             return None
     return None
@@ -313,11 +313,11 @@ def _mapping(value: Any) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and all(isinstance(key, str) for key in value) else None
 
 
-def _truths(value: Any) -> tuple[bool, bool, bool] | None:
+def _booleans(value: Any) -> tuple[bool, bool, bool] | None:
     """Three words for true or false: ``(True, False, True)``, ``true,false,true``, a list; one word stands for all."""
     if isinstance(value, str):
         value = [word.strip() for word in value.strip("()[] ").split(",")]
-    words = [_truth(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
+    words = [_boolean(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
     if len(words) == 1:
         words = words * 3
     if len(words) != 3 or None in words:
@@ -330,9 +330,9 @@ _CONVERTERS: dict[str, Any] = {
     "int": _integer,
     "float": _number,
     "str": _text,
-    "bool": _truth,
+    "bool": _boolean,
     "tuple[str, ...]": _texts,
-    "tuple[bool, bool, bool]": _truths,
+    "tuple[bool, bool, bool]": _booleans,
     "dict[str, Any]": _mapping,
 }
 _EXPECTED = {
@@ -346,30 +346,30 @@ _EXPECTED = {
 }
 
 
-_entries: dict[type[Settings], tuple[Entry, ...]] = {}
+_entries: dict[type[Settings], tuple[OptionSpec, ...]] = {}
 
 
-def entries(settings: type[Settings]) -> tuple[Entry, ...]:
+def option_specs(settings: type[Settings]) -> tuple[OptionSpec, ...]:
     """Every option of a settings class and of the sections in it, in order of declaration."""
     if settings not in _entries:
         _entries[settings] = tuple(_find(settings))
     return _entries[settings]
 
 
-def _find(settings: type[Settings]) -> list[Entry]:
-    found: list[Entry] = []
+def _find(settings: type[Settings]) -> list[OptionSpec]:
+    found: list[OptionSpec] = []
     for name, declared in settings._declared.items():
         if isinstance(declared, Option):
-            found.append(_entry(settings, declared, (name,), None))
+            found.append(_spec(settings, declared, (name,), None))
         elif isinstance(declared, _Group):
             found += [
-                _entry(declared.kind, inner, (name, inner_name), declared.kind.section)
+                _spec(declared.kind, inner, (name, inner_name), declared.kind.section)
                 for inner_name, inner in declared.kind._declared.items()
             ]
     return found
 
 
-def _entry(settings: type[Settings], declared: Option, path: tuple[str, ...], section: Section | None) -> Entry:
+def _spec(settings: type[Settings], declared: Option, path: tuple[str, ...], section: Section | None) -> OptionSpec:
     name = path[-1]
     dest = (section.prefix if section is not None else "") + name
     flags = declared.flags if any(flag.startswith("--") for flag in declared.flags[:1]) else ()
@@ -377,7 +377,7 @@ def _entry(settings: type[Settings], declared: Option, path: tuple[str, ...], se
     variable = declared.env
     if variable is None and section is not None and section.variables is not None:
         variable = section.variables + name.upper()
-    return Entry(
+    return OptionSpec(
         option=declared,
         path=path,
         dest=dest,
@@ -400,7 +400,7 @@ def build(settings: type[_S], values: Mapping[str, Any], **rest: Any) -> _S:
         **rest: Fields of the class that are no options.
     """
     sections: dict[str, dict[str, Any]] = {}
-    for entry in entries(settings):
+    for entry in option_specs(settings):
         if entry.dest in values:
             target = rest if len(entry.path) == 1 else sections.setdefault(entry.path[0], {})
             target[entry.path[-1]] = values[entry.dest]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, NoReturn
 
 
-class Planned:
+class Placeholder:
     """Base of placeholders.
 
     Attributes:
@@ -27,7 +27,7 @@ class Planned:
 
 def _placeholder(name: str, feature: str) -> Any:
     text = f"A placeholder: {feature}."
-    return type(name, (Planned,), {"feature": feature, "__doc__": text, "__module__": __name__})
+    return type(name, (Placeholder,), {"feature": feature, "__doc__": text, "__module__": __name__})
 
 
 _TRACKERS = (

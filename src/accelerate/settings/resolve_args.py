@@ -65,7 +65,7 @@ class Plugins(NamedTuple):
     tensor_parallel: TorchTensorParallelPlugin | None = None
 
     @property
-    def kind(self) -> DistributedType | None:
+    def distributed_type(self) -> DistributedType | None:
         """The way of distributing that they ask for."""
         kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
         return next((kind for kind, plugin in zip(kinds, self[:3], strict=True) if plugin is not None), None)
@@ -92,10 +92,10 @@ def plugins(
     if deepspeed is not None and not isinstance(deepspeed, dict):
         deepspeed = {"default": deepspeed}
     for name, plugin in (deepspeed or {}).items():
-        _check_kind(f"deepspeed_plugin {name!r}", plugin, _DEEPSPEED)
-    _check_kind("fsdp_plugin", fsdp, _FSDP)
-    _check_kind("megatron_lm_plugin", megatron, _MEGATRON)
-    _check_kind("torch_tp_plugin", tensor_parallel, "parallel:TorchTensorParallelPlugin")
+        _check_type(f"deepspeed_plugin {name!r}", plugin, _DEEPSPEED)
+    _check_type("fsdp_plugin", fsdp, _FSDP)
+    _check_type("megatron_lm_plugin", megatron, _MEGATRON)
+    _check_type("torch_tp_plugin", tensor_parallel, "parallel:TorchTensorParallelPlugin")
     if launched and fsdp is None and env.flag("ACCELERATE_USE_FSDP"):
         fsdp = _plugin_class(_FSDP)()
     if launched and deepspeed is None and env.flag("ACCELERATE_USE_DEEPSPEED"):
@@ -123,12 +123,12 @@ def _plugin_class(path: str) -> Any:
     return getattr(import_module(f"{__package__}.{module}"), name)
 
 
-def _check_kind(name: str, plugin: Any, path: str) -> None:
+def _check_type(name: str, plugin: Any, path: str) -> None:
     if plugin is not None and not isinstance(plugin, _plugin_class(path)):
         raise TypeError(f"{name} must be an instance of {path.partition(':')[2]}, found {plugin!r}.")
 
 
-def accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> GradientAccumulationPlugin:
+def gradient_accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> GradientAccumulationPlugin:
     """The plugin; without one, of `steps`, where 1 means "not said" and takes the launcher's variable.
 
     Raises:
@@ -159,7 +159,7 @@ def dynamo(backend: DynamoBackend | str | None, plugin: TorchDynamoPlugin | None
     return TorchDynamoPlugin(backend=backend) if backend is not None else TorchDynamoPlugin()  # type: ignore[arg-type]
 
 
-def loading(config: DataLoaderConfiguration | None, split_batches: bool) -> DataLoaderConfiguration:
+def data_loader_config(config: DataLoaderConfiguration | None, split_batches: bool) -> DataLoaderConfiguration:
     """The configuration, with the older argument `split_batches` taken over if it was given."""
     config = config if config is not None else DataLoaderConfiguration()
     if split_batches is not UNSET:

@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.config.config import main
 from accelerate.commands.config.explain import Row, _as_json, _table, explain
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import entries
+from accelerate.settings.option import option_specs
 from tests.helpers.slurm import task
 
 FILE = """\
@@ -71,7 +71,7 @@ def test_each_value_has_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_flags_and_file_the_machine_decides() -> None:
     found = rows("--cpu")
     assert sources(found, "cpu", "num_processes") == [(True, "flag", ""), (1, "machine", "")]
-    assert {row.entry for row in found.values()} >= set(entries(LaunchSettings))
+    assert {row.entry for row in found.values()} >= set(option_specs(LaunchSettings))
 
 
 def test_what_slurm_says_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_the_table_fits_and_shows_what_was_chosen(capsys: pytest.CaptureFixture[
     main(["explain", "--all", *words])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
-    assert all(f"  {entry.dest}" in text for entry in entries(LaunchSettings))
+    assert all(f"  {entry.dest}" in text for entry in option_specs(LaunchSettings))
 
 
 def test_for_programs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

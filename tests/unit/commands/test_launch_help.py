@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.launch_help import format_help
 from accelerate.launch.parse import split
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import entries
+from accelerate.settings.option import option_specs
 
 GROUPS = {
     "--use_deepspeed": "DeepSpeed Arguments",
@@ -47,7 +47,10 @@ def test_a_group_is_shown_once_it_matters(line: str, group: str) -> None:
 def test_every_flag_is_in_the_help_of_its_group() -> None:
     text = shown(" ".join(GROUPS))
     missing = [
-        flag for entry in entries(LaunchSettings) for flag in entry.flags if flag not in text.replace(",", " ").split()
+        flag
+        for entry in option_specs(LaunchSettings)
+        for flag in entry.flags
+        if flag not in text.replace(",", " ").split()
     ]
     assert missing == []
 

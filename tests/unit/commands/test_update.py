@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from accelerate.commands.config.rewrite import rewritten
-from accelerate.commands.config.update import migrated, update_config
+from accelerate.commands.config.update import migrate, update_config
 from accelerate.launch.config_file import default_path
 from accelerate.launch.parse import parse
 from accelerate.settings.option import SettingsError
@@ -121,16 +121,16 @@ UNCHANGED: dict[str, dict[str, Any]] = {
 def test_an_old_key_is_migrated_and_named(name: str) -> None:
     old, new, said = MIGRATIONS[name]
     without = {key: value for key, value in CURRENT.items() if key not in old}
-    content, changes = migrated({**without, **old}, "the/file")
+    content, changes = migrate({**without, **old}, "the/file")
     assert content == {**without, **new}
     assert any(change.startswith(said) for change in changes), changes
-    assert migrated(content, "the/file") == (content, ())
+    assert migrate(content, "the/file") == (content, ())
 
 
 @pytest.mark.parametrize("name", UNCHANGED)
 def test_a_documented_spelling_stays(name: str) -> None:
     content = {**CURRENT, **UNCHANGED[name]}
-    assert migrated(content, "the/file") == (content, ())
+    assert migrate(content, "the/file") == (content, ())
 
 
 def updated(path: Path) -> Path:

@@ -107,7 +107,7 @@ def float8() -> AORecipeKwargs:
 
 def kind(_: End) -> str | None:
     """What the run is distributed by, as `Accelerator` finds it."""
-    found = resolve_args.plugins().kind
+    found = resolve_args.plugins().distributed_type
     return None if found is None else found.value
 
 
@@ -229,7 +229,7 @@ ROWS: dict[str, Row] = {
     "offload_param_device": _deepspeed("offload_param_device", "cpu"),
     "offload_optimizer_nvme_path": _deepspeed("offload_optimizer_nvme_path", "/nvme"),
     "offload_param_nvme_path": _deepspeed("offload_param_nvme_path", "/nvme"),
-    "gradient_accumulation_steps": Row(lambda _: resolve_args.accumulation(None, 1).num_steps, "4"),
+    "gradient_accumulation_steps": Row(lambda _: resolve_args.gradient_accumulation(None, 1).num_steps, "4"),
     "gradient_clipping": _deepspeed("gradient_clipping", "0.5"),
     "zero3_init_flag": _deepspeed("zero3_init_flag", "true"),
     "zero3_save_16bit_model": _deepspeed("zero3_save_16bit_model", "true"),

@@ -16,7 +16,7 @@ from accelerate.launch import config_file
 from accelerate.launch.parse import assemble, parse
 from accelerate.launch.plan import build
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import Entry, SettingsError, entries
+from accelerate.settings.option import OptionSpec, SettingsError, option_specs
 from tests.unit.launch.test_parse import other_value
 
 
@@ -30,15 +30,15 @@ def launched(folder: Path, content: Any, *flags: str) -> LaunchSettings:
     return parse(["--config_file", written(folder, content), *flags, "s.py"])
 
 
-def in_a_file(entry: Entry, value: Any) -> dict[str, Any]:
+def in_a_file(entry: OptionSpec, value: Any) -> dict[str, Any]:
     """`value` where it lies in a file."""
     plain = list(value) if isinstance(value, tuple) else value
     key = entry.section.key if entry.section is not None else None
     return {entry.key: plain} if key is None else {key: {entry.key: plain}}
 
 
-@pytest.mark.parametrize("entry", entries(LaunchSettings), ids=lambda entry: entry.dest)
-def test_a_key_means_what_its_flag_means(entry: Entry, tmp_path: Path) -> None:
+@pytest.mark.parametrize("entry", option_specs(LaunchSettings), ids=lambda entry: entry.dest)
+def test_a_key_means_what_its_flag_means(entry: OptionSpec, tmp_path: Path) -> None:
     value = {"dynamo_backend": "inductor", "parallelism_config_sp_backend": "deepspeed"}.get(
         entry.dest, other_value(entry)
     )
@@ -228,7 +228,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.dates()
-keys = st.text() | st.sampled_from([key for entry in entries(LaunchSettings) for key in entry.keys])
+keys = st.text() | st.sampled_from([key for entry in option_specs(LaunchSettings) for key in entry.keys])
 sections = st.sampled_from(["fsdp_config", "deepspeed_config", "fp8_config", "dynamo_config", "mpirun_config"])
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3))
 kinds = st.fixed_dictionaries({"distributed_type": st.sampled_from(["NO", "FSDP", "MULTI_CPU"])})

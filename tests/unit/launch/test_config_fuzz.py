@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from accelerate.commands.config import ClusterConfig, SageMakerConfig, load_config_from_file
 from accelerate.commands.config.rewrite import rewritten
-from accelerate.commands.config.update import migrated
+from accelerate.commands.config.update import migrate
 from accelerate.commands.to_fsdp2 import convert
 from accelerate.launch.config_file import tables
 from accelerate.launch.config_io import load, read
@@ -28,7 +28,7 @@ from accelerate.launch.parse import parse
 from accelerate.launch.plan import build
 from accelerate.settings.enums import DistributedType
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import SettingsError, entries
+from accelerate.settings.option import SettingsError, option_specs
 
 TOP, INSIDE = tables()
 KNOWN = [*TOP, *INSIDE, "distributed_type", "compute_environment"]
@@ -162,7 +162,7 @@ def check(data: bytes, name: str, folder: Path) -> None:
             message = str(error)
             assert str(path) in message or reader is launched
             if reader is launched and str(path) not in message:  # the values do not go together; launch adds the file
-                places = [*places, *(entry.dest for entry in entries(LaunchSettings))]
+                places = [*places, *(entry.dest for entry in option_specs(LaunchSettings))]
             named = any(place in message or repr(place)[:57] in message for place in places)
             where = PLACE.search(message)
             assert named or where or "Amazon SageMaker needs" in message, message
@@ -181,8 +181,8 @@ def as_object(path: str) -> None:
 
 
 def updated(path: str) -> None:
-    content = migrated(load(path), path).content
-    assert migrated(content, path).changes == ()
+    content = migrate(load(path), path).content
+    assert migrate(content, path).changes == ()
     as_json = path.endswith(".json")
     assert repr(parse_text(rewritten(read(path), content, as_json).text.encode(), as_json)) == repr(content)
 

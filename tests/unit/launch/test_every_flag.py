@@ -18,16 +18,16 @@ from accelerate.launch.parse import parse
 from accelerate.launch.plan import build
 from accelerate.settings import env
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import Entry, SettingsError, entries
+from accelerate.settings.option import OptionSpec, SettingsError, option_specs
 from tests.unit.launch.every_flag import LAUNCHERS_OWN, ONE_CHOICE, ROWS, UNSET, End, Row
 
-OPTIONS = {entry.dest: entry for entry in entries(LaunchSettings)}
+OPTIONS = {entry.dest: entry for entry in option_specs(LaunchSettings)}
 FROM_THE_COMMAND_LINE_ONLY = {"module", "no_python", "aws_access_key_id", "aws_secret_access_key"}
 # What the file says of the kind of run, unless a row says otherwise: nothing that a flag here would have to overrule.
 FILE = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU"}
 
 
-def sample(entry: Entry, row: Row) -> str:
+def sample(entry: OptionSpec, row: Row) -> str:
     """A value that is not the default, as one types it."""
     if row.text is not UNSET:
         return row.text
@@ -39,11 +39,11 @@ def sample(entry: Entry, row: Row) -> str:
     return "sample"
 
 
-def on_the_line(entry: Entry, text: str) -> list[str]:
+def on_the_line(entry: OptionSpec, text: str) -> list[str]:
     return [entry.flags[0]] if entry.option.switch else [entry.flags[0], text]
 
 
-def in_the_file(entry: Entry, value: Any, row: Row) -> dict[str, Any]:
+def in_the_file(entry: OptionSpec, value: Any, row: Row) -> dict[str, Any]:
     """A configuration file that sets the option."""
     value = list(value) if isinstance(value, tuple) else value
     content = {**FILE, **row.file}
@@ -77,7 +77,7 @@ def launched(tmp_path, monkeypatch):
     return run
 
 
-def expected(entry: Entry, row: Row) -> Any:
+def expected(entry: OptionSpec, row: Row) -> Any:
     if row.value is not UNSET:
         return row.value
     return entry.convert(sample(entry, row), entry.dest)
@@ -117,7 +117,7 @@ def test_of_both_the_flag_wins(dest, launched):
         assert launched(words, row, in_the_file(entry, another(entry, row), row)) == expected(entry, row)
 
 
-def another(entry: Entry, row: Row) -> Any:
+def another(entry: OptionSpec, row: Row) -> Any:
     """A value that is neither the default nor the sample."""
     taken = entry.convert(sample(entry, row), entry.dest)
     candidates = [*entry.option.choices, 7, 0.7, False, True, "another"]

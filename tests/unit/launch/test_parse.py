@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from accelerate.commands.launch import launch_command_parser
 from accelerate.launch import parse
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import Entry, SettingsError, entries
+from accelerate.settings.option import OptionSpec, SettingsError, option_specs
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def no_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
 
 
-def other_value(entry: Entry) -> Any:
+def other_value(entry: OptionSpec) -> Any:
     """A value that is not the option's default."""
     if entry.option.choices:
         return next((choice for choice in reversed(entry.option.choices) if choice != entry.option.default), "torch")
@@ -37,15 +37,15 @@ def other_value(entry: Entry) -> Any:
     }[entry.type]
 
 
-def as_flags(entry: Entry, value: Any) -> list[str]:
+def as_flags(entry: OptionSpec, value: Any) -> list[str]:
     if entry.option.switch:
         return [entry.flags[0]]
     values = value if entry.type == "tuple[str, ...]" else [value]
     return [word for one in values for word in (entry.flags[0], str(one))]
 
 
-@pytest.mark.parametrize("entry", entries(LaunchSettings), ids=lambda entry: entry.dest)
-def test_a_flag_arrives_in_the_settings(entry: Entry) -> None:
+@pytest.mark.parametrize("entry", option_specs(LaunchSettings), ids=lambda entry: entry.dest)
+def test_a_flag_arrives_in_the_settings(entry: OptionSpec) -> None:
     value = {"dynamo_backend": "inductor"}.get(entry.dest, other_value(entry))
     if entry.dest == "parallelism_config_sp_backend":
         value = entry.option.default  # the only one
@@ -122,7 +122,7 @@ def test_documented_flags_choices_and_defaults(fact: dict[str, Any]) -> None:
     assert set(map(str, fact["choices"] or ())) <= set(map(str, action.choices or fact["choices"] or ()))
     if fact["dest"] == "help" or fact["options"][0] == "--no_tpu_cluster":
         return
-    entry = next(entry for entry in entries(LaunchSettings) if entry.dest == fact["dest"])
+    entry = next(entry for entry in option_specs(LaunchSettings) if entry.dest == fact["dest"])
     documented = ast.literal_eval(fact["default"])
     if documented is None:  # not said; ours may say what that means
         assert entry.option.default in (None, False, (), "no")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from accelerate.launch.parse import parse, split
 from accelerate.launch.plan import LaunchPlan, build, choose, plan
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import Entry, SettingsError, entries
+from accelerate.settings.option import OptionSpec, SettingsError, option_specs
 from tests.unit.launch.test_parse import as_flags, other_value
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -73,7 +73,7 @@ def test_the_childs_environment(argv: list[str], flag: str, expected: dict[str, 
     assert {name: environment.get(name) for name in expected} == expected
 
 
-def contexts(entry: Entry) -> list[list[str]]:
+def contexts(entry: OptionSpec) -> list[list[str]]:
     """Command lines on which an option may matter."""
     paradigm = entry.section.enabled_by if entry.section is not None else None
     lines = [["--num_processes", "2"], ["--num_processes", "1"]]
@@ -91,8 +91,8 @@ def contexts(entry: Entry) -> list[list[str]]:
     return [line for line in lines if paradigm not in ("aws_access_key_id",)]
 
 
-@pytest.mark.parametrize("entry", entries(LaunchSettings), ids=lambda entry: entry.dest)
-def test_a_flag_changes_the_plan(entry: Entry) -> None:
+@pytest.mark.parametrize("entry", option_specs(LaunchSettings), ids=lambda entry: entry.dest)
+def test_a_flag_changes_the_plan(entry: OptionSpec) -> None:
     value = {
         "mpirun_ccl": "3",
         "dynamo_backend": "inductor",

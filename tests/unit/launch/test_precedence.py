@@ -11,13 +11,13 @@ import yaml
 from accelerate.launch import config_file
 from accelerate.launch.parse import Chosen, choose, parse, split
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import Entry, entries
+from accelerate.settings.option import OptionSpec, option_specs
 from tests.unit.launch.test_parse import as_flags, other_value
 
 IN_FILES = {
     entry.dest for table in (config_file.tables()[0], *config_file.tables()[1].values()) for entry in table.values()
 }
-OPTIONS = [entry for entry in entries(LaunchSettings) if entry.dest in IN_FILES]
+OPTIONS = [entry for entry in option_specs(LaunchSettings) if entry.dest in IN_FILES]
 # What a file says of the kind of run, so that nothing else is implied.
 KIND = {"distributed_type": "MULTI_GPU"}
 
@@ -27,7 +27,7 @@ def no_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
 
 
-def in_a_file(entry: Entry, value: Any, key: str, folder: Path) -> str:
+def in_a_file(entry: OptionSpec, value: Any, key: str, folder: Path) -> str:
     plain = list(value) if isinstance(value, tuple) else value
     section = entry.section.key if entry.section is not None else None
     path = folder / "config.yaml"
@@ -35,7 +35,7 @@ def in_a_file(entry: Entry, value: Any, key: str, folder: Path) -> str:
     return str(path)
 
 
-def two_values(entry: Entry) -> tuple[Any, Any]:
+def two_values(entry: OptionSpec) -> tuple[Any, Any]:
     """Two values of the option; the first can be given on the command line."""
     value = {"dynamo_backend": "inductor"}.get(entry.dest, other_value(entry))
     if entry.option.switch:
@@ -49,7 +49,7 @@ def two_values(entry: Entry) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("entry", OPTIONS, ids=lambda entry: entry.dest)
-def test_of_both_the_flag_wins_and_is_named(entry: Entry, tmp_path: Path) -> None:
+def test_of_both_the_flag_wins_and_is_named(entry: OptionSpec, tmp_path: Path) -> None:
     value, other = two_values(entry)
     file = in_a_file(entry, other, entry.key, tmp_path)
     assert entry.get(parse(["--config_file", file, "s.py"])) == other or entry.dest == "multi_gpu"
@@ -63,7 +63,7 @@ def test_of_both_the_flag_wins_and_is_named(entry: Entry, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("entry", OPTIONS, ids=lambda entry: entry.dest)
-def test_every_spelling_of_a_key_and_of_a_flag(entry: Entry, tmp_path: Path) -> None:
+def test_every_spelling_of_a_key_and_of_a_flag(entry: OptionSpec, tmp_path: Path) -> None:
     value, _ = two_values(entry)
     for key in entry.keys:
         assert entry.get(parse(["--config_file", in_a_file(entry, value, key, tmp_path), "s.py"])) == value, key
@@ -83,7 +83,7 @@ def test_every_spelling_of_a_key_and_of_a_flag(entry: Entry, tmp_path: Path) -> 
     ],
 )
 def test_flags_of_earlier_releases(words: list[str], path: tuple[str, ...], value: Any) -> None:
-    entry = next(entry for entry in entries(LaunchSettings) if entry.path == path)
+    entry = next(entry for entry in option_specs(LaunchSettings) if entry.path == path)
     assert entry.get(parse([*words, "s.py"])) == value
 
 
@@ -109,6 +109,6 @@ def test_flags_of_earlier_releases(words: list[str], path: tuple[str, ...], valu
     ],
 )
 def test_keys_of_earlier_releases(content: dict[str, Any], path: tuple[str, ...], value: Any, tmp_path: Path) -> None:
-    entry = next(entry for entry in entries(LaunchSettings) if entry.path == path)
+    entry = next(entry for entry in option_specs(LaunchSettings) if entry.path == path)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**KIND, **content}))
     assert entry.get(parse(["--config_file", str(tmp_path / "c.yaml"), "s.py"])) == value

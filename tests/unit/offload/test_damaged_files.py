@@ -158,7 +158,7 @@ def readable_by_ours(path: Path) -> bool:
 def readable_by_theirs(path: Path) -> bool:
     try:
         load_file(path)
-    except SafetensorError:
+    except (SafetensorError, AttributeError):  # AttributeError: a dtype that this release of torch lacks
         return False
     return True
 

@@ -15,9 +15,9 @@ from torch import nn
 
 import accelerate
 from accelerate.hooks import get_state_dict_offloaded_model, remove_hook_from_submodules
-from accelerate.offload.device_map import device_of, infer_auto_device_map, place
+from accelerate.offload.device_map import assign_devices, device_of, infer_auto_device_map
 from accelerate.offload.max_memory import get_balanced_memory
-from accelerate.offload.module_groups import groups_of
+from accelerate.offload.module_groups import group_modules
 from accelerate.offload.sizes import compute_module_sizes
 from accelerate.offload.tensors import set_module_tensor_to_device
 from accelerate.offload.tied_weights import find_tied_parameters, retie_parameters
@@ -220,8 +220,8 @@ def test_devices_are_filled_in_order_and_nothing_moves_on_that_fits(
     model: nn.Module, fast: list[int], memory: int | None, ahead: bool
 ) -> None:
     limits: dict[Any, int] = dict(enumerate(fast)) | ({} if memory is None else {"cpu": memory}) | {"disk": 2**63}
-    groups = groups_of(model, ["Whole"])
-    found = place(groups, limits, ahead=ahead)
+    groups = group_modules(model, ["Whole"])
+    found = assign_devices(groups, limits, ahead=ahead)
     order = list(limits)
     steps = [(order.index(device), size) for device, size in zip(found, groups.sizes, strict=True) if size]
     ranks = [rank for rank, _ in steps]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import Section, Settings, SettingsError, build, entries, option, section
+from accelerate.settings.option import Section, Settings, SettingsError, build, option, option_specs, section
 
 
 class Oven(Settings):
@@ -30,7 +30,7 @@ class Kitchen(Settings):
     dish: str = ""
 
 
-BY_DEST = {entry.dest: entry for entry in entries(Kitchen)}
+BY_DEST = {entry.dest: entry for entry in option_specs(Kitchen)}
 
 
 def test_one_declaration_gives_every_spelling() -> None:
@@ -121,7 +121,7 @@ def test_variables_are_rendered_as_text() -> None:
 def test_build_puts_values_where_they_belong() -> None:
     made = build(Kitchen, {"guests": 4, "oven_degrees": 220}, dish="pie")
     assert (made.guests, made.oven.degrees, made.oven.fan, made.dish) == (4, 220, False, "pie")
-    assert [entry.get(made) for entry in entries(Kitchen) if entry.dest == "oven_degrees"] == [220]
+    assert [entry.get(made) for entry in option_specs(Kitchen) if entry.dest == "oven_degrees"] == [220]
 
 
 def test_settings_are_frozen_values() -> None:
@@ -138,13 +138,13 @@ def test_settings_are_frozen_values() -> None:
 
 
 def test_every_launch_option_has_help_and_a_type() -> None:
-    for entry in entries(LaunchSettings):
+    for entry in option_specs(LaunchSettings):
         assert entry.option.help, entry.dest
         if entry.option.default not in (None, ()):
             assert entry.convert(entry.option.default, entry.dest) == entry.option.default, entry.dest
 
 
 def test_no_two_launch_options_share_a_spelling() -> None:
-    spellings = [flag for entry in entries(LaunchSettings) for flag in (*entry.flags, entry.option.off) if flag]
+    spellings = [flag for entry in option_specs(LaunchSettings) for flag in (*entry.flags, entry.option.off) if flag]
     assert len(spellings) == len(set(spellings))
-    assert len({entry.dest for entry in entries(LaunchSettings)}) == len(entries(LaunchSettings))
+    assert len({entry.dest for entry in option_specs(LaunchSettings)}) == len(option_specs(LaunchSettings))

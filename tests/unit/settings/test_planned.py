@@ -10,7 +10,7 @@ import pytest
 from accelerate.settings import planned
 
 NAMES = [
-    name for name, value in vars(planned).items() if inspect.isclass(value) and value.__mro__[1] is planned.Planned
+    name for name, value in vars(planned).items() if inspect.isclass(value) and value.__mro__[1] is planned.Placeholder
 ]
 
 

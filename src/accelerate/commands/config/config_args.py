@@ -16,7 +16,7 @@ from ...launch.config_io import dump, load, write
 from ...settings.clouds import SageMakerSettings
 from ...settings.enums import ComputeEnvironment, DistributedType, SageMakerDistributedType
 from ...settings.launcher import LaunchSettings
-from ...settings.option import SettingsError, entries
+from ...settings.option import SettingsError, option_specs
 
 hf_cache_home = files.cache_home()
 cache_dir = os.path.join(hf_cache_home, "accelerate")
@@ -106,7 +106,7 @@ class BaseConfig:
         understood = files.understand(content, path)
         values = cls.process_config(content)
         values["distributed_type"] = understood.distributed_type or "NO"
-        for entry in (*entries(LaunchSettings), *entries(SageMakerSettings)):
+        for entry in (*option_specs(LaunchSettings), *option_specs(SageMakerSettings)):
             top = entry.section is None or entry.section.key is None
             if top and entry.key in content and entry.dest in understood.values:
                 value = understood.values[entry.dest]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ...launch import config_file
 from ...settings.enums import ComputeEnvironment, DistributedType
 from ...settings.launcher import LaunchSettings
-from ...settings.option import SettingsError, entries
+from ...settings.option import SettingsError, option_specs
 from ..parsers import add
 
 default_config_file = config_file.default_path()
@@ -34,7 +34,7 @@ def write_basic_config(
     Raises:
         ValueError: for another precision.
     """
-    option = next(entry for entry in entries(LaunchSettings) if entry.dest == "mixed_precision")
+    option = next(entry for entry in option_specs(LaunchSettings) if entry.dest == "mixed_precision")
     precision = option.convert(mixed_precision, "mixed_precision")
     path = Path(save_location)
     if path.exists():

@@ -12,7 +12,7 @@ from ...launch import parse
 from ...launch.config_file import ConfigFile
 from ...settings import env
 from ...settings.launcher import LaunchSettings
-from ...settings.option import Entry, SettingsError, entries, spelt
+from ...settings.option import OptionSpec, SettingsError, format_value, option_specs
 
 if TYPE_CHECKING:
     from ...launch.host import Machine
@@ -46,7 +46,7 @@ class Row(NamedTuple):
         detail: The file's key, the variable's name, or who has started this process on the machine.
     """
 
-    entry: Entry
+    entry: OptionSpec
     value: Any
     source: str
     detail: str = ""
@@ -81,7 +81,7 @@ def explain(argv: Sequence[str]) -> Explanation:
     resolved = resolve(asked, machine)
     plan = build(resolved if words.script else resolved.replace(script="script.py"))
     here = env.snapshot()
-    rows = [_row(entry, asked, resolved, chosen, plan, here) for entry in entries(LaunchSettings)]
+    rows = [_row(entry, asked, resolved, chosen, plan, here) for entry in option_specs(LaunchSettings)]
     rows += _cloud_rows(resolved, chosen)
     if (scheduler := _scheduler(machine)) is not None:
         rows = [row._replace(detail=scheduler) if row.source == "machine" else row for row in rows]
@@ -96,7 +96,7 @@ def _scheduler(machine: Machine) -> str | None:
 
 
 def _row(
-    entry: Entry,
+    entry: OptionSpec,
     asked: LaunchSettings,
     resolved: LaunchSettings,
     chosen: Mapping[str, parse.Chosen],
@@ -120,7 +120,7 @@ def _cloud_rows(settings: LaunchSettings, chosen: Mapping[str, parse.Chosen]) ->
     """What the file says about Amazon SageMaker, or else about a pod of TPUs: keys that no flag stands for."""
     on_sagemaker = settings.compute_environment == "AMAZON_SAGEMAKER"
     values = settings.sagemaker if on_sagemaker else settings.pod
-    for entry in entries(type(values)):
+    for entry in option_specs(type(values)):
         if on_sagemaker or entry.dest in chosen:
             source = chosen.get(entry.dest, parse.Chosen(None, _NOBODY))
             titled = entry._replace(group="Amazon SageMaker" if on_sagemaker else "TPU")
@@ -133,7 +133,7 @@ def _cloud_rows(settings: LaunchSettings, chosen: Mapping[str, parse.Chosen]) ->
 def _table(found: Explanation, everything: bool) -> Iterator[str]:
     settings, plan = found.settings, found.plan
     yield f"configuration file  {found.file.path if found.file is not None else 'none'}"
-    yield f"starts              {_what(settings, plan, found.device)}"
+    yield f"starts              {_summary(settings, plan, found.device)}"
     shown = [row for row in found.rows if everything or row.source != _NOBODY]
     group = ""
     for row in sorted(shown, key=lambda row: [row.entry.group for row in shown].index(row.entry.group)):
@@ -145,7 +145,7 @@ def _table(found: Explanation, everything: bool) -> Iterator[str]:
         yield from ("", f"{len(found.rows) - len(shown)} more have their defaults: --all shows them.")
 
 
-def _what(settings: LaunchSettings, plan: LaunchPlan, device: str) -> str:
+def _summary(settings: LaunchSettings, plan: LaunchPlan, device: str) -> str:
     count = f"{settings.processes} process{'' if settings.processes == 1 else 'es'}"
     if plan.starter == "sagemaker":
         instances = f"{settings.machines} instance{'' if settings.machines == 1 else 's'}"
@@ -180,7 +180,7 @@ def _text(row: Row) -> str:
     value = _public(row)
     if value is None or value == ():
         return "-"
-    return spelt(value)
+    return format_value(value)
 
 
 def _public(row: Row) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ...settings import env
-from ...settings.option import Entry, SettingsError, shown
+from ...settings.option import OptionSpec, SettingsError, short_repr
 from .prompts import Choice, Prompt, Prompter
 from .routing_questions import ENTRIES, MACHINES, STEPS
 
@@ -41,7 +41,7 @@ class Question(NamedTuple):
     fixed: Any = None
 
 
-class Area(NamedTuple):
+class QuestionGroup(NamedTuple):
     """Questions about one thing.
 
     Attributes:
@@ -55,7 +55,7 @@ class Area(NamedTuple):
     gate: str | None = None
 
 
-def holds(when: When, answers: Answers) -> bool:
+def matches(when: When, answers: Answers) -> bool:
     """Whether the answers so far are what `when` says."""
     for name, wanted in when.items():
         found = answers.get(name)
@@ -67,7 +67,7 @@ def holds(when: When, answers: Answers) -> bool:
     return True
 
 
-def walk(areas: Iterable[Area], ask: Prompter, answers: Answers, file: dict[str, Any]) -> None:
+def ask_all(areas: Iterable[QuestionGroup], ask: Prompter, answers: Answers, file: dict[str, Any]) -> None:
     """Asks what the table says.
 
     Args:
@@ -77,19 +77,19 @@ def walk(areas: Iterable[Area], ask: Prompter, answers: Answers, file: dict[str,
         file: What the file will hold; steps, gates and secrets leave nothing in it.
     """
     for area in areas:
-        if not holds(area.when, answers):
+        if not matches(area.when, answers):
             continue
         if area.gate is not None:
             answers[area.gate] = ask(prompt(Question(area.gate), answers))
             if not answers[area.gate]:
                 continue
         for question in area.questions:
-            if holds(question.when, answers):
-                answers[question.name] = _answered(question, answers, ask)
+            if matches(question.when, answers):
+                answers[question.name] = _ask(question, answers, ask)
                 _store(question, answers[question.name], file)
 
 
-def _answered(question: Question, answers: Answers, ask: Prompter) -> Any:
+def _ask(question: Question, answers: Answers, ask: Prompter) -> Any:
     if ENTRIES[question.name].type != "tuple[str, ...]":
         return ask(prompt(question, answers)) if question.fixed is None else question.fixed
     gathered: tuple[str, ...] = answers.get(question.name, ()) + (question.fixed or ())
@@ -121,7 +121,7 @@ def prompt(question: Question, answers: Answers) -> Prompt:
     choices = _choices(entry, question)
 
     def read(typed: str) -> Any:
-        value = entry.convert(_truth(typed, entry.dest) if entry.type == "bool" else typed, entry.dest)
+        value = entry.convert(_boolean(typed, entry.dest) if entry.type == "bool" else typed, entry.dest)
         wrong = question.check(value, answers) if question.check is not None else None
         if wrong is not None:
             raise SettingsError(f"{entry.dest}: {wrong}")
@@ -130,7 +130,7 @@ def prompt(question: Question, answers: Answers) -> Prompt:
     return Prompt(entry.dest, text, read, _hint(entry, choices, default), default, choices, entry.option.secret)
 
 
-def _choices(entry: Entry, question: Question) -> tuple[Choice, ...]:
+def _choices(entry: OptionSpec, question: Question) -> tuple[Choice, ...]:
     values = tuple(question.choices) or entry.option.choices
     labels = question.choices if isinstance(question.choices, Mapping) else {}
     numbered = all(isinstance(value, int) for value in values)  # stages and versions are numbers themselves
@@ -140,7 +140,7 @@ def _choices(entry: Entry, question: Question) -> tuple[Choice, ...]:
     )
 
 
-def _hint(entry: Entry, choices: tuple[Choice, ...], default: Any) -> str:
+def _hint(entry: OptionSpec, choices: tuple[Choice, ...], default: Any) -> str:
     if choices:
         return next((str(choice.number) for choice in choices if choice.value == default), "")
     if entry.type == "bool":
@@ -152,8 +152,8 @@ def _hint(entry: Entry, choices: tuple[Choice, ...], default: Any) -> str:
     return "" if default is None else str(default)
 
 
-def _truth(typed: str, name: str) -> bool:
+def _boolean(typed: str, name: str) -> bool:
     try:
         return bool(env.str_to_bool(typed))
     except ValueError:
-        raise SettingsError(f"{name}: expected yes or no, found {shown(typed)}.") from None
+        raise SettingsError(f"{name}: expected yes or no, found {short_repr(typed)}.") from None

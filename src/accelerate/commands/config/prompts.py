@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ...settings import env
-from ...settings.option import SettingsError, shown
+from ...settings.option import SettingsError, short_repr
 
 _WIDTH = 76  # of 80 columns, less what questionary puts around a question
 _NO_QUESTIONARY = 'Arrow keys come with questionary: pip install "accelerate[config]". Numbers do as well.'
@@ -62,7 +62,7 @@ def answer(prompt: Prompt, line: str) -> Any:
             raise SettingsError(f"{prompt.name}: an answer is needed.")
         return prompt.default
     if not text.isprintable():
-        raise SettingsError(f"{prompt.name}: expected text without control characters, found {shown(text)}.")
+        raise SettingsError(f"{prompt.name}: expected text without control characters, found {short_repr(text)}.")
     if not prompt.choices:
         return prompt.read(text)
     for spelt in (lambda choice: choice.label, lambda choice: str(choice.value), lambda choice: str(choice.number)):
@@ -70,7 +70,7 @@ def answer(prompt: Prompt, line: str) -> Any:
             if spelt(choice).lower() == text.lower():
                 return choice.value
     numbers = f"{prompt.choices[0].number} to {prompt.choices[-1].number}"
-    raise SettingsError(f"{prompt.name}: expected {numbers}, or one of the words, found {shown(text)}.")
+    raise SettingsError(f"{prompt.name}: expected {numbers}, or one of the words, found {short_repr(text)}.")
 
 
 class Numbered:

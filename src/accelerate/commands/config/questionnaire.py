@@ -11,7 +11,7 @@ from ...launch import config_file, config_io
 from ...settings.clouds import SageMakerSettings
 from ...settings.option import SettingsError
 from . import questions
-from .flow import Answers, walk
+from .flow import Answers, ask_all
 from .prompts import Prompter, prompter
 from .role import KEYS_NOTE, make_role
 
@@ -55,11 +55,11 @@ def fill_in(ask: Prompter) -> tuple[dict[str, Any], Answers]:
     """
     file: dict[str, Any] = {}
     answers: Answers = {}
-    walk(questions.FIRST, ask, answers, file)
+    ask_all(questions.FIRST, ask, answers, file)
     if answers["compute_environment"] == "AMAZON_SAGEMAKER":
-        walk(questions.SAGEMAKER, ask, answers, file)
+        ask_all(questions.SAGEMAKER, ask, answers, file)
         return {**_SAGEMAKER, **file}, answers
-    walk(questions.LOCAL, ask, answers, file)
+    ask_all(questions.LOCAL, ask, answers, file)
     for engine, kind in _ENGINES.items():
         if answers.get(engine):
             file["distributed_type"] = kind
@@ -77,10 +77,10 @@ def run(path: str | None) -> int:
     """
     target = path or config_file.default_path()
     try:
-        _look_before(target)
+        _check_target(target)
         content, answers = fill_in(prompter())
         if content["compute_environment"] == "AMAZON_SAGEMAKER":
-            _settle_with_aws(answers)
+            _configure_aws(answers)
         config_io.write(target, config_io.dump(content, as_json=target.endswith(".json")))
     except KeyboardInterrupt:
         print("\naccelerate config: interrupted, nothing was written.", file=sys.stderr)
@@ -92,7 +92,7 @@ def run(path: str | None) -> int:
     return 0
 
 
-def _look_before(target: str) -> None:
+def _check_target(target: str) -> None:
     """Nobody should answer twenty questions for a file that cannot be written.
 
     Raises:
@@ -109,7 +109,7 @@ def _look_before(target: str) -> None:
         print(f"{target} is there already. It is replaced after the last answer; Ctrl-C keeps it as it is.")
 
 
-def _settle_with_aws(answers: Mapping[str, Any]) -> None:
+def _configure_aws(answers: Mapping[str, Any]) -> None:
     if answers["iam_role"] == "create":
         print(make_role(answers))
     if answers["authorization"] == "keys":

@@ -11,7 +11,7 @@ import os.path
 
 from ...settings.enums import FSDP2_STATE_DICT_TYPE, FSDP_SHARDING_STRATEGY, FSDP_STATE_DICT_TYPE
 from ...settings.option_groups import DYNAMO_BACKENDS
-from .flow import Area, Question
+from .flow import Question, QuestionGroup
 from .predicates import (
     are_numbers_or_all,
     are_variables,
@@ -40,7 +40,7 @@ DEVICES = tuple(kind for kind in MACHINES if kind not in ("NO", "MULTI_CPU", "XL
 SEVERAL = ("MULTI_CPU", *DEVICES)
 
 FIRST = (
-    Area(
+    QuestionGroup(
         (
             Question(
                 "compute_environment",
@@ -50,7 +50,7 @@ FIRST = (
     ),
 )
 
-MACHINE = Area(
+MACHINE = QuestionGroup(
     (
         Question("machine", choices={kind: label for kind, (label, _) in MACHINES.items()}),
         Question("cpu", when={"machine": "NO"}),
@@ -59,7 +59,7 @@ MACHINE = Area(
     )
 )
 
-MACHINES_MEET = Area(
+MACHINES_MEET = QuestionGroup(
     (
         Question("machine_rank", default=0, check=is_a_rank),
         Question("main_process_ip", check=is_an_address),
@@ -70,9 +70,9 @@ MACHINES_MEET = Area(
     when={"num_machines": more_than_one},
 )
 
-DEBUG = Area((Question("debug"),), when={"machine": SEVERAL})
+DEBUG = QuestionGroup((Question("debug"),), when={"machine": SEVERAL})
 
-MPIRUN = Area(
+MPIRUN = QuestionGroup(
     (
         Question("mpirun_hostfile", default="~/hostfile", write=os.path.expanduser),
         Question("mpirun_ccl", default="1", check=is_a_count),
@@ -81,7 +81,7 @@ MPIRUN = Area(
     when={"machine": "MULTI_CPU", "machine_rank": first},
 )
 
-DYNAMO = Area(
+DYNAMO = QuestionGroup(
     (
         Question(
             "dynamo_backend",
@@ -98,7 +98,7 @@ DYNAMO = Area(
     gate="dynamo",
 )
 
-DEEPSPEED = Area(
+DEEPSPEED = QuestionGroup(
     (
         Question("deepspeed_file"),
         Question("deepspeed_config_file", when={"deepspeed_file": True}, write=os.path.expanduser),
@@ -143,7 +143,7 @@ DEEPSPEED = Area(
     when={"machine": ("NO", *DEVICES)},
 )
 
-FSDP = Area(
+FSDP = QuestionGroup(
     (
         Question("fsdp_version", choices={1: "FullyShardedDataParallel", 2: "fully_shard"}),
         Question("fsdp_sharding_strategy", when={"fsdp_version": 1}, choices=FSDP_SHARDING_STRATEGY),
@@ -185,7 +185,7 @@ FSDP = Area(
     when={"machine": DEVICES, "use_deepspeed": False},
 )
 
-MEGATRON = Area(
+MEGATRON = QuestionGroup(
     (
         Question("megatron_lm_tp_degree"),
         Question("megatron_lm_sequence_parallelism", when={"megatron_lm_tp_degree": more_than_one}, default=True),
@@ -199,7 +199,7 @@ MEGATRON = Area(
     when={"machine": "MULTI_GPU", "use_deepspeed": False, "use_fsdp": False},
 )
 
-PARALLELISM = Area(
+PARALLELISM = QuestionGroup(
     (
         Question("parallelism_config_dp_replicate_size"),
         Question("parallelism_config_dp_shard_size", when={"use_fsdp": True}),
@@ -221,7 +221,7 @@ PARALLELISM = Area(
     when={"machine": DEVICES, "use_megatron_lm": not_yes, "fsdp_version": not_version_1},
 )
 
-TPU = Area(
+TPU = QuestionGroup(
     (
         Question("main_training_function", default="main"),
         Question("tpu_use_cluster"),
@@ -242,7 +242,7 @@ TPU = Area(
     when={"machine": "XLA"},
 )
 
-PROCESSES = Area(
+PROCESSES = QuestionGroup(
     (
         Question("num_processes", when={"machine": SEVERAL}, default=fewest_processes, check=fills_all),
         Question("num_processes", when={"machine": "XLA"}, default=8),
@@ -252,7 +252,7 @@ PROCESSES = Area(
     )
 )
 
-PRECISION = Area(
+PRECISION = QuestionGroup(
     (
         # DeepSpeed's own file says it.
         Question("mixed_precision", when={"deepspeed_file": not_yes}, default="no"),
@@ -260,7 +260,7 @@ PRECISION = Area(
     )
 )
 
-FP8 = Area(
+FP8 = QuestionGroup(
     (
         Question(
             "fp8_backend",
@@ -298,7 +298,7 @@ LOCAL = (
     FP8,
 )
 
-ACCOUNT = Area(
+ACCOUNT = QuestionGroup(
     (
         Question(
             "authorization",
@@ -318,7 +318,7 @@ ACCOUNT = Area(
     )
 )
 
-JOB = Area(
+JOB = QuestionGroup(
     (
         Question("image"),
         Question("image_uri", when={"image": True}),
@@ -330,7 +330,7 @@ JOB = Area(
     )
 )
 
-INSTANCES = Area(
+INSTANCES = QuestionGroup(
     (
         Question("ec2_instance_type", when={"sagemaker_mode": "NO"}, default="ml.p3.2xlarge"),
         Question("ec2_instance_type", when={"sagemaker_mode": "DATA_PARALLEL"}, default="ml.p3.16xlarge"),

@@ -57,7 +57,7 @@ def _edited(text: str, content: Mapping[str, Any], options: Mapping[str, str]) -
 
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     lines = text.splitlines(keepends=True)
-    if not isinstance(node, yaml.MappingNode) or not _laid_out(node) or not lines[-1].endswith("\n"):
+    if not isinstance(node, yaml.MappingNode) or not _format_node(node) or not lines[-1].endswith("\n"):
         return None
     made = "".join(_lines(node, lines, 0, len(lines), parse(text.encode()), content, options))
     try:
@@ -66,7 +66,7 @@ def _edited(text: str, content: Mapping[str, Any], options: Mapping[str, str]) -
         return None
 
 
-def _laid_out(node: yaml.Node) -> bool:
+def _format_node(node: yaml.Node) -> bool:
     """Whether `node` is a mapping with one key at the beginning of each of its lines."""
     import yaml
 
@@ -103,7 +103,7 @@ def _lines(
         inner = node.value[where][1] if there else None
         if there and old[name] == value:
             yield from lines[tops[where] : tops[where + 1]]
-        elif isinstance(value, Mapping) and value and inner is not None and _laid_out(inner):
+        elif isinstance(value, Mapping) and value and inner is not None and _format_node(inner):
             yield from above
             first = inner.start_mark.line
             yield from lines[keys[where] : first]

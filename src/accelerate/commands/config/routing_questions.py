@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ...settings.clouds import SageMakerSettings, TpuCommandSettings
 from ...settings.launcher import LaunchSettings
-from ...settings.option import Entry, Settings, entries, option
+from ...settings.option import OptionSpec, Settings, option, option_specs
 
 # What runs the processes: the file's `distributed_type` -> what a person calls it, and what is counted. The first four
 # have the numbers that the documentation shows.
@@ -27,7 +27,7 @@ MACHINES = {
 }
 
 
-class Steps(Settings):
+class RoutingQuestions(Settings):
     """Questions whose answers decide what is asked next; ``help`` says what a yes leads to."""
 
     compute_environment: str = option(
@@ -89,9 +89,9 @@ class Steps(Settings):
     metrics: bool = option(False, "a path", ask="Do you want to enable SageMaker metrics?")
 
 
-ENTRIES: dict[str, Entry] = {
+ENTRIES: dict[str, OptionSpec] = {
     entry.dest: entry
-    for settings in (LaunchSettings, SageMakerSettings, TpuCommandSettings, Steps)
-    for entry in entries(settings)
+    for settings in (LaunchSettings, SageMakerSettings, TpuCommandSettings, RoutingQuestions)
+    for entry in option_specs(settings)
 }
-STEPS = frozenset(entry.dest for entry in entries(Steps))
+STEPS = frozenset(entry.dest for entry in option_specs(RoutingQuestions))

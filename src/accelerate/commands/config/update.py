@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ...launch import config_file
 from ...launch.config_io import load, read, write
 from ...settings.enums import FSDP_SHARDING_STRATEGY
-from ...settings.option import Entry, SettingsError, spelt
+from ...settings.option import OptionSpec, SettingsError, format_value
 from ..parsers import add
 
 description = "Brings a configuration file of an earlier release up to date, and says what was changed."
@@ -39,7 +39,7 @@ class Update(NamedTuple):
     changes: tuple[str, ...]
 
 
-def migrated(content: Mapping[str, Any], path: str) -> Update:
+def migrate(content: Mapping[str, Any], path: str) -> Update:
     """A file's content in today's spelling, and with today's defaults for what it does not say.
 
     Args:
@@ -75,13 +75,13 @@ def migrated(content: Mapping[str, Any], path: str) -> Update:
     for key, value in _defaults(understood.compute_environment).items():
         if key not in made:
             made[key] = value
-            changes.append(f"{key}: added, {spelt(value)} is the default")
+            changes.append(f"{key}: added, {format_value(value)} is the default")
     if list(content) == sorted(content):
         made = {key: made[key] for key in sorted(made)}
     return Update(made, tuple(changes))
 
 
-def _place(target: dict[str, Any], entry: Entry, where: str, name: str, value: Any, changes: list[str]) -> None:
+def _place(target: dict[str, Any], entry: OptionSpec, where: str, name: str, value: Any, changes: list[str]) -> None:
     """Puts an option of the file under today's key, and its value in today's spelling."""
     section = _section(entry)
     key = name if section in _UNPREFIXED else entry.key
@@ -96,7 +96,7 @@ def _place(target: dict[str, Any], entry: Entry, where: str, name: str, value: A
     target[key] = replaced
 
 
-def _section(entry: Entry) -> str | None:
+def _section(entry: OptionSpec) -> str | None:
     return entry.section.key if entry.section is not None else None
 
 
@@ -120,7 +120,7 @@ def update_config(args: argparse.Namespace) -> Path:
     path = args.config_file if args.config_file is not None else config_file.default_path()
     if not os.path.isfile(path):
         raise SettingsError(f"configuration file {path} does not exist. `accelerate config` writes one.")
-    content, changes = migrated(load(path), path)
+    content, changes = migrate(load(path), path)
     if not changes:
         print(f"{path} is up to date and was left as it is")
         return Path(path)

@@ -14,16 +14,16 @@ from . import device_map, per_rank
 from .empty_model import (
     EstimateError,
     add_timm_hub_prefix,
+    build_model,
     check_has_model,
     create_empty_model,
-    find,
-    make,
+    find_source,
     verify_on_hub,
 )
 
 if TYPE_CHECKING:
-    from .device_map import Placed
-    from .per_rank import Plan
+    from .device_map import MapReport
+    from .per_rank import RankPlan
     from .sharding import RankMemory
     from .step import StepMemory
 
@@ -142,38 +142,38 @@ def _rows(model: Any, dtypes: Sequence[str]) -> list[list[Any]]:
     return rows
 
 
-def follow(args: argparse.Namespace) -> tuple[str, str, dict[str, StepMemory]]:
+def trace_model(args: argparse.Namespace) -> tuple[str, str, dict[str, StepMemory]]:
     """The memory of a training step with the batch that `args` describe: the model's class, the batch in
     words, and a figure for each precision.
 
     Raises:
         EstimateError: when the step cannot be followed.
     """
-    from .step import CannotFollow, follow_step
+    from .step import TraceError, trace_step
 
     model, name, words = _trained(args)
     steps = {}
     for dtype, label in (("float32", "float32"), ("float16", "mixed float16")):
         if dtype in args.dtypes:
             try:
-                steps[label] = follow_step(model, *_batch(args), mixed=dtype != "float32", at_once=not _on_cpu(args))
-            except CannotFollow as error:
+                steps[label] = trace_step(model, *_batch(args), mixed=dtype != "float32", at_once=not _on_cpu(args))
+            except TraceError as error:
                 raise EstimateError(f"a training step of {name} cannot be followed: {error}") from error
     return name, words, steps
 
 
-def follow_ranks(args: argparse.Namespace, plan: Plan) -> tuple[str, str, RankMemory]:
+def trace_ranks(args: argparse.Namespace, plan: RankPlan) -> tuple[str, str, RankMemory]:
     """What a rank of a planned run holds in a training step: the model's class, the batch in words, and the figures.
 
     Raises:
         EstimateError: when the step cannot be followed.
     """
     from .sharding import rank_memory
-    from .step import CannotFollow, follow_units
+    from .step import TraceError, trace_units
 
     model, name, words = _trained(args)
     try:
-        step = follow_units(
+        step = trace_units(
             model,
             *_batch(args),
             mixed=plan.precision != "no",
@@ -182,7 +182,7 @@ def follow_ranks(args: argparse.Namespace, plan: Plan) -> tuple[str, str, RankMe
             checkpoint=plan.checkpoint,
             at_once=not plan.on_cpu,
         )
-    except CannotFollow as error:
+    except TraceError as error:
         raise EstimateError(f"a training step of {name} cannot be followed: {error}") from error
     return name, words, rank_memory(step, plan.sharding)
 
@@ -192,7 +192,9 @@ def _trained(args: argparse.Namespace) -> tuple[Any, str, str]:
     import torch
 
     with torch.device("meta"):
-        model = make(find(args.model_name, args.library_name), args.trust_remote_code, with_head=True).float()
+        model = build_model(
+            find_source(args.model_name, args.library_name), args.trust_remote_code, with_head=True
+        ).float()
     batch, tokens = _batch(args)
     of_text = getattr(model, "main_input_name", None) == "input_ids"
     return model, type(model).__name__, f"batch size {batch}" + (f", {tokens} tokens each" if of_text else "")
@@ -223,12 +225,12 @@ def create_ascii_table(headers: list[str], rows: list[list[Any]], title: str) ->
     def rule(left: str, middle: str, right: str) -> str:
         return left + middle.join("─" * width for width in widths) + right
 
-    lines = [f"│{'│'.join(_centred(cell, width) for cell, width in zip(row, widths, strict=True))}│" for row in cells]
-    top = ["┌" + "─" * inner + "┐", f"│{_centred(title, inner)}│", rule("├", "┬", "┤")]
+    lines = [f"│{'│'.join(_center(cell, width) for cell, width in zip(row, widths, strict=True))}│" for row in cells]
+    top = ["┌" + "─" * inner + "┐", f"│{_center(title, inner)}│", rule("├", "┬", "┤")]
     return "\n".join([*top, lines[0], rule("├", "┼", "┤"), *lines[1:], rule("└", "┴", "┘")])
 
 
-def _centred(text: str, width: int) -> str:
+def _center(text: str, width: int) -> str:
     left = (width - len(text) + 1) // 2
     return " " * left + text + " " * (width - len(text) - left)
 
@@ -239,18 +241,18 @@ def estimate_command(args: argparse.Namespace) -> None:
     Raises:
         EstimateError: when there is no such model, it cannot be made, or flags do not go together.
     """
-    limits = device_map.limits_of(args)
-    settings = per_rank.settings_of(args)
-    plan = None if settings is None else per_rank.plan(settings)
+    limits = device_map.parse_limits(args)
+    settings = per_rank.parse_settings(args)
+    plan = None if settings is None else per_rank.make_plan(settings)
     model = create_empty_model(args.model_name, args.library_name, args.trust_remote_code)
     rows = _rows(model, args.dtypes)
     placed, steps, ranks = None, None, None
     if args.device_map is not None:
-        placed = device_map.place(model, args.device_map, limits, args.no_split_module_classes, args.dtypes[0])
+        placed = device_map.assign(model, args.device_map, limits, args.no_split_module_classes, args.dtypes[0])
     if plan is not None:
-        ranks = follow_ranks(args, plan)
+        ranks = trace_ranks(args, plan)
     elif args.batch_size is not None or args.sequence_length is not None:
-        steps = follow(args)
+        steps = trace_model(args)
     if args.json:
         _print_json(args, rows, placed, steps, plan, ranks)
         return
@@ -277,9 +279,9 @@ def _print_sizes(model: str, rows: list[list[Any]]) -> None:
     _print_table(f"Memory usage for loading {model}", headers, table)
 
 
-def _print_map(title: str, placed: Sequence[Placed]) -> None:
+def _print_map(title: str, placed: Sequence[MapReport]) -> None:
     table = [
-        [str(one.device), "\n".join(device_map.shortened(one.modules)) or "-", _shown(one.size)]
+        [str(one.device), "\n".join(device_map.abbreviate(one.modules)) or "-", _shown(one.size)]
         + ["no limit" if one.limit is None else _shown(one.limit)]
         for one in placed
     ]
@@ -293,7 +295,7 @@ def _print_steps(name: str, batch: str, steps: dict[str, StepMemory]) -> None:
     _print_table(f"A training step of {name}, {batch}", headers, table)
 
 
-def _print_ranks(plan: Plan, name: str, batch: str, memory: RankMemory) -> None:
+def _print_ranks(plan: RankPlan, name: str, batch: str, memory: RankMemory) -> None:
     parts = {
         "Weights": memory.weights,
         "Gradients": memory.gradients,
@@ -331,9 +333,9 @@ def _print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str
 def _print_json(
     args: argparse.Namespace,
     rows: list[list[Any]],
-    placed: list[Placed] | None,
+    placed: list[MapReport] | None,
     steps: tuple[str, str, dict[str, StepMemory]] | None,
-    plan: Plan | None,
+    plan: RankPlan | None,
     ranks: tuple[str, str, RankMemory] | None,
 ) -> None:
     import dataclasses

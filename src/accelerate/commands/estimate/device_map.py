@@ -21,7 +21,7 @@ MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
-class Placed:
+class MapReport:
     """What one device gets.
 
     Attributes:
@@ -85,7 +85,7 @@ def _limits(text: str) -> list[tuple[int | str, int]]:
     return found
 
 
-def limits_of(args: argparse.Namespace) -> dict[int | str, int] | None:
+def parse_limits(args: argparse.Namespace) -> dict[int | str, int] | None:
     """Limits by device; None where none are given.
 
     Raises:
@@ -104,9 +104,9 @@ def limits_of(args: argparse.Namespace) -> dict[int | str, int] | None:
     return limits
 
 
-def place(
+def assign(
     model: nn.Module, kind: str, limits: Mapping[int | str, int] | None, whole: Sequence[str] | None, dtype: str
-) -> list[Placed]:
+) -> list[MapReport]:
     """Where parts of a model go.
 
     Args:
@@ -136,11 +136,11 @@ def place(
     placed = []
     for device in dict.fromkeys((*allowed, *devices.values())):
         names = tuple(name for name, chosen in devices.items() if chosen == device)
-        placed.append(Placed(device, names, sum(sizes[name] for name in names), allowed.get(device)))
+        placed.append(MapReport(device, names, sum(sizes[name] for name in names), allowed.get(device)))
     return placed
 
 
-def shortened(names: Iterable[str]) -> list[str]:
+def abbreviate(names: Iterable[str]) -> list[str]:
     """Names in order, with ``h.3``, ``h.4``, ``h.5`` as ``h.3-5``, and the whole model as ``(all)``."""
     runs: list[tuple[str, int, int, str]] = []
     for name in names:

@@ -23,7 +23,7 @@ class EstimateError(ValueError):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a model's configuration is.
 
     Attributes:
@@ -37,7 +37,7 @@ class Source:
     path: Path | None = None
 
 
-def find(name: str, library: str | None = None, token: str | None = None) -> Source:
+def find_source(name: str, library: str | None = None, token: str | None = None) -> ModelSource:
     """Finds a model.
 
     Args:
@@ -52,7 +52,7 @@ def find(name: str, library: str | None = None, token: str | None = None) -> Sou
     if path.exists():
         return _local(name, path / _CONFIG if path.is_dir() else path, library)
     if library == "timm" and "/" not in name:
-        return Source(name, "timm")  # timm knows its own architectures
+        return ModelSource(name, "timm")  # timm knows its own architectures
     if name.startswith((".", "/", "~")) or name.endswith(".json"):
         raise EstimateError(f"there is no file or folder {name}.")
     info = verify_on_hub(name, token)
@@ -71,7 +71,7 @@ def find(name: str, library: str | None = None, token: str | None = None) -> Sou
     files = {sibling.rfilename for sibling in info.siblings or ()}
     if _CONFIG not in files:
         raise EstimateError(f"{name} is on the Hub, but is no model that can be estimated: it has no {_CONFIG}.")
-    return Source(name, _library(library or info.library_name, name))
+    return ModelSource(name, _library(library or info.library_name, name))
 
 
 def verify_on_hub(repo: str, token: str | None = None) -> Any:
@@ -110,7 +110,7 @@ def add_timm_hub_prefix(model_name: str) -> str:
     return model_name if model_name.startswith(("hf-hub:", "hf_hub:")) else f"hf-hub:{model_name}"
 
 
-def _cached(name: str, library: str | None) -> Source:
+def _cached(name: str, library: str | None) -> ModelSource:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, _CONFIG)
@@ -122,14 +122,14 @@ def _cached(name: str, library: str | None) -> Source:
     return _local(name, Path(found), library)
 
 
-def _local(name: str, path: Path, library: str | None) -> Source:
+def _local(name: str, path: Path, library: str | None) -> ModelSource:
     config = _read(path)
     if library is None:
         if "model_type" in config or "architectures" in config:
             library = "transformers"
         elif "architecture" in config:
             library = "timm"
-    return Source(name, _library(library, name), path)
+    return ModelSource(name, _library(library, name), path)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -174,11 +174,11 @@ def create_empty_model(
     import torch
 
     with torch.device("meta"):
-        return make(find(model_name, library_name, access_token), trust_remote_code, access_token).float()
+        return build_model(find_source(model_name, library_name, access_token), trust_remote_code, access_token).float()
 
 
-def make(
-    source: Source, trust_remote_code: bool = False, token: str | None = None, with_head: bool = False
+def build_model(
+    source: ModelSource, trust_remote_code: bool = False, token: str | None = None, with_head: bool = False
 ) -> nn.Module:
     """Makes a model where tensors are made just now.
 
@@ -216,7 +216,7 @@ def make(
         raise EstimateError(f"{source.name} cannot be made: {what}: {' '.join(str(error).split())[:400]}") from error
 
 
-def _make_transformers(source: Source, trust: bool, token: str | None, with_head: bool) -> nn.Module:
+def _make_transformers(source: ModelSource, trust: bool, token: str | None, with_head: bool) -> nn.Module:
     import torch
     import transformers
 
@@ -238,7 +238,7 @@ def _make_transformers(source: Source, trust: bool, token: str | None, with_head
     return getattr(transformers, names[0])(config)
 
 
-def _make_timm(source: Source) -> nn.Module:
+def _make_timm(source: ModelSource) -> nn.Module:
     import timm
 
     if source.path is None:

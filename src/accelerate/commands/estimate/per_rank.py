@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...settings.launcher import LaunchSettings
-from ...settings.option import Entry, SettingsError, entries
+from ...settings.option import OptionSpec, SettingsError, option_specs
 from ..parsers import add
 from .empty_model import EstimateError
 from .sharding import Sharding
@@ -45,7 +45,7 @@ _SPLIT = ("tp_size", "cp_size", "sp_size")
 _HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
 
 
-class Plan(NamedTuple):
+class RankPlan(NamedTuple):
     """How a model is to be trained.
 
     Attributes:
@@ -72,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group: Any = parser.add_argument_group(
         "What each rank of a run holds", "as `accelerate launch` is told; a flag of fsdp stands for --use_fsdp"
     )
-    for entry in entries(LaunchSettings):
+    for entry in option_specs(LaunchSettings):
         if entry.dest not in _OPTIONS:
             continue
         given: dict[str, Any] = {"dest": entry.dest, "default": argparse.SUPPRESS}
@@ -88,7 +88,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             add(group, *others, help=argparse.SUPPRESS, **given)
 
 
-def _converter(entry: Entry) -> Callable[[str], Any]:
+def _converter(entry: OptionSpec) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         try:
             return entry.convert(text, entry.flags[0])
@@ -98,7 +98,7 @@ def _converter(entry: Entry) -> Callable[[str], Any]:
     return convert
 
 
-def settings_of(args: argparse.Namespace) -> LaunchSettings | None:
+def parse_settings(args: argparse.Namespace) -> LaunchSettings | None:
     """What the flags and the file they name say; None where there are none.
 
     Raises:
@@ -120,7 +120,7 @@ def settings_of(args: argparse.Namespace) -> LaunchSettings | None:
         raise EstimateError(str(error)) from error
 
 
-def plan(settings: LaunchSettings) -> Plan:
+def make_plan(settings: LaunchSettings) -> RankPlan:
     """How a run that is launched so shares a model.
 
     Raises:
@@ -137,7 +137,7 @@ def plan(settings: LaunchSettings) -> Plan:
     processes, precision = settings.processes, settings.mixed_precision or "no"
     if not settings.use_fsdp:
         sharding = Sharding(version=0, buckets=processes > 1)
-        return Plan(
+        return RankPlan(
             processes,
             precision,
             sharding,
@@ -171,7 +171,7 @@ def plan(settings: LaunchSettings) -> Plan:
     shape = f"FSDP {plugin.fsdp_version}" + (f", {kind.lstrip('_')}" if kind else "")
     if 1 < ranks < processes:
         shape += f", shards over {ranks}"
-    return Plan(
+    return RankPlan(
         processes,
         precision,
         sharding,

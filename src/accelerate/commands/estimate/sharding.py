@@ -15,7 +15,7 @@ _ALIGNMENT = 16  # bytes; FSDP 1 begins each original parameter of a unit there
 _STEP_COUNT = 4  # bytes; AdamW counts the steps of each parameter
 
 
-class Kind(Enum):
+class EventKind(Enum):
     """What happens at a moment of a training step."""
 
     START = "a step begins"
@@ -60,7 +60,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Unit:
+class FSDPUnit:
     """Parameters that are gathered and freed together."""
 
     weights: tuple[Weight, ...]
@@ -77,7 +77,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Event:
     """Something that happens in a step.
 
     Attributes:
@@ -88,7 +88,7 @@ class Moment:
         most: The most of them until the next.
     """
 
-    kind: Kind
+    kind: EventKind
     unit: int = -1
     weight: int = -1
     now: int = 0
@@ -96,7 +96,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTrace:
     """A training step of a whole model.
 
     Attributes:
@@ -106,8 +106,8 @@ class Step:
         at_once: The optimizer works on all parameters together, not on one after the other.
     """
 
-    units: tuple[Unit, ...]
-    moments: tuple[Moment, ...]
+    units: tuple[FSDPUnit, ...]
+    moments: tuple[Event, ...]
     buffers: int = 0
     at_once: bool = False
 
@@ -162,19 +162,19 @@ class RankMemory:
     host: int = 0
 
 
-def rank_memory(step: Step, sharding: Sharding, rank: int = 0) -> RankMemory:
+def rank_memory(step: StepTrace, sharding: Sharding, rank: int = 0) -> RankMemory:
     """What `rank` holds in a step that its peers take together with it."""
-    parts = [part(unit, sharding, rank) for unit in step.units]
+    parts = [shard_of(unit, sharding, rank) for unit in step.units]
     weights, gradients, optimizer = (
         sum(getattr(each, name) for each in parts) for name in ("weights", "gradients", "optimizer")
     )
     kept = weights + optimizer
     peak = gathered = activations = 0
-    for level in levels(step, sharding, rank):
+    for level in peak_candidates(step, sharding, rank):
         on_device = 0 if sharding.offload else kept + level.shards
         peak = max(peak, on_device + level.passing + level.activations)
         gathered = max(gathered, level.passing)
-        if level.kind is not Kind.UPDATE:  # what the optimizer works on is none
+        if level.kind is not EventKind.UPDATE:  # what the optimizer works on is none
             activations = max(activations, level.activations)
     return RankMemory(
         weights + step.buffers,
@@ -188,7 +188,7 @@ def rank_memory(step: Step, sharding: Sharding, rank: int = 0) -> RankMemory:
 
 
 @dataclass(frozen=True)
-class Part:
+class UnitShard:
     """Bytes of a unit: those a rank keeps, and those that travel.
 
     Attributes:
@@ -210,29 +210,29 @@ class Part:
     sizes: tuple[int, ...]
 
 
-def part(unit: Unit, sharding: Sharding, rank: int) -> Part:
+def shard_of(unit: FSDPUnit, sharding: Sharding, rank: int) -> UnitShard:
     """What a rank keeps of a unit."""
     if sharding.version == 0:
         return _whole(unit)
-    return _flat(unit, sharding, rank) if sharding.version == 1 else _cut(unit, sharding, rank)
+    return _flat(unit, sharding, rank) if sharding.version == 1 else _sharded(unit, sharding, rank)
 
 
-def _whole(unit: Unit) -> Part:
+def _whole(unit: FSDPUnit) -> UnitShard:
     trained = [weight for weight in unit.weights if weight.trained]
     gradients = sum(weight.numel * weight.width for weight in trained)
     state = 2 * gradients + _STEP_COUNT * len(trained)
     weights = sum(weight.numel * weight.width for weight in unit.weights)
-    return Part(weights, gradients, state, 0, 0, 0, tuple(weight.numel for weight in trained))
+    return UnitShard(weights, gradients, state, 0, 0, 0, tuple(weight.numel for weight in trained))
 
 
-def _cut(unit: Unit, sharding: Sharding, rank: int) -> Part:
+def _sharded(unit: FSDPUnit, sharding: Sharding, rank: int) -> UnitShard:
     ranks, compute = sharding.ranks, sharding.compute
     trained = [weight for weight in unit.weights if weight.trained]
 
     def padded(weights: Sequence[Weight], width: int | None) -> int:
         return sum(weight.padded(ranks) * (width or weight.width) for weight in weights)
 
-    return Part(
+    return UnitShard(
         weights=padded(unit.weights, None),
         gradients=padded(trained, None),
         optimizer=sum(2 * weight.rows(rank, ranks) * weight.width + _STEP_COUNT for weight in trained),
@@ -243,7 +243,7 @@ def _cut(unit: Unit, sharding: Sharding, rank: int) -> Part:
     )
 
 
-def _flat(unit: Unit, sharding: Sharding, rank: int) -> Part:
+def _flat(unit: FSDPUnit, sharding: Sharding, rank: int) -> UnitShard:
     """The parameters behind each other, cut into equal pieces."""
     ranks, compute = sharding.ranks, sharding.compute or unit.width
     aligned = _ALIGNMENT // compute if sharding.original else 1
@@ -261,7 +261,7 @@ def _flat(unit: Unit, sharding: Sharding, rank: int) -> Part:
         optimizer = sum(2 * size * unit.width + _STEP_COUNT for size in inside if size)
     else:
         optimizer = (2 * piece * unit.width + _STEP_COUNT) if unit.trained else 0
-    return Part(
+    return UnitShard(
         weights=piece * unit.width,
         gradients=piece * unit.width if unit.trained else 0,
         optimizer=optimizer,
@@ -272,7 +272,7 @@ def _flat(unit: Unit, sharding: Sharding, rank: int) -> Part:
     )
 
 
-class Level(NamedTuple):
+class PeakCandidate(NamedTuple):
     """How much is there at some point of a step, beside weights and the optimizer's state.
 
     Attributes:
@@ -282,21 +282,21 @@ class Level(NamedTuple):
         shards: Bytes of reduced gradients.
     """
 
-    kind: Kind
+    kind: EventKind
     passing: int
     activations: int
     shards: int
 
 
-def levels(step: Step, sharding: Sharding, rank: int = 0) -> Iterator[Level]:
+def peak_candidates(step: StepTrace, sharding: Sharding, rank: int = 0) -> Iterator[PeakCandidate]:
     """Every level of a step that may be the highest, in order."""
-    return _Flow(step, sharding, [part(unit, sharding, rank) for unit in step.units]).levels()
+    return _StepSimulator(step, sharding, [shard_of(unit, sharding, rank) for unit in step.units]).levels()
 
 
-class _Flow:
+class _StepSimulator:
     """Goes through a step, and knows what is gathered, on its way and reduced."""
 
-    def __init__(self, step: Step, sharding: Sharding, parts: Sequence[Part]) -> None:
+    def __init__(self, step: StepTrace, sharding: Sharding, parts: Sequence[UnitShard]) -> None:
         self.step, self.sharding, self.parts = step, sharding, parts
         self.root = len(step.units) - 1
         self.whole: dict[int, int] = {}  # unit -> bytes gathered
@@ -307,23 +307,27 @@ class _Flow:
         self.order: list[int] = []  # of forwards
         self.buckets = sum(part.gradients for part in parts) if sharding.buckets else 0
 
-    def levels(self) -> Iterator[Level]:
+    def levels(self) -> Iterator[PeakCandidate]:
         """See `levels`."""
         cut = self.sharding.version > 0
         backward = False
         for moment in self.step.moments:
-            backward = backward or moment.kind is Kind.BACKWARD
-            if moment.kind is Kind.GRADIENT:
+            backward = backward or moment.kind is EventKind.BACKWARD
+            if moment.kind is EventKind.GRADIENT:
                 self._gradient(moment)
-            elif moment.kind is Kind.END:
+            elif moment.kind is EventKind.END:
                 self.shards = 0
-            elif cut and moment.kind in _CHANGES and not (backward and moment.kind in (Kind.FORWARD, Kind.DONE)):
+            elif (
+                cut
+                and moment.kind in _CHANGES
+                and not (backward and moment.kind in (EventKind.FORWARD, EventKind.DONE))
+            ):
                 for passing in _CHANGES[moment.kind](self, moment.unit):
-                    yield Level(moment.kind, self._extra() + passing, moment.now, self.shards)
+                    yield PeakCandidate(moment.kind, self._extra() + passing, moment.now, self.shards)
             held = moment.most
-            if moment.kind is Kind.UPDATE:
+            if moment.kind is EventKind.UPDATE:
                 held = moment.now + self._working(moment.most - moment.now)
-            yield Level(moment.kind, self._extra(), held, self.shards)
+            yield PeakCandidate(moment.kind, self._extra(), held, self.shards)
 
     def _extra(self) -> int:
         return sum(self.whole.values()) + sum(self.sent.values()) + sum(self.raw) + self.reducing + self.buckets
@@ -337,7 +341,7 @@ class _Flow:
         amount = sum if self.step.at_once else max
         return -(-size * amount(here or [0]) // amount(whole)) if whole else size
 
-    def _gradient(self, moment: Moment) -> None:
+    def _gradient(self, moment: Event) -> None:
         weight = self.step.units[moment.unit].weights[moment.weight]
         if self.sharding.version == 0:
             self.shards += weight.numel * weight.width
@@ -398,7 +402,7 @@ class _Flow:
             self.sent[following] = part.whole
         yield self._gathering(part)
 
-    def _gathering(self, part: Part) -> int:
+    def _gathering(self, part: UnitShard) -> int:
         """What is there while a unit is gathered, beside the whole of it."""
         return part.sent + (part.whole if self.sharding.copies else 0)
 
@@ -410,7 +414,7 @@ class _Flow:
         if unit == self.root:
             self.reducing = 0
 
-    def _reduce(self, unit: int, part: Part) -> Iterator[int]:
+    def _reduce(self, unit: int, part: UnitShard) -> Iterator[int]:
         flat = part.reduced  # gradients are put behind each other
         if self.sharding.version == 2:
             self.reducing, flat = flat, 0  # and stay until the next reduction; the one before is over
@@ -426,10 +430,10 @@ class _Flow:
 
 
 _CHANGES = {
-    Kind.FORWARD: _Flow._forward,
-    Kind.DONE: _Flow._done,
-    Kind.BACKWARD: _Flow._backward,
-    Kind.REDUCED: _Flow._reduced,
+    EventKind.FORWARD: _StepSimulator._forward,
+    EventKind.DONE: _StepSimulator._done,
+    EventKind.BACKWARD: _StepSimulator._backward,
+    EventKind.REDUCED: _StepSimulator._reduced,
 }
 
 

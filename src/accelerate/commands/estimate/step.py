@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ...runtime.tensors.pytree import convert_to_fp32
-from .sharding import Kind, Moment, Sharding, Step, Unit, Weight, rank_memory
+from .sharding import Event, EventKind, FSDPUnit, Sharding, StepTrace, Weight, rank_memory
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class StepMemory:
     peak: int
 
 
-class CannotFollow(RuntimeError):
+class TraceError(RuntimeError):
     """A step depends on values, or takes inputs that nobody described: its memory cannot be found."""
 
 
-def follow_step(
+def trace_step(
     model: nn.Module, batch_size: int, sequence_length: int, mixed: bool, at_once: bool = False
 ) -> StepMemory:
     """What one process that trains alone holds; see `follow_units`."""
-    step = follow_units(model, batch_size, sequence_length, mixed=mixed, at_once=at_once)
+    step = trace_units(model, batch_size, sequence_length, mixed=mixed, at_once=at_once)
     found = rank_memory(step, Sharding(version=0))
     return StepMemory(found.weights, found.gradients, found.optimizer, found.activations, found.peak)
 
 
-def follow_units(
+def trace_units(
     model: nn.Module,
     batch_size: int,
     sequence_length: int,
@@ -63,7 +63,7 @@ def follow_units(
     half: bool = False,
     checkpoint: bool = False,
     at_once: bool = False,
-) -> Step:
+) -> StepTrace:
     """Follows the second of two training steps: from then on Adam has its state.
 
     Args:
@@ -87,11 +87,11 @@ def follow_units(
     widths = {name: parameter.element_size() for name, parameter in model.named_parameters()}
     chosen = [*units(model), model]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _Tracker() as tracker:
+        with FakeTensorMode(allow_non_fake_inputs=True), _MemoryTracker() as tracker:
             _give_storage(model, torch.bfloat16 if half else None)
             kept = tracker.live
             buffers = kept - _bytes(model.parameters())
-            watch = _Watch(model, chosen, tracker)
+            watch = _UnitHooks(model, chosen, tracker)
             inputs = _with_labels(model, _inputs(model, batch_size, sequence_length))
             watch.attach(cast=torch.bfloat16 if half else None, checkpoint=checkpoint)
             optimizer = torch.optim.AdamW(model.parameters(), foreach=at_once)
@@ -99,15 +99,15 @@ def follow_units(
                 states = _bytes(tree_leaves([list(state.values()) for state in optimizer.state.values()]))
                 watch.restart(kept + states)
                 _step(model, optimizer, inputs, mixed, watch)
-    except CannotFollow:
+    except TraceError:
         raise
     except Exception as error:
         text = str(error).strip().split("\n")[0][:200]
-        raise CannotFollow(f"{type(error).__name__}: {text}") from error
-    return Step(watch.weights(widths), tuple(watch.moments), buffers, at_once)
+        raise TraceError(f"{type(error).__name__}: {text}") from error
+    return StepTrace(watch.weights(widths), tuple(watch.moments), buffers, at_once)
 
 
-class _Watch:
+class _UnitHooks:
     """Notes what happens to units in a step.
 
     Attributes:
@@ -115,9 +115,9 @@ class _Watch:
         backward: Whether the backward has begun: a forward is a recomputation then.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[nn.Module], tracker: _Tracker) -> None:
+    def __init__(self, model: nn.Module, units: Sequence[nn.Module], tracker: _MemoryTracker) -> None:
         self.units, self.tracker = units, tracker
-        self.moments: list[Moment] = []
+        self.moments: list[Event] = []
         self.backward = False
         self._reduced: set[int] = set()
         self._learned: set[tuple[int, int]] = set()
@@ -147,7 +147,7 @@ class _Watch:
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
             if self.backward:
                 return None
-            self.note(Kind.FORWARD, number)
+            self.note(EventKind.FORWARD, number)
             if cast is not None:
                 args, kwargs = tree_map(lambda value: _cast(value, cast), (args, kwargs))
             return self._passing(number, args, kwargs)
@@ -155,7 +155,7 @@ class _Watch:
         def after(_: nn.Module, args: Any, output: Any) -> None:
             if self.backward:
                 return
-            self.note(Kind.DONE, number)
+            self.note(EventKind.DONE, number)
             values = tree_leaves(dict(output) if hasattr(output, "keys") else output)
             tensors = [value for value in values if isinstance(value, torch.Tensor) and value.requires_grad]
             if tensors:
@@ -169,7 +169,7 @@ class _Watch:
         tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v.requires_grad]
         if not tensors:
             return args, kwargs
-        passed = iter(_Passing.apply(lambda: self.reduce(number), *tensors))
+        passed = iter(_Identity.apply(lambda: self.reduce(number), *tensors))
 
         def swap(value: Any) -> Any:
             return next(passed) if isinstance(value, torch.Tensor) and value.requires_grad else value
@@ -178,17 +178,17 @@ class _Watch:
 
     def _enter(self, number: int) -> None:
         self.backward = True
-        self.note(Kind.BACKWARD, number)
+        self.note(EventKind.BACKWARD, number)
 
     def _gradient(self, number: int, place: int, parameter: torch.Tensor) -> None:
         self._learned.add((number, place))
         self.tracker.held += _bytes([parameter.grad])
-        self.note(Kind.GRADIENT, number, place)
+        self.note(EventKind.GRADIENT, number, place)
 
     def reduce(self, number: int) -> None:
         """Notes that a unit's backward is over."""
         self._reduced.add(number)
-        self.note(Kind.REDUCED, number)
+        self.note(EventKind.REDUCED, number)
 
     def finish(self) -> None:
         """Notes the end of the backward, for units whose inputs have no gradients."""
@@ -196,27 +196,27 @@ class _Watch:
             if number not in self._reduced:
                 self.reduce(number)
         self.backward = False
-        self.note(Kind.UPDATE)
+        self.note(EventKind.UPDATE)
 
     def restart(self, held: int) -> None:
         """Begins a step, with so many bytes of weights and state."""
         self._reduced.clear()
         self.moments.clear()
         self.tracker.held = held
-        self.note(Kind.START)
+        self.note(EventKind.START)
 
-    def note(self, kind: Kind, unit: int = -1, weight: int = -1) -> None:
+    def note(self, kind: EventKind, unit: int = -1, weight: int = -1) -> None:
         """Adds a moment."""
         if self.moments:
             self.moments[-1] = replace(self.moments[-1], most=self.tracker.most_loose)
         now = self.tracker.live - self.tracker.held
         self.tracker.most_loose = now
-        self.moments.append(Moment(kind, unit, weight, now, now))
+        self.moments.append(Event(kind, unit, weight, now, now))
 
-    def weights(self, widths: dict[str, int]) -> tuple[Unit, ...]:
+    def weights(self, widths: dict[str, int]) -> tuple[FSDPUnit, ...]:
         """The units; a parameter that got no gradient counts as not trained."""
         return tuple(
-            Unit(
+            FSDPUnit(
                 tuple(
                     Weight(tuple(parameter.shape), widths[name], (number, place) in self._learned)
                     for place, (name, parameter) in enumerate(parameters)
@@ -226,7 +226,7 @@ class _Watch:
         )
 
 
-class _Passing(torch.autograd.Function):
+class _Identity(torch.autograd.Function):
     """Gives tensors on, and calls a function when all of their gradients are there."""
 
     @staticmethod
@@ -261,7 +261,7 @@ def _give_storage(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor], mixed: bool, watch: _Watch
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor], mixed: bool, watch: _UnitHooks
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         output = model(**inputs)  # loops keep it until the end of the step, its logits with it
@@ -272,7 +272,7 @@ def _step(
     watch.finish()
     optimizer.step()
     optimizer.zero_grad()
-    watch.note(Kind.END)
+    watch.note(EventKind.END)
 
 
 def _loss(output: Any) -> torch.Tensor:
@@ -282,7 +282,7 @@ def _loss(output: Any) -> torch.Tensor:
     values = tree_leaves(dict(output) if hasattr(output, "keys") else output)
     parts = [value.float().sum() for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
     if not parts:
-        raise CannotFollow("the model returns no numbers to train on")
+        raise TraceError("the model returns no numbers to train on")
     return torch.stack(parts).sum()
 
 
@@ -296,7 +296,7 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int) -> dict[str
     if name == "input_ids":
         longest = getattr(config, "max_position_embeddings", None)
         if isinstance(longest, int) and sequence_length > longest:
-            raise CannotFollow(f"the model takes at most {longest} tokens (--sequence_length {sequence_length})")
+            raise TraceError(f"the model takes at most {longest} tokens (--sequence_length {sequence_length})")
         tokens = {"input_ids": torch.zeros(batch_size, sequence_length, dtype=torch.int64)}
         if getattr(config, "is_encoder_decoder", False):
             tokens["decoder_input_ids"] = tokens["input_ids"].clone()
@@ -305,7 +305,7 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int) -> dict[str
     if name == "pixel_values" and size is not None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return {"pixel_values": torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width)}
-    raise CannotFollow(f"only batches of tokens and of images are known, and {type(model).__name__} takes {name}")
+    raise TraceError(f"only batches of tokens and of images are known, and {type(model).__name__} takes {name}")
 
 
 def _with_labels(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -324,7 +324,7 @@ def _bytes(tensors: Iterable[Any]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
-class _Tracker(TorchDispatchMode):
+class _MemoryTracker(TorchDispatchMode):
     """Counts the bytes of all storages that come out of operations, until they go.
 
     Attributes:

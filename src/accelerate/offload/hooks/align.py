@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...runtime.devices import with_index
 from ...runtime.tensors.pytree import find_device, send_to_device
-from ..disk_weights import OffloadedWeightsLoader, are_at_hand, loader_behind, read_weights, sources_of
+from ..disk_weights import OffloadedWeightsLoader, are_resident, loader_behind, read_weights, sources_of
 from ..io.mmap_reader import Stop, never
 from ..tensors import Place, TiedMap, as_parameter, named_module_tensors, owner_of, set_module_tensor_to_device
 from .base import ModelHook, SequentialHook, not_compiled, remove_hook_from_module
@@ -111,7 +111,7 @@ class AlignDevicesHook(ModelHook):
         self._beside = [name for name in beside if name in self.weights_map]
         if self.prefetcher is not None:
             self.prefetcher.register(self)
-        self._let_go(module)
+        self._evict(module)
         if self.execution_device is not None:
             for name in tensors.keys() - set(offloaded):
                 self._move(module, name, self.execution_device)
@@ -167,16 +167,16 @@ class AlignDevicesHook(ModelHook):
         values = self.prefetcher.take(self) if ahead and self.prefetcher is not None else None
         values = self.read() if values is None else values
         device = self.device
-        return values if device is None else {name: self._there(value, device) for name, value in values.items()}
+        return values if device is None else {name: self._is_on_device(value, device) for name, value in values.items()}
 
     def read(self, stop: Stop = never) -> dict[str, torch.Tensor]:
         """The values of all offloaded weights, where they are kept; those on disk are read into memory."""
         assert self.weights_map is not None
         return read_weights(self.weights_map, self._names(), stop)
 
-    def at_hand(self) -> bool:
+    def is_resident(self) -> bool:
         """Whether the weights are where they are used, or as good as there."""
-        return self.weights_map is not None and are_at_hand(self.weights_map, self._names())
+        return self.weights_map is not None and are_resident(self.weights_map, self._names())
 
     def loader(self) -> OffloadedWeightsLoader | None:
         """What reads the weights of this hook, and of others."""
@@ -192,7 +192,7 @@ class AlignDevicesHook(ModelHook):
         """The offloaded weights, and the row statistics that lie beside those of 8 bits."""
         return [*self._placeholders, *self._beside]
 
-    def _there(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def _is_on_device(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
         if value.device == device:
             return value
         shared = self.tied_params_map.get(value.data_ptr()) if self.tied_params_map else None
@@ -252,14 +252,14 @@ class AlignDevicesHook(ModelHook):
     @not_compiled
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Lets go of offloaded weights, and sends the output to where the input came from if that is asked for."""
-        self._let_go(module)
+        self._evict(module)
         if self.prefetcher is not None and not self.offload:
             self.prefetcher.finish()
         if self.io_same_device and self.input_device is not None:
             output = send_to_device(output, self.input_device, skip_keys=self.skip_keys)
         return output
 
-    def _let_go(self, module: nn.Module) -> None:
+    def _evict(self, module: nn.Module) -> None:
         for name, placeholder in self._placeholders.items():
             owner, key = owner_of(module, name)
             (owner._buffers if key in owner._buffers else owner._parameters)[key] = placeholder  # type: ignore[assignment]
@@ -272,7 +272,7 @@ class AlignDevicesHook(ModelHook):
     @not_compiled
     def after_error(self, module: nn.Module) -> None:
         """Lets go of offloaded weights."""
-        self._let_go(module)
+        self._evict(module)
         if self.prefetcher is not None and not self.offload:
             self.prefetcher.finish(completed=False)
 
@@ -331,7 +331,7 @@ def align_module_device(module: nn.Module, execution_device: Place | None = None
             hook._fill(module, hook.fetch(ahead=False))
             yield
         finally:
-            hook._let_go(module)
+            hook._evict(module)
             hook.execution_device = usual
         return
     if execution_device is None:

@@ -163,7 +163,7 @@ def attach_align_device_hook_on_blocks(
     assert isinstance(names, Mapping)
     devices = execution_device if isinstance(execution_device, Mapping) else dict.fromkeys(names, execution_device)
     offloaded = offload if isinstance(offload, Mapping) else dict.fromkeys(names, offload)
-    _Blocks(devices, offloaded, *shared).attach(module, module_name)
+    _BlockAttacher(devices, offloaded, *shared).attach(module, module_name)
 
 
 def _attach_to_all(
@@ -199,7 +199,7 @@ def _attach_to_all(
     add_hook_to_module(module, hook, append=True)
 
 
-class _Blocks:
+class _BlockAttacher:
     """One walk over a model with a device map; arguments as for `attach_align_device_hook_on_blocks`."""
 
     def __init__(

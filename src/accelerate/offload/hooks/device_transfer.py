@@ -1,6 +1,6 @@
 """Copies weights from memory to a device while it computes: a stream for copies, and a ring of pinned buffers.
 
-A `Lane` leads to one device. The one to the CPU does nothing, for weights are used where they are.
+A `TransferStream` leads to one device; the one to the CPU copies nothing.
 
 Rules that keep this free of races, for each weight:
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ...runtime.devices import kind_of
-from ..io.mmap_reader import Interrupted, Stop
+from ..io.mmap_reader import ReadInterruptedError, Stop
 
 _BUFFER = 32 << 20
 _BUFFERS = 2
@@ -30,7 +30,7 @@ _BUFFERS = 2
 _WITH_STREAMS: dict[str, dict[str, Any]] = {"cuda": {"blocking": True}, "xpu": {}}
 
 
-class Brought:
+class PendingTransfer:
     """Weights on their way.
 
     Args:
@@ -63,7 +63,7 @@ class Brought:
         return self._values
 
 
-class Lane:
+class TransferStream:
     """To the CPU, and to devices that copies cannot run beside: weights are left where they are.
 
     Attributes:
@@ -76,7 +76,7 @@ class Lane:
         """Returns a point in what the device was given to do so far; called by the thread that computes."""
         return None
 
-    def bring(self, values: dict[str, torch.Tensor], mark: Any, stop: Stop) -> Brought:
+    def copy_async(self, values: dict[str, torch.Tensor], mark: Any, stop: Stop) -> PendingTransfer:
         """Starts to bring weights to the device; called by the thread that reads ahead.
 
         Args:
@@ -84,10 +84,10 @@ class Lane:
             mark: Wait until the device has come this far: what it computed with before is free then.
             stop: Asked between pieces; true gives up.
         """
-        return Brought(values)
+        return PendingTransfer(values)
 
 
-class StreamLane(Lane):
+class DeviceTransferStream(TransferStream):
     """To a device with streams. Copies run on a stream of their own, out of pinned memory.
 
     Weights that are in pinned memory already are copied from there; others pass through a ring of pinned buffers.
@@ -102,10 +102,10 @@ class StreamLane(Lane):
         self._device = device
         self._module = _module(device)
         self._stream = self._module.Stream(device=device)
-        self._ring: Ring | None = None
+        self._ring: PinnedRingBuffer | None = None
 
     def mark(self) -> Any:
-        """See `Lane.mark`."""
+        """See `TransferStream.mark`."""
         mark = self._event()
         mark.record(self._module.current_stream(self._device))
         return mark
@@ -114,17 +114,17 @@ class StreamLane(Lane):
         """Makes an event that the host waits for."""
         return self._module.Event(**_WITH_STREAMS[self._device.type])
 
-    def bring(self, values: dict[str, torch.Tensor], mark: Any, stop: Stop) -> Brought:
-        """See `Lane.bring`."""
+    def copy_async(self, values: dict[str, torch.Tensor], mark: Any, stop: Stop) -> PendingTransfer:
+        """See `TransferStream.copy_async`."""
         mark.synchronize()
         if stop():
-            raise Interrupted
+            raise ReadInterruptedError
         with self._module.stream(self._stream):
             moved = {name: self._copied(value, stop) for name, value in values.items()}
             ready = self._module.Event()
             ready.record(self._stream)
         copies = [value for name, value in moved.items() if value is not values[name]]
-        return Brought(moved, self._device, ready, copies)
+        return PendingTransfer(moved, self._device, ready, copies)
 
     def _copied(self, value: torch.Tensor, stop: Stop) -> torch.Tensor:
         """Returns a copy in memory of the current stream; the value itself where another copies it."""
@@ -136,7 +136,7 @@ class StreamLane(Lane):
         if not value.is_contiguous() or not value.numel():
             return value.to(self._device)
         if self._ring is None:
-            self._ring = Ring(
+            self._ring = PinnedRingBuffer(
                 [torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)], self._event
             )
         target = torch.empty(value.shape, dtype=value.dtype, device=self._device)
@@ -144,7 +144,7 @@ class StreamLane(Lane):
         return target
 
 
-class Ring:
+class PinnedRingBuffer:
     """Pinned buffers, filled one after the other; each is filled again only after the copies out of it are done.
 
     Small tensors share a buffer: if each took one, the host would wait for the copy of every large one before it fills
@@ -178,7 +178,7 @@ class Ring:
         start = 0
         while start < len(from_bytes):
             if stop():
-                raise Interrupted
+                raise ReadInterruptedError
             if self._used == room:
                 self._turn, self._used = (self._turn + 1) % len(self._buffers), 0
                 self._events[self._turn].synchronize()
@@ -191,9 +191,9 @@ class Ring:
             start += len(piece)
 
 
-def lane_to(device: torch.device | None) -> Lane:
-    """Returns the lane to a device, which has its index; None: weights stay where they are."""
-    return StreamLane(device) if device is not None and device.type in _WITH_STREAMS else Lane()
+def stream_to(device: torch.device | None) -> TransferStream:
+    """Returns the transfer stream of a device (with an index); None: weights stay in CPU memory."""
+    return DeviceTransferStream(device) if device is not None and device.type in _WITH_STREAMS else TransferStream()
 
 
 def _module(device: torch.device) -> Any:

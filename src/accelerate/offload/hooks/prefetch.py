@@ -1,6 +1,6 @@
 """Reading ahead: what the next layers need is brought to where they run while this one computes.
 
-`Order` guesses which layers come next, `Prefetcher` has one thread read for them, and both forget a wrong guess. What was
+`Order` predictions which layers come next, `Prefetcher` has one thread read for them, and both forget a wrong guess. What was
 read is handed out only if it still is what the layer would read itself, so that reading ahead changes nothing but the time.
 """
 
@@ -18,8 +18,8 @@ import torch
 
 from ...settings import env
 from ..disk_weights import OffloadedWeightsLoader
-from ..io.mmap_reader import Interrupted, Stop, never
-from .device_transfer import Brought, Lane, lane_to
+from ..io.mmap_reader import ReadInterruptedError, Stop, never
+from .device_transfer import PendingTransfer, TransferStream, stream_to
 
 # As much as the largest layer takes may wait ahead of the one that computes, and this much in any case.
 _ROOM = 16 << 20
@@ -29,7 +29,7 @@ _NEAR = 64 << 20
 _END = -1
 
 
-class Unit(Protocol):
+class Prefetchable(Protocol):
     """What is read as one: the weights that one hook fetches.
 
     Attributes:
@@ -46,7 +46,7 @@ class Unit(Protocol):
     def read(self, stop: Stop) -> dict[str, torch.Tensor]:
         """The weights by name; called in any thread."""
 
-    def at_hand(self) -> bool:
+    def is_resident(self) -> bool:
         """Whether reading the weights takes no time worth mentioning."""
 
     def loader(self) -> OffloadedWeightsLoader | None:
@@ -56,7 +56,7 @@ class Unit(Protocol):
         """What equals another such list as long as `read` would give the same; None: do not read ahead."""
 
 
-class Order:
+class AccessPredictor:
     """The order in which units are used, by number: learned while they are, and guessed before.
 
     What came after two units is what will come after them again. Where that is not known yet, units are used in the order
@@ -67,7 +67,7 @@ class Order:
         self._after: dict[tuple[int | None, int | None], int] = {}
         self._last: tuple[int | None, int | None] = (None, None)
 
-    def note(self, number: int) -> None:
+    def record(self, number: int) -> None:
         """A unit is used now."""
         self._after[self._last] = number
         self._last = (self._last[1], number)
@@ -83,7 +83,7 @@ class Order:
         """The unit used last; None at the beginning."""
         return self._last[1]
 
-    def guesses(self) -> Iterator[int]:
+    def predictions(self) -> Iterator[int]:
         """Which units will be used next, one after the other. May go on forever."""
         before, last = self._last
         while last is not None:
@@ -94,7 +94,7 @@ class Order:
             before, last = last, number
 
 
-class _Here(NamedTuple):
+class _Resident(NamedTuple):
     """One unit that was at hand, and read before its turn.
 
     Attributes:
@@ -106,13 +106,15 @@ class _Here(NamedTuple):
     values: dict[str, torch.Tensor]
 
 
-class _Job:
+class _ReadJob:
     """One unit being read ahead."""
 
-    def __init__(self, unit: Unit, lane: Lane, sources: list[object], thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, unit: Prefetchable, stream: TransferStream, sources: list[object], thread: ThreadPoolExecutor
+    ) -> None:
         self.sources = sources
         self._cancelled = threading.Event()
-        self.future = thread.submit(_read, unit, lane, lane.mark(), self._cancelled.is_set)
+        self.future = thread.submit(_read, unit, stream, stream.mark(), self._cancelled.is_set)
 
     def cancel(self) -> None:
         """Gives it up."""
@@ -120,12 +122,12 @@ class _Job:
         self.future.cancel()
 
 
-def _read(unit: Unit, lane: Lane, mark: Any, stop: Stop) -> Brought | None:
+def _read(unit: Prefetchable, stream: TransferStream, mark: Any, stop: Stop) -> PendingTransfer | None:
     """What the thread does. None: nothing came of it, and the weights are to be read when they are needed."""
     try:
         with torch.no_grad():
-            return lane.bring(unit.read(stop), mark, stop)
-    except (Interrupted, torch.OutOfMemoryError):
+            return stream.copy_async(unit.read(stop), mark, stop)
+    except (ReadInterruptedError, torch.OutOfMemoryError):
         return None
 
 
@@ -138,12 +140,12 @@ class Prefetcher:
 
     def _begin(self) -> None:
         self._process = os.getpid()
-        self._order = Order()
-        self._numbers: WeakKeyDictionary[Unit, int] = WeakKeyDictionary()
-        self._units: WeakValueDictionary[int, Unit] = WeakValueDictionary()
-        self._lanes: dict[torch.device | None, Lane] = {}
-        self._jobs: dict[int, _Job] = {}
-        self._here: dict[int, _Here] = {}
+        self._order = AccessPredictor()
+        self._numbers: WeakKeyDictionary[Prefetchable, int] = WeakKeyDictionary()
+        self._units: WeakValueDictionary[int, Prefetchable] = WeakValueDictionary()
+        self._streams: dict[torch.device | None, TransferStream] = {}
+        self._jobs: dict[int, _ReadJob] = {}
+        self._here: dict[int, _Resident] = {}
         self._leisure: threading.Event | None = None  # ends what is done while there is nothing to read ahead
         self._largest = _ROOM
         self._thread: ThreadPoolExecutor | None = None
@@ -151,7 +153,7 @@ class Prefetcher:
     def __reduce__(self) -> tuple[Callable[[], Prefetcher], tuple[()]]:
         return Prefetcher, ()  # threads and learned numbers stay behind
 
-    def register(self, unit: Unit) -> int:
+    def register(self, unit: Prefetchable) -> int:
         """Gives a unit its number; the first guess is that units are used in the order they came here."""
         number = self._numbers.get(unit)
         if number is None:
@@ -160,7 +162,7 @@ class Prefetcher:
             self._largest = max(self._largest, unit.size)
         return number
 
-    def take(self, unit: Unit) -> dict[str, torch.Tensor] | None:
+    def take(self, unit: Prefetchable) -> dict[str, torch.Tensor] | None:
         """What was read ahead for a unit, waited for if it is being read; and has the next ones read.
 
         Args:
@@ -176,7 +178,7 @@ class Prefetcher:
             if self._process != os.getpid():  # forked: the thread is not here
                 self._begin()
             number = self.register(unit)
-            self._order.note(number)
+            self._order.record(number)
             job, here = self._jobs.pop(number, None), self._here.pop(number, None)
             if here is None:
                 self._plan()
@@ -198,7 +200,7 @@ class Prefetcher:
             last = self._order.last
             self._order.finish(completed)
             if completed and last is not None:
-                self._use_leisure(self._units.get(last))
+                self._remap_when_idle(self._units.get(last))
             for job in self._jobs.values():
                 job.cancel()
             self._jobs.clear()
@@ -208,7 +210,7 @@ class Prefetcher:
         """Has those read that come next, as far as there is room, and gives up what was a wrong guess."""
         coming: set[int] = set()
         waiting = near = 0  # bytes
-        for number in islice(self._order.guesses(), _FARTHEST):
+        for number in islice(self._order.predictions(), _FARTHEST):
             unit = self._units.get(number)
             if unit is None or number in coming:
                 break
@@ -228,17 +230,17 @@ class Prefetcher:
         for number in self._here.keys() - coming:
             del self._here[number]
 
-    def _lane(self, unit: Unit) -> Lane:
-        lane = self._lanes.get(unit.device)
-        if lane is None:
-            lane = self._lanes[unit.device] = lane_to(unit.device)
-        return lane
+    def _stream(self, unit: Prefetchable) -> TransferStream:
+        stream = self._streams.get(unit.device)
+        if stream is None:
+            stream = self._streams[unit.device] = stream_to(unit.device)
+        return stream
 
-    def _is_near(self, unit: Unit) -> bool:
+    def _is_near(self, unit: Prefetchable) -> bool:
         """Whether a thread would take longer than reading."""
-        return not self._lane(unit).copies and unit.at_hand()
+        return not self._stream(unit).copies and unit.is_resident()
 
-    def _read_here(self, number: int, unit: Unit) -> bool:
+    def _read_here(self, number: int, unit: Prefetchable) -> bool:
         """Reads a unit at once: several in a row cost much less than each between two layers that compute."""
         if number in self._here:
             return True
@@ -246,12 +248,12 @@ class Prefetcher:
         if sources is None:
             return False
         try:
-            self._here[number] = _Here(sources, unit.read(never))
+            self._here[number] = _Resident(sources, unit.read(never))
         except Exception:  # noqa: BLE001 - it will be raised where the weights are needed
             return False
         return True
 
-    def _start(self, number: int, unit: Unit) -> None:
+    def _start(self, number: int, unit: Prefetchable) -> None:
         sources = unit.sources()
         if sources is None:
             return
@@ -259,9 +261,9 @@ class Prefetcher:
             self._leisure.set()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="accelerate-offload")
-        self._jobs[number] = _Job(unit, self._lane(unit), sources, self._thread)
+        self._jobs[number] = _ReadJob(unit, self._stream(unit), sources, self._thread)
 
-    def _use_leisure(self, unit: Unit | None) -> None:
+    def _remap_when_idle(self, unit: Prefetchable | None) -> None:
         """Has the loader make faster what was slow in this forward, until something is to be read ahead."""
         loader = None if unit is None else unit.loader()
         if loader is None or not loader.slow or (self._leisure is not None and not self._leisure.is_set()):
@@ -269,7 +271,7 @@ class Prefetcher:
         ended = self._leisure = threading.Event()
 
         def work() -> None:
-            loader.renew(ended.is_set)
+            loader.remap_huge_pages(ended.is_set)
             ended.set()
 
         # A daemon: it may be at it for long, and nobody waits for it.

@@ -13,14 +13,14 @@ import weakref
 from collections import deque
 
 from ...runtime.system.page_cache import open_past
-from .mmap_reader import CutShort, Interrupted, Part, Run, Stop, ask_for_large_pages
+from .mmap_reader import ByteRange, MappedRange, ReadInterruptedError, Stop, TruncatedFileError, advise_huge_pages
 
 _CHUNK = 8 << 20
 # Of each size, so many buffers wait to be used again: one for the layer that computes, one for the next.
 _WAITING = 2
 
 
-class Buffers:
+class BufferPool:
     """Memory that begins at a page. Any thread may take some, and any may drop the last tensor over it."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Buffers:
             memory = waiting.pop()
         except IndexError:
             memory = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process has its own
-            ask_for_large_pages(memory)
+            advise_huge_pages(memory)
         view = memoryview(memory)
         weakref.finalize(view, waiting.append, memory).atexit = False
         return view
@@ -48,14 +48,14 @@ class DirectFile:
         buffers: Where its parts go.
     """
 
-    def __init__(self, descriptor: int, buffers: Buffers) -> None:
+    def __init__(self, descriptor: int, buffers: BufferPool) -> None:
         self._buffers = buffers
         same = f"/proc/self/fd/{descriptor}"  # whatever its name stands for now
         self._descriptor = open_past(same) if os.path.exists(same) else None
         if self._descriptor is not None:
             weakref.finalize(self, os.close, self._descriptor)
 
-    def part(self, run: Run, stop: Stop) -> Part | None:
+    def part(self, run: ByteRange, stop: Stop) -> MappedRange | None:
         """A part that begins with a page; None where that cannot be done.
 
         Args:
@@ -63,20 +63,20 @@ class DirectFile:
             stop: Asked between pieces; true gives up.
 
         Raises:
-            CutShort: when that much is not there any more.
+            TruncatedFileError: when that much is not there any more.
             Interrupted: when `stop` said so.
         """
         if self._descriptor is None:
             return None
         size = run.stop - run.start
         if not size:
-            return Part(b"", 0)
+            return MappedRange(b"", 0)
         view = self._buffers.take(size)
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         done = 0
         while done < size:
             if stop():
-                raise Interrupted
+                raise ReadInterruptedError
             try:
                 count = os.preadv(self._descriptor, [view[done : min(done + _CHUNK, whole)]], run.start + done)
             except OSError as error:
@@ -84,6 +84,6 @@ class DirectFile:
                     return None
                 raise
             if not count:
-                raise CutShort
+                raise TruncatedFileError
             done += count
-        return Part(view, 0)
+        return MappedRange(view, 0)

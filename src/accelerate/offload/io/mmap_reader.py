@@ -36,11 +36,11 @@ def never() -> bool:
     return False
 
 
-class Interrupted(Exception):
+class ReadInterruptedError(Exception):
     """Reading was given up, because nobody waits for it any more."""
 
 
-class CutShort(Exception):
+class TruncatedFileError(Exception):
     """A file is shorter than it was, or cannot be read."""
 
 
@@ -61,14 +61,14 @@ class Span:
     shape: tuple[int, ...]
 
 
-class Run(NamedTuple):
+class ByteRange(NamedTuple):
     """A part of a file that is brought into memory as one: from `start` to before `stop`."""
 
     start: int
     stop: int
 
 
-class Part(NamedTuple):
+class MappedRange(NamedTuple):
     """A part of a file in memory.
 
     Attributes:
@@ -81,7 +81,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """Where tensors of one file lie in the parts that are brought for them.
 
     Attributes:
@@ -91,11 +91,11 @@ class Layout:
     """
 
     spans: tuple[Span, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[ByteRange, ...]
     places: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, spans: Sequence[Span], size: int, page: int | None = None) -> Layout:
+    def of(cls, spans: Sequence[Span], size: int, page: int | None = None) -> TensorLayout:
         """The parts that hold some tensors; those that touch are one.
 
         Args:
@@ -103,7 +103,7 @@ class Layout:
             size: Length of the file in bytes.
             page: Parts begin and end where such pages do. None: where large ones do, around a tensor that fills any.
         """
-        runs: list[Run] = []
+        runs: list[ByteRange] = []
         numbers: dict[Span, int] = {}
         for span in sorted(set(spans), key=lambda span: (span.start, span.stop)):
             large = span.stop - span.start >= _LARGE_PAGE // 8
@@ -112,19 +112,19 @@ class Layout:
             if runs and start <= runs[-1].stop:
                 last = runs.pop()
                 start, stop = min(last.start, start), max(last.stop, stop)
-            runs.append(Run(start, stop))
+            runs.append(ByteRange(start, stop))
             numbers[span] = len(runs) - 1
         places = tuple((numbers[span], span.start - runs[numbers[span]].start) for span in spans)
         return cls(tuple(spans), tuple(runs), places)
 
-    def tensors(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def tensors(self, parts: Sequence[MappedRange]) -> list[torch.Tensor]:
         """The tensors over the memory of the parts."""
         return [
             _tensor(parts[number], span, offset) for span, (number, offset) in zip(self.spans, self.places, strict=True)
         ]
 
 
-def _tensor(part: Part, span: Span, offset: int) -> torch.Tensor:
+def _tensor(part: MappedRange, span: Span, offset: int) -> torch.Tensor:
     count, rest = divmod(span.stop - span.start, span.dtype.itemsize)
     assert not rest, f"{span} is no tensor"
     if not count:
@@ -141,38 +141,38 @@ class _Window:
 
     def __init__(self, owner: object, descriptor: int, start: int, stop: int) -> None:
         self._memory = mmap.mmap(descriptor, stop - start, access=mmap.ACCESS_COPY, offset=start)
-        ask_for_large_pages(self._memory)
+        advise_huge_pages(self._memory)
         self._owner, self._start, self._stop = owner, start, stop
-        self._given: set[Run] = set()
+        self._given: set[ByteRange] = set()
         self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr() - start
 
-    def part(self, owner: object, run: Run) -> Part | None:
+    def part(self, owner: object, run: ByteRange) -> MappedRange | None:
         """A part; None when it is not in here, or may have been written to since it was given out."""
         if not self.covers(owner, run) or run in self._given:
             return None
         self._given.add(run)
-        return Part(self._memory, run.start - self._start)
+        return MappedRange(self._memory, run.start - self._start)
 
-    def covers(self, owner: object, run: Run) -> bool:
+    def covers(self, owner: object, run: ByteRange) -> bool:
         """Whether a part is in here."""
         return owner is self._owner and self._start <= run.start and run.stop <= self._stop
 
-    def read_in(self, run: Run, stop: Stop) -> None:
+    def read_in(self, run: ByteRange, stop: Stop) -> None:
         """Brings a part into memory, piece by piece."""
         for start in range(run.start, run.stop, _CHUNK):
             if stop():
-                raise Interrupted
+                raise ReadInterruptedError
             if not _populate(self._address + start, min(_CHUNK, run.stop - start)):
-                raise CutShort
+                raise TruncatedFileError
 
 
-class Windows:
+class MmapWindowCache:
     """The window that was mapped last: whatever else is mapped and unmapped, all processors have to agree on it."""
 
     def __init__(self) -> None:
         self._last: _Window | None = None
 
-    def part(self, owner: object, descriptor: int, run: Run, size: int) -> tuple[Part, _Window]:
+    def part(self, owner: object, descriptor: int, run: ByteRange, size: int) -> tuple[MappedRange, _Window]:
         """A part of a file, whose pages need not be in memory yet, and its window.
 
         Args:
@@ -189,7 +189,7 @@ class Windows:
             assert part is not None
         return part, last
 
-    def cover(self, owner: object, run: Run) -> bool:
+    def cover(self, owner: object, run: ByteRange) -> bool:
         """Whether a part of a file is in it."""
         last = self._last
         return last is not None and last.covers(owner, run)
@@ -199,7 +199,7 @@ class Windows:
         self._last = None
 
 
-class Mapping:
+class MmapFile:
     """An open file seen as memory.
 
     Args:
@@ -207,15 +207,15 @@ class Mapping:
         windows: Shared by the files of a model.
     """
 
-    def __init__(self, descriptor: int, windows: Windows) -> None:
+    def __init__(self, descriptor: int, windows: MmapWindowCache) -> None:
         self._descriptor = descriptor
         self._windows = windows
         status = os.fstat(descriptor)
         self._device, self._size = status.st_dev, status.st_size
         self._synced = False
-        self._small: dict[Run, bool] = {}  # parts whose pages are known, and whether they are small
+        self._small: dict[ByteRange, bool] = {}  # parts whose pages are known, and whether they are small
 
-    def part(self, run: Run, stop: Stop) -> Part:
+    def part(self, run: ByteRange, stop: Stop) -> MappedRange:
         """A part, read into memory. What is written to it stays with it.
 
         Args:
@@ -223,11 +223,11 @@ class Mapping:
             stop: Asked between pieces; true gives up.
 
         Raises:
-            CutShort: when that much is not there any more.
+            TruncatedFileError: when that much is not there any more.
             Interrupted: when `stop` said so.
         """
         if run.stop == run.start:
-            return Part(b"", 0)
+            return MappedRange(b"", 0)
         part, window = self._windows.part(self, self._descriptor, run, self._size)
         if run in self._small:
             window.read_in(run, stop)
@@ -239,19 +239,19 @@ class Mapping:
             self._small[run] = _small(after[0] - before[0], run.stop - run.start)
         return part
 
-    def is_open(self, run: Run) -> bool:
+    def is_open(self, run: ByteRange) -> bool:
         """Whether a part lies in what is mapped already."""
         return self._windows.cover(self, run)
 
-    def is_known(self, run: Run) -> bool:
+    def is_known(self, run: ByteRange) -> bool:
         """Whether it is known by what pages a part comes."""
         return run in self._small
 
-    def is_slow(self, run: Run) -> bool:
-        """Whether a part was found in small pages, and `renew` may change that."""
+    def is_slow(self, run: ByteRange) -> bool:
+        """Whether a part was found in small pages, and `remap_huge_pages` may change that."""
         return self._small.get(run, False) and _IN_VAIN.get(self._device, 0) < _TRIES and hasattr(os, "posix_fadvise")
 
-    def renew(self, run: Run, stop: Stop) -> bool:
+    def remap_huge_pages(self, run: ByteRange, stop: Stop) -> bool:
         """Has the cache hold a part in large pages that it holds in small ones, since somebody else read it.
 
         Mapping small pages costs a share of every forward; this costs reading the part once. Given up for a device where
@@ -279,7 +279,7 @@ class Mapping:
             os.posix_fadvise(self._descriptor, run.start, count, os.POSIX_FADV_DONTNEED)
             begin = time.perf_counter()
             minor, major = self._faults_of(run, stop)
-        except CutShort:  # whoever needs it will say so
+        except TruncatedFileError:  # whoever needs it will say so
             return True
         if not major:  # it was not dropped
             return False
@@ -290,7 +290,7 @@ class Mapping:
             _IN_VAIN[self._device] = 0
         return True
 
-    def _faults_of(self, run: Run, stop: Stop) -> tuple[int, int]:
+    def _faults_of(self, run: ByteRange, stop: Stop) -> tuple[int, int]:
         """How many faults it takes to map a part: pages in the cache, and pages on disk."""
         before = _faults()
         _Window(self, self._descriptor, run.start, run.stop).read_in(run, stop)
@@ -306,7 +306,7 @@ def _small(faults: int, count: int) -> bool:
 # The system ------------------------------------------------------------------------------------------------------------
 
 
-def ask_for_large_pages(memory: mmap.mmap) -> None:
+def advise_huge_pages(memory: mmap.mmap) -> None:
     """Has the system use large pages for some memory, where it can."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:

@@ -64,8 +64,8 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[int, int, str]] = {}
         for name, entry in header.items():
-            self.shapes[name], self._places[name] = _place(name, entry)
-        _check_places(sorted(self._places.values()), self._size - self._start)
+            self.shapes[name], self._places[name] = _entry_span(name, entry)
+        _check_spans(sorted(self._places.values()), self._size - self._start)
         self._storage: Any = None
         for name, (_, _, kind) in self._places.items():
             if kind not in FORMATS:
@@ -137,7 +137,7 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _place(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int, str]]:
+def _entry_span(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int, str]]:
     """The shape that the header gives to a tensor, where it begins and ends, and its format."""
     try:
         (begin, end), shape, kind = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
@@ -152,7 +152,7 @@ def _place(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int, str]
     return shape, (begin, end, kind)
 
 
-def _check_places(places: list[tuple[int, int, str]], size: int) -> None:
+def _check_spans(places: list[tuple[int, int, str]], size: int) -> None:
     """Raises where tensors, in order, leave out a byte of the data or share one."""
     reached = 0
     for begin, end, _ in places:

@@ -17,14 +17,14 @@ import torch
 
 from ...runtime.system.file_names import regular_size
 from ...runtime.system.page_cache import CacheProbe
-from .direct_io import Buffers, DirectFile
-from .mmap_reader import CutShort, Layout, Mapping, Run, Span, Stop, Windows, never
+from .direct_io import BufferPool, DirectFile
+from .mmap_reader import ByteRange, MmapFile, MmapWindowCache, Span, Stop, TensorLayout, TruncatedFileError, never
 
 _RENEWALS = 5  # tries, since parts may be in use at the time
 _SMALL = 64 << 10  # so many bytes of weights are kept once they were read: reading them again would cost more time
 
 
-class WeightFile:
+class CachedFile:
     """An open file with weights. It stays readable when it is deleted or another takes its name.
 
     Args:
@@ -33,7 +33,7 @@ class WeightFile:
         windows: What parts are mapped by.
     """
 
-    def __init__(self, path: str | os.PathLike[str], buffers: Buffers, windows: Windows) -> None:
+    def __init__(self, path: str | os.PathLike[str], buffers: BufferPool, windows: MmapWindowCache) -> None:
         self.path = Path(path)
         # Without O_NONBLOCK, opening a pipe would wait for its writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -41,7 +41,7 @@ class WeightFile:
         self._descriptor = descriptor
         self._buffers = buffers
         self.size = regular_size(os.fstat(descriptor), self.path)
-        self.mapping = Mapping(descriptor, windows)
+        self.mapping = MmapFile(descriptor, windows)
 
     @cached_property
     def direct(self) -> DirectFile:
@@ -56,29 +56,29 @@ class WeightFile:
         """Whether the file still has so many bytes."""
         return os.fstat(self._descriptor).st_size >= end
 
-    def holds(self, runs: Sequence[Run]) -> bool:
+    def holds(self, runs: Sequence[ByteRange]) -> bool:
         """Whether the cache seems to hold some parts. What it lacks of them is read when they are mapped."""
         holds = self._probe.holds
         return all(run.start == run.stop or holds((run.start + run.stop) // 2) for run in runs)
 
 
-class Reading:
+class TensorRead:
     """Some tensors of a file, to be read as often as they are needed.
 
     Args:
         spans: Where they are.
         open_file: Gives the file, opened or kept open.
         room: Whether memory has room for all that is offloaded.
-        slow: Called with this, once mapping was found to be slower than it could be; `renew` mends that.
+        slow: Called with this, once mapping was found to be slower than it could be; `remap_huge_pages` mends that.
         keep: Keep small ones in memory.
     """
 
     def __init__(
         self,
         spans: Sequence[Span],
-        open_file: Callable[[], WeightFile],
+        open_file: Callable[[], CachedFile],
         room: Callable[[], bool],
-        slow: Callable[[Reading], None],
+        slow: Callable[[TensorRead], None],
         keep: bool = True,
     ) -> None:
         self._open = open_file
@@ -87,24 +87,24 @@ class Reading:
         self._known = False  # whether mapping is slow
         self._renewals = 0
         size = open_file().size
-        self._mapped = Layout.of(spans, size)
-        self._direct = Layout.of(spans, size, mmap.PAGESIZE)
+        self._mapped = TensorLayout.of(spans, size)
+        self._direct = TensorLayout.of(spans, size, mmap.PAGESIZE)
         self._end = max((span.stop for span in spans), default=0)
         self._small = keep and sum(span.stop - span.start for span in spans) <= _SMALL
         self._kept: list[torch.Tensor] | None = None
         self._passed = False
 
-    def at_hand(self) -> bool:
+    def is_resident(self) -> bool:
         """Whether reading them now takes no time worth mentioning."""
         return self._kept is not None or self._open().holds(self._direct.runs)
 
-    def renew(self, stop: Stop) -> bool:
-        """Makes mapping them faster, at leisure; see `Mapping.renew`. Returns whether to come back to it."""
+    def remap_huge_pages(self, stop: Stop) -> bool:
+        """Makes mapping them faster, at leisure; see `Mapping.remap_huge_pages`. Returns whether to come back to it."""
         self._renewals += 1
         if not self._room():
             return False
         mapping = self._open().mapping
-        done = [mapping.renew(run, stop) for run in self._mapped.runs]
+        done = [mapping.remap_huge_pages(run, stop) for run in self._mapped.runs]
         return not all(done) and self._renewals < _RENEWALS
 
     def read(self, stop: Stop = never) -> list[torch.Tensor]:
@@ -127,7 +127,7 @@ class Reading:
         file = self._open()
         try:
             if not file.reaches(self._end):
-                raise CutShort
+                raise TruncatedFileError
             # What is beside parts that were there a moment ago is there, too.
             if all(map(file.mapping.is_open, self._mapped.runs)) or file.holds(self._direct.runs):
                 return self._in_place(file, stop)
@@ -138,13 +138,13 @@ class Reading:
             parts = [file.direct.part(run, stop) for run in self._direct.runs]
             found = [part for part in parts if part is not None]
             return self._direct.tensors(found) if len(found) == len(parts) else self._in_place(file, stop)
-        except CutShort:
+        except TruncatedFileError:
             raise RuntimeError(
                 f"{file.path} has been cut short or cannot be read any more, while a model reads its weights there. Leave "
                 "the file as it is while the model is in use."
             ) from None
 
-    def _in_place(self, file: WeightFile, stop: Stop) -> list[torch.Tensor]:
+    def _in_place(self, file: CachedFile, stop: Stop) -> list[torch.Tensor]:
         parts = [file.mapping.part(run, stop) for run in self._mapped.runs]
         if not self._known and all(file.mapping.is_known(run) for run in self._mapped.runs):
             self._known = True

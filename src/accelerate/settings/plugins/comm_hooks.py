@@ -41,12 +41,12 @@ def communication_hook(
         ValueError: when `options` has a name that the hook does not know, or the hook takes none.
     """
     if kind is DDPCommunicationHookType.NO and wrapper is DDPCommunicationHookType.NO:
-        _refuse_unknown(kind, options, set())
+        _reject_unknown(kind, options, set())
         return None
     state, hook = _power_sgd(kind, options, group) if kind in _POWER_SGD else _average(kind, options, group)
     for half in (kind, wrapper):
         if half in _WIRE_DTYPES:
-            hook = _on_the_wire(hook, _WIRE_DTYPES[half])
+            hook = _with_wire_dtype(hook, _WIRE_DTYPES[half])
     return state, hook
 
 
@@ -55,7 +55,7 @@ def _average(
 ) -> tuple[Any, Hook]:
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    _refuse_unknown(kind, options, set())
+    _reject_unknown(kind, options, set())
     return group, allreduce_hook
 
 
@@ -64,7 +64,7 @@ def _power_sgd(
 ) -> tuple[Any, Hook]:
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power_sgd
 
-    _refuse_unknown(kind, options, set(inspect.signature(power_sgd.PowerSGDState).parameters))
+    _reject_unknown(kind, options, set(inspect.signature(power_sgd.PowerSGDState).parameters))
     state = power_sgd.PowerSGDState(**{"process_group": group, **options})
     return (
         state,
@@ -72,7 +72,7 @@ def _power_sgd(
     )
 
 
-def _refuse_unknown(kind: DDPCommunicationHookType, options: Mapping[str, Any], known: set[str]) -> None:
+def _reject_unknown(kind: DDPCommunicationHookType, options: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(
@@ -81,7 +81,7 @@ def _refuse_unknown(kind: DDPCommunicationHookType, options: Mapping[str, Any], 
         )
 
 
-def _on_the_wire(hook: Hook, dtype_name: str) -> Hook:
+def _with_wire_dtype(hook: Hook, dtype_name: str) -> Hook:
     import torch
 
     dtype: torch.dtype = getattr(torch, dtype_name)

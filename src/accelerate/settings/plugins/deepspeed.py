@@ -151,7 +151,7 @@ class DeepSpeedPlugin:
     def _merge_fields(self, said: dict[str, Any]) -> None:
         """Fills the fields into DeepSpeed's own configuration where that leaves room, and reads them back from it."""
         config = self.hf_ds_config
-        self._refuse_ignored()
+        self._reject_ignored()
         mismatches = []
         for name, field in _FIELDS.items():
             there = config.get_value(field.key)
@@ -168,10 +168,10 @@ class DeepSpeedPlugin:
             # What neither says is DeepSpeed's own default: one micro-batch, nothing divided or clipped.
             own = {"gradient_accumulation_steps": 1, "zero_stage": 0, "gradient_clipping": 0.0}.get(name, field.default)
             setattr(self, name, own if there is None else there)
-        _refuse(mismatches)
+        _raise_mismatches(mismatches)
         config.config.setdefault("gradient_accumulation_steps", self.gradient_accumulation_steps)
 
-    def _refuse_ignored(self) -> None:
+    def _reject_ignored(self) -> None:
         """The launcher's configuration file must not say what DeepSpeed's configuration decides."""
         written = (env.get("ACCELERATE_CONFIG_DS_FIELDS") or "").split(",")
         ignored = [name for name, field in _FIELDS.items() if name in written and not self.is_auto(field.key)]
@@ -266,7 +266,7 @@ class DeepSpeedPlugin:
             else:
                 self.fill_match(prefix + key, found, must_match, **kwargs)
         if mismatches is None:
-            _refuse(found)
+            _raise_mismatches(found)
             self.hf_ds_config.set_stage_and_offload()
 
     def set_mixed_precision(self, mixed_precision: str) -> None:
@@ -378,7 +378,7 @@ class DeepSpeedPlugin:
         self._selected = False
 
 
-def _refuse(mismatches: list[str]) -> None:
+def _raise_mismatches(mismatches: list[str]) -> None:
     if mismatches:
         raise ValueError(
             "the DeepSpeed configuration contradicts other settings: "

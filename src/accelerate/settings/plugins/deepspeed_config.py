@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 # The devices that parameters or optimizer states can be kept on instead of the accelerator.
-_ELSEWHERE = frozenset({"cpu", "nvme"})
+_OFFLOAD_DEVICES = frozenset({"cpu", "nvme"})
 
 
 class HfDeepSpeedConfig:
@@ -40,7 +40,7 @@ class HfDeepSpeedConfig:
         stage = self.get_value("zero_optimization.stage", -1)
         self._stage = stage if isinstance(stage, int) else -1  # "auto" is not known yet
         devices = {self.get_value(f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param")}
-        self._offload = self._stage in (2, 3) and bool(devices & _ELSEWHERE)
+        self._offload = self._stage in (2, 3) and bool(devices & _OFFLOAD_DEVICES)
 
     def find_config_node(self, ds_key_long: str) -> tuple[dict[str, Any] | None, str]:
         """The mapping that holds a key, and the key's last part.

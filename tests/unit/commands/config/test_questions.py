@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from accelerate.commands.config import questions
-from accelerate.commands.config.flow import Answers, Area
+from accelerate.commands.config.flow import Answers, QuestionGroup
 from accelerate.commands.config.prompts import Prompt, answer
 from accelerate.commands.config.questionnaire import fill_in
-from accelerate.commands.config.routing_questions import ENTRIES, MACHINES, Steps
+from accelerate.commands.config.routing_questions import ENTRIES, MACHINES, RoutingQuestions
 from accelerate.launch import config_file, config_io
 from accelerate.launch.parse import assemble
 from accelerate.launch.plan import build
 from accelerate.settings.clouds import SageMakerSettings, TpuCommandSettings
 from accelerate.settings.launcher import LaunchSettings
-from accelerate.settings.option import SettingsError, entries
+from accelerate.settings.option import SettingsError, option_specs
 from tests.helpers.questionnaire import ALWAYS, CASES, EXAMPLES, Case, Typist, flat
 
 TABLES = {"LOCAL_MACHINE": questions.LOCAL, "AMAZON_SAGEMAKER": questions.SAGEMAKER}
@@ -326,7 +326,7 @@ def test_answers_that_cannot_be(answers: dict[str, Any], said: str) -> None:
 # The table itself ----------------------------------------------------------------------------------------------------
 
 
-def rows(areas: tuple[Area, ...]) -> Iterator[tuple[str, set[str]]]:
+def rows(areas: tuple[QuestionGroup, ...]) -> Iterator[tuple[str, set[str]]]:
     """Each question, and the answers it depends on."""
     for area in areas:
         if area.gate is not None:
@@ -378,8 +378,8 @@ def test_attention_that_can_share_a_sequence() -> None:
 
 
 def test_names_mean_one_thing() -> None:
-    kinds = (LaunchSettings, SageMakerSettings, TpuCommandSettings, Steps)
-    assert len(ENTRIES) == sum(len(entries(kind)) for kind in kinds)
+    kinds = (LaunchSettings, SageMakerSettings, TpuCommandSettings, RoutingQuestions)
+    assert len(ENTRIES) == sum(len(option_specs(kind)) for kind in kinds)
 
 
 def test_no_question_is_wider_than_two_lines() -> None:
@@ -441,7 +441,7 @@ def test_every_path_gives_a_file_that_says_the_same_to_launch() -> None:
         file = config_file.understand(content, "config.yaml")
         settings = assemble({}, file, "script.py", ())
         build(settings)
-        for entry in entries(LaunchSettings):
+        for entry in option_specs(LaunchSettings):
             if entry.dest in answers and not entry.option.secret:
                 said = answers[entry.dest]
                 if entry.dest == "gpu_ids" and said == "all":

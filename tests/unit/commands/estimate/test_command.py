@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from accelerate.commands.estimate import command, empty_model
-from accelerate.commands.estimate.empty_model import EstimateError, Source
-from accelerate.commands.estimate.step import CannotFollow, follow_step
+from accelerate.commands.estimate.empty_model import EstimateError, ModelSource
+from accelerate.commands.estimate.step import TraceError, trace_step
 from accelerate.utils import convert_to_fp32
 
 CASES = json.loads((Path(__file__).resolve().parents[3] / "data" / "estimate_behaviours.json").read_text())
@@ -153,7 +153,7 @@ def test_a_step_is_what_torch_allocates(name: str, mixed: bool) -> None:
     kind = getattr(transformers, name)
     with torch.device("meta"):
         empty = kind(config(name))
-    step = follow_step(empty, 8, 64, mixed)
+    step = trace_step(empty, 8, 64, mixed)
     real = kind(config(name))
     assert step.weights == allocated(real) == step.gradients + sum(b.nbytes for b in real.buffers())
     assert step.optimizer == sum(8 * p.numel() + 4 for p in real.parameters())
@@ -178,10 +178,10 @@ class Choosing(nn.Module):
 
 
 def test_a_step_that_depends_on_values_is_refused() -> None:
-    with pytest.raises(CannotFollow, match="DataDependent"):
-        follow_step(Choosing(), 2, 8, mixed=False)
-    with pytest.raises(CannotFollow, match="only batches of tokens and of images"):
-        follow_step(nn.Linear(2, 2, device="meta"), 2, 8, mixed=False)
+    with pytest.raises(TraceError, match="DataDependent"):
+        trace_step(Choosing(), 2, 8, mixed=False)
+    with pytest.raises(TraceError, match="only batches of tokens and of images"):
+        trace_step(nn.Linear(2, 2, device="meta"), 2, 8, mixed=False)
 
 
 # Finding the model ----------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_step_that_depends_on_values_is_refused() -> None:
 
 def refused(name: str, *words: str, library: str | None = None) -> None:
     with pytest.raises(EstimateError) as caught:
-        empty_model.find(name, library)
+        empty_model.find_source(name, library)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -203,8 +203,8 @@ def test_what_is_not_here_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     refused(str(tmp_path), "--library_name {timm,transformers}")
     (tmp_path / "config.json").write_text('{"architecture": "resnet18"}')
-    assert empty_model.find(str(tmp_path)) == Source(str(tmp_path), "timm", tmp_path / "config.json")
-    assert empty_model.find("resnet18", "timm") == Source("resnet18", "timm")
+    assert empty_model.find_source(str(tmp_path)) == ModelSource(str(tmp_path), "timm", tmp_path / "config.json")
+    assert empty_model.find_source("resnet18", "timm") == ModelSource("resnet18", "timm")
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
@@ -237,7 +237,7 @@ def test_the_hubs_answers_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_pa
     answering(monkeypatch, ModelInfo(id="a/b", siblings=siblings, library_name="diffusers"))
     refused("a/b", "is for diffusers")
     answering(monkeypatch, ModelInfo(id="a/b", siblings=siblings, library_name="timm"))
-    assert empty_model.find("a/b") == Source("a/b", "timm")
+    assert empty_model.find_source("a/b") == ModelSource("a/b", "timm")
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ needs_transformers = pytest.mark.skipif(
 WRAP = ("--fsdp_auto_wrap_policy", "transformer_based_wrap")
 
 
-def planned(*words: str) -> per_rank.Plan:
-    settings = per_rank.settings_of(command.estimate_command_parser().parse_args(["model", *words]))
+def planned(*words: str) -> per_rank.RankPlan:
+    settings = per_rank.parse_settings(command.estimate_command_parser().parse_args(["model", *words]))
     assert settings is not None
-    return per_rank.plan(settings)
+    return per_rank.make_plan(settings)
 
 
 # How ranks share ------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_what_fits_nowhere_or_is_not_there(gpt2: str, capsys: pytest.CaptureFixt
 
 
 def test_names_are_shortened() -> None:
-    assert device_map.shortened(["wte", "h.0", "h.1", "h.2", "h.3.attn", "h.3.ln_1", "h.4", "h.5", "ln_f"]) == [
+    assert device_map.abbreviate(["wte", "h.0", "h.1", "h.2", "h.3.attn", "h.3.ln_1", "h.4", "h.5", "ln_f"]) == [
         "wte",
         "h.0-2",
         "h.3.attn",
@@ -242,5 +242,5 @@ def test_names_are_shortened() -> None:
         "h.4-5",
         "ln_f",
     ]
-    assert device_map.shortened(["a.0.mlp", "a.1.mlp", "a.9"]) == ["a.0-1.mlp", "a.9"]
-    assert device_map.shortened([""]) == ["(all)"] and device_map.shortened([]) == []
+    assert device_map.abbreviate(["a.0.mlp", "a.1.mlp", "a.9"]) == ["a.0-1.mlp", "a.9"]
+    assert device_map.abbreviate([""]) == ["(all)"] and device_map.abbreviate([]) == []

@@ -8,12 +8,22 @@ from dataclasses import replace
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
-from accelerate.commands.estimate.sharding import Kind, Moment, Sharding, Step, Unit, Weight, levels, part, rank_memory
+from accelerate.commands.estimate.sharding import (
+    Event,
+    EventKind,
+    FSDPUnit,
+    Sharding,
+    StepTrace,
+    Weight,
+    peak_candidates,
+    rank_memory,
+    shard_of,
+)
 
 weights = st.builds(
     Weight, st.lists(st.integers(1, 9), max_size=3).map(tuple), st.just(4), st.sampled_from([True, True, False])
 )
-units = st.builds(Unit, st.lists(weights, min_size=1, max_size=4).map(tuple))
+units = st.builds(FSDPUnit, st.lists(weights, min_size=1, max_size=4).map(tuple))
 shardings = st.builds(
     Sharding,
     ranks=st.integers(1, 6),
@@ -27,44 +37,44 @@ shardings = st.builds(
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> Step:
+def steps(draw: st.DrawFn) -> StepTrace:
     """A model of some blocks, trained: forwards in order, backwards in reverse, gradients of the root where they come."""
     found = tuple(draw(st.lists(units, min_size=1, max_size=5)))
     root, sizes = len(found) - 1, random.Random(draw(st.integers(0, 2**16)))
-    moments: list[Moment] = []
+    moments: list[Event] = []
 
-    def note(kind: Kind, unit: int = -1, weight: int = -1) -> None:
+    def note(kind: EventKind, unit: int = -1, weight: int = -1) -> None:
         now = sizes.randrange(1000)
-        moments.append(Moment(kind, unit, weight, now, now + sizes.randrange(1000)))
+        moments.append(Event(kind, unit, weight, now, now + sizes.randrange(1000)))
 
     def gradients(unit: int) -> None:
         for place, weight in enumerate(found[unit].weights):
             if weight.trained:
-                note(Kind.GRADIENT, unit, place)
+                note(EventKind.GRADIENT, unit, place)
 
-    note(Kind.START)
-    note(Kind.FORWARD, root)
+    note(EventKind.START)
+    note(EventKind.FORWARD, root)
     for unit in range(root):
-        note(Kind.FORWARD, unit)
-        note(Kind.DONE, unit)
-    note(Kind.DONE, root)
-    note(Kind.BACKWARD, root)
+        note(EventKind.FORWARD, unit)
+        note(EventKind.DONE, unit)
+    note(EventKind.DONE, root)
+    note(EventKind.BACKWARD, root)
     for unit in reversed(range(root)):
-        note(Kind.BACKWARD, unit)
-        note(Kind.FORWARD, unit)  # recomputed
+        note(EventKind.BACKWARD, unit)
+        note(EventKind.FORWARD, unit)  # recomputed
         gradients(unit)
-        note(Kind.REDUCED, unit)
+        note(EventKind.REDUCED, unit)
     gradients(root)
-    note(Kind.REDUCED, root)
-    note(Kind.UPDATE)
-    note(Kind.END)
-    return Step(found, tuple(moments), sizes.randrange(1000), draw(st.booleans()))
+    note(EventKind.REDUCED, root)
+    note(EventKind.UPDATE)
+    note(EventKind.END)
+    return StepTrace(found, tuple(moments), sizes.randrange(1000), draw(st.booleans()))
 
 
 @settings(max_examples=40)
 @given(units, shardings)
-def test_shards_cover_everything(unit: Unit, sharding: Sharding) -> None:
-    parts = [part(unit, sharding, rank) for rank in range(sharding.ranks)]
+def test_shards_cover_everything(unit: FSDPUnit, sharding: Sharding) -> None:
+    parts = [shard_of(unit, sharding, rank) for rank in range(sharding.ranks)]
     trained = sum(weight.numel for weight in unit.weights if weight.trained)
     whole = sum(weight.numel for weight in unit.weights) * 4
     if sharding.version == 2 or sharding.original:
@@ -77,7 +87,7 @@ def test_shards_cover_everything(unit: Unit, sharding: Sharding) -> None:
 
 @settings(max_examples=40)
 @given(steps(), shardings)
-def test_more_ranks_hold_less(step: Step, sharding: Sharding) -> None:
+def test_more_ranks_hold_less(step: StepTrace, sharding: Sharding) -> None:
     fewer, more = (rank_memory(step, replace(sharding, ranks=ranks)) for ranks in (sharding.ranks, sharding.ranks + 1))
     assert (more.weights, more.gradients, more.activations) <= (fewer.weights, fewer.gradients, fewer.activations)
     assert more.weights <= fewer.weights and more.gradients <= fewer.gradients
@@ -87,9 +97,9 @@ def test_more_ranks_hold_less(step: Step, sharding: Sharding) -> None:
 
 @settings(max_examples=40)
 @given(steps(), shardings)
-def test_nothing_stays_gathered(step: Step, sharding: Sharding) -> None:
-    *before, last = levels(step, sharding)
-    assert last.kind is Kind.END and last.passing == last.shards == 0
+def test_nothing_stays_gathered(step: StepTrace, sharding: Sharding) -> None:
+    *before, last = peak_candidates(step, sharding)
+    assert last.kind is EventKind.END and last.passing == last.shards == 0
     assert all(level.passing >= 0 for level in before)
     found = rank_memory(step, sharding)
     working = max(level.activations for level in (*before, last))  # of the optimizer too
@@ -100,7 +110,7 @@ def test_nothing_stays_gathered(step: Step, sharding: Sharding) -> None:
 
 @settings(max_examples=40)
 @given(steps(), shardings)
-def test_what_saves_memory_saves_memory(step: Step, sharding: Sharding) -> None:
+def test_what_saves_memory_saves_memory(step: StepTrace, sharding: Sharding) -> None:
     freeing, keeping = (rank_memory(step, replace(sharding, frees=frees)) for frees in (True, False))
     sent_again = freeing.weights - step.buffers  # a rank's own part, copied to be gathered a second time
     assert freeing.gathered <= keeping.gathered + sent_again and freeing.peak <= keeping.peak + sent_again
@@ -111,7 +121,7 @@ def test_what_saves_memory_saves_memory(step: Step, sharding: Sharding) -> None:
 
 @settings(max_examples=40)
 @given(steps())
-def test_one_process_holds_all(step: Step) -> None:
+def test_one_process_holds_all(step: StepTrace) -> None:
     alone, buckets = (rank_memory(step, Sharding(version=0, buckets=wanted)) for wanted in (False, True))
     trained = [weight for unit in step.units for weight in unit.weights if weight.trained]
     assert alone.gradients == sum(4 * weight.numel for weight in trained)
@@ -121,40 +131,45 @@ def test_one_process_holds_all(step: Step) -> None:
 
 def test_a_step_by_hand() -> None:
     """Two units of 100 elements on two ranks, FSDP 2: every buffer at its time."""
-    one = Unit((Weight((100,)),))
-    kinds = (Kind.FORWARD, 1), (Kind.FORWARD, 0), (Kind.DONE, 0), (Kind.DONE, 1)
-    moments = [Moment(kind, unit) for kind, unit in kinds]
+    one = FSDPUnit((Weight((100,)),))
+    kinds = (EventKind.FORWARD, 1), (EventKind.FORWARD, 0), (EventKind.DONE, 0), (EventKind.DONE, 1)
+    moments = [Event(kind, unit) for kind, unit in kinds]
     moments += [
-        Moment(Kind.BACKWARD, 1),
-        Moment(Kind.BACKWARD, 0),
-        Moment(Kind.GRADIENT, 0, 0),
-        Moment(Kind.REDUCED, 0),
+        Event(EventKind.BACKWARD, 1),
+        Event(EventKind.BACKWARD, 0),
+        Event(EventKind.GRADIENT, 0, 0),
+        Event(EventKind.REDUCED, 0),
     ]
-    moments += [Moment(Kind.GRADIENT, 1, 0), Moment(Kind.REDUCED, 1), Moment(Kind.UPDATE), Moment(Kind.END)]
-    step = Step((one, one), tuple(moments))
-    seen: dict[Kind, list[int]] = {}
-    for level in levels(step, Sharding(ranks=2)):
+    moments += [
+        Event(EventKind.GRADIENT, 1, 0),
+        Event(EventKind.REDUCED, 1),
+        Event(EventKind.UPDATE),
+        Event(EventKind.END),
+    ]
+    step = StepTrace((one, one), tuple(moments))
+    seen: dict[EventKind, list[int]] = {}
+    for level in peak_candidates(step, Sharding(ranks=2)):
         seen.setdefault(level.kind, []).append(level.passing // 400)
     # The root is gathered into a buffer, and copied out; the buffer stays until the next unit is there.
-    assert seen[Kind.FORWARD] == [1, 2, 2, 3, 2 + 1, 3, 3][: len(seen[Kind.FORWARD])]
-    assert max(seen[Kind.FORWARD]) == 3 and seen[Kind.DONE][-1] == 0
-    assert max(seen[Kind.BACKWARD]) == 3 and seen[Kind.UPDATE] == [0]
+    assert seen[EventKind.FORWARD] == [1, 2, 2, 3, 2 + 1, 3, 3][: len(seen[EventKind.FORWARD])]
+    assert max(seen[EventKind.FORWARD]) == 3 and seen[EventKind.DONE][-1] == 0
+    assert max(seen[EventKind.BACKWARD]) == 3 and seen[EventKind.UPDATE] == [0]
     found = rank_memory(step, Sharding(ranks=2))
     assert (found.weights, found.gradients, found.optimizer) == (400, 400, 808)
 
 
 def test_activations_are_the_most_that_is_held_but_by_the_optimizer() -> None:
-    unit = Unit((Weight((10,)),))
+    unit = FSDPUnit((Weight((10,)),))
     moments = (
-        Moment(Kind.FORWARD, 0, now=0, most=300),
-        Moment(Kind.DONE, 0, now=100, most=100),
-        Moment(Kind.BACKWARD, 0, now=100, most=500),
-        Moment(Kind.GRADIENT, 0, 0, now=0, most=0),
-        Moment(Kind.UPDATE, now=0, most=900),
-        Moment(Kind.END),
+        Event(EventKind.FORWARD, 0, now=0, most=300),
+        Event(EventKind.DONE, 0, now=100, most=100),
+        Event(EventKind.BACKWARD, 0, now=100, most=500),
+        Event(EventKind.GRADIENT, 0, 0, now=0, most=0),
+        Event(EventKind.UPDATE, now=0, most=900),
+        Event(EventKind.END),
     )
-    found = rank_memory(Step((unit,), moments), Sharding(version=0))
+    found = rank_memory(StepTrace((unit,), moments), Sharding(version=0))
     kept = 40 + 84  # the weights, and Adam's moments with their count
     assert (found.activations, found.peak) == (500, kept + 40 + 900)
-    backward = rank_memory(Step((unit,), (*moments[:4], Moment(Kind.END))), Sharding(version=0))
+    backward = rank_memory(StepTrace((unit,), (*moments[:4], Event(EventKind.END))), Sharding(version=0))
     assert (backward.activations, backward.peak) == (500, kept + 500)

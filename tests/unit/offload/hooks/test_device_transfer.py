@@ -13,8 +13,8 @@ from torch import nn
 import accelerate
 from accelerate.hooks import attach_align_device_hook
 from accelerate.offload.hooks import device_transfer
-from accelerate.offload.hooks.device_transfer import Ring
-from accelerate.offload.io.mmap_reader import Interrupted
+from accelerate.offload.hooks.device_transfer import PinnedRingBuffer
+from accelerate.offload.io.mmap_reader import ReadInterruptedError
 from tests.helpers import streams
 
 SPELLINGS = ["cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda:0")]
@@ -141,19 +141,19 @@ class Waited:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_ring_of_buffers_waits_before_it_uses_one_again(dtype: torch.dtype) -> None:
     Waited.count = 0
-    ring = Ring([torch.empty(64, dtype=torch.uint8) for _ in range(2)], Waited)
+    ring = PinnedRingBuffer([torch.empty(64, dtype=torch.uint8) for _ in range(2)], Waited)
     source = torch.arange(100).reshape(10, 10).to(dtype)
     target = torch.empty_like(source)
     ring.copy(source, target, None, lambda: False)
     assert torch.equal(source, target)
     assert Waited.count == -(-source.nbytes // 64) - 1
-    with pytest.raises(Interrupted):
+    with pytest.raises(ReadInterruptedError):
         ring.copy(source, target, None, lambda: True)
 
 
 def test_small_tensors_share_a_buffer() -> None:
     Waited.count = 0
-    ring = Ring([torch.empty(64, dtype=torch.uint8) for _ in range(2)], Waited)
+    ring = PinnedRingBuffer([torch.empty(64, dtype=torch.uint8) for _ in range(2)], Waited)
     sources = [torch.full((3,), number, dtype=torch.float32) for number in range(5)]
     for source in sources:
         target = torch.empty_like(source)

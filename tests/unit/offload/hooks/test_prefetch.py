@@ -20,8 +20,8 @@ from torch import nn
 
 import accelerate
 from accelerate.hooks import AlignDevicesHook, align_module_device, remove_hook_from_submodules
-from accelerate.offload.hooks.prefetch import Order, Prefetcher
-from accelerate.offload.io.mmap_reader import Interrupted, Stop
+from accelerate.offload.hooks.prefetch import AccessPredictor, Prefetcher
+from accelerate.offload.io.mmap_reader import ReadInterruptedError, Stop
 from tests.helpers.nets import Net
 
 CPU = torch.device("cpu")
@@ -30,56 +30,56 @@ CPU = torch.device("cpu")
 # Which comes next ------------------------------------------------------------------------------------------------------
 
 
-def use(order: Order, *numbers: int, finish: bool = True) -> None:
+def use(order: AccessPredictor, *numbers: int, finish: bool = True) -> None:
     for number in numbers:
-        order.note(number)
+        order.record(number)
     if finish:
         order.finish()
 
 
-def guessed(order: Order, count: int = 4) -> list[int]:
-    return list(islice(order.guesses(), count))
+def guessed(order: AccessPredictor, count: int = 4) -> list[int]:
+    return list(islice(order.predictions(), count))
 
 
 def test_before_anything_is_known_units_come_in_the_order_of_their_numbers() -> None:
-    order = Order()
+    order = AccessPredictor()
     assert guessed(order) == []
-    order.note(3)
+    order.record(3)
     assert guessed(order) == [4, 5, 6, 7]
 
 
 def test_the_order_is_learned_with_its_end() -> None:
-    order = Order()
+    order = AccessPredictor()
     use(order, 0, 2, 1)
-    order.note(0)
+    order.record(0)
     assert guessed(order) == [2, 1]
 
 
 def test_a_unit_used_twice_is_told_apart_by_what_came_before() -> None:
-    order = Order()
+    order = AccessPredictor()
     use(order, 0, 1, 0, 2)
-    order.note(0)
+    order.record(0)
     assert guessed(order) == [1, 0, 2]
     use(order, 1, 0, finish=False)
     assert guessed(order) == [2]
 
 
 def test_the_branch_taken_last_is_the_next_guess() -> None:
-    order = Order()
+    order = AccessPredictor()
     use(order, 0, 1, 3)
     use(order, 0, 2, 3)
-    order.note(0)
+    order.record(0)
     assert guessed(order, 1) == [2]
-    order.note(1)
+    order.record(1)
     assert guessed(order) == [3]  # back on a known way
 
 
 def test_an_unfinished_forward_is_no_end() -> None:
-    order = Order()
+    order = AccessPredictor()
     use(order, 0, 1, 2)
     use(order, 0, finish=False)
     order.finish(completed=False)
-    order.note(0)
+    order.record(0)
     assert guessed(order) == [1, 2]
 
 
@@ -101,7 +101,7 @@ class Shelf:
         self.near = False
         self.reader: Any = None
 
-    def at_hand(self) -> bool:
+    def is_resident(self) -> bool:
         return self.near
 
     def loader(self) -> Any:
@@ -116,7 +116,7 @@ class Shelf:
             assert self.go_on.wait(60)
             if stop():
                 self.stopped = True
-                raise Interrupted
+                raise ReadInterruptedError
             if self.error is not None:
                 raise self.error
             return {"weight": torch.tensor(self.number)}
@@ -189,7 +189,7 @@ class Slow:
     def __init__(self) -> None:
         self.began, self.stopped = threading.Event(), threading.Event()
 
-    def renew(self, stop: Stop) -> None:
+    def remap_huge_pages(self, stop: Stop) -> None:
         self.began.set()
         while not stop():
             time.sleep(0.001)
@@ -248,7 +248,7 @@ def test_an_error_comes_up_where_the_weights_are_used_and_nowhere_else(shelves: 
     assert shelves[1].ended.wait(60)
     reader.take(shelves[2])  # another branch
     reader.finish()
-    reader._order = Order()
+    reader._order = AccessPredictor()
     reader.take(shelves[0])
     shelves[1].ended.wait(60)
     while not reader._jobs[1].future.done():

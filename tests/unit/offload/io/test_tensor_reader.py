@@ -14,9 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from accelerate.offload.io import mmap_reader
-from accelerate.offload.io.direct_io import Buffers, DirectFile
-from accelerate.offload.io.mmap_reader import Interrupted, Layout, Mapping, Run, Span, Windows, never
-from accelerate.offload.io.tensor_reader import Reading, WeightFile
+from accelerate.offload.io.direct_io import BufferPool, DirectFile
+from accelerate.offload.io.mmap_reader import (
+    ByteRange,
+    MmapFile,
+    MmapWindowCache,
+    ReadInterruptedError,
+    Span,
+    TensorLayout,
+    never,
+)
+from accelerate.offload.io.tensor_reader import CachedFile, TensorRead
 from accelerate.runtime.system.page_cache import CacheProbe, open_past
 
 SIZE = 3_000_001
@@ -54,10 +62,10 @@ def held(path: Path) -> bool:
 
 
 def reading(
-    path: Path, spans: list[Span], room: bool = True, keep: bool = False, windows: Windows | None = None
-) -> Reading:
-    buffers, windows = Buffers(), windows or Windows()
-    return Reading(spans, lambda: WeightFile(path, buffers, windows), lambda: room, lambda _: None, keep)
+    path: Path, spans: list[Span], room: bool = True, keep: bool = False, windows: MmapWindowCache | None = None
+) -> TensorRead:
+    buffers, windows = BufferPool(), windows or MmapWindowCache()
+    return TensorRead(spans, lambda: CachedFile(path, buffers, windows), lambda: room, lambda _: None, keep)
 
 
 def span(start: int, stop: int) -> Span:
@@ -75,8 +83,8 @@ def test_both_ways_give_what_is_in_the_file(path: Path, spans: list[Span]) -> No
         for wanted, found in zip(spans, reading(path, spans).read(), strict=True):
             assert torch.equal(found, content[wanted.start : wanted.stop])
         with open(path, "rb") as file:
-            direct = DirectFile(file.fileno(), Buffers())
-            layout = Layout.of(spans, SIZE, mmap.PAGESIZE)
+            direct = DirectFile(file.fileno(), BufferPool())
+            layout = TensorLayout.of(spans, SIZE, mmap.PAGESIZE)
             parts = [part for run in layout.runs if (part := direct.part(run, never)) is not None]
         if len(parts) == len(layout.runs):
             for wanted, found in zip(spans, layout.tensors(parts), strict=True):
@@ -84,17 +92,17 @@ def test_both_ways_give_what_is_in_the_file(path: Path, spans: list[Span]) -> No
 
 
 def test_what_is_not_cached_is_read_past_the_cache_once(path: Path) -> None:
-    windows = Windows()
+    windows = MmapWindowCache()
     wanted = reading(path, [span(5000, 2_500_000)], windows=windows)
     forget(path)
-    assert not wanted.at_hand()
+    assert not wanted.is_resident()
     first = wanted.read()[0].clone()
     assert not held(path)
     assert torch.equal(wanted.read()[0], first)
-    assert wanted.at_hand()
+    assert wanted.is_resident()
     windows.close()  # what is mapped stays
     forget(path)
-    assert torch.equal(wanted.read()[0], first) and not wanted.at_hand()
+    assert torch.equal(wanted.read()[0], first) and not wanted.is_resident()
 
 
 def test_without_room_the_cache_is_left_alone(path: Path) -> None:
@@ -102,11 +110,11 @@ def test_without_room_the_cache_is_left_alone(path: Path) -> None:
     forget(path)
     for _ in range(3):
         wanted.read()
-        assert not wanted.at_hand()
+        assert not wanted.is_resident()
 
 
 def test_a_buffer_is_used_again_when_nobody_reads_it() -> None:
-    buffers = Buffers()
+    buffers = BufferPool()
     first = torch.frombuffer(buffers.take(5000), dtype=torch.uint8)
     view, address = first[10:20], first.data_ptr()
     other = torch.frombuffer(buffers.take(5000), dtype=torch.uint8)
@@ -133,7 +141,7 @@ def test_giving_up(path: Path, cached: bool) -> None:
     wanted = reading(path, [span(0, 2_500_000)])
     if not cached:
         forget(path)
-    with pytest.raises(Interrupted):
+    with pytest.raises(ReadInterruptedError):
         wanted.read(stop=lambda: True)
 
 
@@ -143,11 +151,11 @@ def test_small_ones_are_kept_and_given_out_as_copies(path: Path) -> None:
     before = value.clone()
     value.zero_()
     path.unlink()
-    assert torch.equal(wanted.read()[0], before) and wanted.at_hand()
+    assert torch.equal(wanted.read()[0], before) and wanted.is_resident()
 
 
-def whole(mapping: Mapping, size: int) -> torch.Tensor:
-    layout = Layout.of([span(0, size)], size)
+def whole(mapping: MmapFile, size: int) -> torch.Tensor:
+    layout = TensorLayout.of([span(0, size)], size)
     return layout.tensors([mapping.part(run, never) for run in layout.runs])[0]
 
 
@@ -161,11 +169,11 @@ def test_what_others_read_in_small_pages_is_read_anew(path: Path, monkeypatch: p
         content = b"".join(os.pread(descriptor, 4096, place) for place in range(0, size, 4096))
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NORMAL)
         expected = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        mapping, run = Mapping(descriptor, Windows()), Run(0, size)
+        mapping, run = MmapFile(descriptor, MmapWindowCache()), ByteRange(0, size)
         used = whole(mapping, size)
         assert torch.equal(used, expected) and mapping.is_slow(run)
-        assert not mapping.renew(run, never) and mapping.is_slow(run)  # not while somebody reads it there
+        assert not mapping.remap_huge_pages(run, never) and mapping.is_slow(run)  # not while somebody reads it there
         del used
         gc.collect()
-        assert mapping.renew(run, never) and not mapping.is_slow(run) and held(path)
+        assert mapping.remap_huge_pages(run, never) and not mapping.is_slow(run) and held(path)
         assert torch.equal(whole(mapping, size), expected)

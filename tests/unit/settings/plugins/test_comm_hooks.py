@@ -73,7 +73,7 @@ class Bucket:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_wrapped_hook_sees_the_narrow_type_and_gradients_keep_theirs(dtype):
-    from accelerate.settings.plugins.comm_hooks import _on_the_wire
+    from accelerate.settings.plugins.comm_hooks import _with_wire_dtype
 
     seen = []
 
@@ -84,7 +84,7 @@ def test_the_wrapped_hook_sees_the_narrow_type_and_gradients_keep_theirs(dtype):
         return done
 
     gradients = torch.tensor([1.0, 1 / 3])
-    result = _on_the_wire(hook, str(dtype).removeprefix("torch."))(None, Bucket(gradients)).value()
+    result = _with_wire_dtype(hook, str(dtype).removeprefix("torch."))(None, Bucket(gradients)).value()
     assert seen == [dtype]
     assert result.data_ptr() == gradients.data_ptr() and result.dtype is torch.float32
     assert torch.equal(result, (torch.tensor([1.0, 1 / 3]).to(dtype) * 2).float())
