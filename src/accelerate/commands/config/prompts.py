@@ -65,9 +65,9 @@ def answer(prompt: Prompt, line: str) -> Any:
         raise SettingsError(f"{prompt.name}: expected text without control characters, found {short_repr(text)}.")
     if not prompt.choices:
         return prompt.read(text)
-    for spelt in (lambda choice: choice.label, lambda choice: str(choice.value), lambda choice: str(choice.number)):
+    for text_of in (lambda choice: choice.label, lambda choice: str(choice.value), lambda choice: str(choice.number)):
         for choice in prompt.choices:
-            if spelt(choice).lower() == text.lower():
+            if text_of(choice).lower() == text.lower():
                 return choice.value
     numbers = f"{prompt.choices[0].number} to {prompt.choices[-1].number}"
     raise SettingsError(f"{prompt.name}: expected {numbers}, or one of the words, found {short_repr(text)}.")

@@ -1,7 +1,8 @@
-"""Reading ahead: what the next layers need is brought to where they run while this one computes.
+"""Prefetches the weights of the layers that run next while the current layer computes.
 
-`Order` predictions which layers come next, `Prefetcher` has one thread read for them, and both forget a wrong guess. What was
-read is handed out only if it still is what the layer would read itself, so that reading ahead changes nothing but the time.
+`AccessPredictor` predicts the next layers from the order of earlier forwards; `Prefetcher` reads their weights on one thread
+and drops a wrong prediction. A prefetched value is used only if it is still what the layer would read, so prefetching
+changes nothing but the time.
 """
 
 from __future__ import annotations
