@@ -12,6 +12,8 @@ CLOUDS := .venv-clouds
 # builds bring CUDA, gigabytes of it: not for CI.
 FLOOR := torch==2.6.0 'numpy<2.3'
 NEWEST := torch==2.14.1
+# Containers often set it, and then each of the hundreds of processes that the tests start compiles the tree again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test clouds lint format bench gpu crash mutants docs floor newest clean

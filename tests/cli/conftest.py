@@ -21,9 +21,8 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 SAY = "import os\ndef say(*words):\n    os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """An environment without a configuration file and without what a launcher around the tests has set."""
+def clean_environment(home: Path) -> dict[str, str]:
+    """Returns an environment without a configuration file and without what a launcher around the tests has set."""
     foreign = (
         "ACCELERATE_",
         "OMP_",
@@ -37,7 +36,12 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "MASTER_",
     )
     kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    return {**kept, "HF_HOME": str(tmp_path / "hf"), "PYTHONUNBUFFERED": "1"}
+    return {**kept, "HF_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return clean_environment(tmp_path / "hf")
 
 
 @pytest.fixture

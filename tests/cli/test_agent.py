@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.conftest import SAY, Run, left_over
 
-Write = Callable[[str], str]
+Write = Callable[..., str]
 Start = Callable[..., subprocess.Popen[str]]
 TWO = ("launch", "--cpu", "--num_processes", "2")
 RANK = "import os, sys, time\nrank = int(os.environ['RANK'])\n"
@@ -77,28 +77,34 @@ def test_a_single_process_is_started_again_too(accelerate: Run, script: Write) -
     assert done.stderr.count("a rank failed; starting all ranks again") == 2
 
 
+SAVED = {"SIGTERM": "stopped by SIGTERM; all ranks have", "SIGUSR1": "asked to"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "line"), [("SIGTERM", "stopped by SIGTERM; all ranks have"), ("SIGUSR1", "asked to")]
-)
-def test_a_signal_to_the_launcher_leaves_ranks_the_time_to_save(
-    start: Start, script: Write, tmp_path: Path, number: str, line: str
-) -> None:
-    # Longer than ranks get when another has failed; and the signal comes twice.
-    name = script(
-        f"{RANK}import signal\nhandler = lambda *_: asked.append(1)\nasked = []\nsignal.signal(signal.{number}, handler)\n"
-        "os.write(1, b'ready\\n')\nwhile not asked: time.sleep(0.05)\n"
-        "time.sleep(7)\nos.write(1, b'saved\\n')\nsys.exit(75)\n"
-    )
-    process = start(*TWO, "--max_restarts", "2", name)
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
-    process.send_signal(getattr(signal, number))
-    time.sleep(0.5)
-    process.send_signal(getattr(signal, number))
-    out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out.splitlines()) == (75, ["saved"] * 2), errors
-    assert line in errors.splitlines()[-1] and "again" in errors and left_over(tmp_path) == []
+def test_a_signal_to_the_launcher_leaves_ranks_the_time_to_save(start: Start, script: Write, tmp_path: Path) -> None:
+    # Longer than ranks get when another has failed; and each signal comes twice. The launches wait side by side.
+    launchers = {}
+    for number in SAVED:
+        name = script(
+            f"{RANK}import signal\nhandler = lambda *_: asked.append(1)\nasked = []\n"
+            f"signal.signal(signal.{number}, handler)\n"
+            "os.write(1, b'ready\\n')\nwhile not asked: time.sleep(0.05)\n"
+            "time.sleep(7)\nos.write(1, b'saved\\n')\nsys.exit(75)\n",
+            f"{number}.py",
+        )
+        launchers[number] = start(*TWO, "--main_process_port", "0", "--max_restarts", "2", name)
+    for launcher in launchers.values():
+        assert launcher.stdout is not None
+        assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    for _ in range(2):
+        for number, launcher in launchers.items():
+            launcher.send_signal(getattr(signal, number))
+        time.sleep(0.5)
+    for number, launcher in launchers.items():
+        out, errors = launcher.communicate(timeout=60)
+        assert (launcher.returncode, out.splitlines()) == (75, ["saved"] * 2), errors
+        assert SAVED[number] in errors.splitlines()[-1] and "again" in errors
+    assert left_over(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_failing_disk_is_an_error_on_every_rank_and_loses_nothing(
             assert all(os.strerror(failure[-1]) in message for message in messages), (failure, messages)
 
 
-TIMEOUT, SLOW = 2.0, 4.0
+TIMEOUT, SLOW = 2.0, 3.0
 """Seconds: of the training group, and of one call of rank 0's disk (or of one object)."""
 
 
