@@ -126,7 +126,7 @@ class PartialState(_Shared, ProcessControl):
         self.num_processes = here.size
         self.local_process_index = here.local_rank
         self.device = here.device
-        self.distributed_type = here.kind
+        self.distributed_type = here.distributed_type
         self.backend = here.backend
         self.debug = here.debug
         self.fork_launched = here.fork_launched
@@ -173,7 +173,7 @@ class PartialState(_Shared, ProcessControl):
     @property
     def default_device(self) -> torch.device:
         """The device a process of this kind uses when nobody chose one."""
-        return world.lone_device(devices.DEVICES["cpu"] if self._cpu else devices.default_kind())
+        return world.single_process_device(devices.DEVICES["cpu"] if self._cpu else devices.default_kind())
 
     def set_device(self) -> None:
         """Takes this process's device anew, as on joining the run, and makes it torch's current one."""

@@ -328,7 +328,9 @@ def rank_of(run: Run, rank: int) -> Iterator[_Recorder]:
                 stack.enter_context(mock.patch.object(module, name, recorder.objects(getattr(module, name))))
         limit = datetime.timedelta(minutes=10)
         stack.enter_context(mock.patch.object(distributed_c10d, "default_pg_nccl_timeout", limit))
-        stack.enter_context(mock.patch("accelerate.runtime.cluster.rendezvous.meet", lambda *args: dist.HashStore()))
+        stack.enter_context(
+            mock.patch("accelerate.runtime.cluster.rendezvous.init_store", lambda *args: dist.HashStore())
+        )
         stack.enter_context(mock.patch.dict("os.environ", variables))
         try:
             yield recorder

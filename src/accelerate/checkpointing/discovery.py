@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..runtime.system.file_names import require_regular
+from ..runtime.system.file_names import require_regular_file
 from .errors import LoadError, Problem
 from .sharded.dcp_reader import StoredFolder
 from .storage import manifest as manifests
@@ -83,7 +83,7 @@ def problems_without_manifest(folder: Path) -> list[Problem]:
         if name.endswith(".json"):
             continue
         try:
-            require_regular(folder / name)
+            require_regular_file(folder / name)
             state = (SAFETENSORS if name.endswith(".safetensors") else TORCH).read(folder / name)
         except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a reader raise
             problems.append(Problem(name, "corrupt", f"it cannot be read ({_first_line(error)})"))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..runtime import world
-from ..runtime.tensors.forward import bare_model
+from ..runtime.tensors.forward import unwrap_module
 from . import loading
 from .consensus import checkpoint_group, run_on_all_ranks
 from .errors import LoadError, SaveError
@@ -78,7 +78,7 @@ def load_fsdp_model(
         LoadError: on every rank, when the weights do not fit, and nothing was changed; or when a file is damaged inside
             its tensors, which is found on the way (`Accelerator.load_state` compares checksums first).
     """
-    folder, bare = Path(input_dir), bare_model(model)
+    folder, bare = Path(input_dir), unwrap_module(model)
     entry = model_items.model_in(
         folder, model_index, bare, sharded=True, full=model_items.saves_full_state(fsdp_plugin)
     )
@@ -97,7 +97,7 @@ def save_fsdp_optimizer(
     use_dcp: bool = True,
 ) -> None:
     """Saves the state of a sharded model's optimizer; arguments as for `save_fsdp_model`."""
-    here, models, full = world.current(), [bare_model(model)], model_items.saves_full_state(fsdp_plugin)
+    here, models, full = world.current(), [unwrap_module(model)], model_items.saves_full_state(fsdp_plugin)
     if full:
         entry = model_items.gathered_optimizer(optimizer_index, here.rank, optimizer, models)
     else:
@@ -117,15 +117,17 @@ def load_fsdp_optimizer(
 ) -> None:
     """Loads what `save_fsdp_optimizer` saved; arguments and errors as for `load_fsdp_model`."""
     folder, full = Path(input_dir), model_items.saves_full_state(fsdp_plugin)
-    entry = model_items.optimizer_in(folder, optimizer_index, optimizer, [bare_model(model)], sharded=True, full=full)
+    entry = model_items.optimizer_in(
+        folder, optimizer_index, optimizer, [unwrap_module(model)], sharded=True, full=full
+    )
     _load(entry, folder, strict=True)
 
 
 def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
-    state = local_state.model_state(bare_model(model))
+    state = local_state.model_state(unwrap_module(model))
     if not adapter_only:
         return state
-    trained = local_state.trained(bare_model(model))
+    trained = local_state.trained(unwrap_module(model))
     kept = {id(value) for name, value in state.items() if name in trained}
     return {name: value for name, value in state.items() if id(value) in kept}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..logging import get_logger
-from ..runtime.system.file_names import require_regular
+from ..runtime.system.file_names import require_regular_file
 from ..runtime.world import World
 from ..settings.enums import SAMPLER_NAME
 from .consensus import run_on_all_ranks
@@ -151,7 +151,7 @@ def read_items(
             continue
         try:
             if not (folder / entry.path).is_dir():
-                require_regular(folder / entry.path)
+                require_regular_file(folder / entry.path)
             own = {"mmap": False, "record": records.get(entry.path)} if entry.kept else {}
             state = entry.read(folder, {**options, **own})
             problems = _of_another_class(entry, manifest) or entry.check(state)

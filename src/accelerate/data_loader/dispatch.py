@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ..runtime import world
 from ..runtime.collective_backend import Collectives, TorchCollectives
 from ..runtime.cpu_groups import cpu_group
-from ..runtime.world import DataRanks
+from ..runtime.world import DataShard
 from ..state import PartialState
 from .base import DataLoaderAdapter, make_transfer_fn
 from .mesh import data_ranks_of_mesh
@@ -90,13 +90,13 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         return PartialState()
 
     @property
-    def ranks(self) -> DataRanks:
+    def ranks(self) -> DataShard:
         """Who gets which part."""
         if self._plan is not None:
             return self._plan.ranks
         if self.torch_device_mesh is not None:
             return data_ranks_of_mesh(self.torch_device_mesh)
-        return DataRanks(self.state.process_index, self.state.num_processes)
+        return DataShard(self.state.process_index, self.state.num_processes)
 
     @property
     def total_batch_size(self) -> int | None:

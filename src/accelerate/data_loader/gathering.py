@@ -18,8 +18,8 @@ import torch.distributed as dist
 from ..runtime import collectives as operations
 from ..runtime import world
 from ..runtime.collective_backend import Collectives, TorchCollectives
-from ..runtime.tensors.pytree import holds_only_tensors, honor_type, map_tensors, recursively_apply
-from ..runtime.world import DataRanks
+from ..runtime.tensors.pytree import contains_only_tensors, honor_type, map_tensors, recursively_apply
+from ..runtime.world import DataShard
 from ..state import GradientState
 from .base import DataLoaderAdapter, DataLoaderStateMixin
 from .batches.batch_sharding import StepSizes
@@ -124,7 +124,7 @@ def gather_for_metrics(
     gradient_state: GradientState,
     *,
     use_gather_object: bool = False,
-    data_ranks: Callable[[], DataRanks] | None = None,
+    data_ranks: Callable[[], DataShard] | None = None,
 ) -> Any:
     """Brings together what the ranks made of the current batch of the loader that is being iterated over.
 
@@ -153,7 +153,7 @@ def gather_for_metrics(
     step_sizes = None if ours is None else ours.step_sizes
     short, full = (None, None) if ours is None else (ours.short_rows, ours.full_rows)
     rest = _foreign_remainder(loader)
-    if use_gather_object or not holds_only_tensors(input_data):
+    if use_gather_object or not contains_only_tensors(input_data):
         gather = _ObjectGather(step_sizes, rest, concatenate=not use_gather_object)
         return _gathered_objects(_RankObjects(input_data, short, full), comm, gather)
     if short is not None:
@@ -275,7 +275,7 @@ def _foreign_remainder(loader: Any) -> int | None:
     return int(loader.remainder) if ends else None
 
 
-def _collectives_of(loader: Any, data_ranks: Callable[[], DataRanks] | None) -> Collectives:
+def _collectives_of(loader: Any, data_ranks: Callable[[], DataShard] | None) -> Collectives:
     """Those of the ranks that share out a loader's data."""
     everyone = world.current().collectives
     plan = loader._plan if isinstance(loader, DataLoaderAdapter) else None
@@ -291,8 +291,8 @@ def _collectives_of(loader: Any, data_ranks: Callable[[], DataRanks] | None) -> 
 
 
 _by_group: weakref.WeakKeyDictionary[Any, Collectives] = weakref.WeakKeyDictionary()
-world.when_leaving(_by_group.clear)
-world.when_leaving(_groups.clear)
+world.on_leave(_by_group.clear)
+world.on_leave(_groups.clear)
 
 
 def _group_collectives(group: Any, everyone: Collectives) -> Collectives:

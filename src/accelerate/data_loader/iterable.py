@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from ..runtime.world import DataRanks
+from ..runtime.world import DataShard
 from .batches.batch_sharding import StepSizes, irregular_sizes, pad_cyclic
 from .sampling.samplers import check_split
 
@@ -183,7 +183,7 @@ class StreamShard(IterableDataset):
         ranks: Which part of how many is this rank's.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, ranks: DataRanks) -> None:
+    def __init__(self, dataset: Any, batch_size: int, ranks: DataShard) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.shard = dataset.shard(num_shards=ranks.count, index=ranks.index)

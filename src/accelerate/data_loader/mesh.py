@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..runtime.world import DataRanks
+from ..runtime.world import DataShard
 
 DATA_DIMENSIONS = ("dp_replicate", "dp_shard")
 """Dimensions along which ranks see different data; along all others they hold parts of one model."""
 
 
-def data_ranks_of_mesh(mesh: Any) -> DataRanks:
+def data_ranks_of_mesh(mesh: Any) -> DataShard:
     """The part of the data that this process reads.
 
     Args:
@@ -39,7 +39,7 @@ def data_ranks_of_mesh(mesh: Any) -> DataRanks:
             index, count = index * size + coordinate[place], count * size
     require_batch = tuple(name for name in DATA_DIMENSIONS if name in names)
     if count in (1, mesh.size()):
-        return DataRanks(index, count)
+        return DataShard(index, count)
     # Every rank of the mesh comes by here, so that the group of two dimensions can be made.
     group = mesh.get_group(require_batch[0]) if len(require_batch) == 1 else mesh[require_batch]._flatten().get_group()
-    return DataRanks(index, count, group)
+    return DataShard(index, count, group)

@@ -23,7 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from ..runtime.world import DataRanks
+from ..runtime.world import DataShard
 from ..settings.enums import RNGType
 from ..settings.handlers import DataLoaderConfiguration
 from .sampling.samplers import SeedableRandomSampler, check_split, get_sampler, index_sampler
@@ -109,7 +109,7 @@ class DataPlan:
 
     read_mode: ReadMode
     dataset_kind: DatasetKind
-    ranks: DataRanks
+    ranks: DataShard
     batch_size: int | None
     total_batch_size: int | None
     drop_last: bool
@@ -147,7 +147,7 @@ _SHARDED_TWICE = (
 def plan_data(
     loader: DataLoader[Any],
     config: DataLoaderConfiguration,
-    ranks: DataRanks,
+    ranks: DataShard,
     *,
     put_on_device: bool = True,
     rng_types: Iterable[str | RNGType] | None = ("generator",),
@@ -212,7 +212,7 @@ def plan_data(
     )
 
 
-def _check(loader: Any, ranks: DataRanks) -> None:
+def _check(loader: Any, ranks: DataShard) -> None:
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"expected a torch.utils.data.DataLoader to prepare, got {type(loader).__name__}: {loader!r:.80}"
@@ -235,7 +235,7 @@ def _dataset_kind(loader: DataLoader[Any]) -> DatasetKind:
     return DatasetKind.MAP_BATCHED if batched else DatasetKind.MAP_UNBATCHED
 
 
-def _reads_own_shards(loader: DataLoader[Any], config: DataLoaderConfiguration, ranks: DataRanks) -> bool:
+def _reads_own_shards(loader: DataLoader[Any], config: DataLoaderConfiguration, ranks: DataShard) -> bool:
     # Without even_batches, and with drop_last, the first set of shards to end would end the epoch for all ranks.
     if not isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return False

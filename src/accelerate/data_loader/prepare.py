@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from ..runtime.world import DataRanks
+from ..runtime.world import DataShard
 from ..settings.enums import RNGType
 from ..settings.handlers import DataLoaderConfiguration
 from ..state import PartialState
@@ -137,11 +137,11 @@ def override_even_batches(loaders: Iterable[Any], even_batches: bool | None) -> 
             part.even_batches = before
 
 
-def _ranks(num_processes: int | None, process_index: int | None, mesh: Any) -> DataRanks:
+def _ranks(num_processes: int | None, process_index: int | None, mesh: Any) -> DataShard:
     if mesh is not None and num_processes is None and process_index is None:
         return data_ranks_of_mesh(mesh)
     state = PartialState()
-    return DataRanks(
+    return DataShard(
         state.process_index if process_index is None else process_index,
         state.num_processes if num_processes is None else num_processes,
     )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ..runtime import world
 from ..runtime.collective_backend import Collectives, TorchCollectives
 from ..runtime.cpu_groups import cpu_group
-from ..runtime.world import DataRanks
+from ..runtime.world import DataShard
 from .batches.batch_sharding import StepSizes
 from .batches.batch_slicing import clone_batch
 from .iterable import CountedBatch
@@ -65,12 +65,12 @@ def _operations(dataset: Any) -> Iterator[str]:
             waiting += [getattr(link, "ex_iterable", None), *(getattr(link, "ex_iterables", None) or ())]
 
 
-def supports_lockstep(ranks: DataRanks) -> bool:
+def supports_lockstep(ranks: DataShard) -> bool:
     """Returns whether the ranks that share out the data are all ranks of the run, and can communicate on the CPU."""
     if not world.is_joined() or not dist.is_available() or not dist.is_gloo_available():
         return False
     everyone = world.current().collectives
-    return isinstance(everyone, TorchCollectives) and ranks == DataRanks(everyone.rank, everyone.size)
+    return isinstance(everyone, TorchCollectives) and ranks == DataShard(everyone.rank, everyone.size)
 
 
 # Agreeing -----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ import sys
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from ..runtime.cluster import cluster_env as places
-from ..runtime.cluster import slurm
-from ..runtime.cluster.cluster_env import Placement
+from ..runtime.cluster import cluster_env, slurm
+from ..runtime.cluster.cluster_env import RankInfo
 from ..settings import env
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
@@ -53,8 +52,8 @@ class Machine(NamedTuple):
     interface: str | None
     directory: str
     python: tuple[str, ...]
-    place: Placement | None = None
-    step: slurm.Step | None = None
+    place: RankInfo | None = None
+    step: slurm.SlurmStep | None = None
     batch_nodes: int = 1
     hosts: tuple[str, ...] = ()
     mpi: str = "openmpi"
@@ -158,13 +157,13 @@ def remarks(asked: LaunchSettings, machine: Machine) -> list[str]:
 # MPI and SLURM -------------------------------------------------------------------------------------------------------
 
 
-def _scheduler() -> tuple[Placement | None, slurm.Step | None, int]:
+def _scheduler() -> tuple[RankInfo | None, slurm.SlurmStep | None, int]:
     """What MPI and SLURM say: this process's place, or its step, and how many nodes a batch script has to itself."""
     try:
-        place = places.of_scheduler()
-        step = slurm.step()
+        place = cluster_env.from_scheduler()
+        step = slurm.current_step()
         if place is None:
-            return None, None, slurm.nodes_of_batch_job()
+            return None, None, slurm.batch_job_node_count()
         if place.source == "SLURM" and step is not None and step.one_task_per_node:
             return None, step, 1
         return place, None, 1
@@ -172,7 +171,7 @@ def _scheduler() -> tuple[Placement | None, slurm.Step | None, int]:
         raise SettingsError(str(error)) from None
 
 
-def _of_step(settings: LaunchSettings, step: slurm.Step | None) -> LaunchSettings:
+def _of_step(settings: LaunchSettings, step: slurm.SlurmStep | None) -> LaunchSettings:
     """`settings` with what a step of one task per node says about machines, where they say nothing themselves."""
     elsewhere = settings.tpu or settings.compute_environment != "LOCAL_MACHINE"
     if step is None or elsewhere or settings.num_machines not in (None, step.nodes):
@@ -230,9 +229,9 @@ def _peer_access(device: str) -> bool:
     names = [line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model")]
     if not any("RTX 40" in name for name in names):
         return True
-    from ..runtime.system.system_info import peer_access_works
+    from ..runtime.system.system_info import p2p_supported
 
-    return peer_access_works(names)
+    return p2p_supported(names)
 
 
 def _torch_version() -> str:
@@ -296,7 +295,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def _interface(settings: LaunchSettings, place: Placement | None) -> str | None:
+def _interface(settings: LaunchSettings, place: RankInfo | None) -> str | None:
     """The network interface over which ranks find each other: gloo is bound to it by name."""
     if place is not None and place.local_size < place.size:
         towards = settings.main_process_ip or place.address or None

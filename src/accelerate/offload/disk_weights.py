@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..runtime.system.file_names import path_inside, path_to_change, read_json, replace_file, shown, size_of
+from ..runtime.system.file_names import file_size, path_for_write, path_inside, read_json, replace_file, short_repr
 from .io.direct_io import BufferPool
 from .io.mmap_reader import MmapWindowCache, ReadInterruptedError, Span, Stop, never
 from .io.safetensors_file import SafetensorsFile
@@ -49,7 +49,7 @@ def offload_weight(weight: torch.Tensor, weight_name: str, offload_folder: Folde
     Raises:
         ValueError: for a name that leads out of the folder; nothing is written then.
     """
-    path = path_to_change(Path(offload_folder), f"{weight_name}.dat")
+    path = path_for_write(Path(offload_folder), f"{weight_name}.dat")
     values = weight.detach().cpu().contiguous()
     data: Any = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
     replace_file(path, data)
@@ -67,7 +67,7 @@ def save_offload_index(index: Mapping[str, Any] | None, offload_folder: Folder) 
     if not index:
         return
     path = Path(offload_folder) / INDEX_NAME
-    known = {} if size_of(path) is None else read_offload_index(offload_folder)
+    known = {} if file_size(path) is None else read_offload_index(offload_folder)
     _check_index(path, index)
     replace_file(path, json.dumps({**known, **index}, indent=2).encode())
 
@@ -90,16 +90,22 @@ def read_offload_index(offload_folder: Folder) -> dict[str, Any]:
 def _check_index(path: Path, index: Any) -> None:
     """Raises ValueError for an index whose entries are not such as `offload_weight` and others make them."""
     if not isinstance(index, Mapping):
-        raise ValueError(f"{path} is no index of offloaded weights: expected entries by name, found {shown(index)}")
+        raise ValueError(
+            f"{path} is no index of offloaded weights: expected entries by name, found {short_repr(index)}"
+        )
     for name, info in index.items():
         if not isinstance(info, Mapping):
-            raise ValueError(f"{path} is no index of offloaded weights: its entry of {shown(name)} is {shown(info)}")
+            raise ValueError(
+                f"{path} is no index of offloaded weights: its entry of {short_repr(name)} is {short_repr(info)}"
+            )
         file = info.get("safetensors_file")
         if file is None:
             path_inside(path.parent, _file_of(name, info))
             _index_entry(name, info)
         elif not isinstance(file, str) or not isinstance(info.get("weight_name", name), str):
-            raise ValueError(f"{path} is no index of offloaded weights: its entry of {shown(name)} is {shown(info)}")
+            raise ValueError(
+                f"{path} is no index of offloaded weights: its entry of {short_repr(name)} is {short_repr(info)}"
+            )
 
 
 def _file_of(name: str, info: Mapping[str, Any]) -> str:
@@ -116,7 +122,7 @@ def _index_entry(name: object, info: Mapping[str, Any]) -> tuple[torch.dtype, tu
     dtype, shape = _dtype(info.get("dtype")), info.get("shape")
     if dtype is None or not isinstance(shape, (list, tuple)) or not is_shape(shape):
         raise ValueError(
-            f"the entry of {shown(name)} is {shown(dict(info))}; expected the 'dtype' and 'shape' of a tensor"
+            f"the entry of {short_repr(name)} is {short_repr(dict(info))}; expected the 'dtype' and 'shape' of a tensor"
         )
     return dtype, tuple(shape)
 
@@ -153,7 +159,7 @@ def load_offloaded_weight(weight_file: Folder, weight_info: Mapping[str, Any]) -
     count = torch.Size(shape).numel()
     if not count:
         return torch.empty(shape, dtype=dtype)
-    size_of(Path(weight_file))
+    file_size(Path(weight_file))
     return torch.from_file(str(weight_file), shared=False, size=count, dtype=dtype).reshape(shape)
 
 
@@ -397,7 +403,7 @@ def _dtype(name: Any) -> torch.dtype | None:
         return None
     found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{shown(name)} is no dtype of torch")
+        raise ValueError(f"{short_repr(name)} is no dtype of torch")
     return found
 
 

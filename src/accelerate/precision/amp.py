@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..runtime.devices import kind_of
+from ..runtime.devices import device_kind
 from ..runtime.system.availability import supports_bf16
 from ..runtime.tensors.forward import ForwardWrapper, wrap_forward
 from ..runtime.tensors.pytree import convert_to_fp32
@@ -124,7 +124,7 @@ def choose(
     """
     if name == "no":
         return Precision()
-    if name == "bf16" and not supports_bf16(kind_of(device)):
+    if name == "bf16" and not supports_bf16(device_kind(device)):
         raise ValueError(
             f"mixed_precision='bf16' was asked for, and {device} does not compute in bfloat16: use 'fp16' or 'no' "
             "(--mixed_precision, ACCELERATE_MIXED_PRECISION)."

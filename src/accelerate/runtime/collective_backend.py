@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # What communication libraries carry as it is; tensors of other dtypes (bool, int16, float8 …) travel as bytes.
-_ON_THE_WIRE = frozenset(
+_NATIVE_DTYPES = frozenset(
     {
         torch.uint8,
         torch.int8,
@@ -102,7 +102,7 @@ class TorchCollectives(Collectives):
             tensor = tensor.reshape(1)
         elif not tensor.is_contiguous():
             tensor = tensor.contiguous()
-        if tensor.dtype not in _ON_THE_WIRE:
+        if tensor.dtype not in _NATIVE_DTYPES:
             return self.all_gather(tensor.view(torch.uint8)).view(tensor.dtype)
         out = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
         _all_gather_single(out, tensor, group=self.group)
@@ -115,7 +115,7 @@ class TorchCollectives(Collectives):
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         wire = tensor
         # gloo of torch 2.6 broadcasts no complex dtype.
-        carried = tensor.dtype in _ON_THE_WIRE and not tensor.is_complex()
+        carried = tensor.dtype in _NATIVE_DTYPES and not tensor.is_complex()
         if not carried and tensor.is_contiguous():
             wire = tensor.reshape(-1).view(torch.uint8)  # shares the memory; a scalar has no dimension to widen
         dist.broadcast(wire, self._global_rank(src), group=self.group)

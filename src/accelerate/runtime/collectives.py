@@ -18,10 +18,10 @@ from .collective_backend import Collectives
 from .shape_check import (
     DistributedOperationException,
     chained_operation,
-    compare,
-    dimensions_only,
-    refuse,
-    summary_of,
+    check_all_equal,
+    ndim_only,
+    raise_mismatch,
+    summarize,
     verify_operation,
 )
 from .tensors.pytree import TensorInformation, map_tensors
@@ -64,7 +64,7 @@ TENSOR_TYPE_TO_INT = {
 TENSOR_INT_TO_DTYPE = {code: dtype for dtype, code in TENSOR_TYPE_TO_INT.items()}
 
 # Sums that communication libraries cannot do in the dtype itself; all but those of bool are converted back.
-_SUMMED_AS = {
+_SUM_DTYPES = {
     torch.bool: torch.int64,
     torch.int16: torch.int32,
     torch.uint16: torch.int64,
@@ -181,7 +181,7 @@ def reduce(tensor: _Tree, reduction: str = "mean", scale: float = 1.0) -> _Tree:
 def _reduce_one(tensor: torch.Tensor, comm: Collectives, reduction: str, scale: float) -> torch.Tensor:
     if comm.size == 1:
         return tensor.clone() if scale == 1 else tensor * scale
-    total = tensor.detach().to(comm.device, _SUMMED_AS.get(tensor.dtype, tensor.dtype), copy=True).contiguous()
+    total = tensor.detach().to(comm.device, _SUM_DTYPES.get(tensor.dtype, tensor.dtype), copy=True).contiguous()
     adds = reduction in ("sum", "mean")
     comm.all_reduce(total, "sum" if adds else reduction)
     if total.dtype != tensor.dtype and not (adds and tensor.dtype == torch.bool):
@@ -238,7 +238,7 @@ def pad_across_processes(tensor: _Tree, dim: int = 0, pad_index: float = 0, pad_
     if comm.size == 1:
         return tensor
     if here.debug:
-        compare(comm, "pad_across_processes", summary_of(tensor), dimensions_only)
+        check_all_equal(comm, "pad_across_processes", summarize(tensor), ndim_only)
     tensors: list[torch.Tensor] = []
     map_tensors("pad_across_processes", tensors.append, tensor)
     if any(leaf.is_nested for leaf in tensors):
@@ -247,19 +247,19 @@ def pad_across_processes(tensor: _Tree, dim: int = 0, pad_index: float = 0, pad_
             CannotPadNestedTensorWarning,
             stacklevel=2,
         )
-    sizes = _largest_sizes(tensors, dim, comm)
+    sizes = _max_sizes(tensors, dim, comm)
     if sizes is None:
-        refuse(comm.all_gather_object(("pad_across_processes", summary_of(tensor))))
+        raise_mismatch(comm.all_gather_object(("pad_across_processes", summarize(tensor))))
     targets = iter(sizes)
     return map_tensors("pad_across_processes", _pad_one, tensor, targets, dim, pad_index, pad_first)
 
 
-def _largest_sizes(tensors: list[torch.Tensor], dim: int, comm: Collectives) -> list[int] | None:
+def _max_sizes(tensors: list[torch.Tensor], dim: int, comm: Collectives) -> list[int] | None:
     """Each tensor's largest size over the processes, or None if numbers of dimensions differ: one collective for all.
 
     A size of -1 stands for a tensor that is not to be padded.
     """
-    sizes = [-1 if leaf.is_nested or not _has(leaf, dim) else leaf.shape[dim] for leaf in tensors]
+    sizes = [-1 if leaf.is_nested or not _has_dim(leaf, dim) else leaf.shape[dim] for leaf in tensors]
     dimensions = [leaf.dim() for leaf in tensors]
     # The negated dimensions make the same maximum tell the least number too: a mismatch costs nothing to see.
     numbers = torch.tensor(sizes + dimensions + [-n for n in dimensions], dtype=torch.int64, device=comm.device)
@@ -269,7 +269,7 @@ def _largest_sizes(tensors: list[torch.Tensor], dim: int, comm: Collectives) -> 
     return found[:count] if most == [-n for n in least] else None
 
 
-def _has(tensor: torch.Tensor, dim: int) -> bool:
+def _has_dim(tensor: torch.Tensor, dim: int) -> bool:
     return -tensor.dim() <= dim < tensor.dim()
 
 
@@ -277,10 +277,10 @@ def _pad_one(tensor: torch.Tensor, targets: Iterator[int], dim: int, pad_index: 
     target = next(targets)
     if target == -1 or tensor.shape[dim] == target:
         return tensor
-    return _extended(tensor, dim, target, pad_index, pad_first)
+    return _pad_to(tensor, dim, target, pad_index, pad_first)
 
 
-def _extended(tensor: torch.Tensor, dim: int, size: int, value: float, first: bool = False) -> torch.Tensor:
+def _pad_to(tensor: torch.Tensor, dim: int, size: int, value: float, first: bool = False) -> torch.Tensor:
     shape = list(tensor.shape)
     length, shape[dim] = shape[dim], size
     padded = tensor.new_full(shape, value)
@@ -311,9 +311,9 @@ def pad_input_tensors(tensor: _Tree, batch_size: int, num_processes: int, dim: i
 
 
 def _pad_input(tensor: torch.Tensor, batch_size: int, size: int, dim: int) -> torch.Tensor:
-    if size == batch_size or not _has(tensor, dim) or tensor.shape[dim] != batch_size:
+    if size == batch_size or not _has_dim(tensor, dim) or tensor.shape[dim] != batch_size:
         return tensor
-    return _extended(tensor, dim, size, 0)
+    return _pad_to(tensor, dim, size, 0)
 
 
 # One process's tensor -----------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
         return object_list
     if here.debug:
         length = f"list of {len(object_list)}" if isinstance(object_list, list) else type(object_list).__name__
-        compare(comm, "broadcast_object_list", ("other", length))
+        check_all_equal(comm, "broadcast_object_list", ("other", length))
     if not isinstance(object_list, list):
         raise TypeError(
             f"broadcast_object_list replaces the items of a list in place; it was given a {type(object_list).__name__}."

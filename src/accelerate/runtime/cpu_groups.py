@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 from .collective_backend import Collectives, TorchCollectives
-from .world import current, is_joined, when_leaving
+from .world import current, is_joined, on_leave
 
 # By the training group, and by purpose. torch destroys them with the training group.
 _GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Collectives]] = weakref.WeakKeyDictionary()
-when_leaving(_GROUPS.clear)
+on_leave(_GROUPS.clear)
 
 
 def cpu_group(purpose: str, timeout: datetime.timedelta, before: Callable[[], object] = lambda: None) -> Collectives:

@@ -150,7 +150,7 @@ def default_kind() -> DeviceKind:
         ValueError: when that variable names a kind that is not in the table.
     """
     if (wanted := env.get("ACCELERATE_TORCH_DEVICE")) is not None:
-        return kind_of(wanted)
+        return device_kind(wanted)
     return next(kind for kind in _ROWS if _may_be_default(kind) and kind.is_available())
 
 
@@ -159,7 +159,7 @@ def _may_be_default(kind: DeviceKind) -> bool:
     return kind.name != "xla" or env.flag("USE_TORCH_XLA", default=True)
 
 
-def kind_of(device: str | torch.device) -> DeviceKind:
+def device_kind(device: str | torch.device) -> DeviceKind:
     """The row of a device or of its name (``"cuda:1"``).
 
     Raises:

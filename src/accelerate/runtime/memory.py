@@ -29,14 +29,14 @@ _P = ParamSpec("_P")
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_ATTEMPT = datetime.timedelta(days=365)
+_ATTEMPT_TIMEOUT = datetime.timedelta(days=365)
 """How long processes wait for each other between two attempts: an attempt may be the whole training."""
 
-_WAITING = (
+_WAITING_WARNING = (
     "process %d ran out of memory at batch size %d and waits for the others. If they are inside an operation that waits for "
     "this process, they cannot come: the run then ends with their timeout."
 )
-_LATE_SECONDS = 30.0
+_WARN_AFTER_SECONDS = 30.0
 """How long a process that ran out of memory waits for the others before it warns."""
 
 # Messages of allocators and libraries, whatever their case. HIP is what torch calls cuda on AMD's devices.
@@ -70,7 +70,7 @@ def clear_device_cache(garbage_collection: bool = False) -> None:
             kind.empty_cache()
 
 
-def give_back_freed() -> None:
+def malloc_trim() -> None:
     """Gives freed main memory back to the system; the C library would keep blocks of up to 32 MiB for later."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -182,22 +182,22 @@ def find_executable_batch_size(
             reduce_batch_size_fn=reduce_batch_size_fn,
         )
     wanted = function
-    smaller = _reducer(reduce_batch_size_fn)
+    smaller = _resolve_reducer(reduce_batch_size_fn)
 
     @functools.wraps(wanted)
     def search(*args: Any, **kwargs: Any) -> Any:
         _check_arguments(wanted, args, kwargs)
-        agreement = _Agreement()
+        consensus = _BatchSizeConsensus()
         batch_size = starting_batch_size
         clear_device_cache(garbage_collection=True)
         while batch_size > 0:
             fitted, result = _attempt(functools.partial(wanted, batch_size, *args, **kwargs))
-            if agreement.everyone(fitted, batch_size):
+            if consensus.all_fit(fitted, batch_size):
                 return result
             # Only now is the exception gone, and with it the frames that held the tensors.
             result = None
             clear_device_cache(garbage_collection=True)
-            batch_size = agreement.least(_checked(smaller(batch_size), batch_size))
+            batch_size = consensus.min(_validated(smaller(batch_size), batch_size))
             logger.info("out of memory: trying again with batch size %d", batch_size)
         raise RuntimeError(
             f"No executable batch size found: `{_name(wanted)}` ran out of memory at every size from "
@@ -220,7 +220,7 @@ def _halved(batch_size: int) -> int:
     return batch_size // 2
 
 
-def _reducer(function: Callable[..., int] | None) -> Callable[[int], int]:
+def _resolve_reducer(function: Callable[..., int] | None) -> Callable[[int], int]:
     if function is None:
         return _halved
     given = function
@@ -233,7 +233,7 @@ def _reducer(function: Callable[..., int] | None) -> Callable[[int], int]:
     return given if needed else lambda batch_size: given()
 
 
-def _checked(smaller: int, present: int) -> int:
+def _validated(smaller: int, present: int) -> int:
     if smaller >= present:
         raise ValueError(
             f"reduce_batch_size_fn gave {smaller} after {present}: it must return a smaller size each time."
@@ -260,37 +260,37 @@ def _check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs
         ) from None
 
 
-class _Agreement:
+class _BatchSizeConsensus:
     """What the processes tell each other between two attempts."""
 
     def __init__(self) -> None:
         # Set up before the first attempt: after it, a peer may be somewhere else. A process that is in no run yet may
         # join one during the attempt, and is asked again.
-        self._channel = _own_channel()
+        self._group = _consensus_group()
 
-    def everyone(self, fitted: bool, batch_size: int) -> bool:
+    def all_fit(self, fitted: bool, batch_size: int) -> bool:
         """Whether the attempt fitted on every process."""
-        if self._channel.size == 1:
-            self._channel = _own_channel()
-        if fitted or self._channel.size == 1:
-            return self.least(int(fitted)) == 1
+        if self._group.size == 1:
+            self._group = _consensus_group()
+        if fitted or self._group.size == 1:
+            return self.min(int(fitted)) == 1
         # Usually the others come within moments, and there is nothing to say.
         late = threading.Timer(
-            _LATE_SECONDS,
+            _WARN_AFTER_SECONDS,
             logger.warning,
-            (_WAITING, self._channel.rank, batch_size),
+            (_WAITING_WARNING, self._group.rank, batch_size),
         )
         late.daemon = True
         late.start()
         try:
-            return self.least(int(fitted)) == 1
+            return self.min(int(fitted)) == 1
         finally:
             late.cancel()
 
-    def least(self, number: int) -> int:
+    def min(self, number: int) -> int:
         """The smallest of the processes' numbers."""
         try:
-            return min(self._channel.all_gather_object(number))
+            return min(self._group.all_gather_object(number))
         except RuntimeError as error:
             raise RuntimeError(
                 "the processes could not agree on a batch size, because one of them ended or never arrived. If one of "
@@ -299,5 +299,5 @@ class _Agreement:
             ) from error
 
 
-def _own_channel() -> Collectives:
-    return cpu_group("attempts at a batch size", _LONGEST_ATTEMPT)
+def _consensus_group() -> Collectives:
+    return cpu_group("attempts at a batch size", _ATTEMPT_TIMEOUT)

@@ -12,7 +12,7 @@ import types
 from typing import Any
 
 
-def let_go(held: list[Any]) -> None:
+def drop_group_references(held: list[Any]) -> None:
     """Replaces references to these objects by None wherever Python's collector finds them; empties the list as well.
 
     For the end of a process only: what used the objects is of no use afterwards. References of C++ alone are not found.

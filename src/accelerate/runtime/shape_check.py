@@ -40,7 +40,7 @@ def verify_operation(function: _F) -> _F:
     def verified(*args: Any, **kwargs: Any) -> Any:
         here = current()
         if here.debug and here.size > 1:
-            compare(here.collectives, function.__name__, summary_of(args[0] if args else kwargs.get(first)))
+            check_all_equal(here.collectives, function.__name__, summarize(args[0] if args else kwargs.get(first)))
         return function(*args, **kwargs)
 
     return verified  # type: ignore[return-value]  # same signature
@@ -59,39 +59,39 @@ def chained_operation(function: _F) -> _F:
     return chained  # type: ignore[return-value]  # same signature
 
 
-def summary_of(data: Any) -> Any:
+def summarize(data: Any) -> Any:
     """What is compared: plain values, so that they can be sent, and in order, since tensors are paired in order."""
     if isinstance(data, torch.Tensor):
         shape = "nested" if data.is_nested else tuple(data.shape)
         return ("tensor", shape, str(data.dtype).removeprefix("torch."))
     if isinstance(data, Mapping):
-        return ("mapping", tuple((repr(key), summary_of(value)) for key, value in data.items()))
+        return ("mapping", tuple((repr(key), summarize(value)) for key, value in data.items()))
     if isinstance(data, (list, tuple)):
-        return ("sequence", tuple(summary_of(item) for item in data))
+        return ("sequence", tuple(summarize(item) for item in data))
     return ("other", type(data).__name__)
 
 
-def dimensions_only(summary: Any) -> Any:
+def ndim_only(summary: Any) -> Any:
     """A summary in which tensors are told apart by their number of dimensions only."""
     kind, content = summary[:2]
     if kind == "tensor":
         return (kind, content if content == "nested" else len(content))
     if kind == "mapping":
-        return (kind, tuple((key, dimensions_only(value)) for key, value in content))
+        return (kind, tuple((key, ndim_only(value)) for key, value in content))
     if kind == "sequence":
-        return (kind, tuple(dimensions_only(item) for item in content))
+        return (kind, tuple(ndim_only(item) for item in content))
     return summary
 
 
-def compare(comm: Collectives, operation: str, summary: Any, essence: Callable[[Any], Any] = lambda it: it) -> None:
+def check_all_equal(comm: Collectives, operation: str, summary: Any, key: Callable[[Any], Any] = lambda it: it) -> None:
     reports: list[tuple[str, Any]] = comm.all_gather_object((operation, summary))
-    if any(name != operation or essence(other) != essence(summary) for name, other in reports):
-        refuse(reports)
+    if any(name != operation or key(other) != key(summary) for name, other in reports):
+        raise_mismatch(reports)
 
 
-def refuse(reports: list[tuple[str, Any]]) -> NoReturn:
+def raise_mismatch(reports: list[tuple[str, Any]]) -> NoReturn:
     names = [name for name, _ in reports]
-    lines = [f"  - Process {rank}: {_rendered(summary)}" for rank, (_, summary) in enumerate(reports)]
+    lines = [f"  - Process {rank}: {_format(summary)}" for rank, (_, summary) in enumerate(reports)]
     if len(set(names)) > 1:
         called = ", ".join(f"process {rank} `{_PUBLIC}.{name}`" for rank, name in enumerate(names))
         title = "The processes are not in the same operation; each must call the same ones, in the same order."
@@ -107,7 +107,7 @@ def refuse(reports: list[tuple[str, Any]]) -> NoReturn:
 
 def _advice(reports: list[tuple[str, Any]]) -> str:
     tensors = [list(_tensors_of(summary)) for _, summary in reports]
-    if len({_skeleton(summary) for _, summary in reports}) > 1:
+    if len({_structure(summary) for _, summary in reports}) > 1:
         return "Pass the same containers, with the same keys in the same order, on every process."
     if any(len({len(shape) for shape, _ in leaf}) > 1 for leaf in zip(*tensors, strict=True)):
         return "Give the tensors the same number of dimensions on every process (reshape, squeeze, unsqueeze)."
@@ -116,12 +116,12 @@ def _advice(reports: list[tuple[str, Any]]) -> str:
     return "Convert them to one dtype first: `tensor.to(dtype)`."
 
 
-def _skeleton(summary: Any) -> Any:
+def _structure(summary: Any) -> Any:
     kind, content = summary[:2]
     if kind == "mapping":
-        return (kind, tuple((key, _skeleton(value)) for key, value in content))
+        return (kind, tuple((key, _structure(value)) for key, value in content))
     if kind == "sequence":
-        return (kind, tuple(_skeleton(item) for item in content))
+        return (kind, tuple(_structure(item) for item in content))
     return kind if kind == "tensor" else summary
 
 
@@ -134,12 +134,12 @@ def _tensors_of(summary: Any) -> Iterator[tuple[Any, str]]:
             yield from _tensors_of(item[1] if kind == "mapping" else item)
 
 
-def _rendered(summary: Any) -> str:
+def _format(summary: Any) -> str:
     kind, content = summary[:2]
     if kind == "tensor":
         return f"{list(content) if content != 'nested' else 'nested'} {summary[2]}"
     if kind == "mapping":
-        return "{" + ", ".join(f"{key}: {_rendered(value)}" for key, value in content) + "}"
+        return "{" + ", ".join(f"{key}: {_format(value)}" for key, value in content) + "}"
     if kind == "sequence":
-        return "(" + ", ".join(_rendered(item) for item in content) + ")"
+        return "(" + ", ".join(_format(item) for item in content) + ")"
     return str(content)

@@ -23,11 +23,10 @@ import torch.distributed as dist
 from ..settings import env
 from ..settings.enums import DistributedType
 from . import devices
-from .cluster import cluster_env as places
-from .cluster import error_file, rendezvous
-from .cluster.cluster_env import Placement
+from .cluster import cluster_env, error_file, rendezvous
+from .cluster.cluster_env import RankInfo
 from .collective_backend import Collectives, TorchCollectives, XlaCollectives
-from .release import let_go
+from .release import drop_group_references
 from .system import system_info
 from .system.availability import is_torch_version
 
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DataRanks:
+class DataShard:
     """Who reads which part of the data.
 
     Attributes:
@@ -64,7 +63,7 @@ class World:
         device: The device this process computes on.
         backend: torch.distributed's name of the library that carries tensors of `device`, or None for a process on its own.
         collectives: What carries tensors between the ranks.
-        kind: How the run is distributed, before a strategy refines it.
+        distributed_type: How the run is distributed, before a strategy refines it.
         debug: Check shapes on all ranks before each collective.
         fork_launched: Whether `notebook_launcher` forked this process.
     """
@@ -76,7 +75,7 @@ class World:
     device: torch.device
     backend: str | None
     collectives: Collectives
-    kind: DistributedType
+    distributed_type: DistributedType
     debug: bool = False
     fork_launched: bool = False
 
@@ -104,7 +103,7 @@ def set_current(world: World) -> World:
 def set_device(device: torch.device) -> World:
     """Records another device for this process and makes it torch's current one."""
     world = current()
-    devices.kind_of(device).set_device(device)
+    devices.device_kind(device).set_device(device)
     world.collectives.device = device
     return set_current(replace(world, device=device))
 
@@ -153,24 +152,24 @@ def join(
     }
     if kind.name == "xla":
         return set_current(_xla_world(common))
-    place: Placement | None
+    place: RankInfo | None
     if dist.is_available() and dist.is_initialized():
-        place = places.of_group(dist.get_rank(), dist.get_world_size())
+        place = cluster_env.from_group(dist.get_rank(), dist.get_world_size())
     else:
-        place = places.from_environment(address_needed=init_method is None)
+        place = cluster_env.from_environment(address_needed=init_method is None)
     if place is None:
-        device = lone_device(kind)
+        device = single_process_device(kind)
         kind.set_device(device)
-        _bind_to_processors(0)
+        _bind_to_numa_node(0)
         return set_current(World(0, 1, 0, 1, device, None, Collectives(device), DistributedType.NO, **common))
     error_file.record_errors()  # again: the script may have set a hook of its own; and joining may fail as well
     if not kind.backends:  # several processes cannot share one such device (mps)
         kind = devices.DEVICES["cpu"]
     device = kind.device(_device_index(kind, place))
     kind.set_device(device)
-    _bind_to_processors(place.local_rank)  # before the group, whose threads stay where they began
+    _bind_to_numa_node(place.local_rank)  # before the group, whose threads stay where they began
     if not dist.is_initialized():
-        _initialise(place, kind, _backend_for(kind, backend, cpu_tensors), init_method, timeout)
+        _init_process_group(place, kind, _backend_for(kind, backend, cpu_tensors), init_method, timeout)
     _leave_at_exit()
     return set_current(
         World(
@@ -179,7 +178,7 @@ def join(
             place.local_rank,
             place.local_size,
             device,
-            serving(dist.get_backend_config(), kind.name) or dist.get_backend(),
+            backend_for_device(dist.get_backend_config(), kind.name) or dist.get_backend(),
             TorchCollectives(device),
             kind.distributed_type,
             **common,
@@ -193,12 +192,12 @@ def leave(group: ProcessGroup | None = None) -> None:
     Leaving the default group forgets the World as well.
     """
     if group is None:
-        for release in _when_leaving:
+        for release in _leave_callbacks:
             release()
     if dist.is_available() and dist.is_initialized():
         served = [group] if group is not None else list(dist.distributed_c10d._world.pg_map)
-        _left.update(each for each in served if "gloo" in dist.get_backend_config(each))
-        if _left and is_torch_version("<", "2.7.0"):
+        _destroyed_groups.update(each for each in served if "gloo" in dist.get_backend_config(each))
+        if _destroyed_groups and is_torch_version("<", "2.7.0"):
             time.sleep(DRAIN_SECONDS)
         dist.destroy_process_group(group)
     if group is None:
@@ -208,27 +207,27 @@ def leave(group: ProcessGroup | None = None) -> None:
 DRAIN_SECONDS = 0.05
 """With torch 2.6, how long before a gloo group is destroyed the GIL is released: its threads may need it to release the last
 tensors, and the destructor joins them while it holds it."""
-_left: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+_destroyed_groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 """Groups of gloo that were left, as long as something refers to them."""
-_when_leaving: list[Callable[[], object]] = []
+_leave_callbacks: list[Callable[[], object]] = []
 
 
-def when_leaving(release: Callable[[], object]) -> None:
+def on_leave(release: Callable[[], object]) -> None:
     """Has `release` called each time the default group is left: for a module that keeps groups of its own."""
-    _when_leaving.append(release)
+    _leave_callbacks.append(release)
 
 
-def _device_index(kind: devices.DeviceKind, place: Placement) -> int:
+def _device_index(kind: devices.DeviceKind, place: RankInfo) -> int:
     """Returns which of the devices that this process sees is its own."""
     count = kind.count() if kind.indexed else 0
-    if count == 1 and not _shares_device(kind):
+    if count == 1 and not _shares_visible_device(kind):
         return 0
-    if count and not place.is_local_rank_given:
+    if count and not place.has_local_rank:
         return _device_of_group(kind, place.rank, count)
     return place.local_rank
 
 
-def _shares_device(kind: devices.DeviceKind) -> bool:
+def _shares_visible_device(kind: devices.DeviceKind) -> bool:
     """Returns whether a process that sees one device sees the one that its peers on this machine see, too.
 
     Ranks see a device each under a scheduler (srun --gpus-per-task=1), Ray, MIG, or a script that sets a variable for each.
@@ -251,12 +250,12 @@ def _device_of_group(kind: devices.DeviceKind, rank: int, count: int) -> int:
     return kind.current().index or rank % count
 
 
-def _bind_to_processors(local_rank: int) -> None:
+def _bind_to_numa_node(local_rank: int) -> None:
     if env.flag("ACCELERATE_CPU_AFFINITY"):
         system_info.set_numa_affinity(local_rank)
 
 
-def lone_device(kind: devices.DeviceKind) -> torch.device:
+def single_process_device(kind: devices.DeviceKind) -> torch.device:
     """Returns the device of a process on its own: the one ACCELERATE_TORCH_DEVICE names, else torch's current one."""
     if not kind.indexed:
         return torch.device(kind.name)
@@ -283,7 +282,7 @@ def _xla_world(common: dict[str, Any]) -> World:
     )
 
 
-def serving(backends: str, kind: str) -> str | None:
+def backend_for_device(backends: str, kind: str) -> str | None:
     """The backend for a kind of device in torch's notation: ``cuda:nccl,cpu:gloo``, or one for all (``gloo``)."""
     if ":" not in backends:
         return backends
@@ -292,13 +291,13 @@ def serving(backends: str, kind: str) -> str | None:
 
 def _backend_for(kind: devices.DeviceKind, wanted: str | None, cpu_tensors: bool = False) -> str:
     if wanted is not None and ":" in wanted:
-        own = serving(wanted, kind.name)
+        own = backend_for_device(wanted, kind.name)
         if own is not None and kind.name != "cpu":
             return wanted
         wanted, cpu_tensors = own, True  # a script for other devices
-    if wanted is None and kind.name == "cuda" and _sagemakers_backend():
+    if wanted is None and kind.name == "cuda" and _uses_smddp():
         return "smddp"
-    if wanted is None or not _may_serve(wanted, kind):
+    if wanted is None or not _backend_supports(wanted, kind):
         found = next((name for name in kind.backends if dist.is_backend_available(name)), kind.backends[0])
         # Not for every run: gloo connects each rank to all others, in each group.
         both = cpu_tensors and wanted is None and kind.name != "cpu" and dist.is_gloo_available()
@@ -306,7 +305,7 @@ def _backend_for(kind: devices.DeviceKind, wanted: str | None, cpu_tensors: bool
     return wanted
 
 
-def _sagemakers_backend() -> bool:
+def _uses_smddp() -> bool:
     """Whether this is a data-parallel job on Amazon SageMaker, whose image brings a library of its own for it."""
     if env.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") != "DATA_PARALLEL" or find_spec("smdistributed") is None:
         return False
@@ -314,25 +313,25 @@ def _sagemakers_backend() -> bool:
     return True
 
 
-def _may_serve(backend: str, kind: devices.DeviceKind) -> bool:
+def _backend_supports(backend: str, kind: devices.DeviceKind) -> bool:
     """False if the backend is known, and for other kinds of device only."""
     others = {name for other in devices.DEVICES.values() if other is not kind for name in other.backends}
     known: dict[str, list[str]] = dist.Backend.backend_capability
     return backend in kind.backends or backend not in others or kind.name in known.get(backend, [])
 
 
-def _initialise(
-    place: Placement,
+def _init_process_group(
+    place: RankInfo,
     kind: devices.DeviceKind,
     backend: str,
     init_method: str | None,
     timeout: datetime.timedelta | None,
 ) -> None:
-    own = dist.Backend(serving(backend, kind.name) or backend)
+    own = dist.Backend(backend_for_device(backend, kind.name) or backend)
     limit = timeout if timeout is not None else dist.distributed_c10d._get_default_timeout(own)
     if "nccl" in backend:
-        _avoid_broken_peer_access()
-    store = rendezvous.meet(place, init_method, limit)
+        _disable_unsupported_p2p()
+    store = rendezvous.init_store(place, init_method, limit)
     dist.init_process_group(
         backend,
         store=store,
@@ -342,7 +341,7 @@ def _initialise(
     )
 
 
-def _avoid_broken_peer_access() -> None:
+def _disable_unsupported_p2p() -> None:
     if system_info.check_cuda_p2p_ib_support():
         return
     switches = {name: "1" for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE") if env.get(name) is None}
@@ -355,27 +354,27 @@ def _avoid_broken_peer_access() -> None:
         )
 
 
-_at_exit: list[Callable[[], None]] = []
+_exit_callbacks: list[Callable[[], None]] = []
 
 
 def at_exit(release: Callable[[], None]) -> None:
     """Has `release` called when the process ends, before the group is left: to drop what holds on to the group."""
-    _at_exit.append(release)
+    _exit_callbacks.append(release)
 
 
 def _leave_at_exit() -> None:
-    if _leave not in _at_exit:
-        _at_exit.insert(0, _leave)
+    if _leave not in _exit_callbacks:
+        _exit_callbacks.insert(0, _leave)
         atexit.register(_run_at_exit)
 
 
 def _leave() -> None:
     leave()
-    if _left:
-        let_go(list(_left))
+    if _destroyed_groups:
+        drop_group_references(list(_destroyed_groups))
 
 
 def _run_at_exit() -> None:
     # First those whose hold on a group only they know how to give up.
-    while _at_exit:
-        _at_exit.pop()()
+    while _exit_callbacks:
+        _exit_callbacks.pop()()

@@ -20,7 +20,7 @@ from ..optimizer import AcceleratedOptimizer
 from ..runtime.devices import with_index
 from ..runtime.system.lazy import loaded_classes
 from ..runtime.tensors.forward import extract_model_from_parallel
-from ..runtime.world import DataRanks, World
+from ..runtime.world import DataShard, World
 from ..scheduler import AcceleratedScheduler
 from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
@@ -240,11 +240,11 @@ class Strategy:
         )
         return build_loader(plan, self.world.device, settings.mesh)
 
-    def data_ranks(self) -> DataRanks:
+    def data_ranks(self) -> DataShard:
         """Who reads which part of the data."""
         if self.settings.mesh is not None:
             return data_ranks_of_mesh(self.settings.mesh)
-        return DataRanks(self.world.rank, self.world.size)
+        return DataShard(self.world.rank, self.world.size)
 
     def agree_on_random_states(self) -> None:
         """Has ranks that hold parts of one model draw the same numbers; a load may have given them different states."""

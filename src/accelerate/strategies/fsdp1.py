@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..checkpointing.sharded.compat import innermost
-from ..runtime.memory import give_back_freed
+from ..runtime.memory import malloc_trim
 from ..runtime.tensors.forward import is_compiled_module
 from ..runtime.world import World
 from .base import Bundle, RunSettings
@@ -79,7 +79,7 @@ class FlatShards(ShardedStrategy):
             wrapped[unit] = self._wrap(unit, ignored)
             _replace(model, unit, wrapped[unit])
             if device.type == "cpu":  # else units that were cut would add up to the whole model
-                give_back_freed()
+                malloc_trim()
         self._widen(before[model].values())
         for param in ignored:
             self._widen([param])

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..runtime.system.availability import is_torch_version
 from ..runtime.tensors.forward import is_compiled_module
-from ..runtime.world import World, serving
+from ..runtime.world import World, backend_for_device
 from .base import Bundle, RunSettings
 from .fsdp_base import ShardedStrategy, is_half, parameters_by_unit
 from .parallel import bnb_params, tp_plan
@@ -151,7 +151,7 @@ class FullyShard(ShardedStrategy):
 
 def _check_reduces_on_cpu(world: World) -> None:
     """Raises if the group cannot reduce tensors on the CPU, where torch looks for overflows of offloaded gradients."""
-    if world.backend is not None and serving(dist.get_backend_config(), "cpu") is None:
+    if world.backend is not None and backend_for_device(dist.get_backend_config(), "cpu") is None:
         raise ValueError(
             f"fsdp_version=2 with cpu_offload and mixed_precision='fp16' reduces tensors on the CPU, and the process group "
             f"has {dist.get_backend_config()} only: it was initialized before the plugin was known. Create Accelerator "

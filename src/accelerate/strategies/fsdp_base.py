@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ..optimizer import AcceleratedOptimizer
 from ..precision.loss_scale import LossScaler
 from ..runtime.tensors.forward import ForwardWrapper, wrap_forward
-from ..runtime.tensors.modules import modules_among
+from ..runtime.tensors.modules import resolve_modules
 from ..runtime.world import World
 from ..settings import env
 from ..settings.enums import DistributedType
@@ -98,7 +98,7 @@ class ShardedStrategy(ShardedStateStrategy, ABC):
 
     def _ignored(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that stay whole, in the order of the model: the same on all ranks."""
-        modules = modules_among(self.plugin.ignored_modules, model)
+        modules = resolve_modules(self.plugin.ignored_modules, model)
         ignored = {param for module in modules for param in module.parameters()}
         return [param for param in model.parameters() if param in ignored]
 

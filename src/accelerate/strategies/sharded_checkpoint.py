@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpointing.items import model_items
 from ..checkpointing.sharded import local_state
 from ..checkpointing.sharded.gathering import gathered
-from ..runtime.tensors.forward import bare_model
+from ..runtime.tensors.forward import unwrap_module
 from .base import Strategy
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ class ShardedStateStrategy(Strategy):
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
-        return gathered(local_state.model_state(bare_model(model)))
+        return gathered(local_state.model_state(unwrap_module(model)))
 
     def state_to_save(self, model: nn.Module) -> dict[str, Any]:
         return (
             self.model_state(model)
             if model_items.saves_full_state(self.settings.fsdp)
-            else local_state.model_state(bare_model(model))
+            else local_state.model_state(unwrap_module(model))
         )
 
     def entries(
@@ -47,7 +47,7 @@ class ShardedStateStrategy(Strategy):
         *,
         safe: bool = True,
     ) -> list[Entry]:
-        bare, rank = list(map(bare_model, models)), self.world.rank
+        bare, rank = list(map(unwrap_module, models)), self.world.rank
         if model_items.saves_full_state(self.settings.fsdp):
             return [
                 *(
@@ -67,14 +67,14 @@ class ShardedStateStrategy(Strategy):
     def model_entries(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[Entry]:
         full = model_items.saves_full_state(self.settings.fsdp)
         return [
-            model_items.model_in(folder, i, bare_model(model), sharded=True, full=full)
+            model_items.model_in(folder, i, unwrap_module(model), sharded=True, full=full)
             for i, model in enumerate(models)
         ]
 
     def optimizer_entries(
         self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
     ) -> list[Entry]:
-        full, bare = model_items.saves_full_state(self.settings.fsdp), list(map(bare_model, models))
+        full, bare = model_items.saves_full_state(self.settings.fsdp), list(map(unwrap_module, models))
         return [
             model_items.optimizer_in(folder, index, optimizer, bare, sharded=True, full=full)
             for index, optimizer in enumerate(optimizers)

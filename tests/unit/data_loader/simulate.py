@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate.data_loader import DataPlan, StepSizes, plan_data
-from accelerate.runtime.world import DataRanks
+from accelerate.runtime.world import DataShard
 from accelerate.settings.handlers import DataLoaderConfiguration
 
 
@@ -37,7 +37,7 @@ class Seen:
 def plans(loader: DataLoader[Any], ranks: int, **settings: Any) -> list[DataPlan]:
     """The plan of each rank."""
     config = DataLoaderConfiguration(**settings)
-    return [plan_data(loader, config, DataRanks(rank, ranks), rng_types=None) for rank in range(ranks)]
+    return [plan_data(loader, config, DataShard(rank, ranks), rng_types=None) for rank in range(ranks)]
 
 
 def loop(loader: Any) -> list[Seen]:

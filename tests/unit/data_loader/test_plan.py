@@ -30,7 +30,7 @@ from accelerate.data_loader import (
     plan_data,
     prepare_data_loader,
 )
-from accelerate.runtime.world import DataRanks
+from accelerate.runtime.world import DataShard
 from accelerate.settings.enums import RNGType
 from accelerate.settings.handlers import DataLoaderConfiguration
 
@@ -41,7 +41,7 @@ class Stream(IterableDataset):
 
 
 def plan(loader: Any, ranks: int = 2, put_on_device: bool = True, **settings: Any) -> DataPlan:
-    return plan_data(loader, DataLoaderConfiguration(**settings), DataRanks(0, ranks), put_on_device=put_on_device)
+    return plan_data(loader, DataLoaderConfiguration(**settings), DataShard(0, ranks), put_on_device=put_on_device)
 
 
 def test_a_plan_is_a_value() -> None:
@@ -284,14 +284,14 @@ def test_drop_last_of_a_batch_sampler_of_the_users_own() -> None:
         batches = BatchSampler(SequentialSampler(range(7)), 2, drop_last=drop_last)
         loader = DataLoader(range(7), batch_sampler=batches)  # type: ignore[arg-type]
         assert plan(loader).drop_last is drop_last
-        rank_1 = build_loader(plan_data(loader, DataLoaderConfiguration(), DataRanks(1, 2)), "cpu")
+        rank_1 = build_loader(plan_data(loader, DataLoaderConfiguration(), DataShard(1, 2)), "cpu")
         assert [batch.tolist() for batch in rank_1] == ([[2, 3]] if drop_last else [[2, 3], [6, 0]])
 
 
 def test_what_a_plan_takes_over() -> None:
     loader = DataLoader(range(8), batch_size=2, shuffle=True)  # type: ignore[arg-type]
     settings = {"even_batches": False, "data_seed": 7, "non_blocking": True, "use_seedable_sampler": True}
-    found = plan_data(loader, DataLoaderConfiguration(**settings), DataRanks(0, 2), rng_types=["torch"], slice_fn=print)
+    found = plan_data(loader, DataLoaderConfiguration(**settings), DataShard(0, 2), rng_types=["torch"], slice_fn=print)
     assert (found.even_batches, found.data_seed, found.non_blocking) == (False, 7, True)
     assert (found.rng_types, found.slice_fn) == ((RNGType.TORCH,), print)
     built = build_loader(found, "cpu")

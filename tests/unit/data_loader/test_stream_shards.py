@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from accelerate.data_loader import ReadMode, plan_data
 from accelerate.data_loader.iterable import PaddingMarker, StreamShard
 from accelerate.data_loader.stream_shards import has_shards, supports_lockstep
-from accelerate.runtime.world import DataRanks
+from accelerate.runtime.world import DataShard
 from accelerate.settings.handlers import DataLoaderConfiguration
 from accelerate.state import PartialState
 
@@ -49,7 +49,7 @@ def reading(
     drop_last = settings.pop("drop_last", False)
     loader: Any = DataLoader(dataset, batch_size=batch_size, drop_last=drop_last)
     config = DataLoaderConfiguration(**{"dispatch_batches": False, **settings})
-    return plan_data(loader, config, DataRanks(0, ranks), lockstep=lockstep).read_mode
+    return plan_data(loader, config, DataShard(0, ranks), lockstep=lockstep).read_mode
 
 
 def test_who_reads_shards_of_its_own() -> None:
@@ -78,13 +78,13 @@ def test_what_has_shards() -> None:
 
 def test_a_process_on_its_own_has_nobody_to_agree_with() -> None:
     PartialState(cpu=True)
-    assert not supports_lockstep(DataRanks(0, 1))
-    assert not supports_lockstep(DataRanks(0, 2))
+    assert not supports_lockstep(DataShard(0, 1))
+    assert not supports_lockstep(DataShard(0, 2))
 
 
 @pytest.mark.parametrize(("numbers", "rows"), [([1, 2, 3, 4, 5], 2), ([1], 1), ([1, 2, 3], None), ([], None)])
 def test_the_last_batch_is_completed_from_the_start(numbers: list[int], rows: int | None) -> None:
-    samples = list(StreamShard(Shards(numbers, [9]), 3, DataRanks(0, 2)))
+    samples = list(StreamShard(Shards(numbers, [9]), 3, DataShard(0, 2)))
     marks = [sample for sample in samples if isinstance(sample, PaddingMarker)]
     assert [mark.step_sizes.rows for mark in marks] == ([] if rows is None else [rows])
     plain = [sample.sample if isinstance(sample, PaddingMarker) else sample for sample in samples]
@@ -94,6 +94,6 @@ def test_the_last_batch_is_completed_from_the_start(numbers: list[int], rows: in
 
 def test_the_epoch_reaches_the_whole_and_the_part() -> None:
     whole = Shards([1], [2])
-    shard = StreamShard(whole, 1, DataRanks(1, 2))
+    shard = StreamShard(whole, 1, DataShard(1, 2))
     shard.set_epoch(4)
     assert shard.epoch == whole.epoch == shard.shard.epoch == 4

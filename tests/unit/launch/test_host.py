@@ -9,8 +9,8 @@ import pytest
 from accelerate.launch import host
 from accelerate.launch.host import Machine, remarks, resolve
 from accelerate.launch.plan import build
-from accelerate.runtime.cluster.cluster_env import Placement
-from accelerate.runtime.cluster.slurm import Step
+from accelerate.runtime.cluster.cluster_env import RankInfo
+from accelerate.runtime.cluster.slurm import SlurmStep
 from accelerate.settings.launcher import LaunchSettings
 from tests.helpers.slurm import job, task
 
@@ -29,7 +29,7 @@ GPUS = HERE._replace(device="cuda", devices=4)
         (LaunchSettings(num_processes=2), GPUS, 2, 4),
         (LaunchSettings(cpu=True), HERE, 1, 8),
         (LaunchSettings(), HERE._replace(device="mps", devices=1), 1, 8),
-        (LaunchSettings(num_processes=16), HERE._replace(place=Placement(3, 16, 1, 2, "Open MPI")), 1, 8),
+        (LaunchSettings(num_processes=16), HERE._replace(place=RankInfo(3, 16, 1, 2, "Open MPI")), 1, 8),
         (LaunchSettings(multi_gpu=True), GPUS._replace(devices=0), 1, 8),
     ],
 )
@@ -85,7 +85,7 @@ def test_the_interpreters_options(command: str, options: list[str]) -> None:
 
 
 class TestSlurm:
-    STEP = Step(tasks=2, nodes=2, node=1, nodelist="n[1-2]", port=12345)
+    STEP = SlurmStep(tasks=2, nodes=2, node=1, nodelist="n[1-2]", port=12345)
     ON_NODE = GPUS._replace(step=STEP)
 
     def test_a_task_per_node_is_a_machine_of_the_run(self) -> None:

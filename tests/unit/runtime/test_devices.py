@@ -34,7 +34,7 @@ class TestWithIndex:
 
     @pytest.mark.parametrize("device", ["cuda", "meta", "hpu:3", "mps"])
     def test_a_device_that_is_not_here_stays_as_it_is(self, device: str) -> None:
-        if torch.device(device).index is None and device != "meta" and devices.kind_of(device).is_available():
+        if torch.device(device).index is None and device != "meta" and devices.device_kind(device).is_available():
             pytest.skip(f"this machine has {device}")
         assert str(devices.with_index(device)) == device
 

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from accelerate import PartialState
 from accelerate.runtime import devices, world
-from accelerate.runtime.cluster.cluster_env import Placement
+from accelerate.runtime.cluster.cluster_env import RankInfo
 from accelerate.settings import env
 from accelerate.settings.enums import DistributedType
 from tests.helpers.simulated_devices import simulated_cuda
@@ -46,9 +46,9 @@ class TestDevices:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         kind = Some("cuda", DistributedType.MULTI_GPU, ("nccl",), "CUDA_VISIBLE_DEVICES")
-        assert world._device_index(kind, Placement(3, 4, 3, 4, "whoever")) == index
+        assert world._device_index(kind, RankInfo(3, 4, 3, 4, "whoever")) == index
         if count == 4:  # the same on the second of two machines
-            assert world._device_index(kind, Placement(7, 8, 3, 4, "whoever")) == index
+            assert world._device_index(kind, RankInfo(7, 8, 3, 4, "whoever")) == index
 
     def test_nccl_is_kept_from_cards_that_only_claim_to_talk_directly(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -56,7 +56,7 @@ class TestDevices:
         monkeypatch.setattr(world.system_info, "check_cuda_p2p_ib_support", lambda: False)
         monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
         monkeypatch.delenv("NCCL_IB_DISABLE", raising=False)
-        world._avoid_broken_peer_access()
+        world._disable_unsupported_p2p()
         assert (env.get("NCCL_P2P_DISABLE"), env.get("NCCL_IB_DISABLE")) == ("0", "1")
         assert "set NCCL_IB_DISABLE=1" in caplog.text
 
@@ -108,7 +108,9 @@ def test_ranks_of_torchrun_that_see_one_device_each(monkeypatch: pytest.MonkeyPa
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(
-        world, "_initialise", lambda *args: dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+        world,
+        "_init_process_group",
+        lambda *args: dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4),
     )
     with simulated_cuda(1):
         try:

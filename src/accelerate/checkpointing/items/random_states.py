@@ -16,7 +16,7 @@ import torch
 
 from ...runtime import devices
 from ...runtime.rng import set_seed
-from ...runtime.system.file_names import shown
+from ...runtime.system.file_names import short_repr
 from ..errors import Problem
 from ..storage.schema import is_count
 
@@ -79,12 +79,12 @@ def _unusable(states: dict[str, Any]) -> Iterator[str]:
         except Exception as error:  # noqa: BLE001 - each library has errors of its own
             yield f"{name!r} is no state of a generator ({type(error).__name__}: {error})"
     if not is_count(states.get(STEP, 0)):
-        yield f"{STEP!r} is {shown(states[STEP])}; expected a number of at least 0"
+        yield f"{STEP!r} is {short_repr(states[STEP])}; expected a number of at least 0"
     for kind in devices.DEVICES.values():
         saved = states.get(_key(kind.name))
         every = saved if isinstance(saved, (list, tuple)) else [saved]
         if saved is not None and kind.name not in ("cpu", "xla") and not all(map(_is_bytes, every)):
-            yield f"{_key(kind.name)!r} is {shown(saved)}; expected tensors of bytes"
+            yield f"{_key(kind.name)!r} is {short_repr(saved)}; expected tensors of bytes"
 
 
 def _is_bytes(state: Any) -> bool:

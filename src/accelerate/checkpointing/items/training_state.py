@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...runtime.system.file_names import shown
+from ...runtime.system.file_names import short_repr
 from ...runtime.world import World
 from ...state import GradientState
 from ..errors import Problem
@@ -130,13 +130,13 @@ def _mistyped_position(path: str, before: Any, saved: Any) -> Problem | None:
         samples = before["samples"] if known else -1
         if not known or not (samples is None or is_count(samples, 1)) or not is_count(before["draws"], 1):
             return Problem(
-                path, "corrupt", f"{EXTENT!r} is {shown(before)}; expected numbers of samples, draws and workers"
+                path, "corrupt", f"{EXTENT!r} is {short_repr(before)}; expected numbers of samples, draws and workers"
             )
     for name, value in saved.items():
         if isinstance(value, dict) and (problem := _mistyped_position(path, None, value)):
             return problem
         if name in _COUNTS[:-1] and value is not None and not is_count(value):  # any dataset may have a "drawn"
-            return Problem(path, "corrupt", f"{name!r} is {shown(value)}; expected a number of at least 0")
+            return Problem(path, "corrupt", f"{name!r} is {short_repr(value)}; expected a number of at least 0")
     return None
 
 
@@ -206,7 +206,7 @@ def _check_progress(saved: Any) -> list[Problem]:
     fits = isinstance(loaders, list) and all(map(_is_epoch, loaders)) and isinstance(found.get("sync_gradients"), bool)
     if fits and is_count(found.get("step", 0)):
         return []
-    text = f"it is {shown(saved)}; expected the epochs of loaders, a boolean 'sync_gradients' and a number 'step'"
+    text = f"it is {short_repr(saved)}; expected the epochs of loaders, a boolean 'sync_gradients' and a number 'step'"
     return [Problem(PROGRESS_NAME, "corrupt", text)]
 
 

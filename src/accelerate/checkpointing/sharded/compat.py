@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.system.file_names import shown
+from ...runtime.system.file_names import short_repr
 from ..errors import Problem
 from ..storage.schema import is_tensor, kinds_of, mistyped
 
@@ -190,9 +190,9 @@ def _mistyped_values(kept: frozenset[str] | None, state: Any) -> Iterator[str]:
     for key, value in state.items() if kept is not None and isinstance(state, Mapping) else ():
         floats = is_tensor(value) and (value.dtype.is_floating_point or value.dtype.is_complex)
         if value is not None and key not in SCALARS and not floats and key in _EVER_KEPT:
-            yield f"{key!r} of a parameter is {shown(value)}; expected a tensor of floating-point numbers"
+            yield f"{key!r} of a parameter is {short_repr(value)}; expected a tensor of floating-point numbers"
         elif value is not None and not kinds_of(value) & {"a number", "a tensor", "a boolean"}:
-            yield f"{key!r} of a parameter is {shown(value)}; expected a number or a tensor"
+            yield f"{key!r} of a parameter is {short_repr(value)}; expected a number or a tensor"
 
 
 def _kept_now(optimizer: Any) -> list[set[str]]:

@@ -20,7 +20,14 @@ from typing import Any, BinaryIO
 import torch
 
 from ...offload.sizes import is_shape
-from ...runtime.system.file_names import LARGEST_TEXT, FileNameError, path_inside, read_bytes, shown, size_of
+from ...runtime.system.file_names import (
+    MAX_METADATA_BYTES,
+    FileNameError,
+    file_size,
+    path_inside,
+    read_bytes,
+    short_repr,
+)
 from ..errors import LoadError, Problem, bullet_list
 from ..storage.thread_map import in_parallel
 from .shard_layout import Box, is_tiled, overlap, part_of
@@ -28,7 +35,7 @@ from .shard_layout import Box, is_tiled, overlap, part_of
 DESCRIPTION = ".metadata"
 """The file that says which tensors there are, and where each piece of them lies."""
 _PIECE = 2**20
-_LARGEST = 4 * LARGEST_TEXT
+_LARGEST = 4 * MAX_METADATA_BYTES
 _THREADS = 4
 
 # Module -> the names in it that a description is made of.
@@ -131,14 +138,14 @@ class StoredFolder:
                 needed[piece.file] = max(needed.get(piece.file, 0), piece.start + piece.length)
                 if piece.start < 0 or piece.length < 0 or entry.takes_more_than(piece):
                     end = piece.start + piece.length
-                    text = f"{name}: bytes {piece.start} to {end} of {shown(piece.file)} cannot hold it"
+                    text = f"{name}: bytes {piece.start} to {end} of {short_repr(piece.file)} cannot hold it"
                     yield Problem(DESCRIPTION, "corrupt", text)
             if entry.dtype is not None and not entry.is_covered():
                 text = f"{name}: its pieces overlap or do not make up the shape {entry.shape}"
                 yield Problem(DESCRIPTION, "corrupt", text)
         for file, end in sorted(needed.items()):
             try:
-                size = size_of(path_inside(self.folder, file))
+                size = file_size(path_inside(self.folder, file))
             except FileNameError as error:
                 yield Problem(DESCRIPTION, "corrupt", f"it names a file that is not read: {error}")
                 continue
@@ -291,7 +298,7 @@ def _entries(description: Any, folder: Path) -> dict[str, Stored]:
             shape, dtype = (_whole_numbers(facts.size), facts.properties.dtype) if of_tensor else ((), None)
             if not path or not is_shape(shape) or (of_tensor and not isinstance(dtype, torch.dtype)):
                 raise ValueError(
-                    f"{shown(name)} has the keys {shown(path)}, the shape {shown(shape)} and the dtype {shown(dtype)}"
+                    f"{short_repr(name)} has the keys {short_repr(path)}, the shape {short_repr(shape)} and the dtype {short_repr(dtype)}"
                 )
             entries[name] = Stored(path, shape, dtype, tuple(pieces))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.system.file_names import shown
+from ...runtime.system.file_names import short_repr
 from ..storage.file_writer import FileWriter
 from ..storage.formats import write_torch
 from ..storage.staging import as_bytes, is_plain
@@ -162,5 +162,5 @@ def _check_whole(values: Mapping[str, Any]) -> None:
             count = sum(chunk.sizes.numel() for chunk in chunks)
             raise ValueError(
                 f"{name} of shape {list(value.size)} has {value.size.numel()} elements, and the ranks wrote {count}, in "
-                f"pieces that leave some out or write some twice: {shown(boxes)}"
+                f"pieces that leave some out or write some twice: {short_repr(boxes)}"
             )

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ...runtime.system.file_names import FileNameError, path_inside, path_to_change, size_of
+from ...runtime.system.file_names import FileNameError, file_size, path_for_write, path_inside
 from ..errors import Problem, bullet_list
 from . import manifest as manifests
 from .file_writer import FileRecord, record_of, room_made_later, sync_folder, wait_for_room, write_file
@@ -145,9 +145,9 @@ def _holds_no_files(folder: Path) -> bool:
 def _whereabouts(committed: Path, target: Path, name: str) -> Path:
     """Where a file of a committed checkpoint is: still beside the target, or in it."""
     if os.path.lexists(committed / name):
-        return path_to_change(committed, name)
+        return path_for_write(committed, name)
     try:
-        return path_to_change(target, name)
+        return path_for_write(target, name)
     except FileNameError:  # it was never moved to behind a link
         return committed / name
 
@@ -168,14 +168,14 @@ def _take_over(committed: Path, target: Path, new: manifests.Manifest) -> None:
 
 def _replace(committed: Path, target: Path, new: frozenset[str], old: set[str]) -> None:
     for name in sorted(old - new - {manifests.NAME}):
-        path_to_change(target, name).unlink()
+        path_for_write(target, name).unlink()
     for shards in folders_of_shards(target):
         if not shards.is_symlink() and not any(shards.iterdir()):
             shards.rmdir()
     for name in sorted(new):
         if os.path.lexists(committed / name):
             _make_own_folders(target, name)
-            os.replace(path_to_change(committed, name), path_to_change(target, name))
+            os.replace(path_for_write(committed, name), path_for_write(target, name))
 
 
 def _make_own_folders(target: Path, name: str) -> None:
@@ -198,7 +198,7 @@ def _files_of(folder: Path) -> set[str]:
 
 def _is_own_file(folder: Path, name: str) -> bool:
     try:
-        return size_of(path_to_change(folder, name)) is not None
+        return file_size(path_for_write(folder, name)) is not None
     except FileNameError:
         return False
 

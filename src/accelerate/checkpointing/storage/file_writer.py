@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.system.page_cache import open_past
+from ...runtime.system.page_cache import open_direct
 
 STRETCH = 8 * 2**20
 """Bytes that one checksum covers, and that are written at once."""
@@ -94,7 +94,7 @@ class FileWriter:
         if number:
             self._full.put((self.size - STRETCH, self._buffer))
         if number == 1:
-            self._direct = open_past(self._path, os.O_WRONLY)
+            self._direct = open_direct(self._path, os.O_WRONLY)
         if 0 < number <= _THREADS:
             thread = threading.Thread(target=self._work, name="checkpoint writer")
             thread.start()

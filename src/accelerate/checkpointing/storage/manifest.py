@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...runtime.system.file_names import FileNameError, parse_json, path_inside, read_bytes, shown, size_of
+from ...runtime.system.file_names import FileNameError, file_size, parse_json, path_inside, read_bytes, short_repr
 from ..errors import Problem
 from .file_writer import STRETCH, FileRecord, FileWriter, sum_of_stretch
 from .thread_map import in_parallel
@@ -146,15 +146,15 @@ def _check_types(body: dict[str, Any]) -> None:
     for key, least in _NUMBERS.items():
         value = body.get(key)
         if type(value) is not int or not least <= value < 2**63:
-            raise ValueError(f"its {key!r} is {shown(value)}; expected a number of at least {least}")
+            raise ValueError(f"its {key!r} is {short_repr(value)}; expected a number of at least {least}")
     for key, kind in _MAPPINGS.items():
         value = body.get(key, {} if key == "kinds" else None)
         if not isinstance(value, dict) or not all(isinstance(one, kind) for one in value.values()):
             raise ValueError(
-                f"its {key!r} is {shown(value)}; expected a mapping of names to values of type {kind.__name__}"
+                f"its {key!r} is {short_repr(value)}; expected a mapping of names to values of type {kind.__name__}"
             )
     if not isinstance(body.get("saved_at"), str):
-        raise ValueError(f"its 'saved_at' is {shown(body.get('saved_at'))}; expected a time")
+        raise ValueError(f"its 'saved_at' is {short_repr(body.get('saved_at'))}; expected a time")
 
 
 def _record_in(folder: Path, path: str, facts: dict[str, Any]) -> FileRecord:
@@ -162,9 +162,13 @@ def _record_in(folder: Path, path: str, facts: dict[str, Any]) -> FileRecord:
     path_inside(folder, path)
     size, sums = facts.get("size"), facts.get("crc32")
     if path == NAME or type(size) is not int or not 0 <= size < 2**63 or not isinstance(sums, list):
-        raise ValueError(f"its entry of {shown(path)} is {shown(facts)}; expected a size and a list of checksums")
+        raise ValueError(
+            f"its entry of {short_repr(path)} is {short_repr(facts)}; expected a size and a list of checksums"
+        )
     if len(sums) != max(1, -(-size // STRETCH)) or not all(isinstance(one, str) for one in sums):
-        raise ValueError(f"its entry of {shown(path)} has {len(sums)} checksums, which is not what {size} bytes have")
+        raise ValueError(
+            f"its entry of {short_repr(path)} has {len(sums)} checksums, which is not what {size} bytes have"
+        )
     return FileRecord(path, size, tuple(sums))
 
 
@@ -221,7 +225,7 @@ def verify(
 def _misfit(path: Path, record: FileRecord) -> Problem | None:
     """Returns what is wrong with a file by its kind and size."""
     try:
-        found = size_of(path)
+        found = file_size(path)
     except FileNameError as error:
         return Problem(record.path, "corrupt", str(error))
     if found is None:

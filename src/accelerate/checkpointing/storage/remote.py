@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...runtime.system.file_names import FileNameError, path_inside, shown
+from ...runtime.system.file_names import FileNameError, path_inside, short_repr
 from ...runtime.world import World
 from ..consensus import broadcast_from_rank0, run_on_all_ranks
 from ..errors import CheckpointError, LoadError, SaveError
@@ -100,7 +100,7 @@ class Place:
         """The name of a file in the folder, from the path that a listing gives."""
         prefix = f"{self.path}/" if self.path else ""
         if not path.startswith(prefix):
-            raise FileNameError(f"the listing of {self.url} has {shown(path)}, which is not below it")
+            raise FileNameError(f"the listing of {self.url} has {short_repr(path)}, which is not below it")
         return path.removeprefix(prefix) if prefix else path.removeprefix("/")
 
 

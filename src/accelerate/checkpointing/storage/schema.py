@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...runtime.system.file_names import shown
+from ...runtime.system.file_names import short_repr
 
 
 def mistyped(live: Any, saved: Any, at: str) -> Iterator[str]:
@@ -26,13 +26,13 @@ def mistyped(live: Any, saved: Any, at: str) -> Iterator[str]:
     """
     expected, found = kinds_of(live), kinds_of(saved)
     if expected and found and not expected & found:
-        yield f"{at} is {shown(saved)}; expected {' or '.join(sorted(expected))}"
+        yield f"{at} is {short_repr(saved)}; expected {' or '.join(sorted(expected))}"
     elif isinstance(live, Mapping) and isinstance(saved, Mapping):
         for key in live.keys() & saved.keys():
             yield from mistyped(live[key], saved[key], f"{at}[{key!r}]")
     elif isinstance(live, (list, tuple)) and isinstance(saved, (list, tuple)):
         if isinstance(live, tuple) and len(live) != len(saved):
-            yield f"{at} is {shown(saved)}; expected {len(live)} values"
+            yield f"{at} is {short_repr(saved)}; expected {len(live)} values"
         for number, (one, other) in enumerate(zip(live, saved, strict=False)):
             yield from mistyped(one, other, f"{at}[{number}]")
 
@@ -74,9 +74,9 @@ def no_optimizer(state: Any) -> str:
     if not isinstance(groups, (list, tuple)) or not all(
         isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups
     ):
-        return f"its `param_groups` are {shown(groups)}; expected a list of mappings with a list of `params`"
+        return f"its `param_groups` are {short_repr(groups)}; expected a list of mappings with a list of `params`"
     if not isinstance(values, Mapping) or not all(isinstance(one, Mapping) for one in values.values()):
-        return f"its `state` is {shown(values)}; expected a mapping for each parameter"
+        return f"its `state` is {short_repr(values)}; expected a mapping for each parameter"
     if not all(isinstance(param, (int, str)) for group in groups for param in group["params"]):
         return "its `params` are neither numbers nor names"
     return ""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.system.page_cache import CacheProbe, open_past
+from ...runtime.system.page_cache import CacheProbe, open_direct
 from .file_writer import STRETCH, FileRecord
 
 _THREADS = 4
@@ -53,8 +53,8 @@ class CheckedFile(io.RawIOBase):
         if size != record.size:
             self.close()
             raise DamagedError(f"it has {size} bytes and was saved with {record.size}")
-        if CacheProbe(self._descriptor, size).share(size) <= 0.5:
-            self._direct = open_past(path)
+        if CacheProbe(self._descriptor, size).cached_fraction(size) <= 0.5:
+            self._direct = open_direct(path)
 
     def close(self) -> None:
         """Closes the file."""

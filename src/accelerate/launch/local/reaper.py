@@ -25,7 +25,7 @@ _LOST_A_PEER = (
     "ncclRemoteError",
     "NCCL communicator was aborted",
 )
-# gloo, NCCL's watchdog, torch's stores and its monitored barrier, and `runtime.rendezvous.meet`.
+# gloo, NCCL's watchdog, torch's stores and its monitored barrier, and `runtime.rendezvous.init_store`.
 _TIMED_OUT = re.compile(
     r"Timed out waiting \d+ms for|collective operation timeout|wait timeout after \d+ms|seconds waiting for clients"
     r"|failed to pass monitoredBarrier|to join and gave up"

@@ -135,9 +135,9 @@ class Meeting:
         self.store: TCPStore | None = None
         try:
             self.address = network.resolve(terms.address)
-        except network.NameUnknown as error:
+        except network.HostNotFoundError as error:
             raise SettingsError(f"{self.me} cannot look up the main address: {error}. See --main_process_ip.") from None
-        self.own = network.is_own(self.address)
+        self.own = network.is_local_address(self.address)
         self.serves = (
             (terms.rank == 0 if terms.rank is not None else self.own) if terms.serves is None else terms.serves
         )
@@ -197,8 +197,8 @@ class Meeting:
 
     def _knock(self, seconds: float) -> str | None:
         try:
-            return network.knock(self.address, self.terms.port, seconds)
-        except network.NoWay as error:
+            return network.try_connect(self.address, self.terms.port, seconds)
+        except network.NoRouteError as error:
             raise SettingsError(f"{self.me}: {error.strerror}. See --main_process_ip, {self.terms.address}.") from None
 
     def _enter(self, seconds: float) -> TCPStore | str:

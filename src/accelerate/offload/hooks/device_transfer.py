@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.devices import kind_of
+from ...runtime.devices import device_kind
 from ..io.mmap_reader import ReadInterruptedError, Stop
 
 _BUFFER = 32 << 20
@@ -197,4 +197,4 @@ def stream_to(device: torch.device | None) -> TransferStream:
 
 
 def _module(device: torch.device) -> Any:
-    return kind_of(device).torch_module()
+    return device_kind(device).torch_module()

@@ -12,7 +12,7 @@ import os
 import weakref
 from collections import deque
 
-from ...runtime.system.page_cache import open_past
+from ...runtime.system.page_cache import open_direct
 from .mmap_reader import ByteRange, MappedRange, ReadInterruptedError, Stop, TruncatedFileError, advise_huge_pages
 
 _CHUNK = 8 << 20
@@ -51,7 +51,7 @@ class DirectFile:
     def __init__(self, descriptor: int, buffers: BufferPool) -> None:
         self._buffers = buffers
         same = f"/proc/self/fd/{descriptor}"  # whatever its name stands for now
-        self._descriptor = open_past(same) if os.path.exists(same) else None
+        self._descriptor = open_direct(same) if os.path.exists(same) else None
         if self._descriptor is not None:
             weakref.finalize(self, os.close, self._descriptor)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...runtime.system.file_names import parse_json, require_regular, shown
+from ...runtime.system.file_names import parse_json, require_regular_file, short_repr
 from ..sizes import is_shape
 from .mmap_reader import Span
 
@@ -57,7 +57,7 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        require_regular(path)
+        require_regular_file(path)
         self._identity = _identity(path)
         self._size = path.stat().st_size
         header, self._start = _read_header(path, self._size)
@@ -133,7 +133,9 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         raise ValueError("it does not begin with a header of safetensors")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise ValueError(f"the '__metadata__' of its header is {shown(notes)}; expected a mapping of names to texts")
+        raise ValueError(
+            f"the '__metadata__' of its header is {short_repr(notes)}; expected a mapping of names to texts"
+        )
     return header, 8 + length
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ...runtime.system.file_names import regular_size
+from ...runtime.system.file_names import regular_file_size
 from ...runtime.system.page_cache import CacheProbe
 from .direct_io import BufferPool, DirectFile
 from .mmap_reader import ByteRange, MmapFile, MmapWindowCache, Span, Stop, TensorLayout, TruncatedFileError, never
@@ -40,7 +40,7 @@ class CachedFile:
         weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
         self._buffers = buffers
-        self.size = regular_size(os.fstat(descriptor), self.path)
+        self.size = regular_file_size(os.fstat(descriptor), self.path)
         self.mapping = MmapFile(descriptor, windows)
 
     @cached_property
@@ -58,7 +58,7 @@ class CachedFile:
 
     def holds(self, runs: Sequence[ByteRange]) -> bool:
         """Whether the cache seems to hold some parts. What it lacks of them is read when they are mapped."""
-        holds = self._probe.holds
+        holds = self._probe.is_cached
         return all(run.start == run.stop or holds((run.start + run.stop) // 2) for run in runs)
 
 

@@ -1,6 +1,6 @@
 """Where a process stands in its run: what the variables of torchrun, MPI and SLURM say. Free of torch.
 
-`from_environment` understands torchrun, Open MPI, MPICH and Intel MPI (PMI), MVAPICH and a SLURM step; `of_scheduler`
+`from_environment` understands torchrun, Open MPI, MPICH and Intel MPI (PMI), MVAPICH and a SLURM step; `from_scheduler`
 leaves torchrun out, for the launcher: it asks whether it has itself been started once for each process of the run.
 """
 
@@ -16,7 +16,7 @@ DEFAULT_PORT = 29500
 LOOPBACK = "127.0.0.1"
 
 
-class Placement(NamedTuple):
+class RankInfo(NamedTuple):
     """Where a process stands in its run.
 
     Attributes:
@@ -27,8 +27,8 @@ class Placement(NamedTuple):
         source: Who told us, in words.
         address: Where the main process is met.
         port: The port it is met at.
-        guessed_from: What led to `address`, where it is rank 0's machine as a rule only.
-        is_local_rank_given: Whether a launcher's variable gives `local_rank`.
+        address_source: What led to `address`, where it is rank 0's machine as a rule only.
+        has_local_rank: Whether a launcher's variable gives `local_rank`.
     """
 
     rank: int
@@ -38,8 +38,8 @@ class Placement(NamedTuple):
     source: str
     address: str = LOOPBACK
     port: int = DEFAULT_PORT
-    guessed_from: str = ""
-    is_local_rank_given: bool = True
+    address_source: str = ""
+    has_local_rank: bool = True
 
 
 # source, (rank, size, local rank, local size): the variables of each launcher, most specific first.
@@ -59,7 +59,7 @@ _LAUNCHERS: tuple[tuple[str, tuple[str, str, str, str]], ...] = (
 )
 
 
-def from_environment(address_needed: bool = True) -> Placement | None:
+def from_environment(address_needed: bool = True) -> RankInfo | None:
     """The place that the environment gives this process, or None when it is on its own.
 
     Args:
@@ -69,7 +69,7 @@ def from_environment(address_needed: bool = True) -> Placement | None:
         ValueError: when the variables contradict each other, naming them and their values; when nothing says where
             the main process is.
     """
-    place = _first(_LAUNCHERS)
+    place = _detect(_LAUNCHERS)
     if place is not None and address_needed and not place.address:
         raise ValueError(
             f"{place.source} has started processes on several machines, and none of its variables says where rank 0 is: "
@@ -79,7 +79,7 @@ def from_environment(address_needed: bool = True) -> Placement | None:
     return place
 
 
-def of_scheduler() -> Placement | None:
+def from_scheduler() -> RankInfo | None:
     """The place that MPI or SLURM gives this process, whatever torchrun's variables say; None when it is on its own.
 
     The address is "" where nothing says where the main process is.
@@ -87,10 +87,10 @@ def of_scheduler() -> Placement | None:
     Raises:
         ValueError: when the variables contradict each other, naming them and their values.
     """
-    return _first(_LAUNCHERS[1:])
+    return _detect(_LAUNCHERS[1:])
 
 
-def _first(launchers: tuple[tuple[str, tuple[str, str, str, str]], ...]) -> Placement | None:
+def _detect(launchers: tuple[tuple[str, tuple[str, str, str, str]], ...]) -> RankInfo | None:
     for source, names in launchers:
         rank, size = env.integer(names[0], -1), env.integer(names[1], -1)
         if rank < 0 and size < 0:
@@ -107,11 +107,11 @@ def _first(launchers: tuple[tuple[str, tuple[str, str, str, str]], ...]) -> Plac
                 f"{present}={env.get(present)} is set but {absent} is not: a process of a distributed run needs both. "
                 f"Start the script with `accelerate launch` or torchrun, or unset {present}."
             )
-        return _checked(source, names, rank, size)
+        return _validated(source, names, rank, size)
     return None
 
 
-def of_group(rank: int, size: int) -> Placement:
+def from_group(rank: int, size: int) -> RankInfo:
     """The place of a process whose group somebody else initialised.
 
     The rank on this machine comes from the launcher's variables; without them, all ranks are taken to be on this machine.
@@ -119,11 +119,11 @@ def of_group(rank: int, size: int) -> Placement:
     for _, names in _LAUNCHERS:
         local_rank = env.integer(names[2], -1)
         if local_rank >= 0:
-            return Placement(rank, size, local_rank, _local_size(names[3], size), "an initialised group")
-    return Placement(rank, size, rank, size, "an initialised group", is_local_rank_given=False)
+            return RankInfo(rank, size, local_rank, _local_size(names[3], size), "an initialised group")
+    return RankInfo(rank, size, rank, size, "an initialised group", has_local_rank=False)
 
 
-def _checked(source: str, names: tuple[str, str, str, str], rank: int, size: int) -> Placement:
+def _validated(source: str, names: tuple[str, str, str, str], rank: int, size: int) -> RankInfo:
     local_size = _local_size(names[3], size)
     local_rank = env.integer(names[2], -1)
     if local_rank < 0:
@@ -139,11 +139,11 @@ def _checked(source: str, names: tuple[str, str, str, str], rank: int, size: int
             f"{source}'s variables contradict each other ({said}): local rank {local_rank} of {local_size} processes "
             f"on this machine, {size} in all."
         )
-    address, guessed_from = _main_address(source, local_size < size)
+    address, address_source = _main_address(source, local_size < size)
     port = env.integer("MASTER_PORT", -1)
     if port < 0:
         port = slurm.port() if source == "SLURM" else DEFAULT_PORT
-    return Placement(rank, size, local_rank, local_size, source, address, port, guessed_from)
+    return RankInfo(rank, size, local_rank, local_size, source, address, port, address_source)
 
 
 def _local_size(name: str, size: int) -> int:

@@ -12,18 +12,18 @@ import socket
 import time
 
 # How long a name server that cannot be asked is asked again.
-_NAME_SECONDS = 5.0
+_DNS_RETRY_SECONDS = 5.0
 # Reasons for which another attempt to connect would end in the same way.
-_FINAL = frozenset(
+_PERMANENT_ERRORS = frozenset(
     {errno.ENETUNREACH, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 )
 
 
-class NameUnknown(OSError):
+class HostNotFoundError(OSError):
     """A name that stands for no address."""
 
 
-class NoWay(OSError):
+class NoRouteError(OSError):
     """An address that this machine has no way to: trying again makes no sense."""
 
 
@@ -31,9 +31,9 @@ def resolve(name: str) -> str:
     """The first address that `name` (which may be an address) stands for.
 
     Raises:
-        NameUnknown: when there is none.
+        HostNotFoundError: when there is none.
     """
-    deadline = time.monotonic() + _NAME_SECONDS
+    deadline = time.monotonic() + _DNS_RETRY_SECONDS
     while True:
         try:
             found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -41,7 +41,7 @@ def resolve(name: str) -> str:
         except (socket.gaierror, UnicodeError) as error:
             again = getattr(error, "errno", None) == socket.EAI_AGAIN and time.monotonic() < deadline
             if not again:
-                raise NameUnknown(f"the name {name!r} stands for no address ({_words(error)})") from None
+                raise HostNotFoundError(f"the name {name!r} stands for no address ({_error_text(error)})") from None
             time.sleep(0.5)
 
 
@@ -71,7 +71,7 @@ def interface(towards: str | None) -> str | None:
         return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     try:
         own = local_address(resolve(towards))
-    except NameUnknown:
+    except HostNotFoundError:
         return None
     import psutil
 
@@ -81,7 +81,7 @@ def interface(towards: str | None) -> str | None:
     return None
 
 
-def is_own(address: str) -> bool:
+def is_local_address(address: str) -> bool:
     """Whether `address` is one of this machine's."""
     try:
         with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
@@ -114,14 +114,14 @@ def listen(address: str, port: int, everywhere: bool = False) -> socket.socket:
     return listening
 
 
-def knock(address: str, port: int, seconds: float) -> str | None:
+def try_connect(address: str, port: int, seconds: float) -> str | None:
     """Tries to connect once.
 
     Returns:
         None when somebody answers, else what is in the way, in words.
 
     Raises:
-        NoWay: when another attempt would end in the same way.
+        NoRouteError: when another attempt would end in the same way.
     """
     try:
         socket.create_connection((address, port), timeout=max(0.1, seconds)).close()
@@ -131,14 +131,14 @@ def knock(address: str, port: int, seconds: float) -> str | None:
     except TimeoutError:
         return "no answer: the machine is off, or a firewall drops what is sent to that port"
     except OSError as error:
-        if error.errno in _FINAL:
-            raise NoWay(error.errno, f"this machine has no way to {address} ({_words(error)})") from None
-        return _words(error).lower()
+        if error.errno in _PERMANENT_ERRORS:
+            raise NoRouteError(error.errno, f"this machine has no way to {address} ({_error_text(error)})") from None
+        return _error_text(error).lower()
 
 
 def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def _words(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)

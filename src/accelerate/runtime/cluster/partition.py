@@ -50,7 +50,7 @@ def split(inputs: Any, index: int, count: int, *, apply_padding: bool = False) -
     if _is_dataset(inputs):
         return inputs.select([*range(start, end), *[len(inputs) - 1] * missing])
     part = inputs[start:end]
-    return _extended(part, inputs[-1:], missing) if missing else part
+    return _pad(part, inputs[-1:], missing) if missing else part
 
 
 _SLICEABLE = (list, tuple, torch.Tensor, np.ndarray)
@@ -68,7 +68,7 @@ def _like(original: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
         return parts
 
 
-def _extended(part: Any, last: Any, missing: int) -> Any:
+def _pad(part: Any, last: Any, missing: int) -> Any:
     if isinstance(part, torch.Tensor):
         return torch.cat([part, *[last.to(part.device)] * missing])
     if isinstance(part, np.ndarray):

@@ -13,11 +13,11 @@ from typing import Any
 import torch.distributed as dist
 
 from ...settings import env
-from .cluster_env import LOOPBACK, Placement
-from .network import NameUnknown, interface, is_own, resolve
+from .cluster_env import LOOPBACK, RankInfo
+from .network import HostNotFoundError, interface, is_local_address, resolve
 
 
-def announce(place: Placement) -> None:
+def export_torchrun_env(place: RankInfo) -> None:
     """Sets torchrun's variables: torch's own helpers and the user's code read those, and MPI and SLURM set others."""
     env.publish(
         {
@@ -31,15 +31,15 @@ def announce(place: Placement) -> None:
     )
 
 
-def meet(place: Placement, init_method: str | None, timeout: datetime.timedelta) -> dist.Store:
+def init_store(place: RankInfo, init_method: str | None, timeout: datetime.timedelta) -> dist.Store:
     """Opens the store of the run and waits until every rank has checked in.
 
     Raises:
         RuntimeError: within `timeout`, when the main process cannot be reached, its port is taken, or ranks are missing.
     """
-    announce(place)
+    export_torchrun_env(place)
     store = _open_store(place, init_method, timeout)
-    _choose_interface(place, init_method)
+    _set_gloo_interface(place, init_method)
     # Processes may leave and join again on one store: each round of `size` check-ins has keys of its own.
     arrived = store.add("accelerate/arrived", 1)
     round_, last = (arrived - 1) // place.size, arrived % place.size == 0
@@ -60,7 +60,7 @@ def meet(place: Placement, init_method: str | None, timeout: datetime.timedelta)
     return dist.PrefixStore(f"accelerate/{round_}/group", store)
 
 
-def _choose_interface(place: Placement, init_method: str | None) -> None:
+def _set_gloo_interface(place: RankInfo, init_method: str | None) -> None:
     """Has gloo use the way to the main process; left alone, it takes whatever this machine's name stands for."""
     if init_method is None and env.get("GLOO_SOCKET_IFNAME") is None:
         found = interface(place.address)
@@ -72,11 +72,11 @@ def _choose_interface(place: Placement, init_method: str | None) -> None:
 _last_store: tuple[str, dist.Store] | None = None
 
 
-def _open_store(place: Placement, init_method: str | None, timeout: datetime.timedelta) -> dist.Store:
+def _open_store(place: RankInfo, init_method: str | None, timeout: datetime.timedelta) -> dist.Store:
     global _last_store
     where = init_method or f"{place.address}:{place.port}"
     key = f"{where} {place.rank}/{place.size} {env.get('TORCHELASTIC_RESTART_COUNT')}"
-    if _last_store is not None and _last_store[0] == key and _answers(_last_store[1]):
+    if _last_store is not None and _last_store[0] == key and _is_alive(_last_store[1]):
         return _last_store[1]
     try:
         if init_method is None:
@@ -99,7 +99,7 @@ def _open_store(place: Placement, init_method: str | None, timeout: datetime.tim
         ) from error
 
 
-def _answers(store: dist.Store) -> bool:
+def _is_alive(store: dist.Store) -> bool:
     try:
         store.check(["accelerate/arrived"])
     except dist.DistError:  # its server went with an earlier run
@@ -107,14 +107,14 @@ def _answers(store: dist.Store) -> bool:
     return True
 
 
-def _tcp_store(place: Placement, timeout: datetime.timedelta) -> dist.Store:
+def _tcp_store(place: RankInfo, timeout: datetime.timedelta) -> dist.Store:
     # torch's own env:// handler would wait for all ranks inside the constructor, and could not say who is missing.
     agent = env.flag("TORCHELASTIC_USE_AGENT_STORE")
     serves = place.rank == 0 and not agent
-    if serves and place.guessed_from and not _is_here(place.address):
+    if serves and place.address_source and not _is_local_host(place.address):
         raise RuntimeError(
             f"rank 0 runs on {socket.gethostname()}, but its peers look for it at {place.address}, which "
-            f"{place.guessed_from} led to: set MASTER_ADDR to the address of rank 0's machine, on every rank."
+            f"{place.address_source} led to: set MASTER_ADDR to the address of rank 0's machine, on every rank."
         )
     options: dict[str, Any] = {"timeout": timeout, "wait_for_workers": False, "multi_tenant": True}
     if serves and place.address in (LOOPBACK, "localhost"):
@@ -131,9 +131,9 @@ def _tcp_store(place: Placement, timeout: datetime.timedelta) -> dist.Store:
     return store
 
 
-def _is_here(host: str) -> bool:
+def _is_local_host(host: str) -> bool:
     """Whether the host, by name or address, is this machine."""
     try:
-        return is_own(resolve(host))
-    except NameUnknown:  # connecting to it says so better
+        return is_local_address(resolve(host))
+    except HostNotFoundError:  # connecting to it says so better
         return True

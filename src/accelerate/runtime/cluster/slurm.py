@@ -15,7 +15,7 @@ from ...settings import env
 _FIRST_PORT, _PORTS = 10000, 20000
 
 
-class Step(NamedTuple):
+class SlurmStep(NamedTuple):
     """A step of a job, seen by one of its tasks.
 
     Attributes:
@@ -38,7 +38,7 @@ class Step(NamedTuple):
         return self.tasks == self.nodes > 1
 
 
-def step() -> Step | None:
+def current_step() -> SlurmStep | None:
     """The step that this process is a task of; None outside of steps, and in those of a single task.
 
     Raises:
@@ -48,10 +48,10 @@ def step() -> Step | None:
     if tasks <= 1:
         return None
     nodes = env.integer(("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"), 1)
-    return Step(tasks, nodes, env.integer("SLURM_NODEID", 0), nodelist(), port())
+    return SlurmStep(tasks, nodes, env.integer("SLURM_NODEID", 0), nodelist(), port())
 
 
-def nodes_of_batch_job() -> int:
+def batch_job_node_count() -> int:
     """How many nodes a job has whose batch script runs this process itself, without ``srun``; 1 elsewhere."""
     in_a_step = env.get("SLURM_STEP_NUM_TASKS") is not None
     return 1 if in_a_step else env.integer(("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), 1)
@@ -91,9 +91,9 @@ def hosts(text: str) -> Iterator[str]:
         >>> list(hosts("node[01-03,07],gpu5"))
         ['node01', 'node02', 'node03', 'node07', 'gpu5']
     """
-    for pattern in _split(text, text):
+    for pattern in _split_patterns(text, text):
         if not pattern:
-            raise _unreadable(text)
+            raise _parse_error(text)
         yield from _expand(pattern, text)
 
 
@@ -101,42 +101,42 @@ def _expand(pattern: str, text: str) -> Iterator[str]:
     before, opened, rest = pattern.partition("[")
     if not opened:
         if "]" in pattern:
-            raise _unreadable(text)
+            raise _parse_error(text)
         yield pattern
         return
     numbers, closed, after = rest.partition("]")
     if not closed or not numbers:
-        raise _unreadable(text)
-    for number in _numbers(numbers, text):
+        raise _parse_error(text)
+    for number in _expand_ranges(numbers, text):
         for ending in _expand(after, text) if after else ("",):
             yield before + number + ending
 
 
-def _numbers(ranges: str, text: str) -> Iterator[str]:
+def _expand_ranges(ranges: str, text: str) -> Iterator[str]:
     """``01-03,07`` -> 01, 02, 03, 07: as many digits as the first of a range has."""
     for part in ranges.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise _unreadable(text)
+            raise _parse_error(text)
         for number in range(int(first), int(last or first) + 1):
             yield f"{number:0{len(first)}}"
 
 
-def _split(patterns: str, text: str) -> Iterator[str]:
+def _split_patterns(patterns: str, text: str) -> Iterator[str]:
     """Splits at the commas that stand outside of brackets."""
     start, inside = 0, False
     for position, character in enumerate(patterns):
         if character in "[]":
             if inside == (character == "["):
-                raise _unreadable(text)
+                raise _parse_error(text)
             inside = not inside
         elif character == "," and not inside:
             yield patterns[start:position]
             start = position + 1
     if inside:
-        raise _unreadable(text)
+        raise _parse_error(text)
     yield patterns[start:]
 
 
-def _unreadable(text: str) -> ValueError:
+def _parse_error(text: str) -> ValueError:
     return ValueError(f"cannot read the list of SLURM nodes {text!r}: expected something like node[01-03,07],gpu5.")

@@ -1,8 +1,8 @@
-"""Names that come out of files: checked to stay inside their folder before anything is opened, written or removed.
+"""Paths from untrusted files, validated before anything is opened, written or removed.
 
-A manifest, an index, the description of a sharded checkpoint and the listing of a remote folder name other files. Each may
-be damaged or hostile: a name is joined to its folder only by `path_inside`, read only through `size_of` or `read_bytes`, and
-changed only through `path_to_change` or `replace_file`. Free of torch.
+A manifest, an index, the metadata of a sharded checkpoint and the listing of a remote folder name other files, and may be
+damaged or hostile. `path_inside` is the only function that joins such a name to its folder; `file_size` and `read_bytes`
+read, `path_for_write` and `replace_file` change. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-LARGEST_TEXT = 256 * 2**20
+MAX_METADATA_BYTES = 256 * 2**20
 """Bytes that a manifest, an index or another description may have: some hundred times those of the largest models."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
@@ -45,16 +45,16 @@ def path_inside(folder: Path, name: object) -> Path:
     if isinstance(name, str) and _PLAIN.fullmatch(name):
         return folder / name
     if not isinstance(name, str):
-        raise FileNameError(f"{shown(name)} is no name of a file: expected a string, found {type(name).__name__}")
-    if reason := _reason(name):
+        raise FileNameError(f"{short_repr(name)} is no name of a file: expected a string, found {type(name).__name__}")
+    if reason := _invalid_reason(name):
         raise FileNameError(
-            f"{shown(name)} is no name of a file in the folder: {reason}. Expected a relative path, such as 'a/b.bin'; "
+            f"{short_repr(name)} is no name of a file in the folder: {reason}. Expected a relative path, such as 'a/b.bin'; "
             "whoever made this may want other files read, replaced or removed"
         )
     return folder / name
 
 
-def _reason(name: str) -> str:
+def _invalid_reason(name: str) -> str:
     parts = name.split("/")
     if not name:
         return "it is empty"
@@ -73,13 +73,13 @@ def _reason(name: str) -> str:
     return "it is too long" if max(lengths) > _LONGEST_PART or sum(lengths) + len(parts) > _LONGEST else ""
 
 
-def shown(name: object) -> str:
+def short_repr(name: object) -> str:
     """A value from a file as it may stand in a message: on one line, and short."""
     text = repr(name)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
-def path_to_change(folder: Path, name: object) -> Path:
+def path_for_write(folder: Path, name: object) -> Path:
     """The same as `path_inside` for a file that is to be replaced or removed: no folder on the way to it is a link.
 
     The last part may be a link: it is replaced itself, and what it points to is left alone.
@@ -92,11 +92,11 @@ def path_to_change(folder: Path, name: object) -> Path:
         if parent == folder:
             break
         if parent.is_symlink():
-            raise FileNameError(f"{shown(name)} lies behind {parent}, a link that leads out of {folder}")
+            raise FileNameError(f"{short_repr(name)} lies behind {parent}, a link that leads out of {folder}")
     return path
 
 
-def size_of(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
     """The size of a regular file in bytes, also through a link; None where there is none.
 
     Raises:
@@ -108,11 +108,11 @@ def size_of(path: Path) -> int | None:
         return None
     except (OSError, ValueError) as error:  # a circle of links, a name that the system does not take
         raise FileNameError(f"{path} cannot be looked at: {error}") from error
-    return regular_size(status, path)
+    return regular_file_size(status, path)
 
 
-def regular_size(status: os.stat_result, path: Path) -> int:
-    """The size in bytes of a file whose status is known; errors as for `size_of`."""
+def regular_file_size(status: os.stat_result, path: Path) -> int:
+    """The size in bytes of a file whose status is known; errors as for `file_size`."""
     if not stat.S_ISREG(status.st_mode):
         raise FileNameError(f"{path} is no regular file, but {_kind(status.st_mode)}")
     return status.st_size
@@ -129,20 +129,20 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
-def require_regular(path: Path) -> int:
+def require_regular_file(path: Path) -> int:
     """The size of a regular file in bytes.
 
     Raises:
         FileNotFoundError: where there is none.
         FileNameError: where it is something else than a regular file.
     """
-    size = size_of(path)
+    size = file_size(path)
     if size is None:
         raise FileNotFoundError(f"{path} is not there")
     return size
 
 
-def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
+def read_bytes(path: Path, most: int = MAX_METADATA_BYTES) -> bytes:
     """Reads a regular file of a sane size whole.
 
     Args:
@@ -153,7 +153,7 @@ def read_bytes(path: Path, most: int = LARGEST_TEXT) -> bytes:
         FileNotFoundError: where there is none.
         FileNameError: where it is no regular file, or larger.
     """
-    size = require_regular(path)
+    size = require_regular_file(path)
     if size > most:
         raise FileNameError(f"{path} has {size} bytes, more than the {most} that such a file may have")
     with open(path, "rb") as file:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_STEP = 256 << 10
+_SAMPLE_STRIDE = 256 << 10
 
 
 class CacheProbe:
@@ -32,7 +32,7 @@ class CacheProbe:
             self._map = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
             self._start = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
 
-    def holds(self, place: int) -> bool:
+    def is_cached(self, place: int) -> bool:
         """Whether the page with the byte at `place`, before the end of the file, is there."""
         if self._ask is None:
             return True
@@ -40,10 +40,10 @@ class CacheProbe:
         failed = self._ask(self._start + place // mmap.PAGESIZE * mmap.PAGESIZE, 1, ctypes.byref(answer))
         return bool(failed) or bool(answer.value & 1)
 
-    def share(self, size: int) -> float:
+    def cached_fraction(self, size: int) -> float:
         """About how much of the first `size` bytes is there."""
-        places = range(0, size, _STEP)
-        return sum(map(self.holds, places)) / len(places) if places else 1.0
+        places = range(0, size, _SAMPLE_STRIDE)
+        return sum(map(self.is_cached, places)) / len(places) if places else 1.0
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,7 +56,7 @@ def _mincore() -> Callable[..., int] | None:
     return asked
 
 
-def open_past(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int | None:
+def open_direct(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int | None:
     """Opens a file to be read or written past the cache (O_DIRECT): in whole pages, and memory that begins at one.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...settings import env
 from .. import devices
-from ..cluster.cluster_env import Placement, of_scheduler
+from ..cluster.cluster_env import RankInfo, from_scheduler
 from . import availability
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class CPUInformation:
 
 def get_cpu_distributed_information() -> CPUInformation:
     """This process's place according to the variables of torchrun, Open MPI, MVAPICH, MPICH, Intel MPI or SLURM."""
-    place = of_scheduler() or Placement(0, 1, 0, 1, "")
+    place = from_scheduler() or RankInfo(0, 1, 0, 1, "")
 
     def read(torchrun: str, pmi: str, others: str, default: int) -> int:
         return env.get_int_from_env((torchrun, pmi, f"OMPI_{others}", f"MV2_{others}"), default)
@@ -134,10 +134,10 @@ def check_cuda_p2p_ib_support() -> bool:
     False for several GeForce RTX 40 cards under a driver before 550.40.07, which claims that they can: NCCL then
     hangs unless NCCL_P2P_DISABLE and NCCL_IB_DISABLE are set.
     """
-    return peer_access_works(get_gpu_info()[0])
+    return p2p_supported(get_gpu_info()[0])
 
 
-def peer_access_works(names: list[str]) -> bool:
+def p2p_supported(names: list[str]) -> bool:
     """What `check_cuda_p2p_ib_support` says, for the cards with these names: no need of torch."""
     if len(names) < 2 or not any(re.search(r"\bRTX 40\d\d\b", name) for name in names):
         return True
@@ -179,7 +179,9 @@ def override_numa_affinity(local_process_index: int, verbose: bool | None = None
     os.sched_setaffinity(0, processors)
     if env.flag("ACCELERATE_DEBUG_MODE") if verbose is None else verbose:
         # A rank that waits for the affinity of another would hang: each logs its own.
-        logger.info("process %d runs on NUMA node %d, processors %s", local_process_index, node, _as_ranges(processors))
+        logger.info(
+            "process %d runs on NUMA node %d, processors %s", local_process_index, node, _format_cpulist(processors)
+        )
 
 
 @functools.lru_cache
@@ -219,7 +221,7 @@ def _node_for(local_process_index: int) -> tuple[int, set[int]]:
 def _numa_nodes(sysfs: Path) -> dict[int, set[int]]:
     """NUMA node -> its processors; no nodes where the kernel does not say."""
     folders = (sysfs / "devices/system/node").glob("node[0-9]*")
-    nodes = {int(folder.name[4:]): _from_ranges((folder / "cpulist").read_text()) for folder in folders}
+    nodes = {int(folder.name[4:]): _parse_cpulist((folder / "cpulist").read_text()) for folder in folders}
     return {number: processors for number, processors in nodes.items() if processors}  # a node may be memory only
 
 
@@ -236,7 +238,7 @@ def _node_of_gpu(index: int, sysfs: Path) -> int | None:
     return node if node >= 0 else None  # the kernel writes -1 where the firmware says nothing
 
 
-def _from_ranges(text: str) -> set[int]:
+def _parse_cpulist(text: str) -> set[int]:
     """``0-2,8`` -> {0, 1, 2, 8}"""
     numbers: set[int] = set()
     for part in filter(None, text.strip().split(",")):
@@ -245,7 +247,7 @@ def _from_ranges(text: str) -> set[int]:
     return numbers
 
 
-def _as_ranges(numbers: set[int]) -> str:
+def _format_cpulist(numbers: set[int]) -> str:
     """{0, 1, 2, 8} -> ``0-2,8``"""
     parts: list[list[int]] = []
     for number in sorted(numbers):

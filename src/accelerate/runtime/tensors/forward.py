@@ -44,7 +44,7 @@ def unwrap_forward(module: nn.Module) -> None:
     if "_original_forward" not in module.__dict__:
         return
     del module.__dict__["_original_forward"]
-    forward = _without_wrappers(module.__dict__.get("forward"))
+    forward = _strip_wrappers(module.__dict__.get("forward"))
     if isinstance(forward, HookedForward):
         module._old_forward = forward.__wrapped__  # type: ignore[assignment]
     _restore(module, forward)
@@ -81,22 +81,22 @@ def unhook_forward(module: nn.Module) -> None:
     module.__dict__.pop("_old_forward", None)
     forward = module.__dict__.get("forward")
     if forward is not None:
-        _restore(module, _without_hook(forward))
+        _restore(module, _strip_hook(forward))
 
 
-def _without_wrappers(forward: Any) -> Any:
+def _strip_wrappers(forward: Any) -> Any:
     while isinstance(forward, ForwardWrapper):
         forward = forward.__wrapped__
     if isinstance(forward, HookedForward):
-        forward.__wrapped__ = _without_wrappers(forward.__wrapped__)
+        forward.__wrapped__ = _strip_wrappers(forward.__wrapped__)
     return forward
 
 
-def _without_hook(forward: Any) -> Any:
+def _strip_hook(forward: Any) -> Any:
     if isinstance(forward, HookedForward):
         return forward.__wrapped__
     if isinstance(forward, ForwardWrapper):
-        forward.__wrapped__ = _without_hook(forward.__wrapped__)
+        forward.__wrapped__ = _strip_hook(forward.__wrapped__)
     return forward
 
 
@@ -133,7 +133,7 @@ def extract_model_from_parallel(
     """
     compiled: Any = model if is_compiled_module(model) else None
     inner: Any = compiled._orig_mod if compiled is not None else model
-    inner = _without_containers(inner)
+    inner = _strip_containers(inner)
     if recursive:
         _unwrap_children(inner)
     if not keep_fp32_wrapper and isinstance(inner, nn.Module):
@@ -144,12 +144,12 @@ def extract_model_from_parallel(
     return compiled if inner is compiled._orig_mod else type(compiled)(inner, compiled.dynamo_ctx)
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def unwrap_module(model: nn.Module) -> nn.Module:
     """The module inside containers and inside what compiles it as a whole, with its wrappers of precision."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
-def _without_containers(module: Any) -> Any:
+def _strip_containers(module: Any) -> Any:
     while isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         module = module.module
         if is_compiled_module(module):
@@ -159,7 +159,7 @@ def _without_containers(module: Any) -> Any:
 
 def _unwrap_children(module: nn.Module) -> None:
     for name, child in module.named_children():
-        plain = _without_containers(child)
+        plain = _strip_containers(child)
         if plain is not child:
             setattr(module, name, plain)
         _unwrap_children(plain)

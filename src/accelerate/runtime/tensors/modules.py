@@ -73,10 +73,10 @@ def get_parameters_from_modules(
         model: Where names are looked up.
         device: Where the modules go.
     """
-    return {parameter for module in modules_among(modules, model) for parameter in module.to(device).parameters()}
+    return {parameter for module in resolve_modules(modules, model) for parameter in module.to(device).parameters()}
 
 
-def modules_among(modules: Iterable[nn.Module] | str | None, model: nn.Module) -> list[nn.Module]:
+def resolve_modules(modules: Iterable[nn.Module] | str | None, model: nn.Module) -> list[nn.Module]:
     """The modules that are meant.
 
     Args:

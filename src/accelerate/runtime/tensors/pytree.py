@@ -18,7 +18,7 @@ import torch
 
 _Tree = TypeVar("_Tree")
 
-_HALVES = (torch.float16, torch.bfloat16)
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
 _Tensor = torch.Tensor
 
 
@@ -58,12 +58,12 @@ def is_namedtuple(data: Any) -> bool:
     return isinstance(data, tuple) and hasattr(data, "_asdict") and hasattr(data, "_fields")
 
 
-def holds_only_tensors(data: Any) -> bool:
+def contains_only_tensors(data: Any) -> bool:
     """Whether there are tensors in a tree, and nothing else."""
     found: list[torch.Tensor] = []
     try:
         _apply(found.append, data, (), {}, is_torch_tensor, True)
-    except _ForeignLeafError:
+    except _UnsupportedLeafError:
         return False
     return bool(found)
 
@@ -102,7 +102,7 @@ def _like_mapping(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 # Applying a function ------------------------------------------------------------------------------------------------
 
 
-class _ForeignLeafError(Exception):
+class _UnsupportedLeafError(Exception):
     """A leaf that the test refuses; carries the leaf up to where the whole tree is known."""
 
     def __init__(self, leaf: Any) -> None:
@@ -141,9 +141,9 @@ def recursively_apply(
     """
     try:
         return _apply(func, data, args, kwargs, test_type, error_on_other_type)
-    except _ForeignLeafError as found:
+    except _UnsupportedLeafError as found:
         name = getattr(func, "__name__", type(func).__name__)
-        raise TypeError(_refusal(name, data, found.leaf, getattr(test_type, "__name__", "test_type"))) from None
+        raise TypeError(_leaf_error(name, data, found.leaf, getattr(test_type, "__name__", "test_type"))) from None
 
 
 def map_tensors(operation: str, func: Callable[..., Any], data: Any, *args: Any) -> Any:
@@ -156,8 +156,8 @@ def map_tensors(operation: str, func: Callable[..., Any], data: Any, *args: Any)
         return func(data, *args)
     try:
         return _apply(func, data, args, {}, is_torch_tensor, True)
-    except _ForeignLeafError as found:
-        raise TypeError(_refusal(operation, data, found.leaf, "is_torch_tensor")) from None
+    except _UnsupportedLeafError as found:
+        raise TypeError(_leaf_error(operation, data, found.leaf, "is_torch_tensor")) from None
 
 
 def _apply(
@@ -176,21 +176,21 @@ def _apply(
     if test_type(data):
         return func(data, *args, **kwargs)
     if strict:
-        raise _ForeignLeafError(data)
+        raise _UnsupportedLeafError(data)
     return data
 
 
-def _refusal(operation: str, data: Any, leaf: Any, test: str) -> str:
+def _leaf_error(operation: str, data: Any, leaf: Any, test: str) -> str:
     wanted = "a tensor" if test == "is_torch_tensor" else f"what `{test}` accepts"
     where = _path_to(leaf, data)
     return (
-        f"{operation} was given a {type(leaf).__name__} ({_shortened(leaf)}){f' at {where}' if where else ''}; it "
+        f"{operation} was given a {type(leaf).__name__} ({_short_repr(leaf)}){f' at {where}' if where else ''}; it "
         f"takes {wanted}, or lists, tuples and mappings of these. For other objects there are gather_object and "
         "broadcast_object_list."
     )
 
 
-def _shortened(value: Any, limit: int = 60) -> str:
+def _short_repr(value: Any, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -243,10 +243,10 @@ def send_to_device(
         device = torch.device(device)
     if skip_keys is not None:
         skip_keys = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys)
-    return _send(tensor, device, non_blocking, skip_keys)
+    return _move(tensor, device, non_blocking, skip_keys)
 
 
-def _send(
+def _move(
     data: Any,
     device: torch.device | int,
     non_blocking: bool,
@@ -261,12 +261,12 @@ def _send(
         return {
             key: value
             if type(value) is _Tensor and value.device == device
-            else _send(value, device, non_blocking, None)
+            else _move(value, device, non_blocking, None)
             for key, value in data.items()
         }
     if kind is list or kind is tuple:
         moved = [
-            item if type(item) is _Tensor and item.device == device else _send(item, device, non_blocking, skip)
+            item if type(item) is _Tensor and item.device == device else _move(item, device, non_blocking, skip)
             for item in data
         ]
         return moved if kind is list else tuple(moved)
@@ -277,10 +277,10 @@ def _send(
         takes_it = _to_takes_non_blocking(kind)
         return data.to(device, non_blocking=non_blocking) if takes_it else data.to(device)
     if is_mapping:
-        items = {k: v if skip and k in skip else _send(v, device, non_blocking, skip) for k, v in data.items()}
+        items = {k: v if skip and k in skip else _move(v, device, non_blocking, skip) for k, v in data.items()}
         return _like_mapping(data, items)
     if isinstance(data, (list, tuple)):
-        return honor_type(data, [_send(item, device, non_blocking, skip) for item in data])
+        return honor_type(data, [_move(item, device, non_blocking, skip) for item in data])
     return data
 
 
@@ -310,11 +310,11 @@ def _declares_non_blocking(kind: type) -> bool:
 
 def find_device(data: Any) -> torch.device | None:
     """The device of the first tensor in a tree, or None when there is none."""
-    found = _first(data, is_torch_tensor)
+    found = _find_first(data, is_torch_tensor)
     return None if found is None else found.device
 
 
-def _first(data: Any, test: Callable[[Any], bool]) -> torch.Tensor | None:
+def _find_first(data: Any, test: Callable[[Any], bool]) -> torch.Tensor | None:
     if isinstance(data, Mapping):
         children: Iterable[Any] = data.values()
     elif isinstance(data, (list, tuple)):
@@ -322,7 +322,7 @@ def _first(data: Any, test: Callable[[Any], bool]) -> torch.Tensor | None:
     else:
         return data if test(data) else None
     for child in children:
-        found = _first(child, test)
+        found = _find_first(child, test)
         if found is not None:
             return found
     return None
@@ -338,20 +338,20 @@ def find_batch_size(data: Any) -> int:
         ValueError: when `data` is an empty container.
         TypeError: when there is no such tensor in it.
     """
-    found = _first(data, _has_dimension)
+    found = _find_first(data, _has_dimension)
     if found is not None:
         return int(found.shape[0])
     if isinstance(data, (list, tuple, Mapping)) and not data:
         raise ValueError(f"an empty {type(data).__name__} has no batch size.")
     raise TypeError(
-        f"no batch size in a {type(data).__name__} ({_shortened(data)}): expected a tensor with at least one "
+        f"no batch size in a {type(data).__name__} ({_short_repr(data)}): expected a tensor with at least one "
         "dimension, or lists, tuples and mappings that hold one."
     )
 
 
 def ignorant_find_batch_size(data: Any) -> int | None:
     """`find_batch_size`, or None where that finds none."""
-    found = _first(data, _has_dimension)
+    found = _find_first(data, _has_dimension)
     return None if found is None else int(found.shape[0])
 
 
@@ -423,7 +423,7 @@ def concatenate(data: Sequence[Any], dim: int = 0) -> Any:
             {key: concatenate([tree[key] for tree in data], dim) for key in first},
         )
     raise TypeError(
-        f"concatenate was given a {type(first).__name__} ({_shortened(first)}); it takes tensors, or lists, tuples and "
+        f"concatenate was given a {type(first).__name__} ({_short_repr(first)}); it takes tensors, or lists, tuples and "
         "mappings of tensors."
     )
 
@@ -469,12 +469,12 @@ def listify(data: Any) -> Any:
 def convert_to_fp32(tensor: Any) -> Any:
     """Converts every float16 and bfloat16 tensor of a tree to float32; everything else stays as it is."""
     if type(tensor) is torch.Tensor:
-        return tensor.float() if tensor.dtype in _HALVES else tensor
+        return tensor.float() if tensor.dtype in _HALF_DTYPES else tensor
     return _apply(torch.Tensor.float, tensor, (), {}, _is_half, False)
 
 
 def _is_half(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dtype in _HALVES
+    return isinstance(leaf, torch.Tensor) and leaf.dtype in _HALF_DTYPES
 
 
 class ConvertOutputsToFp32:

@@ -54,7 +54,7 @@ def agree_on_random_states(world: World, mesh: DeviceMesh | None) -> None:
     peers = _collectives(sharing, world.device)
     sources: list[Any] = [torch]
     if world.device.type != "cpu":
-        sources.append(devices.kind_of(world.device).torch_module())
+        sources.append(devices.device_kind(world.device).torch_module())
     for source in sources:
         state = source.get_rng_state()
         source.set_rng_state(peers.broadcast(state.to(world.device)).to(state.device))

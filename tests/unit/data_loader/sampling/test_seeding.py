@@ -17,7 +17,7 @@ pytest.importorskip("torchdata.stateful_dataloader")
 
 from accelerate.data_loader import build_loader, plan_data
 from accelerate.data_loader.sampling.seeding import SampleSeeds, with_sample_seeds
-from accelerate.runtime.world import DataRanks
+from accelerate.runtime.world import DataShard
 from accelerate.settings.handlers import DataLoaderConfiguration
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
@@ -46,7 +46,7 @@ def loader(ranks: int = 1, rank: int = 0, workers: int = 0, total: int = 12, dat
     options = {"use_seedable_sampler": True, "data_seed": 5, "seed_samples": True, **options}
     config = DataLoaderConfiguration(use_stateful_dataloader=True, **options)
     plain = DataLoader(data or Augmented(), batch_size=total // ranks, shuffle=True, num_workers=workers)
-    return build_loader(plan_data(plain, config, DataRanks(rank, ranks)))
+    return build_loader(plan_data(plain, config, DataShard(rank, ranks)))
 
 
 def draws(batches: Any) -> dict[int, tuple[float, ...]]:
@@ -96,7 +96,7 @@ def test_a_resumed_epoch_goes_on_with_them(epochs: Any, workers: int) -> None:
 def test_persistent_workers_learn_of_the_next_epoch(epochs: Any) -> None:
     config = DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=5)
     plain = DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=2, persistent_workers=True)
-    prepared = build_loader(plan_data(plain, config, DataRanks(0, 1)))
+    prepared = build_loader(plan_data(plain, config, DataShard(0, 1)))
     next(iter(prepared))  # left in the middle, with batches on their way
     assert draws(prepared) == epochs[0]
     assert draws(prepared) == epochs[1]
@@ -129,7 +129,7 @@ def test_the_rule_of_the_default() -> None:
     def seeds(workers: int, **options: Any) -> bool:
         made = {"use_stateful_dataloader": True, "use_seedable_sampler": True, **options}
         return plan_data(
-            DataLoader(Augmented(), num_workers=workers), DataLoaderConfiguration(**made), DataRanks(0, 1)
+            DataLoader(Augmented(), num_workers=workers), DataLoaderConfiguration(**made), DataShard(0, 1)
         ).seed_samples
 
     assert seeds(1) and not seeds(0) and seeds(0, seed_samples=True) and not seeds(1, seed_samples=False)
@@ -166,7 +166,7 @@ def open_it(worker: int) -> None:
 def test_a_worker_init_fn_reaches_the_dataset() -> None:
     config = DataLoaderConfiguration(use_stateful_dataloader=True, seed_samples=True)
     plain = DataLoader(Opened(), batch_size=12, num_workers=2, worker_init_fn=open_it)
-    handles = [batch[0][0] for batch in build_loader(plan_data(plain, config, DataRanks(0, 1)))]
+    handles = [batch[0][0] for batch in build_loader(plan_data(plain, config, DataShard(0, 1)))]
     assert handles == ["opened by 0 of 24", "opened by 1 of 24"]
 
 

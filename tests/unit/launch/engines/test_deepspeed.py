@@ -11,7 +11,7 @@ from accelerate.launch.engines import deepspeed
 from accelerate.launch.host import Machine, resolve
 from accelerate.launch.parse import parse
 from accelerate.launch.plan import build, plan
-from accelerate.runtime.cluster.slurm import Step
+from accelerate.runtime.cluster.slurm import SlurmStep
 from accelerate.settings.enums import DEEPSPEED_MULTINODE_LAUNCHERS
 from accelerate.settings.option import SettingsError
 
@@ -87,7 +87,7 @@ def test_arguments_that_a_shell_elsewhere_would_read_are_refused_not_mangled(wor
 
 
 def test_under_srun_each_node_has_a_launcher_of_its_own() -> None:
-    facts = Machine("cuda", 2, 8, "lo", "/here", ("PY",), step=Step(2, 2, 1, "n[1-2]", 12345))
+    facts = Machine("cuda", 2, 8, "lo", "/here", ("PY",), step=SlurmStep(2, 2, 1, "n[1-2]", 12345))
     asked = parse(["--use_deepspeed", "--deepspeed_hostfile", "H", "s.py"])
     made = build(resolve(asked, facts))
     assert made.starter == "torch" and "--node_rank 1" in " ".join(made.command)

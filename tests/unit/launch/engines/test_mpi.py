@@ -11,7 +11,7 @@ from accelerate.launch.engines import mpi
 from accelerate.launch.host import Machine, remarks, resolve
 from accelerate.launch.parse import parse
 from accelerate.launch.plan import build, plan
-from accelerate.runtime.cluster.cluster_env import Placement
+from accelerate.runtime.cluster.cluster_env import RankInfo
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import SettingsError
 from tests.helpers.programs import shebang
@@ -106,8 +106,8 @@ def test_the_guides_file(tmp_path: Path) -> None:
     assert (inside.environment["MASTER_ADDR"], inside.environment["MASTER_PORT"]) == ("36.112.23.24", "29500")
 
 
-def mpi_place(rank: int = 0, size: int = 16, local_size: int = 4) -> Placement:
-    return Placement(rank, size, rank % local_size, local_size, "Open MPI", address="")
+def mpi_place(rank: int = 0, size: int = 16, local_size: int = 4) -> RankInfo:
+    return RankInfo(rank, size, rank % local_size, local_size, "Open MPI", address="")
 
 
 def test_a_launch_inside_of_mpirun_starts_its_one_process_whatever_the_settings_say() -> None:

@@ -25,7 +25,7 @@ from accelerate.offload.io.mmap_reader import (
     never,
 )
 from accelerate.offload.io.tensor_reader import CachedFile, TensorRead
-from accelerate.runtime.system.page_cache import CacheProbe, open_past
+from accelerate.runtime.system.page_cache import CacheProbe, open_direct
 
 SIZE = 3_000_001
 
@@ -45,11 +45,11 @@ def forget(path: Path) -> None:
         os.fsync(file.fileno())
         for _ in range(20):  # pages that another processor has just put there stay at first
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if CacheProbe(file.fileno(), SIZE).share(SIZE) == 0:
+            if CacheProbe(file.fileno(), SIZE).cached_fraction(SIZE) == 0:
                 break
             time.sleep(0.01)
-        in_cache = CacheProbe(file.fileno(), SIZE).share(SIZE) > 0
-    past = open_past(path)
+        in_cache = CacheProbe(file.fileno(), SIZE).cached_fraction(SIZE) > 0
+    past = open_direct(path)
     if in_cache or past is None:
         pytest.skip(f"{path.parent} is on a file system that lives in the page cache, or has no O_DIRECT")
     os.close(past)
@@ -58,7 +58,7 @@ def forget(path: Path) -> None:
 def held(path: Path) -> bool:
     with open(path, "rb") as file:
         probe = CacheProbe(file.fileno(), SIZE)
-        return all(probe.holds(place) for place in range(0, SIZE, mmap.PAGESIZE))
+        return all(probe.is_cached(place) for place in range(0, SIZE, mmap.PAGESIZE))
 
 
 def reading(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from accelerate.runtime.cluster import cluster_env as places
-from accelerate.runtime.cluster.cluster_env import from_environment, of_scheduler
+from accelerate.runtime.cluster import cluster_env
+from accelerate.runtime.cluster.cluster_env import from_environment, from_scheduler
 from accelerate.settings import env
 from tests.helpers.slurm import job, task
 
-LAUNCHERS = [name for _, names in places._LAUNCHERS for name in names]
+LAUNCHERS = [name for _, names in cluster_env._LAUNCHERS for name in names]
 OMPI = {
     "OMPI_COMM_WORLD_RANK": 2,
     "OMPI_COMM_WORLD_SIZE": 4,
@@ -76,9 +76,9 @@ def test_variables_that_contradict_each_other_are_named(variables, said):
 
 def test_torchruns_variables_are_not_the_schedulers():
     env.publish({"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "h", "MASTER_PORT": 7})
-    assert of_scheduler() is None
+    assert from_scheduler() is None
     env.publish(OMPI)
-    place = of_scheduler()
+    place = from_scheduler()
     assert place is not None and (place.source, place.rank) == ("Open MPI", 2)
 
 
@@ -97,7 +97,7 @@ def test_torchruns_variables_are_not_the_schedulers():
 def test_where_the_main_process_is(variables, address, guessed):
     env.publish(variables)
     place = from_environment()
-    assert place is not None and (place.address, bool(place.guessed_from)) == (address, guessed)
+    assert place is not None and (place.address, bool(place.address_source)) == (address, guessed)
 
 
 def test_several_machines_without_an_address_are_told_what_to_set():
@@ -106,7 +106,7 @@ def test_several_machines_without_an_address_are_told_what_to_set():
         from_environment()
     place = from_environment(address_needed=False)
     assert place is not None and place.rank == 3
-    assert of_scheduler() == place
+    assert from_scheduler() == place
 
 
 def test_the_port_is_the_steps_own():

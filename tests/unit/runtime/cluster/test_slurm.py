@@ -87,16 +87,16 @@ def test_a_long_list_is_read_as_far_as_it_is_asked_for():
 
 
 def test_a_step_and_who_is_none():
-    assert slurm.step() is None
+    assert slurm.current_step() is None
     env.publish(job(nodes=2))  # a batch script that runs python itself
-    assert slurm.step() is None and slurm.nodes_of_batch_job() == 2
+    assert slurm.current_step() is None and slurm.batch_job_node_count() == 2
     env.publish(task(0, [1]))  # srun --pty, or an interactive shell
-    assert slurm.step() is None and slurm.nodes_of_batch_job() == 1
+    assert slurm.current_step() is None and slurm.batch_job_node_count() == 1
     env.publish(task(1, [1, 1]))
-    step = slurm.step()
-    assert step == slurm.Step(2, 2, 1, "node[01-02]", slurm.port()) and step.one_task_per_node
+    step = slurm.current_step()
+    assert step == slurm.SlurmStep(2, 2, 1, "node[01-02]", slurm.port()) and step.one_task_per_node
     env.publish(task(3, [2, 2]))
-    step = slurm.step()
+    step = slurm.current_step()
     assert step is not None and (step.tasks, step.nodes, step.node) == (4, 2, 1) and not step.one_task_per_node
 
 

@@ -11,11 +11,11 @@ import pytest
 from accelerate.runtime.system import file_names
 from accelerate.runtime.system.file_names import (
     FileNameError,
+    file_size,
+    path_for_write,
     path_inside,
-    path_to_change,
     read_bytes,
     replace_file,
-    size_of,
 )
 from tests.helpers import hostile
 
@@ -23,7 +23,7 @@ from tests.helpers import hostile
 @pytest.mark.parametrize("name", [*hostile.NAMES.values(), None, 3, b"a", ["a"]])
 def test_hostile_names_are_refused(tmp_path: Path, name: Any) -> None:
     name = name.replace("{outside}", str(tmp_path)) if isinstance(name, str) else name
-    for join in (path_inside, path_to_change):
+    for join in (path_inside, path_for_write):
         with pytest.raises(FileNameError) as caught:
             join(tmp_path / "folder", name)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
@@ -34,7 +34,7 @@ def test_hostile_names_are_refused(tmp_path: Path, name: Any) -> None:
     ["a.bin", "a/b-1.bin", ".metadata", "..hidden", "h.0.attn/weight.dat", "Grüße (1).txt", "-x", "a" * 255, "~"],
 )
 def test_other_names_are_joined(tmp_path: Path, name: str) -> None:
-    assert path_inside(tmp_path, name) == path_to_change(tmp_path, name) == tmp_path / name
+    assert path_inside(tmp_path, name) == path_for_write(tmp_path, name) == tmp_path / name
 
 
 def test_links_are_read_through_and_not_changed_through(tmp_path: Path) -> None:
@@ -46,8 +46,8 @@ def test_links_are_read_through_and_not_changed_through(tmp_path: Path) -> None:
     (snapshot / "more").symlink_to("../../blobs")
     assert read_bytes(path_inside(snapshot, "model.bin")) == read_bytes(path_inside(snapshot, "more/abc")) == b"weights"
     with pytest.raises(FileNameError, match="a link that leads out of"):
-        path_to_change(snapshot, "more/abc")
-    replace_file(path_to_change(snapshot, "model.bin"), b"new")
+        path_for_write(snapshot, "more/abc")
+    replace_file(path_for_write(snapshot, "model.bin"), b"new")
     assert (blobs / "abc").read_bytes() == b"weights" and (snapshot / "model.bin").read_bytes() == b"new"
     assert os.listdir(snapshot) == ["model.bin", "more"] or os.listdir(snapshot) == ["more", "model.bin"]
 
@@ -56,21 +56,21 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
     for number, (kind, make) in enumerate(hostile.special_files(tmp_path).items()):
         path = tmp_path / f"f{number}"
         make(path)
-        for read in (size_of, read_bytes):
+        for read in (file_size, read_bytes):
             with pytest.raises(FileNameError):
                 read(path)
                 pytest.fail(kind)
         if kind != "folder":
             replace_file(path, b"new")
             assert path.read_bytes() == b"new" and not path.is_symlink()
-    assert size_of(tmp_path / "none") is None
+    assert file_size(tmp_path / "none") is None
     with pytest.raises(FileNotFoundError):
         read_bytes(tmp_path / "none")
 
 
 def test_sizes_are_sane(tmp_path: Path) -> None:
     with open(tmp_path / "huge.json", "wb") as file:
-        file.truncate(file_names.LARGEST_TEXT + 1)
+        file.truncate(file_names.MAX_METADATA_BYTES + 1)
     with pytest.raises(FileNameError, match="more than the"):
         read_bytes(tmp_path / "huge.json")
     (tmp_path / "deep.json").write_text("[" * 200_000)

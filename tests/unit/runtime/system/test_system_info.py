@@ -98,12 +98,12 @@ class TestCuda:
 class TestRanges:
     @given(st.sets(st.integers(0, 300)))
     def test_there_and_back(self, numbers):
-        assert system_info._from_ranges(system_info._as_ranges(numbers)) == numbers
+        assert system_info._parse_cpulist(system_info._format_cpulist(numbers)) == numbers
 
     def test_as_the_kernel_writes_them(self):
-        assert system_info._from_ranges("0-2,8\n") == {0, 1, 2, 8}
-        assert system_info._as_ranges({8, 0, 2, 1}) == "0-2,8"
-        assert system_info._from_ranges("\n") == set()
+        assert system_info._parse_cpulist("0-2,8\n") == {0, 1, 2, 8}
+        assert system_info._format_cpulist({8, 0, 2, 1}) == "0-2,8"
+        assert system_info._parse_cpulist("\n") == set()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes to processors")
@@ -144,7 +144,7 @@ class TestNuma:
         assert os.sched_getaffinity(0) == {processors[1]}
 
     def test_the_node_of_a_gpu_is_that_of_its_pci_address(self, nodes, allowed, tmp_path, monkeypatch):
-        processors = system_info._as_ranges(allowed)
+        processors = system_info._format_cpulist(allowed)
         nodes("900-901", processors)
         device = tmp_path / "bus/pci/devices/0001:4b:00.0"
         device.mkdir(parents=True)
@@ -161,7 +161,7 @@ class TestNuma:
         assert os.sched_getaffinity(0) == allowed
 
     def test_nodes_that_are_not_free_to_us_are_passed_over(self, nodes, allowed):
-        nodes("900-901", system_info._as_ranges(allowed), "")
+        nodes("900-901", system_info._format_cpulist(allowed), "")
         with env.patch_environment(LOCAL_WORLD_SIZE=2):
             assert system_info._node_for(0) == (1, allowed) and system_info._node_for(1) == (1, allowed)
 

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from ....runtime.collective_backend import TorchCollectives
-from ....runtime.tensors.forward import bare_model
+from ....runtime.tensors.forward import unwrap_module
 from ....state import GradientState
 from .backends import ATTENTION, Way, original, way_of
 from .ring_attention import Layout
@@ -75,7 +75,7 @@ class SharedSequences:
         Raises:
             ValueError: saying why.
         """
-        self.way.check_model(bare_model(model))
+        self.way.check_model(unwrap_module(model))
 
     def watch(self, model: nn.Module) -> None:
         """Has the model's forwards counted, and looked at for what a part of a sequence would be misunderstood by."""
@@ -99,7 +99,7 @@ class SharedSequences:
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._forwards += 1
-        bare = bare_model(model)
+        bare = unwrap_module(model)
         if not self._open or not hasattr(bare, "config"):  # as transformers' models are called
             return
         taken = inspect.signature(bare.forward)

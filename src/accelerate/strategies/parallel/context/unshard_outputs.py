@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ....runtime.collective_backend import Collectives
-from ....runtime.tensors.pytree import holds_only_tensors, recursively_apply
+from ....runtime.tensors.pytree import contains_only_tensors, recursively_apply
 from .ring_attention import Layout
 
 
@@ -51,7 +51,7 @@ def put_together(data: Any, peers: Collectives, cut: Cut | None) -> Any:
     Raises:
         ValueError: when something of the latter is a tensor, was made of parts, and is not the same on all ranks.
     """
-    if holds_only_tensors(data):
+    if contains_only_tensors(data):
         return recursively_apply(_of_all, data, peers, cut)
     return _of_objects(peers.all_gather_object(data))
 
