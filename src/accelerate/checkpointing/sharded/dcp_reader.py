@@ -298,7 +298,8 @@ def _entries(description: Any, folder: Path) -> dict[str, Stored]:
             shape, dtype = (_whole_numbers(facts.size), facts.properties.dtype) if of_tensor else ((), None)
             if not path or not is_shape(shape) or (of_tensor and not isinstance(dtype, torch.dtype)):
                 raise ValueError(
-                    f"{short_repr(name)} has the keys {short_repr(path)}, the shape {short_repr(shape)} and the dtype {short_repr(dtype)}"
+                    f"{short_repr(name)} has the keys {short_repr(path)}, the shape {short_repr(shape)} and the dtype "
+                    f"{short_repr(dtype)}"
                 )
             entries[name] = Stored(path, shape, dtype, tuple(pieces))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
