@@ -58,14 +58,14 @@ SCRIPTS = {
     "    if step == 3:\n"
     "        say('rank', accelerator.process_index, 'is up')\n"
     "    time.sleep(0.02)\n",
-    "again.py": SAY + "import torch\n"
-    "from accelerate import Accelerator\n"
-    "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+    "again.py": SAY + "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
     "if attempt == 0:\n"
     "    if os.environ['RANK'] == '1':\n"
     "        time.sleep(1)\n"
     "        sys.exit(5)\n"
     "    time.sleep(600)\n"  # in no collective: the launchers must tell each other
+    "import torch\n"
+    "from accelerate import Accelerator\n"
     "accelerator = Accelerator()\n"
     "say(attempt, accelerator.gather(torch.tensor([accelerator.process_index])).tolist())\n",
 }

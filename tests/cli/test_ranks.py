@@ -145,12 +145,13 @@ def test_a_rank_that_will_not_end_is_killed(accelerate: Run, script: Write, tmp_
 @pytest.mark.slow
 def test_ranks_start_again(accelerate: Run, script: Write) -> None:
     name = script(
-        SAY + "import sys, torch\n"
-        "from accelerate import PartialState\n"
-        "from accelerate.utils import gather\n"
+        SAY + "import sys\n"
         "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         "if attempt < 2 and os.environ['RANK'] == '1':\n"
         "    sys.exit(5)\n"
+        "import torch\n"
+        "from accelerate import PartialState\n"
+        "from accelerate.utils import gather\n"
         "say(attempt, gather(torch.ones(1) * PartialState().process_index).tolist())\n"
     )
     done = accelerate(*TWO, "--max_restarts", "2", name)

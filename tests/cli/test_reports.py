@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from accelerate.commands import accelerate_cli
 from tests.cli.conftest import Run
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -73,12 +75,13 @@ def test_an_estimate_is_a_table(accelerate: Run, tmp_path: Path) -> None:
 
 
 @needs_transformers
-def test_an_estimate_as_json(accelerate: Run, tmp_path: Path) -> None:
-    done = accelerate(
-        "estimate-memory", model_folder(tmp_path / "m") + "/config.json", "--json", "--sequence_length", "16"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    report = json.loads(done.stdout)
+def test_an_estimate_as_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = model_folder(tmp_path / "m")
+    capfd.readouterr()
+    assert accelerate_cli.main(["estimate-memory", f"{folder}/config.json", "--json", "--sequence_length", "16"]) == 0
+    out, errors = capfd.readouterr()
+    assert errors == ""
+    report = json.loads(out)
     assert set(report["dtypes"]) == {"float32", "float16", "int8", "int4"}
     total = report["dtypes"]["float32"]["total"]
     assert report["dtypes"]["int4"]["total"] == total // 8 and report["dtypes"]["int4"]["training_with_adam"] is None
@@ -87,7 +90,7 @@ def test_an_estimate_as_json(accelerate: Run, tmp_path: Path) -> None:
     assert step["precisions"]["float32"]["weights"] == total
 
 
-def test_shards_are_merged(accelerate: Run, tmp_path: Path) -> None:
+def test_shards_are_merged(accelerate: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import warnings
 
     import torch.distributed.checkpoint as dcp
@@ -98,11 +101,14 @@ def test_shards_are_merged(accelerate: Run, tmp_path: Path) -> None:
     done = accelerate("merge-weights", "pytorch_model_fsdp_0/", "out")
     assert (done.returncode, done.stdout, done.stderr) == (0, "wrote out\n", "")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["a"], torch.arange(5.0))
-    done = accelerate(
-        "merge-weights", "pytorch_model_fsdp_0/", "out", "--unsafe-serialization", "--remove-checkpoint-dir"
-    )
-    assert done.returncode == 0 and (tmp_path / "out" / "pytorch_model.bin").exists()
-    done = accelerate("merge-weights", "pytorch_model_fsdp_0/", "out")
-    assert done.returncode == 2 and "0: there is no such folder." in done.stderr and len(done.stderr.splitlines()) == 1
-    done = accelerate("merge-weights", "pytorch_model_fsdp_0/", "out", "--max_shard_size", "much")
-    assert done.returncode == 2 and "'much'" in done.stderr
+    # The others in this process: a new one imports torch.
+    os.chdir(tmp_path)
+    merge = ["merge-weights", "pytorch_model_fsdp_0/", "out"]
+    assert accelerate_cli.main([*merge, "--unsafe-serialization", "--remove-checkpoint-dir"]) == 0
+    assert (tmp_path / "out" / "pytorch_model.bin").exists()
+    capfd.readouterr()
+    assert accelerate_cli.main(merge) == 2
+    errors = capfd.readouterr().err
+    assert "0: there is no such folder." in errors and len(errors.splitlines()) == 1
+    assert accelerate_cli.main([*merge, "--max_shard_size", "much"]) == 2
+    assert "'much'" in capfd.readouterr().err

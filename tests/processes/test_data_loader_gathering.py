@@ -100,7 +100,7 @@ def _repeated(cases: list[dict[str, Any]]) -> list[Any]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_value_repeated_to_a_full_batch_counts_as_often_as_there_are_samples(run_ranks: Any, ranks: int) -> None:
-    cases = [case for case in _cases(ranks, 120) if not case["drop_last"]]
+    cases = [case for case in _cases(ranks, 50) if not case["drop_last"]]
     by_rank = run_ranks(ranks, _repeated, cases, timeout=120)
     for number, case in enumerate(cases):
         for step, (_, rows, losses) in enumerate(by_rank[0][number]):
