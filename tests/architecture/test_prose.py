@@ -25,7 +25,6 @@ PENDING = [
     "precision",
     "quantization",
     "runtime",
-    "settings",
     "state",
     "strategies",
     "test_utils",

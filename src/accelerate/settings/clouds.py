@@ -1,6 +1,6 @@
-"""What a configuration file says about other people's machines: Amazon SageMaker, and pods of TPUs.
+"""Settings of cloud machines in a configuration file: Amazon SageMaker and TPU pods.
 
-Keys of the file's top level, none of them a flag of `accelerate launch`; `accelerate tpu-config` has flags for its own.
+These are top-level keys of the file without a flag of `accelerate launch`; `accelerate tpu-config` has flags of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ class SageMakerSettings(Settings):
     """A training job on Amazon SageMaker.
 
     Attributes:
-        distributed: How its instances share the work, a member of `SageMakerDistributedType` by value: the file's key
-            ``distributed_type``.
+        distributed: Value of a `SageMakerDistributedType` member; the key ``distributed_type`` in the file.
     """
 
     ec2_instance_type: str | None = option(
@@ -36,7 +35,7 @@ class SageMakerSettings(Settings):
     image_uri: str | None = option(
         None, "container image to use instead of Hugging Face's", ask="What is the URI of the Docker image?"
     )
-    base_job_name: str = option("accelerate-sagemaker-1", "what the names of jobs begin with")
+    base_job_name: str = option("accelerate-sagemaker-1", "prefix of job names")
     transformers_version: str = option(SAGEMAKER_TRANSFORMERS_VERSION, "transformers in Hugging Face's image")
     pytorch_version: str = option(SAGEMAKER_PYTORCH_VERSION, "PyTorch in Hugging Face's image")
     py_version: str = option(SAGEMAKER_PYTHON_VERSION, "Python in Hugging Face's image")

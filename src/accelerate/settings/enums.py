@@ -1,4 +1,4 @@
-"""The vocabulary: enumerations and file names of the documented interface. Values are what files and variables hold."""
+"""Enumerations and file names of the documented interface. Files and variables hold the members' values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _Contains(enum.EnumMeta):
-    """Lets one ask ``"bf16" in PrecisionType`` with a value as well as with a member."""
+    """Supports ``"bf16" in PrecisionType``, with a value as well as with a member."""
 
     def __contains__(cls, item: object) -> bool:
         try:
@@ -122,7 +122,7 @@ class FP8BackendType(str, enum.Enum):
 
 
 class RNGType(BaseEnum):
-    """Random number generators that ranks can synchronise; ``generator`` is the sampler's own."""
+    """Random number generators that can be synchronized over ranks; ``generator`` is the sampler's own."""
 
     TORCH = "torch"
     CUDA = "cuda"

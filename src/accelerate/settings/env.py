@@ -1,7 +1,7 @@
 """The only reader and writer of ``os.environ`` in the package.
 
-Everything that arrives from the launcher, from a scheduler or from a person's shell passes through here, so that one
-place says which spellings mean true, what an unreadable value is told, and what other libraries are told in turn.
+All values from the launcher, a scheduler or the user's shell are read here, so one module defines which spellings mean
+true, how an invalid value is reported, and which variables are set for other libraries.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _T = TypeVar("_T")
 
 
 def str_to_bool(value: str, to_bool: bool = False) -> int | bool:
-    """Reads a word for true or false.
+    """Parses a truth value.
 
     Args:
-        value: ``y, yes, t, true, on, 1`` or ``n, no, f, false, off, 0``, in any case.
+        value: ``y, yes, t, true, on, 1`` or ``n, no, f, false, off, 0``, case-insensitive.
         to_bool: Return a `bool` instead of 1 or 0.
 
     Raises:
@@ -38,20 +38,20 @@ def str_to_bool(value: str, to_bool: bool = False) -> int | bool:
 
 
 def get(name: str, default: str | None = None) -> str | None:
-    """The variable's text, or `default` when it is not set."""
+    """Returns the variable's text, or `default` if it is unset."""
     return os.environ.get(name, default)
 
 
 def snapshot() -> dict[str, str]:
-    """A copy of the whole environment, for a child process."""
+    """Returns a copy of the environment, for a child process."""
     return dict(os.environ)
 
 
 def flag(name: str, default: bool = False) -> bool:
-    """The variable read as true or false; unset or empty means `default`.
+    """Returns the variable as a truth value; unset or empty means `default`.
 
     Raises:
-        ValueError: when the text is neither, naming the variable.
+        ValueError: if the text is neither true nor false; the message names the variable.
     """
     value = os.environ.get(name)
     if value is None or value == "":
@@ -118,23 +118,23 @@ def get_int_from_env(env_keys: Iterable[str], default: int) -> int:
 
 
 def parse_flag_from_env(key: str, default: bool = False) -> bool:
-    """The variable `key` as a `bool`; see `flag`."""
+    """Returns the variable `key` as a `bool`; see `flag`."""
     return flag(key, default)
 
 
 def parse_choice_from_env(key: str, default: str = "no") -> str:
-    """The variable `key` as text, or `default` when it is not set."""
+    """Returns the variable `key` as text, or `default` if it is unset."""
     return os.environ.get(key, default)
 
 
 def are_libraries_initialized(*library_names: str) -> list[str]:
-    """Those of `library_names` that some code has already imported in this process."""
+    """Returns the names in `library_names` that are already imported in this process."""
     return [name for name in library_names if name in sys.modules]
 
 
 @contextmanager
 def clear_environment() -> Iterator[None]:
-    """Runs its block with an empty environment and puts the old one back afterwards, whatever happens."""
+    """Context manager that clears the environment and restores it on exit."""
     saved = dict(os.environ)
     os.environ.clear()
     try:
@@ -146,7 +146,7 @@ def clear_environment() -> Iterator[None]:
 
 @contextmanager
 def patch_environment(**kwargs: object) -> Iterator[None]:
-    """Runs its block with variables set (names in upper case) and restores what was there before.
+    """Context manager that sets variables (names are upper-cased) and restores their previous values on exit.
 
     Example:
         ```python
@@ -164,9 +164,9 @@ def patch_environment(**kwargs: object) -> Iterator[None]:
 
 
 def purge_accelerate_environment(func_or_cls: _T) -> _T:
-    """Decorator for a test function or class: ``ACCELERATE_*`` variables set inside are gone afterwards.
+    """Decorates a test function or class to remove the ``ACCELERATE_*`` variables that it sets.
 
-    Decorating a class covers each of its methods whose name starts with ``test``, those of subclasses included.
+    On a class it applies to every method whose name starts with ``test``, including those of subclasses.
     """
     prefix = "ACCELERATE_"
 
@@ -203,7 +203,7 @@ def purge_accelerate_environment(func_or_cls: _T) -> _T:
 
 
 def convert_dict_to_env_variables(current_env: Mapping[str, object]) -> list[str]:
-    """``NAME=value`` lines for the entries that a shell can take; those it cannot are left out with a warning."""
+    """Returns ``NAME=value`` lines for a shell; entries that do not fit on a line are skipped with a warning."""
     import logging
 
     lines = []

@@ -1,4 +1,4 @@
-"""Reads what the launcher published, by the declarations it was written with.
+"""Reads the launcher's environment variables, by the same declarations that wrote them.
 
 Precedence in a plugin: the constructor's argument, then the environment, then the default of the launcher's option.
 """
@@ -19,20 +19,20 @@ def _options() -> dict[str, OptionSpec]:
 
 
 LAUNCHERS_DEFAULT: Any = object()
-"""Stands for: what the launcher's option is when nobody sets it."""
+"""Sentinel for the default of the launcher's option."""
 
 
 def resolve(given: Any, field: str, dest: str, otherwise: Any = LAUNCHERS_DEFAULT) -> Any:
-    """The value of a plugin's field.
+    """Returns the value of a plugin's field.
 
     Args:
         given: The constructor's argument; None reads the launcher's variable.
-        field: The field's name, for the message.
-        dest: The launcher's option of the same meaning (``fp8_margin``).
-        otherwise: The plugin's default, where it is not the launcher's.
+        field: The field's name, for error messages.
+        dest: The launcher's option with the same meaning (``fp8_margin``).
+        otherwise: The plugin's default, where it differs from the launcher's.
 
     Raises:
-        ValueError: when argument or variable cannot be what the option is.
+        ValueError: if the argument or the variable is not a valid value of the option.
     """
     entry = _options()[dest]
     if given is not None:
@@ -44,11 +44,11 @@ def resolve(given: Any, field: str, dest: str, otherwise: Any = LAUNCHERS_DEFAUL
 
 
 def variable(dest: str) -> str | None:
-    """The text of the variable of one of the launcher's options; None: it is not set."""
+    """Returns the text of a launcher option's environment variable, or None if it is unset."""
     name = _options()[dest].variable
     return env.get(name) if name is not None else None
 
 
 def default(dest: str) -> Any:
-    """The default of one of the launcher's options."""
+    """Returns the default of a launcher option."""
     return _options()[dest].option.default

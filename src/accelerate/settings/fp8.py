@@ -1,7 +1,7 @@
-"""Recipes of 8-bit floating point training: what each backend (TransformerEngine, MS-AMP, torchao) can be told.
+"""Recipes of 8-bit floating point (FP8) training, one per backend: TransformerEngine, MS-AMP, torchao.
 
-A field left None is read from the launcher's ``ACCELERATE_FP8_*`` variables, else it is what the launcher's option
-defaults to.
+A field left None is read from the launcher's ``ACCELERATE_FP8_*`` variables and falls back to the default of the
+launcher's option.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class TERecipeKwargs(KwargsHandler):
     fp8_format: FP8Format | None = None
     """``HYBRID`` (the default: E4M3 forward, E5M2 backward), ``E4M3`` or ``E5M2``."""
     amax_history_len: int | None = None
-    """How many steps of maxima the scaling factor looks back on; 1024."""
+    """Length of the amax history that the scaling factor is computed from, in steps; 1024."""
     amax_compute_algo: AmaxComputeAlgorithm | None = None
     """``most_recent`` (the default) or ``max`` of that history."""
     override_linear_precision: tuple[bool, bool, bool] | None = None
-    """Compute forward, data-gradient and weight-gradient products in higher precision; one bool is for all three."""
+    """Compute forward, data-gradient and weight-gradient GEMMs in higher precision; one bool applies to all three."""
     use_mxfp8_block_scaling: bool | None = None
-    """Scale by blocks (MXFP8), on devices that can."""
+    """Use MXFP8 block scaling, on devices that support it."""
 
     def __post_init__(self) -> None:
         if self.override_linear_precision is None:
@@ -69,7 +69,7 @@ class TERecipeKwargs(KwargsHandler):
             setattr(self, name, resolve(getattr(self, name), name, option))
 
     def _defaults(self) -> dict[str, Any]:
-        # What the fields are where no variable is set: a variable's value differs from the default too.
+        # The launcher's defaults, not the variables': a value set by a variable counts as changed.
         return {name: default(option) for name, option in _TE_OPTIONS.items()}
 
 
@@ -89,7 +89,7 @@ class MSAMPRecipeKwargs(KwargsHandler):
 
 @dataclass
 class FP8RecipeKwargs(TERecipeKwargs, MSAMPRecipeKwargs):
-    """Either recipe, named by `backend`; `TERecipeKwargs` and `MSAMPRecipeKwargs` say the same with fewer fields.
+    """The recipe of the backend named by `backend`; `TERecipeKwargs` and `MSAMPRecipeKwargs` have the fields of one each.
 
     Example:
         ```python
@@ -99,9 +99,9 @@ class FP8RecipeKwargs(TERecipeKwargs, MSAMPRecipeKwargs):
     """
 
     backend: Backend | None = None
-    """``MSAMP`` or ``TE``, in any case. None: the launcher's, else MS-AMP if it is installed, else TE."""
+    """``MSAMP`` or ``TE``, case-insensitive. None: the launcher's, else MS-AMP if it is installed, else TE."""
     optimization_level: InitVar[OptLevel | None] = None
-    """Another name of `opt_level`."""
+    """Alias of `opt_level`."""
 
     def __post_init__(self, optimization_level: OptLevel | None) -> None:
         if optimization_level is not None:
@@ -120,7 +120,7 @@ class FP8RecipeKwargs(TERecipeKwargs, MSAMPRecipeKwargs):
         if named is None:
             return "MSAMP" if importlib.util.find_spec("msamp") is not None else "TE"
         if named == "ao":
-            raise ValueError("FP8RecipeKwargs knows the backends 'te' and 'msamp'; for torchao pass AORecipeKwargs().")
+            raise ValueError("FP8RecipeKwargs takes the backends 'te' and 'msamp'; for torchao pass AORecipeKwargs().")
         return "TE" if named == "te" else "MSAMP"
 
     def _defaults(self) -> dict[str, Any]:
@@ -132,18 +132,18 @@ class AORecipeKwargs(KwargsHandler):
     """The recipe for torchao's float8 training.
 
     Raises:
-        ImportError: when torchao is not installed.
-        ValueError: when `config` comes together with a field that is part of it.
+        ImportError: if torchao is not installed.
+        ValueError: if both `config` and a field that is part of it are given.
     """
 
     config: Any = None
     """torchao's own `Float8LinearConfig`; None builds one from the fields below."""
     module_filter_func: Callable[..., bool] | None = None
-    """Called with a module and its name: whether to convert it. None: every linear layer but the first and the last."""
+    """Called with a module and its FQN; returns whether to convert it. None: all linear layers but the first and last."""
     pad_inner_dim: bool | None = None
-    """Pad matrices to multiples of 16, which fp8 products need; True."""
+    """Pad the inner dimension to a multiple of 16, as fp8 GEMMs need; True."""
     enable_fsdp_float8_all_gather: bool | None = None
-    """Let FSDP2 gather weights in fp8; True."""
+    """All-gather weights in fp8 under FSDP2; True."""
 
     def __post_init__(self) -> None:
         try:

@@ -1,7 +1,7 @@
-"""The documented handlers and configurations that `Accelerator` takes, as mutable dataclasses.
+"""Kwargs handlers and configurations that `Accelerator` takes, as mutable dataclasses.
 
-They only hold and check values: an object here is read when something is prepared. torch is imported inside the methods
-that hand torch an object of its own.
+They hold and validate values, which are read when objects are prepared. torch is imported inside the methods that build
+one of its objects.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class KwargsHandler:
-    """Base of the dataclasses whose fields are the arguments of something in torch."""
+    """Base of dataclasses whose fields are keyword arguments of a class or function of torch."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name. Containers are copied, everything else is shared."""
+        """Returns all fields by name; containers are shallow copies."""
         names = [f.name for f in fields(self)] if is_dataclass(self) else list(vars(self))
         return {name: _copied(getattr(self, name)) for name in names}
 
     def to_kwargs(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, so that torch's own defaults hold for the rest.
+        """Returns the fields that differ from their defaults, so that torch's defaults apply to the rest.
 
         Example:
             >>> GradScalerKwargs(init_scale=1024.0).to_kwargs()
@@ -55,7 +55,7 @@ def _copied(value: Any) -> Any:
 
 @dataclass
 class AutocastKwargs(KwargsHandler):
-    """How `torch.autocast` behaves, for a whole `Accelerator` or for one ``accelerator.autocast(...)``.
+    """Arguments of `torch.autocast`, for an `Accelerator` or for one ``accelerator.autocast(...)``.
 
     Example:
         ```python
@@ -67,19 +67,19 @@ class AutocastKwargs(KwargsHandler):
     enabled: bool = True
     """Whether to autocast at all."""
     cache_enabled: bool | None = None
-    """Whether casts of weights are kept for the length of the block; None: torch decides."""
+    """Whether casts of weights are cached within the block; None: torch's default."""
 
 
 @dataclass
 class GradScalerKwargs(KwargsHandler):
-    """Arguments of `torch.amp.GradScaler`, which mixed precision in fp16 uses."""
+    """Arguments of `torch.amp.GradScaler`, used by fp16 mixed precision."""
 
     init_scale: float = 65536.0
-    """The factor the loss is multiplied with at first."""
+    """Initial loss scale."""
     growth_factor: float = 2.0
-    """What the scale is multiplied with after `growth_interval` steps without overflow."""
+    """Factor applied to the scale after `growth_interval` steps without overflow."""
     backoff_factor: float = 0.5
-    """What the scale is multiplied with after an overflow."""
+    """Factor applied to the scale after an overflow."""
     growth_interval: int = 2000
     """Steps without overflow after which the scale grows."""
     enabled: bool = True
@@ -88,7 +88,7 @@ class GradScalerKwargs(KwargsHandler):
 
 @dataclass
 class DistributedDataParallelKwargs(KwargsHandler):
-    """Arguments of `torch.nn.parallel.DistributedDataParallel`, and how gradients travel.
+    """Arguments of `torch.nn.parallel.DistributedDataParallel`, and its communication hook.
 
     Example:
         ```python
@@ -105,9 +105,9 @@ class DistributedDataParallelKwargs(KwargsHandler):
     gradient_as_bucket_view: bool = False
     static_graph: bool = False
     comm_hook: DDPCommunicationHookType = DDPCommunicationHookType.NO
-    """How gradients are compressed on the wire; the member or its value (``"bf16"``)."""
+    """Communication hook that compresses gradients; the member or its value (``"bf16"``)."""
     comm_wrapper: DDPCommunicationHookType = DDPCommunicationHookType.NO
-    """``FP16`` or ``BF16``: cast gradients before `comm_hook` sees them."""
+    """``FP16`` or ``BF16``: casts gradients before `comm_hook`."""
     comm_state_option: dict[str, Any] = field(default_factory=dict)
     """Arguments of `PowerSGDState`, such as ``{"matrix_approximation_rank": 2}``."""
 
@@ -124,19 +124,19 @@ class DistributedDataParallelKwargs(KwargsHandler):
     def to_dict(
         self, ignore_keys: tuple[str, ...] = ("comm_hook", "comm_wrapper", "comm_state_option")
     ) -> dict[str, Any]:
-        """The fields that `DistributedDataParallel` takes: all but `ignore_keys`."""
+        """Returns the arguments of `DistributedDataParallel`: all fields but `ignore_keys`."""
         return {name: value for name, value in super().to_dict().items() if name not in ignore_keys}
 
     def register_comm_hook(self, model: torch.nn.parallel.DistributedDataParallel) -> None:
-        """Gives `model` the communication hook that the fields describe; with ``NO`` nothing happens.
+        """Registers the communication hook of the fields on `model`; ``NO`` registers none.
 
-        All hooks work on every backend of torch.distributed, bf16 on gloo included.
+        All hooks work on every backend of torch.distributed, including bf16 on gloo.
 
         Args:
             model: The wrapped model, before its first backward pass. Gradients are averaged over its process group.
 
         Raises:
-            ValueError: when `comm_state_option` does not fit the hook.
+            ValueError: if `comm_state_option` has an option that the hook does not take.
         """
         group = getattr(model, "process_group", None)
         chosen = communication_hook(self.comm_hook, self.comm_wrapper, self.comm_state_option, group)
@@ -147,7 +147,7 @@ class DistributedDataParallelKwargs(KwargsHandler):
 
 @dataclass
 class InitProcessGroupKwargs(KwargsHandler):
-    """How the process group is joined: arguments of `torch.distributed.init_process_group`.
+    """Arguments of `torch.distributed.init_process_group`.
 
     Example:
         ```python
@@ -156,12 +156,12 @@ class InitProcessGroupKwargs(KwargsHandler):
     """
 
     backend: str | None = "nccl"
-    """The communication library, or one for each kind of device (``cuda:nccl,cpu:gloo``). One that cannot serve the device
-    in use (nccl on a CPU) gives way to one that can."""
+    """The communication backend, or one per device type (``cuda:nccl,cpu:gloo``). A backend that does not support the
+    device in use (nccl on a CPU) is replaced by one that does."""
     init_method: str | None = None
-    """The rendezvous, as ``tcp://…`` or ``file://…``; None reads the launcher's variables."""
+    """URL of the rendezvous, ``tcp://…`` or ``file://…``; None reads the launcher's variables."""
     timeout: datetime.timedelta | float | None = None
-    """How long a rank may keep the others waiting, as a timedelta or in seconds; None: the backend's default."""
+    """Timeout of collectives, as a timedelta or in seconds; None: the backend's default."""
 
     def __post_init__(self) -> None:
         if self.timeout is None:
@@ -192,24 +192,24 @@ class ProfileKwargs(KwargsHandler):
     """
 
     activities: list[Literal["cpu", "xpu", "mtia", "cuda", "hpu"]] | None = None
-    """What to record; None: everything this machine has."""
+    """Activities to record; None: all that the machine supports."""
     schedule_option: dict[str, int] | None = None
     """``wait``, ``warmup`` and ``active`` steps, and optionally ``repeat``, ``skip_first``, ``skip_first_wait``."""
     on_trace_ready: Callable[[torch.profiler.profile], Any] | None = None
-    """Called with the profiler whenever a trace is complete."""
+    """Called with the profiler when a trace is complete."""
     record_shapes: bool = False
     profile_memory: bool = False
     with_stack: bool = False
     with_flops: bool = False
     with_modules: bool = False
     output_trace_dir: str | None = None
-    """A folder into which each process exports its Chrome trace."""
+    """Folder into which each process exports its Chrome trace."""
 
     def build(self) -> torch.profiler.profile:
-        """The profiler, not yet started.
+        """Returns the profiler, not yet started.
 
         Raises:
-            ValueError: for an unknown activity, or a schedule with unknown or missing keys.
+            ValueError: if an activity is unknown, or the schedule has unknown or missing keys.
         """
         import torch
 
@@ -240,9 +240,9 @@ class ProfileKwargs(KwargsHandler):
         unknown = [key for key in options if key not in _SCHEDULE_KEYS]
         missing = [key for key in ("wait", "warmup", "active") if key not in options]
         if unknown or missing:
-            said = [f"{key!r} is missing" for key in missing] + [f"{key!r} is unknown" for key in unknown]
+            problems = [f"{key!r} is missing" for key in missing] + [f"{key!r} is unknown" for key in unknown]
             raise ValueError(
-                f"schedule_option={options!r}: {', '.join(said)}. It needs wait, warmup and active (numbers of steps) "
+                f"schedule_option={options!r}: {', '.join(problems)}. It needs wait, warmup and active (numbers of steps) "
                 "and may have repeat, skip_first and skip_first_wait."
             )
         return options
@@ -250,16 +250,16 @@ class ProfileKwargs(KwargsHandler):
 
 @dataclass
 class GradientAccumulationPlugin(KwargsHandler):
-    """How gradients are accumulated over several batches before the optimizer steps."""
+    """Configures gradient accumulation over several batches per optimizer step."""
 
     num_steps: int | None = None
-    """Batches per optimizer step; None: what `Accelerator(gradient_accumulation_steps=)` says."""
+    """Batches per optimizer step; None: `Accelerator(gradient_accumulation_steps=)`."""
     adjust_scheduler: bool = True
-    """Whether a scheduler that is stepped each batch moves on only where the optimizer does."""
+    """Whether a scheduler that is stepped every batch advances only with the optimizer."""
     sync_with_dataloader: bool = True
-    """Whether the last batch of a loader ends the accumulation, complete or not."""
+    """Whether the last batch of a loader ends an incomplete accumulation."""
     sync_each_batch: bool = False
-    """Reduce gradients over the ranks at each batch: more traffic, less memory under FSDP."""
+    """Whether gradients are reduced at every batch: more communication, less memory under FSDP."""
 
     def __post_init__(self) -> None:
         if self.num_steps is None:
@@ -276,30 +276,30 @@ class GradientAccumulationPlugin(KwargsHandler):
 
 @dataclass
 class DataLoaderConfiguration:
-    """How prepared loaders share the data between the ranks.
+    """Configures how prepared loaders shard data over ranks.
 
     Raises:
-        ImportError: with `use_stateful_dataloader` where torchdata is not installed.
-        ValueError: with `seed_samples` and without `use_stateful_dataloader`.
+        ImportError: if `use_stateful_dataloader` is set and torchdata is not installed.
+        ValueError: if `seed_samples` is set without `use_stateful_dataloader`.
     """
 
     split_batches: bool = False
-    """The loader's batch is shared out over the ranks; else every rank takes whole batches."""
+    """Whether each batch of the loader is split over the ranks; otherwise every rank takes whole batches."""
     dispatch_batches: bool | None = None
-    """Rank 0 reads and sends each rank its part. None: for iterable datasets only."""
+    """Whether rank 0 reads all data and sends each rank its slice. None: for iterable datasets only."""
     even_batches: bool = True
-    """Repeat samples from the start so that every rank gets equally many batches of equal size."""
+    """Whether samples from the start are repeated so that all ranks get the same number of batches of the same size."""
     use_seedable_sampler: bool = False
-    """Shuffle by a sampler that depends on seed and epoch alone, so that any number of ranks sees one order."""
+    """Whether to shuffle by a sampler that depends on seed and epoch alone, so the order is equal on any number of ranks."""
     data_seed: int | None = None
     """The seed of that sampler; None: torch's current default seed."""
     non_blocking: bool = False
-    """Copy batches to the device without waiting; worth it with ``pin_memory=True``."""
+    """Whether batches are copied to the device asynchronously; effective with ``pin_memory=True``."""
     use_stateful_dataloader: bool = False
-    """Build loaders on torchdata's `StatefulDataLoader`, which can save its position."""
+    """Whether loaders are built on torchdata's `StatefulDataLoader`, which saves its position."""
     seed_samples: bool | None = None
-    """Seed torch, numpy and Python before each sample is read, from the seed, the epoch and its index. None: in workers,
-    with `use_stateful_dataloader` and `use_seedable_sampler`; True needs `use_stateful_dataloader`."""
+    """Whether torch, numpy and Python are seeded before each sample, by seed, epoch and index. None: in workers, with
+    `use_stateful_dataloader` and `use_seedable_sampler`; True needs `use_stateful_dataloader`."""
 
     def __post_init__(self) -> None:
         if self.seed_samples and not self.use_stateful_dataloader:
@@ -319,21 +319,21 @@ class DataLoaderConfiguration:
 
 @dataclass
 class ProjectConfiguration:
-    """Where a run keeps its checkpoints and logs."""
+    """Folders of a run's checkpoints and logs."""
 
     project_dir: str | os.PathLike[str] | None = None
     """The folder of the project."""
     logging_dir: str | os.PathLike[str] | None = None
-    """Where trackers write that need a folder; None: `project_dir`."""
+    """Folder for trackers that need one; None: `project_dir`."""
     automatic_checkpoint_naming: bool = False
     """Accepted without effect: `save_state` without a folder numbers checkpoints below `project_dir`
     (``checkpoints/checkpoint_0`` …) in any case."""
     total_limit: int | None = None
-    """How many automatically named checkpoints are kept; None: all."""
+    """Maximum number of automatically named checkpoints to keep; None: all."""
     iteration: int = 0
     """The number of the next checkpoint."""
     save_on_each_node: bool = False
-    """Save on every machine, not just the first: for machines that share no disk."""
+    """Whether to save on every machine instead of the first alone, for machines without a shared disk."""
 
     def __post_init__(self) -> None:
         if self.total_limit is not None and self.total_limit < 1:
@@ -343,7 +343,7 @@ class ProjectConfiguration:
         self.set_directories(self.project_dir)
 
     def set_directories(self, project_dir: str | os.PathLike[str] | None = None) -> None:
-        """Sets `project_dir`, and `logging_dir` with it unless that has been set."""
+        """Sets `project_dir`, and `logging_dir` if it is unset."""
         self.project_dir = project_dir
         if self.logging_dir is None:
             self.logging_dir = project_dir
@@ -351,30 +351,30 @@ class ProjectConfiguration:
 
 @dataclass
 class TorchDynamoPlugin(KwargsHandler):
-    """How models are compiled. A field left None is read from the launcher's ``ACCELERATE_DYNAMO_*`` variables.
+    """Arguments of `torch.compile`. A field left None is read from the launcher's ``ACCELERATE_DYNAMO_*`` variables.
 
     Raises:
-        ValueError: for a backend or another value that is not known.
+        ValueError: if the backend or another value is unknown.
     """
 
     backend: DynamoBackend | None = None
-    """The compiler, as member or name in any case; ``NO`` compiles nothing."""
+    """The compiler backend, as member or case-insensitive name; ``NO`` disables compilation."""
     mode: str | None = None
     """``default``, ``reduce-overhead``, ``max-autotune`` or another mode of `torch.compile`."""
     fullgraph: bool | None = None
-    """Fail where the model cannot be compiled as one graph."""
+    """Whether to raise if the model does not compile to a single graph."""
     dynamic: bool | None = None
-    """Trace with variable shapes; None: torch decides."""
+    """Whether to trace dynamic shapes; None: torch decides."""
     options: Any = None
-    """Options of the backend, instead of a mode."""
+    """Options of the backend, as an alternative to `mode`."""
     disable: bool = False
-    """Make compiling a no-op, for testing."""
+    """Whether compilation is a no-op, for testing."""
     use_regional_compilation: bool | None = None
-    """Compile one of a model's repeated blocks and use it for all: much less time to the first step."""
+    """Whether to compile a model's repeated block once and reuse it, to shorten the time to the first step."""
 
     def __post_init__(self) -> None:
         self.backend = _dynamo_backend(resolve(_plain(self.backend), "backend", "dynamo_backend"))
-        if self.mode is None:  # torch has more modes than the launcher offers, so the text is taken as it is
+        if self.mode is None:  # torch has more modes than the launcher offers, so the text is not validated
             self.mode = env.get("ACCELERATE_DYNAMO_MODE") or default("dynamo_mode")
         self.fullgraph = resolve(self.fullgraph, "fullgraph", "dynamo_use_fullgraph")
         self.use_regional_compilation = resolve(
@@ -384,17 +384,17 @@ class TorchDynamoPlugin(KwargsHandler):
             self.dynamic = resolve(None, "dynamic", "dynamo_use_dynamic")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, the backend as torch spells it (``"inductor"``)."""
+        """Returns all fields by name, the backend by torch's name (``"inductor"``)."""
         return {**super().to_dict(), "backend": _dynamo_backend(self.backend).value.lower()}
 
     def to_kwargs(self) -> dict[str, Any]:
-        """Arguments for `torch.compile`: what differs from the defaults, without `use_regional_compilation`."""
+        """Returns the arguments of `torch.compile` that differ from the defaults."""
         kwargs = super().to_kwargs()
         kwargs.pop("use_regional_compilation", None)
         return kwargs
 
     def _defaults(self) -> dict[str, Any]:
-        # What the fields are where no variable is set: a variable's value differs from the default too.
+        # The launcher's defaults, not the variables': a value set by a variable counts as changed.
         return {
             "backend": default("dynamo_backend"),
             "mode": default("dynamo_mode"),
@@ -418,5 +418,5 @@ def _plain(value: Any) -> Any:
 
 
 def _dynamo_backend(name: Any) -> DynamoBackend:
-    # The launcher's files hold one name as it was once misspelt.
+    # Older configuration files hold one name with a typo.
     return DynamoBackend(str(_plain(name)).upper().replace("TORHCHXLA", "TORCHXLA"))

@@ -1,7 +1,7 @@
-"""What `accelerate launch` can be told, declared once: flags, keys of the configuration file and the child's variables.
+"""Declares the options of `accelerate launch`: flags, keys of the configuration file and the child's variables.
 
-`LaunchSettings` is what a plan is built from; `settings.sections` holds its groups. Nothing here looks at the machine:
-facts about it are filled into the last fields before a plan is built (`launch.host`).
+A plan is built from `LaunchSettings`; its groups are in `settings.option_groups`. Nothing here inspects the machine:
+`launch.host` fills facts about it into the last fields before a plan is built.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ DISTRIBUTED = "Distributed GPUs"
 
 
 class LaunchSettings(Settings):
-    """Everything `accelerate launch` was told, and what the machine adds to it.
+    """Settings of one `accelerate launch`, completed by facts about the machine.
 
     Attributes:
-        script: The script, module or program, as it was written.
-        script_args: Its arguments, untouched.
+        script: The script, module or program, as given.
+        script_args: Its arguments, unchanged.
         compute_environment: ``LOCAL_MACHINE`` or ``AMAZON_SAGEMAKER``.
         deepspeed_fields: The DeepSpeed keys that the configuration file sets.
-        sagemaker: What the configuration file says about Amazon SageMaker.
-        pod: What it says about the pod of TPUs.
+        sagemaker: The configuration file's settings of Amazon SageMaker.
+        pod: The configuration file's settings of a TPU pod.
         python: The interpreter and its options.
-        device: The kind of device that processes compute on, as in `runtime.devices`.
-        threads: What OMP_NUM_THREADS is when nobody chose it.
-        interface: The network interface over which ranks find each other.
-        directory: The folder the command was started in.
+        device: The device type that processes compute on, as in `runtime.devices`.
+        threads: Default of OMP_NUM_THREADS.
+        interface: The network interface for the rendezvous.
+        directory: The working directory of the command.
     """
 
     config_file: str | None = option(None, "configuration file (yaml or json) instead of the default one")

@@ -1,7 +1,7 @@
-"""One declaration of an option gives its flag, its key in the configuration file, its variable, question and default.
+"""Declares options: one declaration gives the flag, the configuration key, the variable, the question and the default.
 
-A `Settings` class is a frozen value whose fields are made by `option`; a field that is itself such a class, made by
-`section`, is a group of options with a common prefix. `entries` lists them all; nothing else knows their spellings.
+A `Settings` class is a frozen value whose fields are declared by `option`. A field declared by `section` is itself such a
+class: a group of options with a common prefix. `option_specs` lists all of them with their spellings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
 
     def dataclass_transform(**_: object) -> object:
-        """Tells type checkers only."""
+        """Replaces the decorator at run time: only type checkers use it."""
         return lambda cls: cls
 
 
@@ -27,19 +27,19 @@ _S = TypeVar("_S", bound="Settings")
 
 
 class SettingsError(ValueError):
-    """What a person wrote on the command line or in a file cannot be used; the text says why and what to write."""
+    """Raised for an invalid value on the command line or in a file; the message gives the reason and the remedy."""
 
 
 class Section(NamedTuple):
-    """What the options of one group have in common.
+    """Properties that the options of one group share.
 
     Attributes:
         title: Heading in the help.
         key: The mapping in the configuration file that holds them, or None for the file's top level.
-        prefix: What flags and keys begin with (``fsdp_``); the fields of the class leave it out.
-        variables: What the variables begin with, or None when only options that name one have one.
-        enabled_by: The flag that makes the group matter; without it, help only mentions the group.
-        truth: How the variables spell true and false.
+        prefix: Prefix of flags and keys (``fsdp_``); field names omit it.
+        variables: Prefix of the variables; None if only options with an explicit name have one.
+        enabled_by: The flag that turns the group on; without it, help only mentions the group.
+        truth: Spellings of true and false in the variables.
     """
 
     title: str
@@ -86,23 +86,23 @@ def option(
     ask: str | None = None,
     secret: bool = False,
 ) -> Any:
-    """Declares a field of a settings class; the annotation says its type: int, float, str, bool or a tuple.
+    """Declares a field of a settings class; its annotation gives the type: int, float, str, bool or a tuple.
 
     Args:
-        default: The value when neither flag nor file gives one.
+        default: The value if neither flag nor file gives one.
         help: One line for ``-h``.
         group: Heading in the help, for a class without a `Section`.
-        flags: More spellings; one that replaces the derived flag comes first and starts with ``--``.
+        flags: Additional spellings; one that replaces the derived flag comes first and starts with ``--``.
         switch: The flag takes no value and means True.
         off: A flag that means False.
-        choices: The values allowed; words are compared without regard to case and kept as spelt here.
-        numbered: The choices that the documentation numbers, from 1: the number is accepted as well.
+        choices: Allowed values; words are matched case-insensitively and stored as spelled here.
+        numbered: Choices that the documentation numbers from 1; the number is accepted as well.
         minimum: The smallest number allowed.
-        key: The key in the file, where it is not the flag's name.
+        key: The key in the file, if it differs from the flag's name.
         keys: Older or shorter spellings of the key.
-        env: The child's variable, where it is not the section's prefix and the name; ``""`` for none.
+        env: The child's variable, if it is not derived from the section's prefix and the name; ``""`` for none.
         ask: The question of ``accelerate config``.
-        secret: The value is neither stored in a file nor shown.
+        secret: The value is neither stored in a file nor displayed.
     """
     return Option(help, default, group, flags, switch, off, choices, numbered, minimum, key, keys, env, ask, secret)
 
@@ -121,11 +121,11 @@ def section(kind: type[_T]) -> _T:
 class Settings:
     """A frozen value with named, typed, defaulted fields.
 
-    A dataclass in all but name: importing `dataclasses` costs the launcher more than the rest of its work together.
+    Equivalent to a frozen dataclass; importing `dataclasses` would take longer than the rest of the launcher's work.
 
     Raises:
-        TypeError: when a field is unknown.
-        AttributeError: when a field is assigned.
+        TypeError: if a field is unknown.
+        AttributeError: if a field is assigned.
     """
 
     _declared: ClassVar[dict[str, Any]] = {}
@@ -164,16 +164,16 @@ class Settings:
         return "..." if isinstance(declared, Option) and declared.secret and value is not None else repr(value)
 
     def replace(self, **changes: Any) -> Self:
-        """The same settings with some fields changed."""
+        """Returns a copy with some fields changed."""
         return type(self)(**{**self.__dict__, **changes})
 
 
 class OptionSpec(NamedTuple):
-    """An option in its place: all its spellings.
+    """An option within its settings class, with all its spellings.
 
     Attributes:
-        path: Names of the fields that lead to it from the outermost class.
-        dest: Its name where all options lie side by side (argparse's ``dest``): ``fsdp_version``.
+        path: Field names that lead to it from the outermost class.
+        dest: Its name in a flat namespace (argparse's ``dest``): ``fsdp_version``.
         flags: Spellings on the command line, with underscores; dashes are accepted as well.
         group: Heading in the help.
         section: Its group, or None.
@@ -194,25 +194,25 @@ class OptionSpec(NamedTuple):
     type: str
 
     def get(self, settings: Any) -> Any:
-        """The option's value in `settings`."""
+        """Returns the option's value in `settings`."""
         return functools.reduce(getattr, self.path, settings)
 
     def render(self, value: Any) -> str:
-        """The text of the child's variable."""
+        """Formats a value for the child's variable."""
         if isinstance(value, bool):
             true, false = self.section.truth if self.section is not None else ("true", "false")
             return true if value else false
         return format_value(value)
 
     def convert(self, value: Any, where: str) -> Any:
-        """Turns text from the command line, or a value from a file, into the option's type.
+        """Converts text from the command line, or a value from a file, to the option's type.
 
         Args:
-            value: What was written.
-            where: Flag or file and key, for the message.
+            value: The text or value.
+            where: Flag, or file and key, for the message.
 
         Raises:
-            SettingsError: when it cannot be that type, or is out of range.
+            SettingsError: if the value does not convert, or is out of range.
         """
         if self.option.choices:
             return self._choice(value, where)
@@ -239,14 +239,14 @@ class OptionSpec(NamedTuple):
 
 
 def format_value(value: Any) -> str:
-    """`value` as one writes it on the command line or in a file."""
+    """Formats a value as it is written on the command line or in a file."""
     if isinstance(value, tuple):
         return ",".join(map(format_value, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def short_repr(value: Any) -> str:
-    """`value` for a message: as Python writes it, in 60 characters at most."""
+    """Returns the repr of a value for a message, in at most 60 characters."""
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write out the largest
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
@@ -282,7 +282,7 @@ def _text(value: Any) -> str | None:
 
 
 def _word(value: float | str) -> str | None:
-    """`value` as text that a command line and a variable can hold."""
+    """Returns a value as text that fits on a command line and in a variable."""
     if isinstance(value, int) and abs(value) >= 2**63:
         return None
     try:
@@ -314,7 +314,7 @@ def _mapping(value: Any) -> dict[str, Any] | None:
 
 
 def _booleans(value: Any) -> tuple[bool, bool, bool] | None:
-    """Three words for true or false: ``(True, False, True)``, ``true,false,true``, a list; one word stands for all."""
+    """Parses three truth values: ``(True, False, True)``, ``true,false,true``, a list; a single word applies to all."""
     if isinstance(value, str):
         value = [word.strip() for word in value.strip("()[] ").split(",")]
     words = [_boolean(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
@@ -350,7 +350,7 @@ _entries: dict[type[Settings], tuple[OptionSpec, ...]] = {}
 
 
 def option_specs(settings: type[Settings]) -> tuple[OptionSpec, ...]:
-    """Every option of a settings class and of the sections in it, in order of declaration."""
+    """Returns all options of a settings class and its sections, in order of declaration."""
     if settings not in _entries:
         _entries[settings] = tuple(_find(settings))
     return _entries[settings]
@@ -392,7 +392,7 @@ def _spec(settings: type[Settings], declared: Option, path: tuple[str, ...], sec
 
 
 def build(settings: type[_S], values: Mapping[str, Any], **rest: Any) -> _S:
-    """Makes a settings object from values by `Entry.dest`; options without a value keep their defaults.
+    """Builds a settings object from values by `OptionSpec.dest`; options without a value keep their defaults.
 
     Args:
         settings: The class.

@@ -57,9 +57,9 @@ class DynamoSettings(Settings):
     )
     mode: str = option(
         "default",
-        "what the compiler optimises for",
+        "optimization goal of the compiler",
         choices=tuple(TORCH_DYNAMO_MODES),
-        ask="What should the compiler optimise for?",
+        ask="What should the compiler optimize for?",
     )
     use_fullgraph: bool = option(
         False,
@@ -309,7 +309,7 @@ class MegatronSettings(Settings):
     hidden_dropout: float | None = option(None, "dropout of hidden states", minimum=0)
     attention_softmax_in_fp32: bool | None = option(None, "softmax of attention in float32")
     expert_tensor_parallel_size: int | None = option(None, "tensor parallelism of the experts", minimum=1)
-    calculate_per_token_loss: bool | None = option(None, "normalise the loss by tokens")
+    calculate_per_token_loss: bool | None = option(None, "normalize the loss by tokens")
     use_rotary_position_embeddings: bool | None = option(None, "rotary position embeddings")
 
 

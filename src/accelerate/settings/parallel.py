@@ -1,4 +1,4 @@
-"""Details of the dimensions of a device mesh: how tensors, and sequences, are cut over ranks.
+"""Options of the dimensions of a device mesh: tensor, context and sequence parallelism.
 
 A field left None is read from the launcher's ``PARALLELISM_CONFIG_*`` variables. The sizes are in `parallelism_config`.
 """
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What transformers calls the implementations of attention that can exchange heads between ranks.
+# Attention implementations of transformers that Ulysses supports.
 _SEQUENCE_PARALLEL_ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass
 class TorchTensorParallelPlugin:
-    """The older way to ask for tensor parallelism; `ParallelismConfig(tp_size=...)` is the present one.
+    """Configures tensor parallelism; superseded by `ParallelismConfig(tp_size=...)`.
 
     Raises:
-        ValueError: for a size below 1.
+        ValueError: if the size is below 1.
     """
 
     tp_size: int = 1
-    """How many ranks share each layer's tensors."""
+    """Number of ranks over which each layer's tensors are sharded."""
     torch_device_mesh: DeviceMesh | None = None
-    """A mesh that is there already; its dimension ``tp`` has `tp_size` ranks."""
+    """An existing mesh whose dimension ``tp`` has `tp_size` ranks."""
 
     def __post_init__(self) -> None:
         if isinstance(self.tp_size, bool) or not isinstance(self.tp_size, int) or self.tp_size < 1:
@@ -40,13 +40,13 @@ class TorchTensorParallelPlugin:
 
 @dataclass
 class TorchTensorParallelConfig:
-    """Details of tensor parallelism."""
+    """Options of tensor parallelism."""
 
     enable_async_tp: bool = False
-    """Overlap communication and computation in the compiler; accepted for scripts that set it, without effect."""
+    """Overlap communication with computation in the compiler; accepted, without effect."""
     plan: dict[str, Any] | None = field(default=None, repr=False)
-    """How tensors are cut: patterns of modules' names to styles of ``torch.distributed.tensor.parallel``, or to the words
-    that transformers uses (``"colwise"``, ``"rowwise"`` …). None: the model's own plan, its ``_tp_plan``."""
+    """Sharding plan: patterns of module FQNs -> styles of ``torch.distributed.tensor.parallel``, or transformers' names of
+    them (``"colwise"``, ``"rowwise"`` …). None: the model's own plan, its ``_tp_plan``."""
 
     def __post_init__(self) -> None:
         if self.plan is not None and not (
@@ -61,14 +61,14 @@ class TorchTensorParallelConfig:
 
 @dataclass
 class TorchContextParallelConfig:
-    """Details of context parallelism, which cuts a sequence over ranks.
+    """Options of context parallelism, which shards sequences over ranks.
 
     Raises:
-        ValueError: for an unknown way to communicate.
+        ValueError: if the communication strategy is unknown.
     """
 
     cp_comm_strategy: str | None = None
-    """How keys and values travel: ``allgather`` (the default) or ``alltoall`` (in a ring, less memory)."""
+    """Communication of keys and values: ``allgather`` (the default), or ``alltoall`` (ring attention, less memory)."""
 
     def __post_init__(self) -> None:
         self.cp_comm_strategy = resolve(
@@ -78,18 +78,18 @@ class TorchContextParallelConfig:
 
 @dataclass
 class DeepSpeedSequenceParallelConfig:
-    """Details of sequence parallelism (Ulysses), which exchanges heads for pieces of the sequence, as DeepSpeed has it.
+    """Options of DeepSpeed-Ulysses sequence parallelism, which trades sequence shards for attention heads by all-to-all.
 
     Raises:
-        ValueError: for an attention that cannot do it, or a fixed length that is not given.
+        ValueError: if the attention implementation is unsupported, or a fixed sequence length is missing.
     """
 
     sp_seq_length: int | None = None
-    """The length of all sequences, where `sp_seq_length_is_variable` is False; batches are compared with it."""
+    """Length of all sequences if `sp_seq_length_is_variable` is False; batches are checked against it."""
     sp_seq_length_is_variable: bool | None = None
-    """Lengths differ from batch to batch; True."""
+    """Whether lengths differ from batch to batch; True."""
     sp_attn_implementation: str | None = None
-    """The model's attention: ``sdpa``; with DeepSpeed ``flash_attention_2`` … as well; None: the model's own."""
+    """The model's attention: ``sdpa``, or with DeepSpeed also ``flash_attention_2`` …; None: the model's own."""
 
     def __post_init__(self) -> None:
         length = "parallelism_config_sp_seq_length"
@@ -106,7 +106,7 @@ class DeepSpeedSequenceParallelConfig:
         )
         if self.sp_attn_implementation not in (None, *_SEQUENCE_PARALLEL_ATTENTION):
             raise ValueError(
-                f"sp_attn_implementation={self.sp_attn_implementation!r} cannot share a sequence over ranks: choose from "
+                f"sp_attn_implementation={self.sp_attn_implementation!r} does not support sequence parallelism: choose from "
                 f"{', '.join(_SEQUENCE_PARALLEL_ATTENTION)}."
             )
         if not self.sp_seq_length_is_variable and self.sp_seq_length is None:

@@ -1,7 +1,7 @@
-"""Documented names that this version does not implement yet.
+"""Placeholders for documented names that this version does not implement.
 
-They can be imported, and ``isinstance`` with them is False, since libraries do both for features that a run does not use.
-Creating an instance or calling one raises an error that names the feature.
+Libraries import them, and call ``isinstance`` with them, for features that a run does not use: both work (``isinstance``
+is False). Instantiating or calling one raises an error that names the feature.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ class Placeholder:
     """Base of placeholders.
 
     Attributes:
-        feature: The feature a name belongs to.
+        feature: The feature that the name belongs to.
 
     Raises:
-        NotImplementedError: When a subclass is called.
+        NotImplementedError: when a subclass is instantiated.
     """
 
     feature: ClassVar[str]

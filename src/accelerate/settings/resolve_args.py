@@ -1,4 +1,4 @@
-"""What `Accelerator`'s arguments, its plugins and the launcher's variables come to, or why they contradict each other."""
+"""Resolves `Accelerator`'s arguments, plugins and the launcher's variables to settings, and reports contradictions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from .plugins.megatron import MegatronLMPlugin
 
 UNSET: Any = object()
-"""The default of an argument for which None would mean something."""
+"""Sentinel default of an argument for which None is a value."""
 
 
 def sort_handlers(handlers: Sequence[KwargsHandler], kinds: Sequence[type[KwargsHandler]]) -> dict[type, Any]:
-    """The handlers by kind, None for those that were not given.
+    """Returns the handlers by class, with None for classes without one.
 
     Raises:
-        TypeError: for something that is none of the kinds.
-        ValueError: for two of one kind.
+        TypeError: if a handler is an instance of none of the classes.
+        ValueError: if two handlers are of one class.
     """
     sorted_: dict[type, Any] = dict.fromkeys(kinds)
     for handler in handlers:
@@ -40,10 +40,10 @@ def sort_handlers(handlers: Sequence[KwargsHandler], kinds: Sequence[type[Kwargs
 
 
 def one_of(**spellings: Any) -> Any:
-    """The value of an argument that has several names; None when it was not given.
+    """Returns the value of an argument that has several names, or None if it was not given.
 
     Raises:
-        ValueError: when it was given by more than one.
+        ValueError: if it was given under more than one name.
     """
     given = {name: value for name, value in spellings.items() if value is not None}
     if len(given) > 1:
@@ -52,11 +52,11 @@ def one_of(**spellings: Any) -> Any:
 
 
 class Plugins(NamedTuple):
-    """What says how a run is distributed, beyond the number of its processes.
+    """Plugins that select how a run is distributed.
 
     Attributes:
         fsdp, megatron, tensor_parallel: The plugin, or None.
-        deepspeed: DeepSpeed's plugins by name, the first of them in use; None without DeepSpeed.
+        deepspeed: DeepSpeed plugins by name, of which the first is active; None without DeepSpeed.
     """
 
     fsdp: FullyShardedDataParallelPlugin | None = None
@@ -66,28 +66,28 @@ class Plugins(NamedTuple):
 
     @property
     def distributed_type(self) -> DistributedType | None:
-        """The way of distributing that they ask for."""
+        """Returns the distributed type that the plugins select, or None."""
         kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
         return next((kind for kind, plugin in zip(kinds, self[:3], strict=True) if plugin is not None), None)
 
     def set_mixed_precision(self, wanted: str) -> str:
-        """Tells the plugins what the run computes in, and gives it back as they understand it."""
+        """Sets the plugins' mixed precision and returns the one in effect."""
         engines = list((self.deepspeed or {}).values())
         for plugin in (self.fsdp, self.megatron, *engines):
             if plugin is not None:
                 plugin.set_mixed_precision(wanted)
-        # DeepSpeed's own configuration may say it where nobody else does.
+        # DeepSpeed's own configuration may enable it where the argument does not.
         return engines[0].mixed_precision if engines and wanted == "no" else wanted
 
 
 def plugins(
     fsdp: Any = None, deepspeed: Any = None, megatron: Any = None, tensor_parallel: Any = None, *, launched: bool = True
 ) -> Plugins:
-    """The plugins that were given, and with `launched` those that the launcher's variables ask for.
+    """Returns the given plugins, and with `launched` those that the launcher's variables select.
 
     Raises:
-        TypeError: for what is no such plugin.
-        ValueError: when more than one way of distributing is asked for.
+        TypeError: if an object is not an instance of its plugin's class.
+        ValueError: if more than one distributed type is selected.
     """
     if deepspeed is not None and not isinstance(deepspeed, dict):
         deepspeed = {"default": deepspeed}
@@ -112,7 +112,7 @@ def plugins(
     return Plugins(fsdp, deepspeed or None, megatron, tensor_parallel)
 
 
-# Imported when first used: most runs have none of them.
+# Imported on first use: most runs have none of them.
 _FSDP = "plugins.fsdp:FullyShardedDataParallelPlugin"
 _DEEPSPEED = "plugins.deepspeed:DeepSpeedPlugin"
 _MEGATRON = "plugins.megatron:MegatronLMPlugin"
@@ -129,10 +129,10 @@ def _check_type(name: str, plugin: Any, path: str) -> None:
 
 
 def gradient_accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> GradientAccumulationPlugin:
-    """The plugin; without one, of `steps`, where 1 means "not said" and takes the launcher's variable.
+    """Returns the plugin, or one built from `steps`; 1, the default, reads the launcher's variable.
 
     Raises:
-        ValueError: when both are given.
+        ValueError: if both are given.
     """
     if plugin is not None:
         if steps != 1:
@@ -147,10 +147,10 @@ def gradient_accumulation(plugin: GradientAccumulationPlugin | None, steps: int)
 
 
 def dynamo(backend: DynamoBackend | str | None, plugin: TorchDynamoPlugin | None) -> TorchDynamoPlugin:
-    """The plugin; without one, of `backend` and the launcher's variables.
+    """Returns the plugin, or one built from `backend` and the launcher's variables.
 
     Raises:
-        ValueError: when both are given.
+        ValueError: if both are given.
     """
     if backend is not None and plugin is not None:
         raise ValueError("dynamo_backend and dynamo_plugin are both given: set `backend` in the plugin.")
@@ -160,7 +160,7 @@ def dynamo(backend: DynamoBackend | str | None, plugin: TorchDynamoPlugin | None
 
 
 def data_loader_config(config: DataLoaderConfiguration | None, split_batches: bool) -> DataLoaderConfiguration:
-    """The configuration, with the older argument `split_batches` taken over if it was given."""
+    """Returns the configuration, with `split_batches` replaced by the older argument if that was given."""
     config = config if config is not None else DataLoaderConfiguration()
     if split_batches is not UNSET:
         config.split_batches = split_batches
@@ -168,10 +168,10 @@ def data_loader_config(config: DataLoaderConfiguration | None, split_batches: bo
 
 
 def rng_types(wanted: list[str | RNGType] | None) -> list[str]:
-    """The generators' names; None: the samplers' own.
+    """Returns the names of the random number generators; None selects the samplers' own.
 
     Raises:
-        ValueError: for names that do not exist.
+        ValueError: if a name is unknown.
     """
     if wanted is None:
         return [RNGType.GENERATOR.value]

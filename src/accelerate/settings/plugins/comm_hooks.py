@@ -1,7 +1,7 @@
-"""Builds the communication hook that `DistributedDataParallelKwargs` describes, for any backend, gloo included.
+"""Builds the communication hook of `DistributedDataParallelKwargs`, for any backend, including gloo.
 
-torch refuses its own bf16 hooks where there is no NCCL, although gloo adds bf16 well enough. So one wrapper of ours
-casts gradients on the wire, and both the fp16 and the bf16 hook are that wrapper around torch's plain average.
+torch's bf16 hooks require NCCL, although gloo all-reduces bf16. One wrapper casts gradients before the all-reduce; the fp16
+and bf16 hooks are that wrapper around torch's `allreduce_hook`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def communication_hook(
     options: Mapping[str, Any],
     group: ProcessGroup | None,
 ) -> tuple[Any, Hook] | None:
-    """State and hook for ``DistributedDataParallel.register_comm_hook``, or None where torch's default is meant.
+    """Returns state and hook for ``DistributedDataParallel.register_comm_hook``, or None for torch's default.
 
     Args:
-        kind: How gradients are compressed.
-        wrapper: Cast gradients to fp16 or bf16 before `kind` sees them; ``NO`` does not.
-        options: Arguments of torch's ``PowerSGDState``; only the PowerSGD hooks have any.
-        group: The ranks to average over, None for all.
+        kind: The compression of gradients.
+        wrapper: Casts gradients to fp16 or bf16 before `kind`; ``NO`` does not cast.
+        options: Arguments of torch's ``PowerSGDState``; only the PowerSGD hooks take options.
+        group: The process group to average over; None for all ranks.
 
     Raises:
-        ValueError: when `options` has a name that the hook does not know, or the hook takes none.
+        ValueError: if `options` has a name that the hook does not take.
     """
     if kind is DDPCommunicationHookType.NO and wrapper is DDPCommunicationHookType.NO:
         _reject_unknown(kind, options, set())
@@ -86,7 +86,7 @@ def _with_wire_dtype(hook: Hook, dtype_name: str) -> Hook:
 
     dtype: torch.dtype = getattr(torch, dtype_name)
 
-    # torch inspects a hook's annotations and knows no postponed ones, hence no annotations here.
+    # torch compares a hook's annotations with types, which postponed annotations are not: hence none here.
     def cast_hook(state, bucket):  # type: ignore[no-untyped-def]
         gradients = bucket.buffer()
         bucket.set_buffer(gradients.to(dtype))

@@ -1,7 +1,7 @@
-"""`DeepSpeedPlugin`: how DeepSpeed is set up, by fields or by its own configuration; and what stands in for its objects.
+"""`DeepSpeedPlugin`: the configuration of DeepSpeed, by fields or by DeepSpeed's own format, and dummy objects.
 
-Made without DeepSpeed installed; what needs DeepSpeed imports it when called. A field left None is read from the
-launcher's variables. A value ``"auto"`` of DeepSpeed's configuration is filled in from the fields, the rest on ``prepare``.
+Constructing a plugin does not need DeepSpeed; methods that do import it when called. A field left None is read from the
+launcher's variables. ``"auto"`` values of DeepSpeed's configuration are filled in from the fields, the rest by ``prepare``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ AUTO = "auto"
 
 
 class _Field(NamedTuple):
-    """A field of the plugin that DeepSpeed's configuration has too: its key there, and its default."""
+    """A plugin field with a counterpart in DeepSpeed's configuration: the key there, and the default."""
 
     key: str
     default: Any
 
 
-# Each is named like the launcher's option.
+# Named like the launcher's options.
 _FIELDS = {
     "gradient_accumulation_steps": _Field("gradient_accumulation_steps", AUTO),
     "gradient_clipping": _Field("gradient_clipping", AUTO),
@@ -42,9 +42,9 @@ _FIELDS = {
     "offload_param_nvme_path": _Field("zero_optimization.offload_param.nvme_path", "none"),
 }
 _PRECISIONS = ("fp16", "bf16")
-# Keys that `deepspeed.zero.Init` reads when a model is built, long before `prepare` can fill them in -> a value that
-# changes nothing for it; None: leave the key out.
-_WHILE_BUILDING = {
+# Keys that `deepspeed.zero.Init` reads when a model is built, before `prepare` fills them in -> a value without effect on
+# it; None: omit the key.
+_ZERO_INIT_VALUES = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 1,
     "train_batch_size": None,
@@ -59,14 +59,14 @@ _WHILE_BUILDING = {
 
 @dataclass
 class DeepSpeedPlugin:
-    """How DeepSpeed is set up.
+    """Configures DeepSpeed.
 
     Attributes:
-        deepspeed_config: DeepSpeed's configuration as it will be given to it.
-        dschf: What keeps transformers' view of the configuration alive, or None.
+        deepspeed_config: The configuration passed to DeepSpeed.
+        dschf: transformers' `HfDeepSpeedConfig`, kept alive because transformers holds a weak reference; or None.
 
     Raises:
-        ValueError: for unknown values, and where DeepSpeed's configuration and other settings contradict each other.
+        ValueError: if a value is unknown, or DeepSpeed's configuration contradicts other settings.
 
     Example:
         ```python
@@ -76,47 +76,47 @@ class DeepSpeedPlugin:
     """
 
     hf_ds_config: Any = None
-    """DeepSpeed's configuration: a path, a mapping, or an `HfDeepSpeedConfig`, which the field holds afterwards."""
+    """DeepSpeed's configuration: a path, a mapping, or an `HfDeepSpeedConfig`; converted to the latter."""
     gradient_accumulation_steps: int | str | None = None
-    """Micro-batches per step; ``"auto"``: what `Accelerator` says."""
+    """Micro-batches per optimizer step; ``"auto"``: `Accelerator`'s setting."""
     gradient_clipping: float | str | None = None
-    """The largest norm of the gradient; ``"auto"``: what the training loop says."""
+    """Maximum gradient norm; ``"auto"``: the training loop's."""
     zero_stage: int | None = None
-    """0: nothing is divided, 1: optimizer states, 2 (the default): gradients too, 3: parameters too."""
+    """ZeRO stage. 0: nothing is partitioned; 1: optimizer states; 2 (the default): gradients too; 3: parameters too."""
     is_train_batch_min: bool = True
-    """Of several loaders, the smallest batch decides ``train_micro_batch_size_per_gpu``, not the largest."""
+    """Whether the smallest batch size of several loaders, not the largest, sets ``train_micro_batch_size_per_gpu``."""
     offload_optimizer_device: str | None = None
-    """Where optimizer states are kept: ``none`` (the default), ``cpu``, ``nvme``."""
+    """Device to which optimizer states are offloaded: ``none`` (the default), ``cpu``, ``nvme``."""
     offload_param_device: str | None = None
-    """Where parameters are kept in stage 3: ``none`` (the default), ``cpu``, ``nvme``."""
+    """Device to which parameters are offloaded in stage 3: ``none`` (the default), ``cpu``, ``nvme``."""
     offload_optimizer_nvme_path: str | None = None
-    """The folder on NVMe for optimizer states."""
+    """NVMe folder for optimizer states."""
     offload_param_nvme_path: str | None = None
-    """The folder on NVMe for parameters."""
+    """NVMe folder for parameters."""
     zero3_init_flag: bool | None = None
-    """Build models under ``deepspeed.zero.Init``; by default in stage 3, and it counts there only."""
+    """Whether models are built under ``deepspeed.zero.Init``; applies to stage 3, where it is the default."""
     zero3_save_16bit_model: bool | None = None
-    """Gather the 16-bit weights for saving in stage 3; False."""
+    """Whether to gather 16-bit weights for saving in stage 3; False."""
     transformer_moe_cls_names: str | None = None
-    """Class names of mixture-of-experts layers, by commas."""
+    """Class names of mixture-of-experts layers, separated by commas."""
     enable_msamp: bool | None = None
-    """Train in fp8 with MS-AMP; False."""
+    """Whether to train in fp8 with MS-AMP; False."""
     msamp_opt_level: Literal["O1", "O2"] | None = None
-    """What MS-AMP keeps in 8 bits; O1 by default."""
+    """Optimization level of MS-AMP; O1 by default."""
 
     def __post_init__(self) -> None:
         self._selected = False
         self.dschf: Any = None
-        said = {name: self._said(name) for name in _FIELDS}  # by an argument or a variable; None: by nobody
+        explicit = {name: self._explicit(name) for name in _FIELDS}  # by an argument or a variable; None: unset
         source = self.hf_ds_config
         if source is None:
             source = resolve(None, "hf_ds_config", "deepspeed_config_file")
         if source in (None, "none"):
             self.hf_ds_config = HfDeepSpeedConfig({})
-            self._write_fields(said)
+            self._write_fields(explicit)
         else:
             self.hf_ds_config = source if hasattr(source, "config") else HfDeepSpeedConfig(source)
-            self._merge_fields(said)
+            self._merge_fields(explicit)
         self.deepspeed_config: dict[str, Any] = self.hf_ds_config.config
         self.deepspeed_config["steps_per_print"] = float("inf")  # the training loop reports, not the engine
         self.deepspeed_config.setdefault("zero_allow_untested_optimizer", True)
@@ -126,17 +126,17 @@ class DeepSpeedPlugin:
             self.transformer_moe_cls_names = variable("deepspeed_moe_layer_cls_names")
         self._resolve_msamp()
 
-    def _said(self, name: str) -> Any:
+    def _explicit(self, name: str) -> Any:
         given = getattr(self, name)
         if AUTO in (given, variable(name) if given is None else None):
             return AUTO
         return resolve(given, name, name, None)
 
-    def _write_fields(self, said: dict[str, Any]) -> None:
-        """DeepSpeed's configuration where there is none of its own."""
+    def _write_fields(self, explicit: dict[str, Any]) -> None:
+        """Builds DeepSpeed's configuration from the fields."""
         self.hf_ds_config.config.update(train_batch_size=AUTO, train_micro_batch_size_per_gpu=AUTO)
         for name, field in _FIELDS.items():
-            value = field.default if said[name] is None else said[name]
+            value = field.default if explicit[name] is None else explicit[name]
             setattr(self, name, value)
             if not name.endswith("nvme_path") or value != "none":
                 self.hf_ds_config.set_value(field.key, value)
@@ -148,31 +148,31 @@ class DeepSpeedPlugin:
                     f"(--offload_{what}_nvme_path)."
                 )
 
-    def _merge_fields(self, said: dict[str, Any]) -> None:
-        """Fills the fields into DeepSpeed's own configuration where that leaves room, and reads them back from it."""
+    def _merge_fields(self, explicit: dict[str, Any]) -> None:
+        """Fills the fields into missing and ``"auto"`` keys of DeepSpeed's configuration, and reads all fields back."""
         config = self.hf_ds_config
         self._reject_ignored()
         mismatches = []
         for name, field in _FIELDS.items():
             there = config.get_value(field.key)
             if there == AUTO:
-                there = field.default if said[name] is None else said[name]
+                there = field.default if explicit[name] is None else explicit[name]
             elif there is None:
-                there = said[name]
-            elif said[name] not in (None, AUTO, there):
-                mismatches.append(f"{name}={said[name]!r}, but {field.key} is {there!r}")
+                there = explicit[name]
+            elif explicit[name] not in (None, AUTO, there):
+                mismatches.append(f"{name}={explicit[name]!r}, but {field.key} is {there!r}")
             if name.endswith("nvme_path") and there == "none":
                 config.del_config_sub_tree(field.key)
             elif there is not None:
                 config.set_value(field.key, there)
-            # What neither says is DeepSpeed's own default: one micro-batch, nothing divided or clipped.
+            # Unset in both: DeepSpeed's own default, which is one micro-batch, no partitioning and no clipping.
             own = {"gradient_accumulation_steps": 1, "zero_stage": 0, "gradient_clipping": 0.0}.get(name, field.default)
             setattr(self, name, own if there is None else there)
         _raise_mismatches(mismatches)
         config.config.setdefault("gradient_accumulation_steps", self.gradient_accumulation_steps)
 
     def _reject_ignored(self) -> None:
-        """The launcher's configuration file must not say what DeepSpeed's configuration decides."""
+        """Raises if the launcher's configuration file sets fields that DeepSpeed's configuration decides."""
         written = (env.get("ACCELERATE_CONFIG_DS_FIELDS") or "").split(",")
         ignored = [name for name, field in _FIELDS.items() if name in written and not self.is_auto(field.key)]
         if not ignored:
@@ -205,26 +205,26 @@ class DeepSpeedPlugin:
     # DeepSpeed's configuration ---------------------------------------------------------------------------------------
 
     def is_auto(self, ds_key_long: str) -> bool:
-        """Whether a key (``"zero_optimization.stage"``) is still to be filled in."""
+        """Returns whether a key (``"zero_optimization.stage"``) is ``"auto"``."""
         return bool(self.hf_ds_config.get_value(ds_key_long) == AUTO)
 
     def get_value(self, ds_key_long: str, default: Any = None) -> Any:
-        """The value of a key, or `default` when it is not there."""
+        """Returns the value of a key, or `default` if it is missing."""
         return self.hf_ds_config.get_value(ds_key_long, default)
 
     def fill_match(
         self, ds_key_long: str, mismatches: list[str] | None = None, must_match: bool = True, **kwargs: Any
     ) -> None:
-        """Fills one ``"auto"`` in, or compares a value that is there.
+        """Fills in one ``"auto"``, or compares an existing value.
 
         Args:
-            ds_key_long: The key with its parents.
-            mismatches: What does not match is added to this list.
-            must_match: Compare where there is a value.
-            **kwargs: Values by such keys.
+            ds_key_long: The dotted key.
+            mismatches: Receives a line for a value that does not match.
+            must_match: Whether to compare existing values.
+            **kwargs: Values by dotted key.
 
         Raises:
-            ValueError: when the value is ``"auto"`` and `kwargs` does not have it.
+            ValueError: if the value is ``"auto"`` and `kwargs` does not have the key.
         """
         node, last = self.hf_ds_config.find_config_node(ds_key_long)
         if node is None or last not in node:
@@ -232,7 +232,7 @@ class DeepSpeedPlugin:
         if node[last] == AUTO:
             if ds_key_long not in kwargs:
                 raise ValueError(
-                    f"{ds_key_long} is 'auto' in the DeepSpeed configuration, but nothing here says what it should be: "
+                    f"{ds_key_long} is 'auto' in the DeepSpeed configuration, and no argument or loader determines it: "
                     "write a value instead."
                 )
             node[last] = kwargs[ds_key_long]
@@ -247,17 +247,17 @@ class DeepSpeedPlugin:
         must_match: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Fills every ``"auto"`` in, and compares the values that are there.
+        """Fills in every ``"auto"`` and compares existing values.
 
         Args:
             prefix: The parents of `config`, each followed by a dot.
-            mismatches: What does not match is added to this list, and raised by the outermost call.
-            config: A part of the configuration; None: all of it.
-            must_match: Compare as well.
-            **kwargs: Values by keys with their parents.
+            mismatches: Receives a line for each value that does not match; the outermost call raises them.
+            config: A sub-tree of the configuration; None: all of it.
+            must_match: Whether to compare existing values.
+            **kwargs: Values by dotted key.
 
         Raises:
-            ValueError: for an ``"auto"`` that nothing fills, and for values that do not match.
+            ValueError: if an ``"auto"`` has no value, or values do not match.
         """
         found = [] if mismatches is None else mismatches
         for key, value in list((self.deepspeed_config if config is None else config).items()):
@@ -270,13 +270,13 @@ class DeepSpeedPlugin:
             self.hf_ds_config.set_stage_and_offload()
 
     def set_mixed_precision(self, mixed_precision: str) -> None:
-        """Says in DeepSpeed's configuration what the run computes in.
+        """Sets the mixed precision in DeepSpeed's configuration.
 
         Args:
             mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``.
 
         Raises:
-            ValueError: when the configuration says otherwise.
+            ValueError: if the configuration has another one.
         """
         for name in _PRECISIONS:
             wanted, there = mixed_precision == name, self.get_value(f"{name}.enabled")
@@ -295,34 +295,34 @@ class DeepSpeedPlugin:
 
     @property
     def mixed_precision(self) -> str:
-        """What DeepSpeed's configuration computes in: ``fp16``, ``bf16`` or ``no``."""
+        """Returns the mixed precision of DeepSpeed's configuration: ``fp16``, ``bf16`` or ``no``."""
         return next((name for name in _PRECISIONS if self.get_value(f"{name}.enabled") is True), "no")
 
     # Building models -------------------------------------------------------------------------------------------------
 
     def is_zero3_init_enabled(self) -> bool:
-        """Whether models are divided while they are built."""
+        """Returns whether parameters are partitioned while models are built."""
         return bool(self.zero3_init_flag) and self.zero_stage == 3
 
     def set_deepspeed_weakref(self) -> None:
-        """Tells transformers, if it is there, whether ``from_pretrained`` divides models while it builds them.
+        """Registers the configuration with transformers, whose ``from_pretrained`` then partitions models as it builds them.
 
         Raises:
-            ImportError: when it should, and DeepSpeed is not installed.
+            ImportError: if ``zero3_init_flag`` is in effect and DeepSpeed is not installed.
         """
-        self.dschf = None  # transformers looks at it through a weak reference
+        self.dschf = None  # ends the registration: transformers holds a weak reference
         if not self.is_zero3_init_enabled() or importlib.util.find_spec("transformers") is None:
             return
         _deepspeed("zero3_init_flag")
         config = HfDeepSpeedConfig(self.deepspeed_config)
-        for key, value in _WHILE_BUILDING.items():
+        for key, value in _ZERO_INIT_VALUES.items():
             if config.get_value(key) == AUTO:
                 config.del_config_sub_tree(key) if value is None else config.set_value(key, value)
         self.dschf = importlib.import_module("transformers.integrations").HfDeepSpeedConfig(config.config)
 
     @contextmanager
     def zero3_init_context_manager(self, enable: bool = False) -> Iterator[None]:
-        """A block in which models are (or are not) divided while they are built."""
+        """Context manager that turns `zero3_init_flag` on or off."""
         before = self.zero3_init_flag
         self.zero3_init_flag = enable
         try:
@@ -333,11 +333,11 @@ class DeepSpeedPlugin:
             self.set_deepspeed_weakref()
 
     def set_moe_leaf_modules(self, model: torch.nn.Module) -> None:
-        """Tells DeepSpeed that the layers in `transformer_moe_cls_names` are gathered whole in stage 3.
+        """Marks the layers in `transformer_moe_cls_names` as leaf modules of ZeRO stage 3, which are gathered whole.
 
         Raises:
-            ValueError: when the model has no such layer.
-            ImportError: when DeepSpeed is not installed.
+            ValueError: if the model has no such layer.
+            ImportError: if DeepSpeed is not installed.
         """
         if self.zero_stage != 3 or not self.transformer_moe_cls_names:
             return
@@ -356,7 +356,7 @@ class DeepSpeedPlugin:
 
     @property
     def selected(self) -> bool:
-        """Whether this is the plugin in use, of several."""
+        """Returns whether this is the active plugin, of several."""
         return self._selected
 
     @selected.setter
@@ -364,10 +364,10 @@ class DeepSpeedPlugin:
         raise ValueError("`selected` follows from AcceleratorState().select_deepspeed_plugin(name): call that.")
 
     def select(self, _from_accelerator_state: bool = False) -> None:
-        """Makes this the plugin in use; `AcceleratorState.select_deepspeed_plugin` calls it.
+        """Activates the plugin; called by `AcceleratorState.select_deepspeed_plugin`.
 
         Raises:
-            ValueError: when anybody else does: the plugin in use until now would not learn of it.
+            ValueError: if called directly, which would leave two plugins active.
         """
         if not _from_accelerator_state:
             raise ValueError("select a DeepSpeed plugin by name: AcceleratorState().select_deepspeed_plugin(name).")
@@ -398,13 +398,13 @@ def _deepspeed(what: str) -> Any:
 
 
 def get_active_deepspeed_plugin(state: Any) -> DeepSpeedPlugin:
-    """The DeepSpeed plugin in use.
+    """Returns the active DeepSpeed plugin.
 
     Args:
         state: An `AcceleratorState`.
 
     Raises:
-        ValueError: when the run has none.
+        ValueError: if the run has none.
     """
     plugin = state.deepspeed_plugin
     if not isinstance(plugin, DeepSpeedPlugin):
@@ -413,12 +413,12 @@ def get_active_deepspeed_plugin(state: Any) -> DeepSpeedPlugin:
 
 
 class DummyOptim:
-    """Stands in for the optimizer that DeepSpeed's configuration describes.
+    """Placeholder for the optimizer that DeepSpeed's configuration defines.
 
     Args:
-        params: Parameters, or groups of them.
-        lr: The learning rate, for an ``"auto"`` in the configuration.
-        weight_decay: The same.
+        params: Parameters, or parameter groups.
+        lr: Learning rate, for an ``"auto"`` in the configuration.
+        weight_decay: Weight decay, likewise.
         **kwargs: Other such values.
     """
 
@@ -430,13 +430,13 @@ class DummyOptim:
 
 
 class DummyScheduler:
-    """Stands in for the scheduler that DeepSpeed's configuration describes.
+    """Placeholder for the scheduler that DeepSpeed's configuration defines.
 
     Args:
-        optimizer: The optimizer it belongs to.
-        total_num_steps: All steps, for an ``"auto"`` in the configuration.
-        warmup_num_steps: The same.
-        lr_scheduler_callable: Makes a scheduler of the real optimizer instead.
+        optimizer: The scheduled optimizer.
+        total_num_steps: Total number of steps, for an ``"auto"`` in the configuration.
+        warmup_num_steps: Steps of the warm-up, likewise.
+        lr_scheduler_callable: Called with the real optimizer; returns the scheduler to use instead.
         **kwargs: Other such values.
     """
 

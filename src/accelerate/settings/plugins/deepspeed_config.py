@@ -1,4 +1,4 @@
-"""`HfDeepSpeedConfig`: DeepSpeed's own configuration (nested mappings), asked and changed by dotted keys."""
+"""`HfDeepSpeedConfig`: DeepSpeed's configuration (nested mappings), read and changed by dotted keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 from typing import Any
 
-# The devices that parameters or optimizer states can be kept on instead of the accelerator.
+# Devices to which parameters or optimizer states can be offloaded.
 _OFFLOAD_DEVICES = frozenset({"cpu", "nvme"})
 
 
@@ -17,13 +17,13 @@ class HfDeepSpeedConfig:
     """DeepSpeed's configuration.
 
     Attributes:
-        config: The nested mapping itself, a copy of what was given.
+        config: The nested mapping, a copy of the given one.
 
     Args:
-        config_file_or_dict: A mapping, the path of a json file, or such a file's text in base64.
+        config_file_or_dict: A mapping, the path of a JSON file, or JSON text in base64.
 
     Raises:
-        ValueError: when it is none of these, or no json.
+        ValueError: if it is none of these, or not valid JSON.
     """
 
     config: dict[str, Any]
@@ -36,20 +36,20 @@ class HfDeepSpeedConfig:
         self.set_stage_and_offload()
 
     def set_stage_and_offload(self) -> None:
-        """Looks up anew which stage of ZeRO the configuration asks for, and whether anything is kept elsewhere."""
+        """Updates the ZeRO stage and whether anything is offloaded, from the configuration."""
         stage = self.get_value("zero_optimization.stage", -1)
-        self._stage = stage if isinstance(stage, int) else -1  # "auto" is not known yet
+        self._stage = stage if isinstance(stage, int) else -1  # "auto" is not resolved yet
         devices = {self.get_value(f"zero_optimization.offload_{what}.device") for what in ("optimizer", "param")}
         self._offload = self._stage in (2, 3) and bool(devices & _OFFLOAD_DEVICES)
 
     def find_config_node(self, ds_key_long: str) -> tuple[dict[str, Any] | None, str]:
-        """The mapping that holds a key, and the key's last part.
+        """Returns the mapping that holds a key, and the key's last part.
 
         Args:
-            ds_key_long: The key with its parents, ``"zero_optimization.stage"``.
+            ds_key_long: The dotted key, ``"zero_optimization.stage"``.
 
         Returns:
-            The mapping, or None when one of the parents is not there, and the last part.
+            The mapping, or None if a parent is missing, and the last part.
         """
         *parents, last = ds_key_long.split(".")
         node: Any = self.config
@@ -58,12 +58,12 @@ class HfDeepSpeedConfig:
         return (node if isinstance(node, dict) else None), last
 
     def get_value(self, ds_key_long: str, default: Any = None) -> Any:
-        """The value of a key with its parents, or `default` when it is not there."""
+        """Returns the value of a dotted key, or `default` if it is missing."""
         node, last = self.find_config_node(ds_key_long)
         return default if node is None else node.get(last, default)
 
     def set_value(self, ds_key_long: str, value: Any) -> None:
-        """Sets the value of a key, with the parents it needs."""
+        """Sets the value of a dotted key, creating its parents."""
         *parents, last = ds_key_long.split(".")
         node = self.config
         for parent in parents:
@@ -74,7 +74,7 @@ class HfDeepSpeedConfig:
         """Removes a key and everything below it.
 
         Raises:
-            ValueError: when it is not there and `must_exist` is True.
+            ValueError: if it is missing and `must_exist` is True.
         """
         node, last = self.find_config_node(ds_key_long)
         if node is not None and last in node:
@@ -83,24 +83,24 @@ class HfDeepSpeedConfig:
             raise ValueError(f"the DeepSpeed configuration has no {ds_key_long!r} to remove: {self.config}.")
 
     def is_true(self, ds_key_long: str) -> bool:
-        """Whether a key is there and true."""
+        """Returns whether a key is present and true."""
         return bool(self.get_value(ds_key_long))
 
     def is_false(self, ds_key_long: str) -> bool:
-        """Whether a key is there and false."""
+        """Returns whether a key is present and false."""
         value = self.get_value(ds_key_long)
         return value is not None and not value
 
     def is_zero2(self) -> bool:
-        """Whether gradients and optimizer states are divided."""
+        """Returns whether gradients and optimizer states are partitioned (ZeRO stage 2)."""
         return self._stage == 2
 
     def is_zero3(self) -> bool:
-        """Whether parameters are divided as well."""
+        """Returns whether parameters are partitioned as well (ZeRO stage 3)."""
         return self._stage == 3
 
     def is_offload(self) -> bool:
-        """Whether parameters or optimizer states are kept on the CPU or on NVMe."""
+        """Returns whether parameters or optimizer states are offloaded to the CPU or NVMe."""
         return self._offload
 
 

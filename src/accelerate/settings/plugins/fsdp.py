@@ -1,7 +1,7 @@
-"""`FullyShardedDataParallelPlugin`: how fully sharded training is set up, in both of torch's versions of it.
+"""`FullyShardedDataParallelPlugin`: the configuration of FSDP, versions 1 and 2.
 
-A field left None is read from the launcher's ``FSDP_*`` variables, else it has the plugin's default. What torch has an
-object for (a policy, a state-dict configuration) becomes that object here; torch is imported when a plugin is made.
+A field left None is read from the launcher's ``FSDP_*`` variables and falls back to the plugin's default. Policies and
+state-dict configurations are converted to torch's objects; torch is imported when a plugin is constructed.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _FIRST_VERSION_ONLY = {
     "use_orig_params": "fsdp_use_orig_params",
     "sync_module_states": "fsdp_sync_module_states",
 }
-# What a mixed precision computes in, and other spellings of torch's dtypes.
+# Compute dtypes of mixed precisions, and aliases of torch's dtypes.
 _COMPUTE_DTYPES = {"fp8": "bfloat16", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass
 class FullyShardedDataParallelPlugin:
-    """How fully sharded training is set up.
+    """Configures fully sharded data parallelism.
 
     Raises:
-        ValueError: for a value that is unknown, or that the version does not have.
+        ValueError: if a value is unknown, or does not exist in the version.
 
     Example:
         ```python
@@ -66,45 +66,45 @@ class FullyShardedDataParallelPlugin:
     fsdp_version: int | None = None
     """1: `torch.distributed.fsdp.FullyShardedDataParallel` (the default); 2: `fully_shard`."""
     sharding_strategy: str | int | ShardingStrategy | None = None
-    """What is sharded, by name, number or member; FULL_SHARD. Version 1."""
+    """The sharding strategy, by name, number or member; FULL_SHARD. Version 1."""
     reshard_after_forward: str | bool | ShardingStrategy | None = None
-    """Whether gathered parameters are freed after the forward; True. Version 1 holds its sharding strategy here too."""
+    """Whether parameters are resharded after the forward; True. In version 1 an alias of `sharding_strategy`."""
     backward_prefetch: str | BackwardPrefetch | None = None
-    """When the backward gathers the next unit: BACKWARD_PRE, BACKWARD_POST, NO_PREFETCH (None). Version 1."""
+    """All-gather of the next unit in the backward: BACKWARD_PRE, BACKWARD_POST, NO_PREFETCH (None). Version 1."""
     mixed_precision_policy: dict[str, Any] | str | MixedPrecision | MixedPrecisionPolicy | None = None
-    """Number formats: torch's policy of this version, its arguments as a dict, or ``"bf16"``, ``"fp16"``."""
+    """torch's mixed-precision policy of this version, its arguments as a dict, or ``"bf16"``, ``"fp16"``."""
     auto_wrap_policy: Callable[..., Any] | Literal["transformer_based_wrap", "size_based_wrap", "no_wrap"] | None = None
-    """Which modules become units of their own; `set_auto_wrap_policy` completes it for a model."""
+    """Policy that selects the modules to wrap; `set_auto_wrap_policy` completes it for a model."""
     cpu_offload: bool | CPUOffload | CPUOffloadPolicy | OffloadPolicy | None = None
-    """Keep parameters and gradients on the CPU; False."""
+    """Whether parameters and gradients are offloaded to the CPU; False."""
     ignored_modules: Iterable[torch.nn.Module] | str | None = None
-    """Modules that are not sharded, or a regular expression for their names."""
+    """Modules that are not sharded, or a regular expression for their FQNs."""
     state_dict_type: str | int | StateDictType | None = None
-    """How checkpoints are written: FULL_STATE_DICT (version 1's default), SHARDED_STATE_DICT (version 2's), LOCAL."""
+    """Format of checkpoints: FULL_STATE_DICT (version 1's default), SHARDED_STATE_DICT (version 2's), LOCAL_STATE_DICT."""
     state_dict_config: FullStateDictConfig | ShardedStateDictConfig | None = None
-    """One of another type than the default decides `state_dict_type`; its details have no effect."""
+    """Its class selects `state_dict_type` if that is unset; its fields have no effect."""
     optim_state_dict_config: FullOptimStateDictConfig | ShardedOptimStateDictConfig | None = None
-    """Accepted without effect: files are always written from the CPU, as `state_dict_type` has it."""
+    """Accepted without effect: states are always written from the CPU, in the format of `state_dict_type`."""
     limit_all_gathers: bool = True
-    """Let the CPU wait so that at most two units are gathered ahead. Version 1."""
+    """Whether the CPU blocks so that at most two all-gathers are in flight. Version 1."""
     use_orig_params: bool | None = None
-    """Let one unit hold frozen and trained parameters; False. Version 2 always does."""
+    """Whether a unit may mix frozen and trainable parameters; False. Version 2 always allows it."""
     param_init_fn: Callable[[torch.nn.Module], None] | None = None
-    """How a module on the meta device is given memory. Version 1."""
+    """Initializes a module on the meta device. Version 1."""
     sync_module_states: bool | None = None
-    """Accepted without effect: every rank starts from the parameters of rank 0 in any case. Version 1."""
+    """Accepted without effect: parameters of rank 0 are broadcast in any case. Version 1."""
     forward_prefetch: bool | None = None
-    """Gather the next unit during the forward; False. Version 1."""
+    """Whether the next unit is all-gathered during the forward; False. Version 1."""
     activation_checkpointing: bool | None = None
-    """Recompute the activations of each unit in the backward; False."""
+    """Whether activations of each unit are recomputed in the backward; False."""
     activation_checkpointing_offload: bool | None = None
-    """Keep what checkpointing saves on the CPU; False."""
+    """Whether activations saved by checkpointing are offloaded to the CPU; False."""
     cpu_ram_efficient_loading: bool | None = None
-    """Only rank 0 reads pretrained weights, the others receive them; False."""
+    """Whether only rank 0 reads pretrained weights and broadcasts them; False."""
     transformer_cls_names_to_wrap: list[str] | None = None
     """Names of the classes that ``transformer_based_wrap`` wraps; None: the model's own `_no_split_modules`."""
     min_num_params: int | None = None
-    """The smallest unit of ``size_based_wrap``, in parameters; 100,000,000."""
+    """Minimum number of parameters of a unit of ``size_based_wrap``; 100,000,000."""
 
     def __post_init__(self) -> None:
         self.fsdp_version = resolve(self.fsdp_version, "fsdp_version", "fsdp_version")
@@ -137,7 +137,7 @@ class FullyShardedDataParallelPlugin:
                 re.compile(self.ignored_modules)
             except re.error as error:
                 raise ValueError(
-                    f"ignored_modules={self.ignored_modules!r} is no regular expression: {error}."
+                    f"ignored_modules={self.ignored_modules!r} is not a regular expression: {error}."
                 ) from None
         elif self.ignored_modules is not None:
             self.ignored_modules = _modules(self.ignored_modules)
@@ -151,8 +151,8 @@ class FullyShardedDataParallelPlugin:
             setattr(self, name, resolve(getattr(self, name), name, f"fsdp_{name}", otherwise=False))
         if self.activation_checkpointing_offload and not self.activation_checkpointing:
             raise ValueError(
-                "activation_checkpointing_offload keeps what activation checkpointing saves on the CPU: set "
-                "activation_checkpointing=True as well (--fsdp_activation_checkpointing true)."
+                "activation_checkpointing_offload=True needs activation_checkpointing=True "
+                "(--fsdp_activation_checkpointing true)."
             )
 
     def _resolve_first_version(self) -> None:
@@ -168,26 +168,26 @@ class FullyShardedDataParallelPlugin:
         if self.cpu_ram_efficient_loading and not self.sync_module_states:
             if asked is not None:
                 logger.warning(
-                    "sync_module_states=False is overruled by cpu_ram_efficient_loading=True: only rank 0 reads the "
-                    "weights, and the others must receive them."
+                    "sync_module_states=False is overridden by cpu_ram_efficient_loading=True: only rank 0 reads the "
+                    "weights, which must be broadcast."
                 )
             self.sync_module_states = True
 
     def _sharding_strategy(self) -> ShardingStrategy:
-        """Version 1's strategy, which two fields (and two variables) can name."""
+        """Returns version 1's sharding strategy, which two fields (and two variables) can set."""
         from torch.distributed.fsdp import ShardingStrategy
 
         full = ShardingStrategy.FULL_SHARD
         given = [self.sharding_strategy, self.reshard_after_forward]
         if given == [None, None]:
             given = [variable("fsdp_sharding_strategy"), variable("fsdp_reshard_after_forward")]
-        # The launcher sets both variables always: one that holds the default says nothing.
+        # The launcher always sets both variables: one that holds the default counts as unset.
         named = {_strategy(value) for value in given if value not in (None, "")}
         named = named - {full} or {full}
         if len(named) > 1:
             raise ValueError(
-                f"sharding_strategy={given[0]!r} and reshard_after_forward={given[1]!r} contradict each other: version 1 "
-                "takes its strategy from either, so set one of them."
+                f"sharding_strategy={given[0]!r} and reshard_after_forward={given[1]!r} contradict each other: both set the "
+                "strategy of version 1, so set one of them."
             )
         return named.pop()
 
@@ -217,16 +217,16 @@ class FullyShardedDataParallelPlugin:
             kind = resolve(None, "state_dict_type", "fsdp_state_dict_type", own)
         self.set_state_dict_type(kind)
 
-    # What callers do with it -----------------------------------------------------------------------------------------
+    # Used by strategies ----------------------------------------------------------------------------------------------
 
     def set_state_dict_type(self, state_dict_type: str | int | StateDictType | None = None) -> None:
-        """Sets how checkpoints are written, and the configurations that belong to it unless they were given.
+        """Sets the format of checkpoints, and its configurations unless they were given.
 
         Args:
-            state_dict_type: Name, number or member; None keeps the one there is.
+            state_dict_type: Name, number or member; None keeps the current one.
 
         Raises:
-            ValueError: for an unknown type, or one that version 2 does not have.
+            ValueError: if the type is unknown, or does not exist in version 2.
         """
         from torch.distributed import fsdp
 
@@ -248,10 +248,10 @@ class FullyShardedDataParallelPlugin:
             self.optim_state_dict_config = self.optim_state_dict_config or fsdp.ShardedOptimStateDictConfig(True)
 
     def set_auto_wrap_policy(self, model: torch.nn.Module) -> None:
-        """Completes a policy that was named, with what it needs to know of `model`.
+        """Completes a named policy with the classes of `model` to wrap, or the minimum size.
 
         Raises:
-            ValueError: when the classes to wrap are not in the model, or nobody says which they are.
+            ValueError: if the classes to wrap are not in the model, or neither plugin nor model names any.
         """
         from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
@@ -267,9 +267,9 @@ class FullyShardedDataParallelPlugin:
         named = self.transformer_cls_names_to_wrap
         wanted = named or list(getattr(model, "_no_split_modules", None) or [])
         missing = [name for name in wanted if name not in here]
-        # A family of models may name blocks of which one member has only some.
+        # A model family may list blocks of which a member has only some.
         if not wanted or (missing and (named or len(missing) == len(wanted))):
-            problem = f"has no {', '.join(missing)}" if missing else "does not say which of its classes are layers"
+            problem = f"has no {', '.join(missing)}" if missing else "has no _no_split_modules"
             raise ValueError(
                 f"{type(model).__name__} {problem}: name the classes to wrap in transformer_cls_names_to_wrap "
                 f"(--fsdp_transformer_layer_cls_to_wrap). It is built of {', '.join(sorted(here))}."
@@ -279,15 +279,15 @@ class FullyShardedDataParallelPlugin:
     def set_mixed_precision(
         self, mixed_precision: str | torch.dtype, buffer_autocast: bool = False, override: bool = False
     ) -> None:
-        """Sets the policy for a mixed precision.
+        """Sets the mixed-precision policy.
 
         Args:
-            mixed_precision: ``fp16``, ``bf16``, ``fp8`` (whose other half is bf16), ``no``, or a dtype.
-            buffer_autocast: Cast buffers as well, which stay float32 else. Version 1.
-            override: Replace a policy that was given.
+            mixed_precision: ``fp16``, ``bf16``, ``fp8`` (which gathers and reduces in bf16), ``no``, or a dtype.
+            buffer_autocast: Whether to cast buffers too, which stay float32 otherwise. Version 1.
+            override: Whether to replace an existing policy.
 
         Raises:
-            ValueError: for an unknown precision.
+            ValueError: if the precision is unknown.
         """
         from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
@@ -304,27 +304,27 @@ class FullyShardedDataParallelPlugin:
             self.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
 
     def validate_mixed_precision_policy(self) -> None:
-        """Makes torch's policy of a dict, and refuses a policy of the other version.
+        """Converts a dict to torch's policy and validates its class.
 
         Raises:
-            ValueError: naming the class to use.
+            ValueError: if the policy belongs to the other version; the message names the class to use.
         """
         from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
         if isinstance(self.mixed_precision_policy, dict):
             self.set_mixed_precision("no")
-        self._check_kind("mixed_precision_policy", (MixedPrecision,), (MixedPrecisionPolicy,))
+        self._check_type("mixed_precision_policy", (MixedPrecision,), (MixedPrecisionPolicy,))
 
     @property
     def offloads(self) -> bool:
-        """Whether parameters and gradients are kept on the CPU."""
+        """Returns whether parameters and gradients are offloaded to the CPU."""
         from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy
 
         policy = self.cpu_offload
         return isinstance(policy, CPUOffloadPolicy) or (isinstance(policy, CPUOffload) and policy.offload_params)
 
     def set_cpu_offload(self) -> None:
-        """Makes torch's object of a bool in `cpu_offload`."""
+        """Converts a bool in `cpu_offload` to torch's object."""
         from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, OffloadPolicy
 
         if isinstance(self.cpu_offload, bool):
@@ -332,16 +332,16 @@ class FullyShardedDataParallelPlugin:
             self.cpu_offload = CPUOffload(self.cpu_offload) if self.fsdp_version == 1 else second
 
     def validate_cpu_offload(self) -> None:
-        """Refuses an offload policy of the other version.
+        """Validates the class of the offload policy.
 
         Raises:
-            ValueError: naming the class to use.
+            ValueError: if it belongs to the other version; the message names the class to use.
         """
         from torch.distributed.fsdp import CPUOffload, OffloadPolicy
 
-        self._check_kind("cpu_offload", (CPUOffload,), (OffloadPolicy,))
+        self._check_type("cpu_offload", (CPUOffload,), (OffloadPolicy,))
 
-    def _check_kind(self, field: str, first: tuple[type, ...], second: tuple[type, ...]) -> None:
+    def _check_type(self, field: str, first: tuple[type, ...], second: tuple[type, ...]) -> None:
         value = getattr(self, field)
         allowed = first if self.fsdp_version == 1 else second
         if value is not None and not isinstance(value, allowed):
@@ -351,7 +351,7 @@ class FullyShardedDataParallelPlugin:
 
 
 def _member(kind: Any, value: Any, field: str) -> Any:
-    """A member of one of torch's enumerations, by itself, name or number."""
+    """Returns a member of one of torch's enumerations, given as member, name or number."""
     if isinstance(value, kind):
         return value
     for member in kind:
@@ -365,7 +365,7 @@ def _strategy(value: Any) -> ShardingStrategy:
     from torch.distributed.fsdp import ShardingStrategy
 
     word = str(value).lower()
-    if word in ("true", "false"):  # as version 2 says it
+    if word in ("true", "false"):  # version 2's notation
         return ShardingStrategy.FULL_SHARD if word == "true" else ShardingStrategy.SHARD_GRAD_OP
     if isinstance(value, ShardingStrategy):
         return value
@@ -384,7 +384,7 @@ def _policy_named(name: str) -> Callable[..., Any] | None:
 
 
 def _modules(given: Any) -> list[Any]:
-    """The modules of an iterable, which may be one that can be gone through once only."""
+    """Returns the modules of an iterable as a list."""
     from torch import nn
 
     modules = [given] if isinstance(given, nn.Module) else list(given) if isinstance(given, Iterable) else [given]
@@ -392,7 +392,7 @@ def _modules(given: Any) -> list[Any]:
     if wrong is not None:
         raise ValueError(
             f"ignored_modules holds {type(wrong).__name__} {wrong!r}: expected modules, or one regular expression for the "
-            "names of modules."
+            "FQNs of modules."
         )
     return modules
 
@@ -404,24 +404,22 @@ def _words(names: Any) -> list[str] | None:
 
 
 def _dtype(name: Any) -> Any:
-    """torch's dtype of that name; what is no word is given back."""
+    """Returns torch's dtype by name; a value that is not a string is returned unchanged."""
     if not isinstance(name, str):
         return name
     import torch
 
     dtype = getattr(torch, _COMPUTE_DTYPES.get(name, name).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(
-            f"{name!r} is no number format: expected 'no', {', '.join(map(repr, _COMPUTE_DTYPES))} or a dtype."
-        )
+        raise ValueError(f"{name!r} is not a dtype: expected 'no', {', '.join(map(repr, _COMPUTE_DTYPES))} or a dtype.")
     return dtype
 
 
 def enable_fsdp_ram_efficient_loading() -> None:
-    """From now on, ``from_pretrained`` reads weights on rank 0 only."""
+    """Makes ``from_pretrained`` read weights on rank 0 only."""
     env.publish({"ACCELERATE_USE_FSDP": "True", "FSDP_CPU_RAM_EFFICIENT_LOADING": "True"})
 
 
 def disable_fsdp_ram_efficient_loading() -> None:
-    """From now on, ``from_pretrained`` reads weights on every rank."""
+    """Makes ``from_pretrained`` read weights on every rank."""
     env.publish({"FSDP_CPU_RAM_EFFICIENT_LOADING": "False"})

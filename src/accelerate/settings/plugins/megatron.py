@@ -1,7 +1,7 @@
-"""`MegatronLMPlugin`: how Megatron-LM is set up, and what stands in for its scheduler.
+"""`MegatronLMPlugin`: the configuration of Megatron-LM, and a placeholder for its scheduler.
 
-A field left None is read from the launcher's ``MEGATRON_LM_*`` variables, else it has the plugin's default. Everything
-comes together in `megatron_lm_default_args`, whose names are Megatron's own; Megatron itself is never imported here.
+A field left None is read from the launcher's ``MEGATRON_LM_*`` variables and falls back to the plugin's default.
+`megatron_lm_default_args` collects all of them under Megatron's own names; Megatron is never imported here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .megatron_models import network_arguments
 if TYPE_CHECKING:
     import torch
 
-# Field, which is the launcher's option without its prefix -> its name among Megatron's arguments, and the default.
+# Field (the launcher's option without its prefix) -> Megatron's argument, and the default.
 _LAUNCHED: dict[str, tuple[str, Any]] = {
     "tp_degree": ("tensor_model_parallel_size", 1),
     "pp_degree": ("pipeline_model_parallel_size", 1),
@@ -46,7 +46,7 @@ _LAUNCHED: dict[str, tuple[str, Any]] = {
     "calculate_per_token_loss": ("calculate_per_token_loss", True),
     "use_rotary_position_embeddings": ("use_rotary_position_embeddings", True),
 }
-# Fields that are Megatron's arguments under the same name, as they are.
+# Fields passed to Megatron under the same name.
 _PASSED_ON = (
     "pipeline_model_parallel_split_rank", "num_layers_per_virtual_pipeline_stage", "consumed_samples",
     "no_wd_decay_cond", "scale_lr_cond", "lr_mult", "megatron_dataset_flag", "eval_iters", "eval_interval",
@@ -68,16 +68,16 @@ _LOGGING = {
 
 @dataclass
 class MegatronLMPlugin:
-    """How Megatron-LM is set up.
+    """Configures Megatron-LM.
 
     Attributes:
         megatron_lm_default_args: Megatron's arguments.
-        DDP_impl: ``local`` or ``torch``: Megatron's data parallelism, or PyTorch's (which has no pipeline).
-        data_parallel_size, micro_batch_size, global_batch_size: Known after `set_training_args`.
-        dataset_args: For Megatron's own datasets.
+        DDP_impl: ``local`` or ``torch``: Megatron's data parallelism, or PyTorch's (which supports no pipeline).
+        data_parallel_size, micro_batch_size, global_batch_size: Set by `set_training_args`.
+        dataset_args: Arguments of Megatron's datasets.
 
     Raises:
-        ValueError: for a value that Megatron's option cannot have.
+        ValueError: if a value is invalid for Megatron's option.
 
     Example:
         ```python
@@ -86,9 +86,9 @@ class MegatronLMPlugin:
     """
 
     tp_degree: int | None = None
-    """Ranks that share each layer's tensors."""
+    """Degree of tensor parallelism."""
     pp_degree: int | None = None
-    """Stages of the pipeline."""
+    """Degree of pipeline parallelism (stages)."""
     use_custom_fsdp: bool | None = None
     overlap_cpu_optimizer_d2h_h2d: bool | None = None
     no_load_optim: bool | None = None
@@ -101,7 +101,7 @@ class MegatronLMPlugin:
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
     attention_backend: bool | str | None = None
-    """Whether Megatron chooses the implementation of attention, or its name."""
+    """Name of the attention implementation, or whether Megatron chooses it."""
     expert_model_parallel_size: int | None = None
     context_parallel_size: int | None = None
     attention_dropout: float | None = None
@@ -111,18 +111,18 @@ class MegatronLMPlugin:
     calculate_per_token_loss: bool | None = None
     use_rotary_position_embeddings: bool | None = None
     num_micro_batches: int | None = None
-    """Micro-batches of the pipeline: Megatron's way to accumulate gradients."""
+    """Micro-batches per pipeline step, which is Megatron's gradient accumulation."""
     gradient_clipping: float | None = None
-    """The largest norm of the gradient; 0 for none."""
+    """Maximum gradient norm; 0 disables clipping."""
     sequence_parallelism: bool | None = None
     recompute_activations: bool | None = None
-    """Recompute the parts of attention that cost little time and much memory."""
+    """Whether to recompute the memory-intensive parts of attention (selective recomputation)."""
     use_distributed_optimizer: bool | None = None
     pipeline_model_parallel_split_rank: int | None = None
-    """The stage on which the decoder begins."""
+    """The first pipeline stage of the decoder."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     is_train_batch_min: bool | str = True
-    """Of several loaders, the smallest batch decides the micro-batch, not the largest."""
+    """Whether, with several loaders, the smallest batch size sets the micro-batch size instead of the largest."""
     train_iters: int | None = None
     train_samples: int | None = None
     weight_decay_incr_style: str = "constant"
@@ -140,17 +140,17 @@ class MegatronLMPlugin:
     scale_lr_cond: Callable[..., bool] | None = None
     lr_mult: float = 1.0
     megatron_dataset_flag: bool = False
-    """The data comes from Megatron's own indexed datasets."""
+    """Whether data comes from Megatron's indexed datasets."""
     seq_length: int | None = None
     encoder_seq_length: int | None = None
     decoder_seq_length: int | None = None
     tensorboard_dir: str | None = None
     set_all_logging_options: bool = False
-    """Write everything Megatron can log to `tensorboard_dir`."""
+    """Whether to write all of Megatron's metrics to `tensorboard_dir`."""
     eval_iters: int = 100
     eval_interval: int = 1000
     return_logits: bool = False
-    """Let a GPT model return logits beside the loss, on the last stage."""
+    """Whether a GPT model returns logits in addition to the loss, on the last stage."""
     custom_train_step_class: Any = None
     custom_train_step_kwargs: dict[str, Any] | None = None
     custom_model_provider_function: Callable[..., Any] | None = None
@@ -159,14 +159,14 @@ class MegatronLMPlugin:
     custom_get_batch_function: Callable[..., Any] | None = None
     custom_loss_function: Callable[..., Any] | None = None
     other_megatron_args: dict[str, Any] | None = None
-    """More of Megatron's arguments; they overrule the rest."""
+    """Additional arguments of Megatron, which take precedence over all fields."""
 
     def __post_init__(self) -> None:
         for name, (_, default) in _LAUNCHED.items():
             setattr(self, name, resolve(getattr(self, name), name, f"megatron_lm_{name}", default))
         if self.attention_backend in ("true", "false"):
             self.attention_backend = self.attention_backend == "true"
-        # PyTorch's data parallelism knows nothing of a pipeline's stages nor of a divided optimizer.
+        # PyTorch's DDP supports neither pipeline stages nor a distributed optimizer.
         local = self.pp_degree != 1 or self.use_distributed_optimizer
         self.DDP_impl = "local" if local else "torch"
         if self.consumed_samples is not None:  # of training, validation and test
@@ -185,14 +185,14 @@ class MegatronLMPlugin:
         self.megatron_lm_default_args.update(self.other_megatron_args or {})
 
     def set_network_size_args(self, model: torch.nn.Module, batch_data: Any = None) -> None:
-        """Reads from a transformers model what Megatron builds its own from.
+        """Sets Megatron's model arguments from a transformers model.
 
         Args:
-            model: One of the documented kinds: Megatron-BERT, GPT-2, T5, Llama.
-            batch_data: A batch, to tell the length of sequences where no field says it.
+            model: A Megatron-BERT, GPT-2, T5 or Llama model.
+            batch_data: A batch, for sequence lengths that no field sets.
 
         Raises:
-            ValueError: for a model of another kind.
+            ValueError: if the architecture is another one.
         """
         lengths = (self.seq_length, self.encoder_seq_length, self.decoder_seq_length)
         self.megatron_lm_default_args |= network_arguments(model, lengths, batch_data)
@@ -200,18 +200,18 @@ class MegatronLMPlugin:
             self.megatron_lm_default_args["return_logits"] = self.return_logits
 
     def set_mixed_precision(self, mixed_precision: str) -> None:
-        """Says what Megatron computes in: ``fp16``, ``bf16``, else float32."""
+        """Sets Megatron's precision: ``fp16``, ``bf16``, or float32 for any other value."""
         if mixed_precision in ("fp16", "bf16"):
             self.megatron_lm_default_args[mixed_precision] = True
-        if mixed_precision == "bf16":  # gradients are added up in float32
+        if mixed_precision == "bf16":  # gradients are accumulated in float32
             self.megatron_lm_default_args["accumulate_allreduce_grads_in_fp32"] = True
 
     def set_training_args(self, micro_batch_size: int, dp_degree: int) -> None:
-        """Says how large batches are.
+        """Sets the batch sizes and the degree of data parallelism.
 
         Args:
-            micro_batch_size: Samples of one micro-batch on one replica.
-            dp_degree: Replicas of the model.
+            micro_batch_size: Samples per micro-batch and replica.
+            dp_degree: Number of model replicas.
         """
         self.data_parallel_size = dp_degree
         self.micro_batch_size = micro_batch_size
@@ -220,10 +220,10 @@ class MegatronLMPlugin:
             self.megatron_lm_default_args[name] = getattr(self, name)
 
     def set_optimizer_type(self, optimizer: torch.optim.Optimizer) -> None:
-        """Says which of Megatron's optimizers does what `optimizer` would.
+        """Sets Megatron's optimizer arguments to those of an equivalent optimizer.
 
         Raises:
-            ValueError: for one that is neither of Adam's family nor SGD.
+            ValueError: if `optimizer` is neither SGD nor of the Adam family.
         """
         name, chosen = type(optimizer).__name__.lower(), optimizer.defaults
         if "adam" in name:
@@ -244,10 +244,10 @@ class MegatronLMPlugin:
         }
 
     def set_scheduler_args(self, scheduler: Any) -> None:
-        """Takes the length of training and warm-up from a `MegatronLMDummyScheduler`, where no field says it.
+        """Sets lengths of training and warm-up that no field sets, from a `MegatronLMDummyScheduler`.
 
         Raises:
-            ValueError: for another scheduler: only Megatron's own works with its optimizer.
+            ValueError: if `scheduler` is another scheduler; Megatron's optimizer works only with its own.
         """
         if not isinstance(scheduler, MegatronLMDummyScheduler):
             raise ValueError(
@@ -263,18 +263,18 @@ class MegatronLMPlugin:
         self.megatron_lm_default_args |= {name: getattr(self, name) for name in _SCHEDULE}
 
     def set_tensorboard_logging_options(self) -> None:
-        """Turns everything on that Megatron can log."""
+        """Enables all of Megatron's metrics."""
         self.megatron_lm_default_args |= _LOGGING
 
 
 class MegatronLMDummyScheduler:
-    """Stands in for Megatron-LM's own scheduler.
+    """Placeholder for Megatron-LM's own scheduler.
 
     Args:
-        optimizer: The optimizer it belongs to.
-        total_num_steps: Updates in all.
-        warmup_num_steps: Updates during which the learning rate rises.
-        **kwargs: Kept for scripts that pass more.
+        optimizer: The scheduled optimizer.
+        total_num_steps: Total number of optimizer steps.
+        warmup_num_steps: Steps of the linear warm-up.
+        **kwargs: Stored, for scripts that pass more.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What Megatron-LM builds a model of its own from, read off a transformers model: one table per kind of model."""
+"""Megatron-LM's model arguments, derived from a transformers model by one table per architecture."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ if TYPE_CHECKING:
     import torch
 
 Lengths = tuple[int | None, int | None, int | None]
-"""Length of sequences, of the encoder's and of the decoder's; None: unknown."""
+"""Sequence lengths: of a decoder-only or encoder-only model, of the encoder, of the decoder; None: unknown."""
 
 
 class _Kind(NamedTuple):
-    """A kind of model.
+    """An architecture.
 
     Attributes:
-        name: What Megatron calls it.
-        class_word: A word in the names of transformers' classes that pretrain.
+        name: Megatron's name of it.
+        class_word: A word in the names of transformers' classes for pre-training.
         arguments: Megatron's argument -> the attribute of the transformers configuration.
         fixed: Other arguments.
     """
@@ -63,15 +63,15 @@ _KINDS = {
 
 
 def network_arguments(model: torch.nn.Module, lengths: Lengths, batch: Any = None) -> dict[str, Any]:
-    """Megatron's arguments for a model like this one.
+    """Returns Megatron's arguments for an equivalent model.
 
     Args:
         model: A transformers model.
-        lengths: What is known of the lengths of sequences.
-        batch: A batch with ``input_ids`` (and ``labels``), to tell the rest.
+        lengths: Configured sequence lengths.
+        batch: A batch with ``input_ids`` (and ``labels``) of shape (batch, sequence), for lengths that are not configured.
 
     Raises:
-        ValueError: for a model of another kind.
+        ValueError: if the architecture has no table.
     """
     config: Any = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", type(model).__name__)).lower()
@@ -80,7 +80,7 @@ def network_arguments(model: torch.nn.Module, lengths: Lengths, batch: Any = Non
         raise ValueError(f"Megatron-LM has no model like {model_type!r}: it has {', '.join(_KINDS)}.")
     found: dict[str, Any] = {theirs: getattr(config, ours, None) for theirs, ours in kind.arguments.items()}
     found |= kind.fixed
-    if kind.name == "t5":  # the configurations of T5 do not say how long a sequence may be
+    if kind.name == "t5":  # configurations of T5 have no maximum sequence length
         found["max_position_embeddings"] = found["max_position_embeddings"] or 1024
     architecture = (getattr(config, "architectures", None) or [type(model).__name__])[0].lower()
     found["model_type_name"] = kind.name

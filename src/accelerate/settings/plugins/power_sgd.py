@@ -1,11 +1,11 @@
-"""Batched PowerSGD: one low-rank approximation for all gradients of a bucket at once.
+"""Batched PowerSGD: one low-rank approximation of all gradients of a bucket.
 
-torch's own ``batched_powerSGD_hook`` hands a matrix to a helper that takes only stacks of matrices (seen in 2.13) and
-raises as soon as it starts to compress. This is the same algorithm over the same ``PowerSGDState``, so that its options
-mean what torch's documentation says. torch is imported on use.
+Replaces torch's ``batched_powerSGD_hook``, which passes a matrix to a helper that takes only stacks of matrices (seen in
+2.13) and raises on its first compression. Same algorithm and same ``PowerSGDState``, so torch's documentation of the
+options applies. torch is imported on use.
 
 Source: Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization"
-(NeurIPS 2019), algorithm 1, on the bucket laid out as one square matrix.
+(NeurIPS 2019), algorithm 1, on the bucket reshaped to one square matrix.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ if TYPE_CHECKING:
     import torch
 
 
-# torch inspects a hook's annotations and knows no postponed ones, hence none here.
+# torch compares a hook's annotations with types, which postponed annotations are not: hence none here.
 def batched_power_sgd_hook(state, bucket):  # type: ignore[no-untyped-def]
-    """Averages a bucket's gradients over the ranks of ``state.process_group`` through a rank-r approximation.
+    """Averages a bucket's gradients over ``state.process_group`` by a rank-r approximation.
+
+    The n gradients form a square matrix M of side s = ceil(sqrt(n)). One power iteration approximates it as P Qᵀ, with P
+    and Q of shape (s, r): all-reduce P = M Q, orthogonalize P, all-reduce Q = Mᵀ P. With error feedback, M - P Qᵀ is added
+    to the next bucket. Communicates ``2 * r * s`` values instead of n.
 
     Args:
-        state: A ``PowerSGDState``. Up to its ``start_powerSGD_iter`` gradients are averaged as they are.
-        bucket: The gradients, flattened, of any floating dtype; n values travel as ``2 * r * ceil(sqrt(n))``.
+        state: A ``PowerSGDState``. Before ``start_powerSGD_iter``, gradients are all-reduced uncompressed.
+        bucket: A ``GradBucket`` of flattened gradients, of any floating dtype.
 
     Returns:
-        A future of the averaged gradients, in the bucket's own buffer.
+        A future of the averaged gradients, in the bucket's buffer.
     """
     import torch.distributed as dist
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -70,7 +74,7 @@ def batched_power_sgd_hook(state, bucket):  # type: ignore[no-untyped-def]
 
 
 def _start(state: Any, index: int, side: int, like: torch.Tensor) -> torch.Tensor:
-    """The right factor to begin with: the last one found, or a random one that is the same on all ranks."""
+    """Returns the initial Q: the previous one (warm start), or a random one that is equal on all ranks."""
     import torch
 
     known: torch.Tensor | None = state.q_memory_dict.get(index) if state.warm_start else None
@@ -82,7 +86,7 @@ def _start(state: Any, index: int, side: int, like: torch.Tensor) -> torch.Tenso
 
 
 def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of the columns; half precision goes through float32, which QR needs."""
+    """Returns an orthonormal basis of the columns (QR); half precision is computed in float32."""
     import torch
 
     basis: torch.Tensor = torch.linalg.qr(matrix.float() if matrix.itemsize < 4 else matrix)[0]

@@ -1,4 +1,4 @@
-"""How weights are quantised with bitsandbytes: `BnbQuantizationConfig`, checked when it is made."""
+"""`BnbQuantizationConfig`: quantization of weights by bitsandbytes, validated on construction."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ _TYPES_OF_4_BIT = ("fp4", "nf4")
 
 @dataclass
 class BnbQuantizationConfig:
-    """How `load_and_quantize_model` quantises: in 8 bits or in 4, which layers not, and what the rest is kept in.
+    """Configures `load_and_quantize_model`: 8 or 4 bits, the layers to skip, and the dtype of the other weights.
 
     Attributes:
-        target_dtype: What a quantised weight is counted as when a device map is made: ``torch.int8`` or
-            ``CustomDtype.INT4``.
+        target_dtype: dtype of quantized weights in the sizes of a device map: ``torch.int8`` or ``CustomDtype.INT4``.
 
     Raises:
-        ValueError: unless exactly one of `load_in_8bit` and `load_in_4bit` is True, and for a value that is none.
+        ValueError: unless exactly one of `load_in_8bit` and `load_in_4bit` is True, or if a value is invalid.
 
     Example:
         ```python
@@ -32,23 +31,23 @@ class BnbQuantizationConfig:
     """
 
     load_in_8bit: bool = False
-    """Quantise linear layers to 8 bits, a scale for each row."""
+    """Whether linear layers are quantized to 8 bits, with one scale per row."""
     llm_int8_threshold: float = 6.0
-    """In 8 bits: columns of an input in which a value is larger than this are computed in 16 bits."""
+    """Outlier threshold of LLM.int8(): input columns with a larger absolute value are computed in 16 bits."""
     load_in_4bit: bool = False
-    """Quantise linear layers to 4 bits, a scale for each 64 weights."""
+    """Whether linear layers are quantized to 4 bits, with one scale per block of 64 weights."""
     bnb_4bit_quant_type: str = "fp4"
-    """Which 16 values there are: ``fp4``, or ``nf4``, whose values lie as normally distributed weights do."""
+    """The 4-bit data type: ``fp4``, or ``nf4``, whose 16 values are quantiles of a normal distribution."""
     bnb_4bit_use_double_quant: bool = False
-    """Quantise the scales too: 0.4 bits less for each weight."""
+    """Whether the scales are quantized too, which saves 0.4 bits per weight."""
     bnb_4bit_compute_dtype: Any = "fp16"
-    """In 4 bits: what layers compute in: ``fp32``, ``fp16``, ``bf16`` or a `torch.dtype`."""
+    """Compute dtype of 4-bit layers: ``fp32``, ``fp16``, ``bf16`` or a `torch.dtype`."""
     torch_dtype: Any = None
-    """What all that is not quantised is kept in, in the same words. None: float16 in 8 bits, in 4 bits the compute dtype."""
+    """dtype of all other weights, in the same notation. None: float16 with 8 bits, the compute dtype with 4 bits."""
     skip_modules: list[str] | None = None
-    """Names of modules that are not quantised. None: the output head. Weights shared with another module never are."""
+    """Names of modules to leave unquantized. None: the output head. Weights tied to another module are never quantized."""
     keep_in_fp32_modules: list[str] | None = None
-    """Names of modules that stay in float32. None: those that the model itself names, as some of transformers' do."""
+    """Names of modules to keep in float32. None: the model's own list, as some models of transformers have."""
 
     def __post_init__(self) -> None:
         import torch
@@ -68,10 +67,10 @@ class BnbQuantizationConfig:
             value = getattr(self, name)
             is_names = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
             _require(value is None or is_names, name, "a list of names of modules", value)
-        self.bnb_4bit_compute_dtype = _number_format("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
+        self.bnb_4bit_compute_dtype = _resolve_dtype("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
         if self.torch_dtype is None:
             self.torch_dtype = torch.float16 if self.load_in_8bit else self.bnb_4bit_compute_dtype
-        self.torch_dtype = _number_format("torch_dtype", self.torch_dtype)
+        self.torch_dtype = _resolve_dtype("torch_dtype", self.torch_dtype)
         self.target_dtype = torch.int8 if self.load_in_8bit else CustomDtype.INT4
 
 
@@ -80,7 +79,7 @@ def _require(holds: bool, name: str, expected: str, value: object) -> None:
         raise ValueError(f"BnbQuantizationConfig({name}={value!r}): expected {expected}.")
 
 
-def _number_format(name: str, value: object) -> torch.dtype:
+def _resolve_dtype(name: str, value: object) -> torch.dtype:
     import torch
 
     if isinstance(value, str) and value in _FORMATS:
