@@ -44,7 +44,7 @@ from .strategies import choose as choose_strategy
 from .strategies.accumulation import GlobalMean, MicroStep, StepCounter
 from .strategies.base import is_dispatched
 from .strategies.bundle import classify
-from .tracking import GeneralTracker, TrackerMethods, filter_trackers
+from .tracking import GeneralTracker, TrackingMixin, filter_trackers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,7 +74,7 @@ _HANDLERS = (
 )
 
 
-class Accelerator(ProcessControl, CheckpointMixin, TrackerMethods):
+class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
     """Lets one training loop run on one process or many, on any device.
 
     Args:

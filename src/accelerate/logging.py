@@ -1,6 +1,6 @@
-"""Logging where several processes run one script: the main process speaks, or all of them, or all in order.
+"""Logging from several processes: on the main process only, on all processes, or on all in the order of their ranks.
 
-`get_logger` wraps a standard logger; handlers and formats stay the standard library's business.
+`get_logger` wraps a standard logger; handlers and formats are those of the standard library.
 """
 
 from __future__ import annotations
@@ -13,50 +13,50 @@ from typing import TYPE_CHECKING, Any
 from .settings import env
 from .state import PartialState
 
-if TYPE_CHECKING:  # only type checkers know it as generic before Python 3.11
+if TYPE_CHECKING:  # not generic at run time before Python 3.11
     _LoggerAdapter = logging.LoggerAdapter[logging.Logger]
 else:
     _LoggerAdapter = logging.LoggerAdapter
 
-# Our own frames between the caller and the standard logger. Up to Python 3.10 the standard library counts its own too.
+# Frames between the caller and the standard logger. Up to Python 3.10 those of the standard library count too.
 _FRAMES = 2 if sys.version_info >= (3, 11) else 4
 
 _LEVELS = "CRITICAL, ERROR, WARNING, INFO, DEBUG"
 
-# What `warning_once` has said in this process: (logger, message, arguments).
-_SAID: set[tuple[str, str, str]] = set()
+# (logger, message, arguments) of each `warning_once` in this process
+_EMITTED: set[tuple[str, str, str]] = set()
 
 
 class MultiProcessAdapter(_LoggerAdapter):
-    """A logger that knows the processes of the run. Made by `get_logger`.
+    """A logger for several processes, created by `get_logger`.
 
     Each call (``info``, ``warning`` …) takes two more keyword arguments:
 
     - ``main_process_only`` (default True): only the main process logs.
     - ``in_order`` (default False), with ``main_process_only=False``: the processes log one after the other, by rank.
-      Every process must make the call, since they wait for each other.
+      Every process must make the call, which blocks until all have logged.
 
-    With several processes, ``[RANK i]`` stands before each message.
+    With several processes, each message is prefixed with ``[RANK i]``.
     """
 
     def __init__(self, logger: logging.Logger, extra: Any = None) -> None:
         super().__init__(logger, extra)
 
     def log(self, level: int, msg: object, *args: Any, **kwargs: Any) -> None:
-        """Logs `msg` on the processes that are to say it.
+        """Logs `msg` on the selected processes.
 
         Raises:
-            RuntimeError: when the process does not know its rank yet.
+            RuntimeError: If neither `PartialState` nor `Accelerator` has been created.
         """
         if not PartialState._shared_state:
             raise RuntimeError(
-                "accelerate's logger asks which process this is, and that is not known yet: create PartialState() or "
-                "Accelerator() before the first message."
+                "accelerate's logger needs the rank of this process: create PartialState() or Accelerator() before the "
+                "first message."
             )
         state = PartialState()
         main_process_only = kwargs.pop("main_process_only", True)
         in_order = kwargs.pop("in_order", False)
-        # Counted from the caller, as the standard library does: 1 is the line that logs.
+        # Counted from the caller, as in the standard library: 1 is the line that logs.
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + _FRAMES
         if main_process_only or not in_order:
             if state.is_main_process or not main_process_only:
@@ -65,7 +65,7 @@ class MultiProcessAdapter(_LoggerAdapter):
         for rank in range(state.num_processes):
             if rank == state.process_index:
                 self._emit(level, msg, args, kwargs)
-            # Not left out where the level is off: it may be on elsewhere, and there they wait for this process.
+            # Even if the level is disabled here: it may be enabled on other ranks, which block in this barrier.
             state.wait_for_everyone()
 
     def _emit(self, level: int, msg: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class MultiProcessAdapter(_LoggerAdapter):
             self.logger.log(level, text, *args, **options)
 
     def process(self, msg: object, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        """Puts the rank before the message where there are several, and joins the call's ``extra`` to the adapter's."""
+        """Prefixes the message with the rank if there are several, and merges ``extra`` of the call and the adapter."""
         extra = {**(self.extra or {}), **(kwargs.get("extra") or {})}
         if extra:
             kwargs["extra"] = extra
@@ -82,29 +82,29 @@ class MultiProcessAdapter(_LoggerAdapter):
         return (f"[RANK {state.process_index}] {msg}" if state.num_processes > 1 else msg), kwargs
 
     def warning_once(self, msg: object, *args: Any, **kwargs: Any) -> None:
-        """``warning``, but the same message with the same arguments only once in this process."""
-        said = (self.logger.name, str(msg), repr(args))
-        if said in _SAID:
+        """Logs a warning, but the same message with the same arguments only once in this process."""
+        key = (self.logger.name, str(msg), repr(args))
+        if key in _EMITTED:
             return
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
         self.warning(msg, *args, **kwargs)
-        _SAID.add(said)
+        _EMITTED.add(key)
 
 
 def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
-    """The logger of that name, aware of the processes of the run.
+    """Returns the logger of that name, for several processes.
 
     Args:
         name: As for `logging.getLogger`, usually ``__name__``.
-        log_level: ``"DEBUG"``, ``"INFO"`` … in any case. None takes the variable ``ACCELERATE_LOG_LEVEL``; without that
-            the logger's level stays as it is.
+        log_level: ``"DEBUG"``, ``"INFO"`` …, case-insensitive. None reads the variable ``ACCELERATE_LOG_LEVEL``; if it is
+            not set, the logger's level is unchanged.
 
     Returns:
-        An adapter around the standard logger. It can be made at any time; the first message needs `PartialState` or
+        An adapter around the standard logger. It can be created at any time; logging a message needs `PartialState` or
         `Accelerator` to exist.
 
     Raises:
-        ValueError: for an unknown level.
+        ValueError: If the level is unknown.
 
     Example:
         ```python
@@ -126,16 +126,16 @@ def _set_level(logger: logging.Logger, level: str, source: str) -> None:
     try:
         logger.setLevel(level.upper() if isinstance(level, str) else level)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}={level!r} is no level of logging: choose from {_LEVELS}.") from error
-    if not any(isinstance(handler, _Fallback) for handler in logger.handlers):
-        logger.addHandler(_Fallback())
+        raise ValueError(f"{source}={level!r} is not a logging level: choose from {_LEVELS}.") from error
+    if not any(isinstance(handler, _FallbackHandler) for handler in logger.handlers):
+        logger.addHandler(_FallbackHandler())
 
 
-class _Fallback(logging.Handler):
-    """Writes to stderr as long as nobody has set up logging, so that a level that was asked for is seen.
+class _FallbackHandler(logging.Handler):
+    """Writes to stderr until logging is configured, so that messages of the requested level are visible.
 
-    The standard library's own fallback shows warnings and above only. As soon as a logger on the way up has a handler
-    (`logging.basicConfig`), this one is silent.
+    The standard library's own fallback shows warnings and above only. As soon as a parent logger has a handler
+    (`logging.basicConfig`), this one emits nothing.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -146,7 +146,7 @@ class _Fallback(logging.Handler):
 def _has_other_handlers(name: str) -> bool:
     logger: logging.Logger | None = logging.getLogger(name)
     while logger is not None:
-        if any(not isinstance(handler, _Fallback) for handler in logger.handlers):
+        if any(not isinstance(handler, _FallbackHandler) for handler in logger.handlers):
             return True
         logger = logger.parent if logger.propagate else None
     return False

@@ -1,7 +1,7 @@
-"""The public views of a run: `PartialState` (who am I), `AcceleratorState` (and with which settings), `GradientState`.
+"""State of a run: `PartialState` (process and device), `AcceleratorState` (settings) and `GradientState` (the loop).
 
-Every instance of a class shares one dictionary, so that code anywhere can write ``PartialState()`` and see the same
-run. They hold no logic of their own: joining is `runtime.world`, blocks for one process are `runtime.process_control`.
+All instances of a class share one dictionary, so that ``PartialState()`` returns the same state everywhere. `runtime.world`
+joins the process group, `runtime.process_control` runs blocks on some processes only.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def is_initialized() -> bool:
-    """Whether an `AcceleratorState` exists in this process."""
+    """Returns whether an `AcceleratorState` exists in this process."""
     return bool(AcceleratorState._shared_state)
 
 
-class _Shared:
-    """Instances share one dictionary per class."""
+class _SharedState:
+    """Base class whose instances share one dictionary per class."""
 
     _shared_state: ClassVar[dict[str, Any]]
 
@@ -42,7 +42,7 @@ class _Shared:
         self.__dict__ = self._shared_state
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return type(self), ()  # a copy, here or in another process, is a view of the state there
+        return type(self), ()  # a copy, here or in another process, shows the state of that process
 
     @property
     def initialized(self) -> bool:
@@ -50,14 +50,14 @@ class _Shared:
         return bool(self._shared_state)
 
     def __getattr__(self, name: str) -> Any:
-        # Only reached where nothing of that name exists.
+        # Called only if there is no attribute of that name.
         if name.startswith("__") or name in self._shared_state:
             raise AttributeError(name)
         emptied = "" if self._shared_state else ", because its state was reset: create a new one"
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{emptied}.")
 
 
-def _described(state: Any) -> str:
+def _format_state(state: Any) -> str:
     backend = f"  Backend: {state.backend}" if state.backend else ""
     return (
         f"Distributed environment: {state.distributed_type}{backend}\n"
@@ -68,8 +68,8 @@ def _described(state: Any) -> str:
     )
 
 
-class PartialState(_Shared, ProcessControl):
-    """Who this process is, among how many, on which device. Needs no `Accelerator`.
+class PartialState(_SharedState, ProcessControl):
+    """Rank, world size and device of this process. Needs no `Accelerator`.
 
     Attributes:
         process_index: Rank over all machines.
@@ -77,17 +77,17 @@ class PartialState(_Shared, ProcessControl):
         local_process_index: Rank on this machine.
         device: The device of this process.
         distributed_type: How the run is distributed.
-        backend: Communication library, or None for a process on its own.
+        backend: Communication backend; None for a single process.
         debug: Whether shapes are compared over the ranks before each collective.
         fork_launched: Whether `notebook_launcher` started this process.
 
     Args:
-        cpu: Use the CPU even where an accelerator is at hand.
+        cpu: Use the CPU even if an accelerator is available.
         **kwargs: For joining the process group: ``backend``, ``timeout``, ``init_method``.
 
     Raises:
-        ValueError: when the launcher's variables contradict each other.
-        RuntimeError: when peers do not answer within the timeout.
+        ValueError: If the launcher's variables contradict each other.
+        RuntimeError: If peers do not respond within the timeout.
     """
 
     _shared_state: ClassVar[dict[str, Any]] = {}
@@ -118,7 +118,7 @@ class PartialState(_Shared, ProcessControl):
         kwargs.pop("_from_accelerator", None)
         if self.initialized:
             if kwargs:
-                logger.warning("this process has joined its run already: %s came too late and is ignored.", kwargs)
+                logger.warning("this process has already joined its process group: %s is ignored.", kwargs)
             return
         here = world.current() if world.is_joined() and not kwargs and not cpu else world.join(cpu=cpu, **kwargs)
         self._cpu = cpu or env.flag("ACCELERATE_USE_CPU")
@@ -132,10 +132,10 @@ class PartialState(_Shared, ProcessControl):
         self.fork_launched = here.fork_launched
 
     def __repr__(self) -> str:
-        return _described(self)
+        return _format_state(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if world.is_joined():  # which holds these two as well: collectives read them there
+        if world.is_joined():  # collectives read these two from `World`
             if name == "debug":
                 world.set_debug(value)
             elif name == "device" and value != world.current().device:
@@ -144,15 +144,15 @@ class PartialState(_Shared, ProcessControl):
 
     @staticmethod
     def _reset_state() -> None:
-        """Forgets who this process is; a process group stays up and is taken up again by the next instance."""
+        """Clears the state; the process group stays initialized, and the next instance reuses it."""
         PartialState._shared_state.clear()
         world.forget()
 
-    # Who am I ------------------------------------------------------------------------------------------------------
+    # Rank and device -------------------------------------------------------------------------------------------------
 
     @property
     def use_distributed(self) -> bool:
-        """Whether there are peers to talk to."""
+        """Whether there are other processes in the run."""
         return self.distributed_type != DistributedType.NO and self.num_processes > 1
 
     @property
@@ -172,41 +172,41 @@ class PartialState(_Shared, ProcessControl):
 
     @property
     def default_device(self) -> torch.device:
-        """The device a process of this kind uses when nobody chose one."""
+        """The device that this process uses by default."""
         return world.single_process_device(devices.DEVICES["cpu"] if self._cpu else devices.default_kind())
 
     def set_device(self) -> None:
-        """Takes this process's device anew, as on joining the run, and makes it torch's current one."""
+        """Selects this process's device, as on joining the run, and makes it torch's current device."""
         device = world.current().device if self.use_distributed else self.default_device
         self.device = world.set_device(device).device
 
-    # Together ------------------------------------------------------------------------------------------------------
+    # Synchronization -------------------------------------------------------------------------------------------------
 
     def wait_for_everyone(self) -> None:
-        """Returns once every process has called it."""
+        """Blocks until every process has called it."""
         world.current().collectives.barrier()
 
     def _check_joined(self) -> None:
         if not self.initialized:
-            raise ValueError("the process is in no run yet: create PartialState() or Accelerator() before decorating.")
+            raise ValueError("the state is not initialized: create PartialState() or Accelerator() before decorating.")
 
     def destroy_process_group(self, group: Any = None) -> None:
-        """Leaves the process group (the default one, or `group`); a process that `notebook_launcher` forked does too."""
+        """Destroys the process group (the default one, or `group`), also in a process that `notebook_launcher` forked."""
         world.leave(group)
 
 
-class AcceleratorState(_Shared, ProcessControl):
-    """`PartialState` and the settings that go with a run: precision, plugins, parallelism.
+class AcceleratorState(_SharedState, ProcessControl):
+    """`PartialState` and the settings of a run: precision, plugins, parallelism.
 
-    What it does not have itself it answers from `PartialState`.
+    Other attributes are those of `PartialState`.
 
     Args:
         mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``; None reads ``ACCELERATE_MIXED_PRECISION``, then
             ``MIXED_PRECISION``.
-        cpu: Use the CPU even where an accelerator is at hand.
+        cpu: Use the CPU even if an accelerator is available.
 
     Raises:
-        ValueError: for an unknown precision, or for settings other than those the run already has.
+        ValueError: If the precision is unknown, or settings differ from those the run already has.
     """
 
     _shared_state: ClassVar[dict[str, Any]] = {}
@@ -246,7 +246,7 @@ class AcceleratorState(_Shared, ProcessControl):
         if wanted is None:
             plain = (
                 env.get("MIXED_PRECISION") or "no"
-            ).lower()  # documented for torchrun; others may use the name as well
+            ).lower()  # for torchrun; other software may set it to other values
             default = plain if plain in PrecisionType.list() else "no"
             wanted = env.choice("ACCELERATE_MIXED_PRECISION", PrecisionType.list(), default)
         wanted = plugins.set_mixed_precision(wanted)
@@ -254,7 +254,7 @@ class AcceleratorState(_Shared, ProcessControl):
             kwargs["cpu_tensors"] = True
         partial = PartialState(cpu, **kwargs)
         if cpu and partial.device.type != "cpu":
-            raise ValueError(_ALREADY.format(setting="cpu=True"))
+            raise ValueError(_ALREADY_SET.format(setting="cpu=True"))
         mesh = sizes.get_device_mesh(partial.device.type) if sizes is not None else None
         self._mixed_precision = wanted
         self.dynamo_plugin = dynamo_plugin
@@ -264,7 +264,7 @@ class AcceleratorState(_Shared, ProcessControl):
         self.device_mesh = mesh
         if plugins.distributed_type is DistributedType.FSDP and partial.backend is None:
             logger.warning(
-                "fully sharded training was asked for, and this process is alone: it trains unsharded. Start several with "
+                "FSDP is configured, but there is a single process, which trains unsharded. Start several with "
                 "`accelerate launch --use_fsdp --num_processes N`."
             )
         elif plugins.distributed_type is not None:
@@ -278,9 +278,9 @@ class AcceleratorState(_Shared, ProcessControl):
         self, cpu: bool, mixed_precision: str | None, plugins: Plugins, parallelism_config: ParallelismConfig | None
     ) -> None:
         if cpu and self.device.type != "cpu":
-            raise ValueError(_ALREADY.format(setting="cpu=True"))
+            raise ValueError(_ALREADY_SET.format(setting="cpu=True"))
         if mixed_precision is not None and mixed_precision != self._mixed_precision:
-            raise ValueError(_ALREADY.format(setting=f"mixed_precision={mixed_precision!r}"))
+            raise ValueError(_ALREADY_SET.format(setting=f"mixed_precision={mixed_precision!r}"))
         here = self.__dict__
         given = {
             "fsdp_plugin": (plugins.fsdp, here.get("fsdp_plugin")),
@@ -290,40 +290,41 @@ class AcceleratorState(_Shared, ProcessControl):
         }
         for name, (new, there) in given.items():
             if new is not None and new != there:
-                raise ValueError(_ALREADY.format(setting=f"this {name}"))
+                raise ValueError(_ALREADY_SET.format(setting=f"this {name}"))
 
     def __repr__(self) -> str:
-        text = _described(self) + f"\nMixed precision type: {self.mixed_precision}\n"
+        text = _format_state(self) + f"\nMixed precision type: {self.mixed_precision}\n"
         return text if (plugin := self.deepspeed_plugin) is None else text + f"ds_config: {plugin.deepspeed_config}\n"
 
     def __getattr__(self, name: str) -> Any:
-        # distributed_type, device …: PartialState's, unless a strategy has refined them here; likewise its methods.
-        if not name.startswith("__") and self._shared_state and _is_of_partial_state(name):
+        # distributed_type, device …: those of PartialState, unless a strategy has set them here; likewise its methods.
+        elsewhere = name in PartialState._known_attributes or hasattr(PartialState, name)
+        if elsewhere and not name.startswith("__") and self._shared_state:
             return getattr(PartialState(), name)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in PartialState._known_attributes and name != "distributed_type":  # a strategy refines that one here
+        if name in PartialState._known_attributes and name != "distributed_type":  # a strategy sets that one here
             setattr(PartialState(), name, value)
         else:
             super().__setattr__(name, value)
 
     @staticmethod
     def _reset_state(reset_partial_state: bool = False) -> None:
-        """Forgets the settings, and with `reset_partial_state` who this process is."""
+        """Clears the settings, and with `reset_partial_state` the `PartialState`."""
         AcceleratorState._shared_state.clear()
         if reset_partial_state:
             PartialState._reset_state()
 
     @property
     def mixed_precision(self) -> str:
-        """The number format: ``no``, ``fp16``, ``bf16`` or ``fp8``."""
+        """The mixed-precision dtype: ``no``, ``fp16``, ``bf16`` or ``fp8``."""
         precision: str = self._mixed_precision
         return precision
 
     @property
     def is_fsdp2(self) -> bool:
-        """Whether the run uses FSDP in its second version."""
+        """Whether the run uses FSDP version 2."""
         return self.distributed_type is DistributedType.FSDP and self.fsdp_plugin.fsdp_version == 2
 
     @property
@@ -333,21 +334,21 @@ class AcceleratorState(_Shared, ProcessControl):
         return next((plugin for plugin in plugins.values() if plugin.selected), None)
 
     def select_deepspeed_plugin(self, name: str | None = None) -> None:
-        """Makes the named DeepSpeed plugin the one in use.
+        """Selects the DeepSpeed plugin of that name.
 
         Raises:
-            ValueError: when the run has none of that name.
+            ValueError: If there is none.
         """
-        chosen = self.get_deepspeed_plugin(name)
+        selected = self.get_deepspeed_plugin(name)
         for plugin in (self.deepspeed_plugins or {}).values():
             plugin._unselect()
-        chosen.select(_from_accelerator_state=True)
+        selected.select(_from_accelerator_state=True)
 
     def get_deepspeed_plugin(self, name: str | None) -> DeepSpeedPlugin:
-        """The named DeepSpeed plugin.
+        """Returns the DeepSpeed plugin of that name.
 
         Raises:
-            ValueError: when the run has none of that name.
+            ValueError: If there is none.
         """
         plugins: dict[str, DeepSpeedPlugin] = self.__dict__.get("deepspeed_plugins") or {}
         if name not in plugins:
@@ -366,7 +367,7 @@ class AcceleratorState(_Shared, ProcessControl):
 
     @property
     def use_distributed(self) -> bool:
-        """Whether there are peers to talk to."""
+        """Whether there are other processes in the run."""
         return PartialState().use_distributed
 
     @property
@@ -389,26 +390,22 @@ class AcceleratorState(_Shared, ProcessControl):
         PartialState().wait_for_everyone()
 
 
-def _is_of_partial_state(name: str) -> bool:
-    return name in PartialState._known_attributes or hasattr(PartialState, name)
-
-
-_ALREADY = (
-    "the run already has other settings than {setting}, and they cannot change while it lives. Pass them to the first "
-    "Accelerator (or PartialState) that is created; in a notebook, restart the kernel."
+_ALREADY_SET = (
+    "the run already has other settings than {setting}, and they cannot be changed. Pass them to the first Accelerator "
+    "(or PartialState) that is created; in a notebook, restart the kernel."
 )
 
 
-class GradientState(_Shared):
-    """Where a training loop stands: whether this step synchronises gradients, and in which data loader it is.
+class GradientState(_SharedState):
+    """State of a training loop: gradient accumulation, and the active data loader.
 
     Attributes:
-        sync_gradients: Whether gradients are synchronised, and so the optimizer steps, at this micro-step.
-        plugin_kwargs: The settings of the `GradientAccumulationPlugin` that differ from its defaults.
-        divided: Whether gradients have been divided by the items of a global batch since the last step.
+        sync_gradients: Whether gradients are synchronized at this micro-step, so that the optimizer steps.
+        plugin_kwargs: Settings of the `GradientAccumulationPlugin` that differ from its defaults.
+        divided: Whether gradients have been divided by the number of items in a global batch since the last step.
 
     Args:
-        gradient_accumulation_plugin: New settings; None keeps those there are.
+        gradient_accumulation_plugin: New settings; None keeps the current ones.
     """
 
     _shared_state: ClassVar[dict[str, Any]] = {}
@@ -438,29 +435,29 @@ class GradientState(_Shared):
 
     @staticmethod
     def _reset_state() -> None:
-        """Forgets the loop; the next instance starts afresh."""
+        """Clears the state; the next instance starts with defaults."""
         GradientState._shared_state.clear()
 
     # Settings --------------------------------------------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int:
-        """Micro-steps a gradient is accumulated over."""
+        """Number of micro-steps over which gradients are accumulated."""
         return self.plugin_kwargs.get("num_steps") or 1
 
     @property
     def adjust_scheduler(self) -> bool:
-        """Whether schedulers count only the steps of their optimizer."""
+        """Whether schedulers step only when their optimizer does."""
         return bool(self.plugin_kwargs.get("adjust_scheduler", True))
 
     @property
     def sync_with_dataloader(self) -> bool:
-        """Whether the last batch of a loader always synchronises."""
+        """Whether gradients are always synchronized at the last batch of a loader."""
         return bool(self.plugin_kwargs.get("sync_with_dataloader", True))
 
     @property
     def sync_each_batch(self) -> bool:
-        """Whether gradients are communicated at every micro-step, to save memory."""
+        """Whether gradients are reduced at every micro-step, to save memory."""
         return bool(self.plugin_kwargs.get("sync_each_batch", False))
 
     def _set_sync_gradients(self, sync_gradients: bool) -> None:
@@ -480,7 +477,7 @@ class GradientState(_Shared):
 
     @property
     def dataloader_references(self) -> list[Any]:
-        """The loaders being iterated over, outermost first; the list begins with None: no loader."""
+        """The loaders being iterated over, outermost first, after an initial None."""
         return [None if reference is None else reference() for reference in self._references]
 
     @dataloader_references.setter
@@ -500,13 +497,13 @@ class GradientState(_Shared):
 
     @property
     def end_of_dataloader(self) -> bool:
-        """Whether the active loader's last batch is the current one."""
+        """Whether the current batch of the active loader is its last one."""
         loader = self.active_dataloader
         return False if loader is None else loader.end_of_dataloader
 
     @property
     def remainder(self) -> int:
-        """How many samples of the last batch (over all ranks) are real and not padding; -1 where that is unknown."""
+        """Number of samples of the last batch, over all ranks, that are not padding; -1 if unknown."""
         loader = self.active_dataloader
         return -1 if loader is None else loader.remainder
 
@@ -514,8 +511,7 @@ class GradientState(_Shared):
         self._references.append(weakref.ref(dataloader))
 
     def _remove_dataloader(self, dataloader: Any) -> None:
-        # From the inside out: a loader that is iterated over twice at once leaves its inner iteration first. Dead
-        # references go too.
+        # Innermost first, for a loader with two nested iterations. Dead references are removed too.
         for position in range(len(self._references) - 1, 0, -1):
             reference = self._references[position]
             if reference is not None and reference() is dataloader:

@@ -151,7 +151,7 @@ def test_a_failure_on_rank_0_is_one_of_all_ranks(run_ranks: Any) -> None:
     by_rank = run_ranks(2, _failures)
     expected = [
         ([[0], [2]], "OSError", "sample 5 is on a bad sector"),
-        ([], "TypeError", "the loader gave None as a batch"),
+        ([], "TypeError", "the loader returned None as a batch"),
         ([], "CannotDispatchError", "Odd"),
         ([], "BatchSlicingError", "different numbers of rows"),
     ]

@@ -93,7 +93,7 @@ def test_the_level(state: PartialState, caplog: pytest.LogCaptureFixture, monkey
     assert get_logger(NAME).logger.level == logging.ERROR
     assert get_logger(NAME, "DEBUG").logger.level == logging.DEBUG
     monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "loud")
-    with pytest.raises(ValueError, match="ACCELERATE_LOG_LEVEL='loud' is no level of logging: choose from CRITICAL"):
+    with pytest.raises(ValueError, match="ACCELERATE_LOG_LEVEL='loud' is not a logging level: choose from CRITICAL"):
         get_logger(NAME)
     monkeypatch.delenv("ACCELERATE_LOG_LEVEL")
     assert get_logger(NAME).logger.level == logging.DEBUG  # stays as it is

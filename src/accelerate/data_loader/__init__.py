@@ -1,7 +1,7 @@
-"""Data loaders that give each rank its part of the data, on its device, and know their last batch.
+"""Data loaders that yield each rank's shard of the data on its device, and identify their last batch.
 
-`plan_data` decides (a value), `DataPlan.build` makes the loader; `prepare_data_loader` does both. What the loop over a
-prepared loader tells whoever gathers results is set down in `DataLoaderStateMixin`.
+`plan_data` decides how a loader is sharded, `build_loader` builds the loader; `prepare_data_loader` does both.
+`DataLoaderStateMixin` documents the state of a loop, from which `gather_for_metrics` drops repeated samples.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = [
     "DataLoaderShard",
     "DataLoaderStateMixin",
     "DataPlan",
+    "DatasetKind",
     "IterableDatasetShard",
     "ReadMode",
     "ReadingRankError",
-    "StepSizes",
     "SeedableRandomSampler",
     "Shuffle",
     "SkipBatchSampler",
     "SkipDataLoader",
-    "DatasetKind",
+    "StepSizes",
     "build_loader",
     "data_ranks_of_mesh",
     "gather_for_metrics",
@@ -68,6 +68,7 @@ __getattr__ = lazy_exports(
         "DataLoaderShard": "shard",
         "DataLoaderStateMixin": "base",
         "DataPlan": "plan",
+        "DatasetKind": "plan",
         "gather_for_metrics": "gathering",
         "gather_items": "gathering",
         "gather_rows": "gathering",
@@ -78,14 +79,13 @@ __getattr__ = lazy_exports(
         "override_even_batches": "prepare",
         "plan_data": "plan",
         "prepare_data_loader": "prepare",
-        "ReadMode": "plan",
         "ReadingRankError": "batches.batch_broadcast",
-        "StepSizes": "batches.batch_sharding",
+        "ReadMode": "plan",
         "SeedableRandomSampler": "sampling.samplers",
         "Shuffle": "plan",
         "skip_first_batches": "skip",
         "SkipBatchSampler": "sampling.samplers",
         "SkipDataLoader": "shard",
-        "DatasetKind": "plan",
+        "StepSizes": "batches.batch_sharding",
     },
 )

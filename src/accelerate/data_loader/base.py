@@ -1,7 +1,7 @@
-"""What every prepared loader does: it is torch's `DataLoader`, knows its last batch when it hands it out, and tells
-`GradientState` while it is being iterated over.
+"""`DataLoaderAdapter`, the base of prepared loaders: a torch `DataLoader` that tracks the state of its loop.
 
-The contract with whoever gathers results is in `DataLoaderStateMixin`.
+Each loader identifies its last batch when it yields it, and registers with `GradientState` while it is iterated over.
+`DataLoaderStateMixin` documents the state that `gather_for_metrics` reads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -21,6 +21,7 @@ from ..state import GradientState
 from .batches.batch_sharding import StepSizes
 from .batches.batch_slicing import BatchSlicer
 from .iterable import CountedBatch, IterableDatasetShard, StreamShard, StripMarkers, marks_padding
+from .plan import DataPlan
 from .sampling import workers
 from .sampling.order import EpochOrder, GeneratorOrder, IterationProgress, LookaheadSampler, SeededOrder
 from .sampling.samplers import (
@@ -35,48 +36,45 @@ from .sampling.samplers import (
 )
 from .sampling.seeding import SampleSeeds, with_sample_seeds
 
-if TYPE_CHECKING:
-    from .plan import DataPlan
-
 _END = object()
-_STATEFUL = "accelerate.data_loader.stateful"  # needs torchdata: imported on use
+_STATEFUL = "accelerate.data_loader.stateful"  # imported on use: it needs torchdata
 
 
 class DataLoaderStateMixin:
-    """Where a loader's loop stands. This is the contract between loaders and ``gather_for_metrics``.
+    """State of a loader's loop, from which ``gather_for_metrics`` drops repeated samples.
 
-    The values below hold from the moment a batch is handed out until the next one is asked for; `GradientState` shows
-    those of the innermost loader that is being iterated over.
+    The attributes below describe the current batch until the next one is requested. `GradientState` shows those of the
+    innermost loader that is being iterated over.
 
     Attributes:
-        end_of_dataloader: Whether this rank's current batch is its last one. False while no batch has been handed out;
-            stays True after the loop. With uneven batches the ranks reach their end at different steps.
-        remainder: Documented, for one's own use: the number of samples that the last round of all ranks holds beyond
-            full ones. Map-style datasets: the number of samples the sampler draws modulo `total_batch_size`, at every
-            batch (so 0 means that nothing is padded); -1 with ``drop_last`` and where the number is unknown. Iterable
-            datasets: -1 until the last batch, then the samples in it over all ranks (-1 where the last batch is full
-                and
-            the loader sharded; the dispatcher knows it then too). **Not** enough to trim by: see `step_sizes`.
-        round: What the current step of all ranks holds, if that is not "as many rows on each rank, all of them data";
-            else None. The one thing to gather by: ranks ``0 … step_sizes.active_ranks - 1`` have a
-            batch at this step, the others
-            have left their loops and must not be waited for; concatenated in rank order, the first ``step_sizes.rows`` rows
-            are data. `gather_rows` and `gather_items` in `accelerate.data_loader.gathering` do just that.
-        short_rows: The number of rows in this rank's current batch, if they are fewer than `full_rows`; else None. A
-            value repeated to a full batch (``loss.repeat(batch_size)``) counts as often as the batch has rows.
+        end_of_dataloader: Whether the current batch is the last one of this rank. False before the first batch; stays
+            True after the loop. With uneven batches, ranks reach their last batch at different steps.
+        remainder: The number of samples in the last global batch beyond full ones. Documented for users; **not**
+            sufficient to drop repeated samples, for which there is `step_sizes`.
 
-    When `step_sizes` is set, by mode:
+            - Map-style datasets: samples per epoch modulo `total_batch_size`, at every batch (0: no padding); -1 with
+              ``drop_last`` or if the number of samples is unknown.
+            - Iterable datasets: -1 until the last batch, then the number of samples in the last batches of all ranks.
+              For a full last batch a sharded loader keeps -1; a dispatcher gives the number.
+        step_sizes: The `StepSizes` of the current step of all ranks; None if every rank has the same number of rows and
+            none is padding. Ranks ``0 … step_sizes.active_ranks - 1`` have a batch at this step; the others have left
+            their loops and take part in no collective. Concatenated in rank order, the first ``step_sizes.rows`` rows
+            are data. `gather_rows` and `gather_items` of `accelerate.data_loader.gathering` implement this.
+        short_rows: The number of rows in this rank's current batch if it is smaller than `full_rows`, else None. A
+            value repeated to a full batch (``loss.repeat(batch_size)``) is trimmed to as many.
 
-    - One rank, and ``drop_last`` (full rounds only): never.
-    - Sharded, `even_batches`: at the last step, if samples were repeated to fill it. All ranks take as many steps.
-    - Sharded, not even: at the last step of the ranks that have it, with differing sizes, 0 for those that stopped before.
-    - Sharded, a batch sampler of varying sizes, which are dealt whole: at each step whose sizes differ; with
-      `even_batches` the last step is completed with whole batches from the start.
-    - Sharded, ``batch_size=None``, where each item is a batch: at an incomplete last step, counting batches (`whole`).
-    - Sharded iterable datasets: as above, but once for each worker, whose streams end one by one.
-    - Sharded iterable datasets whose shards each rank reads by itself: at each step with repeated rows, with
-      `StepSizes.valid_rows`.
-    - Dispatched: at the last step, if rows were repeated, and wherever sizes differ. All ranks take as many steps.
+    `step_sizes` is set:
+
+    - One rank, and with ``drop_last`` (full steps only): never.
+    - Sharded, `even_batches`: at the last step if it is padded. All ranks take the same number of steps.
+    - Sharded, without `even_batches`: at the last step if sizes differ; the size is 0 for ranks that have ended.
+    - Sharded, custom batch sampler with batches of varying size, which are never split: at each step whose sizes differ.
+      With `even_batches` the last step is completed with whole batches from the start.
+    - Sharded, ``batch_size=None``, where each item is a batch: at an incomplete last step; it counts batches
+      (`StepSizes.counts_batches`).
+    - Sharded iterable dataset: as above, once per worker, because the workers' streams end one by one.
+    - Iterable dataset of which each rank reads its own shards: at each padded step, with `StepSizes.valid_rows`.
+    - Dispatched: at the last step if it is padded, and wherever sizes differ. All ranks take the same number of steps.
     """
 
     end_of_dataloader: bool = False
@@ -86,29 +84,29 @@ class DataLoaderStateMixin:
 
     @property
     def full_rows(self) -> int | None:
-        """Rows in a full batch of this rank; None where batches have no fixed size."""
+        """Rows in a full batch of this rank; None if batches have no fixed size."""
         return None
 
     @property
     def gradient_state(self) -> GradientState:
-        """The state that loaders tell where they stand."""
+        """The state in which the loader registers while it is iterated over."""
         return GradientState()
 
     def reset(self) -> None:
-        """Forgets where the last loop stood."""
+        """Resets the state to that before the first batch."""
         self.end_of_dataloader = False
         self.remainder = -1
         self.step_sizes = None
         self.short_rows = None
 
     def begin(self) -> None:
-        """A loop over this loader begins: it becomes the active one."""
+        """Registers this loader as the active one, at the start of a loop over it."""
         self.reset()
         self.remainder = self._expected_remainder()
         self.gradient_state._add_dataloader(self)
 
     def end(self) -> None:
-        """A loop over this loader ends: the one around it becomes active again."""
+        """Unregisters this loader, at the end of a loop; the loader of the enclosing loop becomes active again."""
         self.gradient_state._remove_dataloader(self)
 
     def _expected_remainder(self) -> int:
@@ -116,30 +114,30 @@ class DataLoaderStateMixin:
 
 
 class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
-    """torch's `DataLoader` (or torchdata's `StatefulDataLoader`) with the state of its loop.
+    """A torch `DataLoader` (or torchdata `StatefulDataLoader`) that tracks the state of its loop.
 
     Args:
         dataset: The dataset.
-        use_stateful_dataloader: Be a `torchdata.stateful_dataloader.StatefulDataLoader` too.
+        use_stateful_dataloader: Derive from `torchdata.stateful_dataloader.StatefulDataLoader` as well.
         batch_sampler: As for `torch.utils.data.DataLoader`.
         **kwargs: As for `torch.utils.data.DataLoader`.
 
     Raises:
-        ImportError: with `use_stateful_dataloader` where torchdata is not installed.
+        ImportError: With `use_stateful_dataloader`, if torchdata is not installed.
     """
 
     _plan: DataPlan | None = None
-    """How the loader was planned; None for one made by its constructor."""
+    """The plan the loader was built from; None if it was constructed directly."""
     _origin: DataLoader[Any] | None = None
-    """The loader this one is a later start of."""
+    """The full loader, if this one is a copy that skips its first batches."""
     _stateful: bool = False
     _reseeds: bool = False
-    """Whether `synchronized_generator` is the loader's own, to be seeded at the start of each epoch."""
+    """Whether `synchronized_generator` belongs to the loader, which then seeds it at the start of each epoch."""
     synchronized_generator: torch.Generator | None = None
     _recorded_position: Any = None
-    """The position to save, where it is not that of the underlying loader."""
+    """The position to save, if it differs from that of the underlying loader."""
     _sample_seeds: SampleSeeds | None = None
-    """Where samples are read with random states of their own."""
+    """Seeds for reading samples, if each sample has random states of its own."""
 
     def __new__(cls, *args: Any, use_stateful_dataloader: bool = False, **kwargs: Any) -> DataLoaderAdapter:
         return super().__new__(stateful_class(cls) if use_stateful_dataloader else cls)
@@ -155,21 +153,23 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         **kwargs: Any,
     ) -> None:
         if use_stateful_dataloader and not self._stateful:
-            raise TypeError("pass use_stateful_dataloader by its name: it decides on the class of the loader.")
+            raise TypeError(
+                "pass use_stateful_dataloader as a keyword argument: the class of the loader depends on it."
+            )
         self.use_stateful_dataloader = self._stateful
         self.skip_batches = skip_batches
         self.iteration = iteration
         self._drop_last = _drop_last
         self._lookahead_sampler: LookaheadSampler | None = None
         super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
-        # The epoch that each of them showed last; one that shows another since has been set by the user.
+        # The last epoch that the loader saw on each receiver: if it has changed since, the user has set it.
         self._epochs_seen: dict[int, Any] = {id(receiver): _epoch_of(receiver) for receiver in self._epoch_receivers()}
 
-    # What it is made of -----------------------------------------------------------------------------------------------
+    # Components -------------------------------------------------------------------------------------------------------
 
     @property
     def base_dataloader(self) -> DataLoader[Any]:
-        """The torch loader, which this object is itself."""
+        """The torch loader, which is this object itself."""
         return self
 
     @property
@@ -179,7 +179,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
 
     @property
     def total_batch_size(self) -> int | None:
-        """Samples in a batch of all ranks together; None where batches have no fixed size."""
+        """Samples in a batch of all ranks together; None if batches have no fixed size."""
         if self._plan is not None:
             return self._plan.total_batch_size
         if isinstance(self.dataset, IterableDatasetShard):
@@ -196,14 +196,13 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
 
     @property
     def full_rows(self) -> int | None:
-        """Rows in a full batch of this rank; None where batches have no fixed size."""
+        """Rows in a full batch of this rank; None if batches have no fixed size."""
         if self._plan is not None:
             return self._plan.batch_size
         total = self.total_batch_size
         return None if total is None else total // self._num_shards()
 
     def _num_shards(self) -> int:
-        """Among how many ranks the loader's data are shared."""
         links: list[Any] = [self.dataset, *sampler_chain(index_sampler(self))]
         shards = (link for link in links if isinstance(link, (IterableDatasetShard, BatchSamplerShard)))
         return next((shard.num_processes for shard in shards), 1)
@@ -223,24 +222,24 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         return max(0, length - self._batches_to_skip()) if self.is_iterable else length
 
     def get_sampler(self) -> Any:
-        """The sampler that chooses the order; None for an iterable dataset."""
+        """Returns the sampler that determines the order; None for an iterable dataset."""
         return get_sampler(self)
 
     def set_sampler(self, sampler: Any) -> None:
-        """Replaces the sampler that chooses the order, below all batch samplers; it takes effect at the next iteration.
+        """Replaces the sampler that determines the order, inside all batch samplers, from the next iteration on.
 
         Raises:
-            ValueError: where the order does not come from a sampler that can be replaced: an iterable dataset, or a
+            ValueError: If the order does not come from a sampler that can be replaced: with an iterable dataset or a
                 custom batch sampler.
         """
         *outer, innermost = sampler_chain(index_sampler(self)) or [None]
         if outer:
             outer[-1].sampler = sampler
         elif innermost is not None and innermost is self.sampler:
-            self.__dict__["sampler"] = sampler  # torch refuses the plain assignment
+            self.__dict__["sampler"] = sampler  # torch rejects plain assignment
         else:
-            kind = type(self.dataset if innermost is None else innermost).__name__
-            raise ValueError(f"this loader has no sampler that can be replaced: its order comes from a {kind}.")
+            source = type(self.dataset if innermost is None else innermost).__name__
+            raise ValueError(f"this loader has no sampler that can be replaced: its order comes from a {source}.")
         if self.__dict__.get("sampler") is innermost:
             self.__dict__["sampler"] = sampler
         self._lookahead_sampler = None
@@ -250,13 +249,13 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     # Epochs -----------------------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the epoch to the samplers, batch samplers and datasets that have a ``set_epoch``, and counts on from
-        it.
+        """Sets the epoch of the loader and of every sampler, batch sampler and dataset that has a ``set_epoch``.
 
-        The start of each iteration does so too, from epoch 0 on; an epoch that the user set on one of them since stands.
+        Each iteration does the same when it starts, counting from 0; an epoch that the user has set on one of these
+        objects since the last iteration is kept.
 
         Args:
-            epoch: The number of the epoch whose order the next iteration takes, from 0.
+            epoch: The epoch of the next iteration, from 0.
         """
         self.iteration = epoch
         for receiver in self._epoch_receivers():
@@ -273,13 +272,12 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
 
     def _begin_epoch(self) -> None:
         for receiver in self._epoch_receivers():
-            shown = _epoch_of(receiver)
-            ours = isinstance(receiver, SeedableRandomSampler)  # counts for itself, and may have got ahead
-            if ours or shown == self._epochs_seen.get(id(receiver), shown):
+            epoch = _epoch_of(receiver)
+            ours = isinstance(receiver, SeedableRandomSampler)  # advances by itself, and may be ahead
+            if ours or epoch == self._epochs_seen.get(id(receiver), epoch):
                 self._set_epoch_of(receiver, self.iteration)
             elif isinstance(receiver, StreamShard):
-                receiver.set_epoch(shown)  # the user set it on the whole dataset
-
+                receiver.set_epoch(epoch)  # the user set it on the whole dataset
         if self._sample_seeds is not None:
             self._sample_seeds.begin(self.iteration, synchronize=self._all_ranks_read())
 
@@ -289,7 +287,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
     def _finish_epoch(self) -> None:
         self.iteration += 1
         if isinstance(self._origin, DataLoaderAdapter):
-            self._origin.iteration = self.iteration  # the full loader goes on with the epoch that comes next
+            self._origin.iteration = self.iteration  # the full loader continues with the next epoch
 
     def _expected_remainder(self) -> int:
         if self._drop_last or self.is_iterable or not self.total_batch_size:
@@ -309,16 +307,16 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         return GeneratorOrder(generator, self._reseeds, self._synchronizes_generator())
 
     def _synchronizes_generator(self) -> bool:
-        """Whether the ranks take over the state of rank 0's generator."""
+        """Returns whether the ranks copy the state of rank 0's generator."""
         return False
 
     def _lookahead(self) -> int:
-        """How many batches of indices are drawn ahead."""
+        """Returns how many batches of indices are drawn ahead."""
         return 1
 
     @property
     def _index_sampler(self) -> Any:
-        # torch's loader asks this for what it draws from.
+        # Overrides the property through which torch's loader gets its indices.
         sampler = super()._index_sampler
         if self.is_iterable:
             return sampler
@@ -331,19 +329,17 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         return self._lookahead_sampler
 
     def _batches_to_skip(self) -> int:
-        """How many batches of the underlying torch loader are left out."""
+        """Returns how many batches of the underlying torch loader are skipped."""
         return self.skip_batches
 
     def _get_iterator(self) -> Any:
-        # What only the iterator is to see.
+        # The iterator takes wrapped components, which are not to show on the loader.
         dataset, collate_fn, worker_init_fn = self.dataset, self.collate_fn, self.worker_init_fn
         try:
             if marks_padding(dataset):
                 self.collate_fn = StripMarkers(collate_fn)
             if self._sample_seeds is not None:
-                self.__dict__["dataset"] = with_sample_seeds(
-                    dataset, self._sample_seeds
-                )  # torch refuses the plain assignment
+                self.__dict__["dataset"] = with_sample_seeds(dataset, self._sample_seeds)  # torch rejects assignment
             if self.num_workers:
                 self.worker_init_fn = workers.IgnoreSigterm(worker_init_fn)
             iterator = super()._get_iterator()
@@ -354,11 +350,11 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             self.__dict__["dataset"], self.collate_fn, self.worker_init_fn = dataset, collate_fn, worker_init_fn
 
     def torch_iterator(self) -> Any:
-        """A pass over the underlying loader, nothing added."""
+        """Returns an iterator over the underlying torch loader, without the state of the loop."""
         return super().__iter__()
 
     def _batches(self) -> Iterator[Any]:
-        """torch's batches, the state being set before each is handed out."""
+        """Returns torch's batches; the state of the loop is updated before each is yielded."""
         return self._iterable_batches() if self.is_iterable else self._map_style_batches()
 
     def _map_style_batches(self) -> Iterator[Any]:
@@ -366,7 +362,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         assert self._lookahead_sampler is not None
         progress = self._lookahead_sampler.progress
         if progress.exact and progress.total is not None:
-            # No Python code a batch but the first and the last: this is the loop of every run on one process.
+            # The loop of every run on one process: only the first and the last batch pass through Python code of ours.
             between = max(0, progress.total - 2)
             first = map(require_batch, islice(batches, min(1, max(0, progress.total - 1))))
             return chain(first, islice(batches, between), self._last_batch(batches))
@@ -392,11 +388,11 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             yield require_batch(batch)
 
     def _update_short_rows(self, batch: Any, drawn: int | None) -> None:
-        """Notes whether this rank's batch is shorter than a full one.
+        """Sets `short_rows`.
 
         Args:
-            batch: The batch, whose own rows count if it has any that can be counted.
-            drawn: The number of samples drawn for it.
+            batch: The batch; its own rows count if they can be counted.
+            drawn: The number of samples drawn for it, used otherwise.
         """
         full, rows = self.full_rows, None
         if full is not None:
@@ -423,7 +419,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             yield require_batch(batch)
 
     def _with_lookahead(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        """Each batch of a stream (the skipped ones left out) with whether it is the last."""
+        """Yields each batch of an iterable dataset, after the skipped ones, with whether it is the last."""
         for _ in range(self._batches_to_skip()):
             next(batches, None)
         current = next(batches, _END)
@@ -433,7 +429,7 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
             upcoming: Any = _END
             try:
                 upcoming = next(batches, _END)
-            except Exception as error:  # noqa: BLE001 - raised at the next step: the batch at hand is whole
+            except Exception as error:  # noqa: BLE001 - raised at the next step: the current batch is complete
                 failure = error
             yield current, upcoming is _END and failure is None
             if failure is not None:
@@ -442,19 +438,19 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         self._record_position()
 
     def _record_position(self) -> None:
-        """Called before a stream is read ahead: the position to save is the one without that."""
+        """Hook called before an iterable dataset is read ahead: this is the position to save for the current batch."""
 
     # Copies -----------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        # Iterators, with their worker processes, stay here. A track belongs to an iterator.
+        # Iterators own worker processes, and progress belongs to an iterator.
         return {**self.__dict__, "_iterator": None, "_lookahead_sampler": None, "_epochs_seen": {}}
 
     def adjust_state_dict_for_prefetch(self) -> None:
-        """Kept for callers of the documented interface: the position is noted before anything is read ahead."""
+        """Does nothing; part of the documented interface. The position is recorded before anything is read ahead."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position to resume from; only with ``use_stateful_dataloader=True``."""
+        """Returns the position to resume from; only with ``use_stateful_dataloader=True``."""
         raise TypeError(_NOT_STATEFUL)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -467,11 +463,11 @@ def _epoch_of(receiver: Any) -> Any:
 
 
 def require_batch(batch: Any) -> Any:
-    """The batch, which must be one: None would only be noticed in the model, far from where it came from."""
+    """Returns the batch, or raises if it is None, which would only fail in the model, far from its origin."""
     if batch is None:
         raise ValueError(
-            "the loader gave None instead of a batch: its collate_fn (or, without batching, the dataset) returned nothing. "
-            "Leave such samples out in the dataset or the sampler, or return an empty batch."
+            "the loader returned None instead of a batch: its collate_fn (or, without batching, the dataset) returned "
+            "nothing. Leave such samples out in the dataset or the sampler, or return an empty batch."
         )
     return batch
 
@@ -483,10 +479,11 @@ _NOT_STATEFUL = (
 
 
 def stateful_class(cls: type) -> type:
-    """The version of a loader class that is a torchdata `StatefulDataLoader` too.
+    """Returns the variant of a loader class that derives from torchdata's `StatefulDataLoader` too.
 
     Raises:
-        ImportError: where torchdata is not installed.
+        ImportError: If torchdata is not installed.
+        TypeError: If the class has no such variant.
     """
     try:
         importlib.import_module("torchdata.stateful_dataloader")
@@ -495,15 +492,15 @@ def stateful_class(cls: type) -> type:
             "use_stateful_dataloader=True needs torchdata 0.8 or later, which is not installed: "
             "`pip install 'accelerate[stateful]'`, or leave it False."
         ) from error
-    table = importlib.import_module(_STATEFUL).CLASSES
-    for plain, stateful in table.items():
+    variants = importlib.import_module(_STATEFUL).CLASSES
+    for plain, stateful in variants.items():
         if issubclass(cls, stateful):
             return cls
         if cls is plain:
             return stateful
     raise TypeError(
-        f"use_stateful_dataloader=True makes another class of a loader, and there is none for {cls.__name__}: derive from "
-        f"one of {', '.join(stateful.__name__ for stateful in table.values())} ({_STATEFUL})."
+        f"use_stateful_dataloader=True needs a stateful variant of the class, and {cls.__name__} has none: derive from one "
+        f"of {', '.join(stateful.__name__ for stateful in variants.values())} ({_STATEFUL})."
     )
 
 
@@ -513,7 +510,7 @@ def _only_cpu() -> bool:
 
 
 def make_transfer_fn(device: torch.device | None, non_blocking: bool) -> Callable[[Any], Any] | None:
-    """What brings a batch to a device; None where it need not (no device, or nothing but the CPU on this machine)."""
+    """Returns a function that moves a batch to a device; None if there is no need (no device, or a CPU-only machine)."""
     if device is None or (device.type == "cpu" and _only_cpu()):
         return None
     return functools.partial(send_to_device, device=device, non_blocking=non_blocking)

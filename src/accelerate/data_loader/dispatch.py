@@ -1,4 +1,4 @@
-"""`DataLoaderDispatcher`: rank 0 reads the data and gives every rank its part, one message a step."""
+"""`DataLoaderDispatcher`: rank 0 reads the data and sends each rank its shard, in one message per step."""
 
 from __future__ import annotations
 
@@ -24,36 +24,35 @@ if TYPE_CHECKING:
 
 
 _READ_TIMEOUT = datetime.timedelta(hours=2)
-"""How long ranks with devices wait for rank 0 to read a batch; a rank that died is noticed at once."""
+"""Timeout of ranks with devices while rank 0 reads a batch; a rank that has died is noticed at once."""
 
 
 class DataLoaderDispatcher(DataLoaderAdapter):
-    """A torch `DataLoader` that only rank 0 reads from; the other ranks are sent their parts.
+    """A torch `DataLoader` that rank 0 reads for all ranks.
 
-    Each step takes one batch a rank (with `split_batches`: one batch, cut into a part a rank). What is left at the end
-    is joined and cut into equal parts, with rows from the start in place of missing ones. All ranks must take as many
-    steps. A failure while reading is raised on every rank.
+    At each step rank 0 reads one batch per rank and broadcasts them (with `split_batches`: one batch, sliced into a
+    shard per rank). The rest of the data is concatenated and sliced into equal shards; rows from the start replace
+    missing ones. All ranks must take the same number of steps. An error while reading is raised on every rank.
 
     Batches may hold tensors, numpy arrays, strings, numbers, bytes and None, in lists, tuples, named tuples and
-    mappings; shapes may differ from step to step. Items of a list of plain values count as rows where there are as
-    many.
+    mappings; shapes may change from step to step. Items of a list of scalars count as rows if there is one per row.
 
     Args:
-        dataset: The dataset over the whole data; other ranks than 0 do not touch its samples.
-        split_batches: The loader's batch is that of all ranks together.
-        skip_batches: Leave out that many steps at the start.
-        use_stateful_dataloader: Be a torchdata `StatefulDataLoader` too, whose position can be saved.
-        _drop_last: Leave out a last step that is not full.
-        _non_blocking: Move to the device without waiting.
-        slice_fn: Cuts a batch: called as ``slice_fn(batch, slice, process_index=…, num_processes=…)`` for every rank,
-            on rank 0. None cuts rows.
-        torch_device_mesh: The device mesh, where there is one: ranks that hold parts of one model get the same data.
-        iteration: Number of the epoch that the first iteration is.
+        dataset: The whole dataset; only rank 0 reads its samples.
+        split_batches: The loader's batch is the batch of all ranks together.
+        skip_batches: Number of steps to skip at the start.
+        use_stateful_dataloader: Derive from torchdata's `StatefulDataLoader` as well, whose position can be saved.
+        _drop_last: Drop an incomplete last step.
+        _non_blocking: Copy to the device asynchronously.
+        slice_fn: Slices a batch: called as ``slice_fn(batch, slice, process_index=…, num_processes=…)`` for every rank,
+            on rank 0. None slices rows.
+        torch_device_mesh: The device mesh, if there is one: ranks that hold shards of one model get the same data.
+        iteration: Epoch of the first iteration.
         **kwargs: As for `torch.utils.data.DataLoader`.
 
     Attributes:
-        end_of_dataloader, remainder, round: Where the loop stands; see `DataLoaderStateMixin`.
-        iteration: How many epochs have been gone through to the end.
+        end_of_dataloader, remainder, step_sizes: State of the loop; see `DataLoaderStateMixin`.
+        iteration: Number of epochs that have been completed.
     """
 
     def __init__(
@@ -86,12 +85,12 @@ class DataLoaderDispatcher(DataLoaderAdapter):
 
     @property
     def state(self) -> PartialState:
-        """Who this process is."""
+        """The `PartialState` of this process."""
         return PartialState()
 
     @property
     def ranks(self) -> DataShard:
-        """Who gets which part."""
+        """This rank's shard of the data, and the number of shards."""
         if self._plan is not None:
             return self._plan.ranks
         if self.torch_device_mesh is not None:
@@ -100,7 +99,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
 
     @property
     def total_batch_size(self) -> int | None:
-        """Samples in a batch of all ranks together; None where batches have no fixed size."""
+        """Samples in a batch of all ranks together; None if batches have no fixed size."""
         size = super().total_batch_size
         return size if self.split_batches or size is None or self._plan is not None else size * self.ranks.count
 
@@ -143,7 +142,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         return self.skip_batches * self._batches_per_step()
 
     def _lookahead(self) -> int:
-        # With drop_last a step is the last one if the batches left do not make another.
+        # With drop_last a step is the last one if the remaining batches do not fill another.
         return self._batches_per_step() if self._drop_last else 1
 
     # Every rank -------------------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             yield from self._read_and_send(None)
             return
         if self._broadcaster is None or self._broadcaster.collectives is not collectives:
-            from .batches.batch_broadcast import BatchBroadcaster  # here: most runs dispatch nothing
+            from .batches.batch_broadcast import BatchBroadcaster  # imported here: most runs dispatch nothing
 
             self._broadcaster = BatchBroadcaster(collectives, host_collectives=select_host_collectives(collectives))
         if collectives.rank == 0:
@@ -204,7 +203,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             broadcaster.send_end()
 
     def _groups(self) -> Iterator[tuple[list[Any], bool]]:
-        """The batches of each step, with whether it is the last."""
+        """Returns the batches of each step, with whether it is the last."""
         return self._iterable_groups() if self.is_iterable else self._map_style_groups()
 
     def _map_style_groups(self) -> Iterator[tuple[list[Any], bool]]:
@@ -217,7 +216,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             position += len(group)
             if self._drop_last and len(group) < step:
                 return
-            left = None if progress.total is None else progress.total - position  # None: more than are drawn ahead
+            left = None if progress.total is None else progress.total - position  # None: more than the lookahead
             last = left is not None and left < (step if self._drop_last else 1)
             yield group, last
             if last and left:
@@ -247,7 +246,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
                 raise failure
             if self._drop_last and len(waiting) < step:
                 return
-            self._record_position()  # what has been read is what this step takes
+            self._record_position()  # only the batches of this step have been read
             read(step + ahead)
             group = [waiting.popleft() for _ in range(min(step, len(waiting)))]
             yield group, ended and len(waiting) < (step if self._drop_last else 1)
@@ -256,9 +255,9 @@ class DataLoaderDispatcher(DataLoaderAdapter):
 
 
 def select_host_collectives(collectives: Collectives) -> Collectives | None:
-    """Returns what carries headers in memory of the host, for ranks whose tensors travel between devices; else None.
+    """Returns collectives in host memory for message headers, if tensors are broadcast between devices; else None.
 
-    To read a header on a device is to wait for all that the device has been given to do.
+    Reading a header from device memory would synchronize with all work queued on the device.
     """
     if collectives.device.type == "cpu" or not isinstance(collectives, TorchCollectives):
         return None
@@ -271,6 +270,7 @@ def select_host_collectives(collectives: Collectives) -> Collectives | None:
 def _check_batches(batches: list[Any]) -> None:
     if any(batch is None for batch in batches):
         raise TypeError(
-            "the loader gave None as a batch, which cannot be divided between the ranks: its dataset or collate_fn returned "
-            "None. Return a batch, or let every rank read its own part: DataLoaderConfiguration(dispatch_batches=False)."
+            "the loader returned None as a batch, which cannot be sharded over the ranks: its dataset or collate_fn "
+            "returned None. Return a batch, or let every rank read its own shard: "
+            "DataLoaderConfiguration(dispatch_batches=False)."
         )

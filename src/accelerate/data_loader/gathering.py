@@ -1,7 +1,7 @@
-"""What the ranks hold at one step of a prepared loader, gathered: each sample once, in the order of the data.
+"""`gather_for_metrics`: gathers per-sample results of one step from all ranks, each sample once, in the order of the data.
 
-The counterpart of `DataLoaderStateMixin`: everything here goes by the `StepSizes` of the step. `gather_for_metrics` is what
-`Accelerator` calls; `gather_rows` and `gather_items` are its two halves, for tensors and for objects.
+The counterpart of `DataLoaderStateMixin`: the `StepSizes` of the step determine which rows are kept. `gather_rows` and
+`gather_items` gather tensors and objects.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .base import DataLoaderAdapter, DataLoaderStateMixin
 from .batches.batch_sharding import StepSizes
 from .batches.batch_slicing import like_mapping
 
-# Groups of the first ranks of others, made when first needed; they end with the group they are part of.
+# Subgroups of the first ranks of a group, created on demand; they live as long as the group.
 _groups: weakref.WeakKeyDictionary[Collectives, dict[int, Collectives]] = weakref.WeakKeyDictionary()
 
 
-def active_ranks(step_sizes: StepSizes | None, collectives: Collectives) -> Collectives:
-    """The collectives of the ranks that have a batch at this step. Only these ranks may call this.
+def active_collectives(step_sizes: StepSizes | None, collectives: Collectives) -> Collectives:
+    """Returns collectives over the ranks that have a batch at this step. Only these ranks may call this.
 
     Args:
-        round: The step's `StepSizes`; None: all ranks have a batch.
-        collectives: Those of all ranks that share out the data, in the order of their parts.
+        step_sizes: The `StepSizes` of the step; None: all ranks have a batch.
+        collectives: Collectives over all ranks with a shard of the data, in the order of the shards.
     """
     if step_sizes is None or step_sizes.active_ranks == collectives.size:
         return collectives
@@ -49,46 +49,38 @@ def _first_ranks(collectives: Collectives, count: int) -> Collectives:
         return Collectives(collectives.device)
     if not isinstance(collectives, TorchCollectives):
         raise NotImplementedError(
-            "this step has a batch on some ranks only (even_batches=False), and on this device results cannot be gathered "
+            "only some ranks have a batch at this step (even_batches=False), and this device does not support gathering "
             "from some ranks. Use even_batches=True."
         )
     everyone = dist.get_process_group_ranks(dist.group.WORLD if collectives.group is None else collectives.group)
-    # The other ranks have left their loops: only the members take part in making the group.
+    # The other ranks have left their loops: only the members create the group.
     group = dist.new_group(everyone[:count], use_local_synchronization=True)
     return TorchCollectives(collectives.device, group)
 
 
 def gather_rows(tensor: torch.Tensor, step_sizes: StepSizes | None, collectives: Collectives) -> torch.Tensor:
-    """The rows of all ranks' tensors that are data.
+    """Gathers the rows of all ranks' tensors, without padding.
 
     Args:
-        tensor: This rank's, a row for each of its samples (a scalar counts as one row); other dimensions agree.
-        round: The step's `StepSizes`: ``loader.step_sizes``.
-        collectives: Those of the ranks that share out the data.
+        tensor: This rank's tensor, with a row per sample (a scalar counts as one row); other dimensions agree.
+        step_sizes: The `StepSizes` of the step: ``loader.step_sizes``.
+        collectives: Collectives over the ranks with a shard of the data.
 
     Returns:
         Rows in rank order, which is the order of the data; on every rank that has a batch at this step.
     """
     if step_sizes is None:
         return collectives.all_gather(tensor)
-    members = active_ranks(step_sizes, collectives)
-    if not step_sizes.ragged:
-        gathered = members.all_gather(tensor)
-        if step_sizes.valid_rows is not None:
-            held = len(gathered) // members.size
-            return torch.cat(
-                [part[:rows] for part, rows in zip(gathered.split(max(1, held)), step_sizes.valid_rows, strict=False)]
-            )
-        return gathered[: step_sizes.rows] if step_sizes.padded else gathered
-    parts = _gather_ragged(tensor, members)
-    if step_sizes.counts_batches:
-        return torch.cat(parts[: step_sizes.rows])
-    gathered = torch.cat(parts)
-    return gathered[: step_sizes.rows] if step_sizes.padded else gathered
+    members = active_collectives(step_sizes, collectives)
+    if step_sizes.ragged:
+        parts = _gather_ragged(tensor, members)
+    else:
+        parts = list(members.all_gather(tensor).tensor_split(members.size))
+    return torch.cat(step_sizes.drop_padding(parts))
 
 
 def _gather_ragged(tensor: torch.Tensor, members: Collectives) -> list[torch.Tensor]:
-    """Each rank's tensor, of as many rows as it has there."""
+    """All-gathers tensors whose numbers of rows differ: pads them to the longest, and trims the results."""
     tensor = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
     rows = members.all_gather(torch.tensor([tensor.shape[0]], device=members.device)).tolist()
     most = max(rows)
@@ -99,24 +91,17 @@ def _gather_ragged(tensor: torch.Tensor, members: Collectives) -> list[torch.Ten
 
 
 def gather_items(items: Sequence[Any], step_sizes: StepSizes | None, collectives: Collectives) -> list[Any]:
-    """The items of all ranks' lists that belong to data.
+    """Gathers the items of all ranks' lists, without padding.
 
     Args:
-        items: This rank's, one for each of its samples. They are pickled.
-        round: The step's `StepSizes`: ``loader.step_sizes``.
-        collectives: Those of the ranks that share out the data.
+        items: This rank's items, one per sample. They are pickled.
+        step_sizes: The `StepSizes` of the step: ``loader.step_sizes``.
+        collectives: Collectives over the ranks with a shard of the data.
     """
-    parts = active_ranks(step_sizes, collectives).all_gather_object(list(items))
-    if step_sizes is not None and step_sizes.counts_batches:
-        parts = parts[: step_sizes.rows]
-    elif step_sizes is not None and step_sizes.valid_rows is not None:
-        parts = [part[:rows] for part, rows in zip(parts, step_sizes.valid_rows, strict=True)]
-    gathered = [item for part in parts for item in part]
-    return (
-        gathered[: step_sizes.rows]
-        if step_sizes is not None and step_sizes.padded and not step_sizes.counts_batches
-        else gathered
-    )
+    parts = active_collectives(step_sizes, collectives).all_gather_object(list(items))
+    if step_sizes is not None:
+        parts = step_sizes.drop_padding(parts)
+    return [item for part in parts for item in part]
 
 
 def gather_for_metrics(
@@ -126,26 +111,25 @@ def gather_for_metrics(
     use_gather_object: bool = False,
     data_ranks: Callable[[], DataShard] | None = None,
 ) -> Any:
-    """Brings together what the ranks made of the current batch of the loader that is being iterated over.
+    """Gathers per-sample results for the current batch from all ranks, and drops those of repeated samples.
 
-    A tensor (or list) with as many rows as a full batch of this rank has is cut to the rows of its batch where these are
-    fewer: ``loss.repeat(batch_size)`` weighs the last batch by its samples.
+    A tensor or list with as many rows as a full batch of this rank is trimmed to the rows of the current batch if that
+    is smaller, so that ``loss.repeat(batch_size)`` weights the last batch by its samples.
 
     Args:
-        input_data: A tensor, or lists, tuples and mappings of tensors, with a row for each sample; or a list of any
-            picklable objects, one for each sample. A tuple or mapping of such lists (and tensors) is gathered member by
-            member; so is a list that does not have an item for each sample, but members that do.
-        gradient_state: Knows the loader. Outside of any prepared loader's loop nothing is left out.
+        input_data: A tensor, or lists, tuples and mappings of tensors, with a row per sample; or a list of any picklable
+            objects, one per sample. A tuple or mapping of such lists (and tensors) is gathered member by member; so is a
+            list that does not have one item per sample, but members that do.
+        gradient_state: Holds the active loader. Outside of a prepared loader's loop nothing is dropped.
         use_gather_object: Gather tensors as objects.
-        data_ranks: Tells who shares out the data outside of any prepared loader's loop; None: all ranks.
+        data_ranks: Returns this rank's shard outside of a prepared loader's loop; None: all ranks have a shard.
 
     Returns:
-        The same structure with the rows (a list with the items) of all ranks, without those of repeated samples. With
-        uneven batches the last step may have a batch on some ranks only; only these call this then, and the others'
-        result lacks those samples. Rank 0 always has them all.
+        The same structure with the rows (or items) of all ranks. With uneven batches only some ranks may have a batch at
+        the last step; only these call this, and the result on the other ranks lacks those samples. Rank 0 always has all.
 
     Raises:
-        TypeError: on several ranks, for what has neither rows nor items: a number, a string, a mapping of such.
+        TypeError: On several ranks, for an object without rows or items: a number, a string, a mapping of such.
     """
     loader = gradient_state.active_dataloader
     comm = _collectives_of(loader, data_ranks)
@@ -172,13 +156,13 @@ def _gather_tensor(tensor: torch.Tensor, step_sizes: StepSizes | None, comm: Col
 
 
 def _trim_column(column: Any, short: int | None, full: int | None) -> Any:
-    """A tensor or list; with the rows of a short batch, if it has as many as a full one."""
+    """Trims a tensor or list to `short` rows if it has `full` rows."""
     cuts = short is not None and _is_column(column) and len(column) == full
     return column[:short] if cuts else column
 
 
 class _RankObjects(NamedTuple):
-    """One rank's objects, with its batch's `short_rows` and `full_rows`."""
+    """The objects of one rank, with `short_rows` and `full_rows` of its batch."""
 
     data: Any
     short: int | None
@@ -193,15 +177,15 @@ class _RankObjects(NamedTuple):
 
 @dataclass(frozen=True)
 class _ObjectGather:
-    """Joins the ranks' objects: member by member where members hold the samples, else item by item."""
+    """Joins the objects of all ranks: member by member if the members hold the samples, else item by item."""
 
     step_sizes: StepSizes | None
     rest: int | None
     concatenate: bool
-    """Make tensors one tensor, and not a list of rows."""
+    """Concatenate tensors, instead of making a list of their rows."""
 
     def join(self, parts: list[_RankObjects], own: Any) -> Any:
-        """All ranks' objects; `own` is this rank's."""
+        """Joins the objects of all ranks; `own` are those of this rank, whose containers are kept."""
         if isinstance(own, Mapping):
             return like_mapping(own, {key: self.join([part.member(key) for part in parts], own[key]) for key in own})
         if all(map(_has_members, parts)):
@@ -211,18 +195,15 @@ class _ObjectGather:
 
     def _joined_items(self, parts: list[_RankObjects], own: Any) -> Any:
         columns = [_trim_column(*part) for part in parts]
-        end = self.rest
-        if self.step_sizes is not None and self.step_sizes.counts_batches:
-            columns = columns[: self.step_sizes.rows]
-        elif self.step_sizes is not None and self.step_sizes.valid_rows is not None:
-            columns = [column[:rows] for column, rows in zip(columns, self.step_sizes.valid_rows, strict=True)]
-        elif self.step_sizes is not None and self.step_sizes.padded:
-            end = self.step_sizes.rows
+        if self.step_sizes is not None:
+            columns = self.step_sizes.drop_padding(columns)
         if len(parts) == 1:
-            return columns[0] if end is None else columns[0][:end]
-        if self.concatenate and isinstance(own, torch.Tensor):
-            return torch.cat([column.to(own.device) for column in columns])[:end]
-        return [item for column in columns for item in column][:end]
+            (joined,) = columns
+        elif self.concatenate and isinstance(own, torch.Tensor):
+            joined = torch.cat([column.to(own.device) for column in columns])
+        else:
+            joined = [item for column in columns for item in column]
+        return joined if self.rest is None else joined[: self.rest]
 
 
 def _gathered_objects(own: _RankObjects, comm: Collectives, how: _ObjectGather) -> Any:
@@ -232,12 +213,12 @@ def _gathered_objects(own: _RankObjects, comm: Collectives, how: _ObjectGather) 
     shared = isinstance(data, Iterable) and not isinstance(data, (str, bytes))
     if not shared or (isinstance(data, Mapping) and not (data and all(map(_is_member, data.values())))):
         raise TypeError(
-            f"gather_for_metrics joins tensors, or lists of objects with an item for each sample; got a "
-            f"{type(data).__name__}: {data!r:.80}. Put it into a list."
+            f"gather_for_metrics joins tensors, or lists of objects, one per sample; got a {type(data).__name__}: "
+            f"{data!r:.80}. Put it into a list."
         )
     if not isinstance(data, Mapping) and not _is_column(data):
         data = list(data)
-    return how.join(active_ranks(how.step_sizes, comm).all_gather_object(own._replace(data=data)), data)
+    return how.join(active_collectives(how.step_sizes, comm).all_gather_object(own._replace(data=data)), data)
 
 
 def _is_column(data: Any) -> bool:
@@ -249,7 +230,7 @@ def _is_member(data: Any) -> bool:
 
 
 def _has_members(part: _RankObjects) -> bool:
-    """Whether the members of a list or tuple, and not its items, hold something for each sample."""
+    """Returns whether each member of a list or tuple holds one object per sample, rather than being such an object."""
     data = part.data
     if not isinstance(data, (list, tuple)) or not data or not all(map(_is_member, data)):
         return False
@@ -257,18 +238,18 @@ def _has_members(part: _RankObjects) -> bool:
         return False
     tensors = [isinstance(member, torch.Tensor) for member in data]
     if isinstance(data, list) and all(tensors):
-        return False  # objects that happen to be tensors
+        return False  # one tensor per sample
     complete = all(isinstance(member, Mapping) or part.counts_samples(member) for member in data)
     if not part.counts_samples(data):
         return isinstance(data, tuple) or any(tensors) or complete
-    # As many as there are samples: (predictions, references) of a batch of two, or two samples that are lists?
+    # As many members as samples: (predictions, references) of a batch of two, or two samples that are lists?
     if isinstance(data, tuple):
         return complete and not all(isinstance(member, tuple) for member in data)
     return complete and any(tensors)
 
 
 def _foreign_remainder(loader: Any) -> int | None:
-    """What to trim by for a loader of another library that has registered with `GradientState`: it has no `step_sizes`."""
+    """Returns the rows to keep for a loader of another library, which has a `remainder` but no `step_sizes`."""
     if loader is None or isinstance(loader, DataLoaderStateMixin):
         return None
     ends = getattr(loader, "end_of_dataloader", False) and getattr(loader, "remainder", -1) > 0
@@ -276,7 +257,7 @@ def _foreign_remainder(loader: Any) -> int | None:
 
 
 def _collectives_of(loader: Any, data_ranks: Callable[[], DataShard] | None) -> Collectives:
-    """Those of the ranks that share out a loader's data."""
+    """Returns collectives over the ranks that have a shard of a loader's data."""
     everyone = world.current().collectives
     plan = loader._plan if isinstance(loader, DataLoaderAdapter) else None
     if plan is not None:

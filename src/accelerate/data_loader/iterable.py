@@ -1,7 +1,7 @@
-"""One rank's part of an iterable dataset, and how a worker tells the loader what of a batch is padding.
+"""Shards of iterable datasets, and how a worker process reports padding to the loader.
 
-`IterableDatasetShard`: every rank reads the whole stream and keeps its own samples, so all ranks know where it ends; only
-the last round can be padded. `StreamShard`: every rank reads shards of its own and pads its own last batch. The first
+`IterableDatasetShard`: every rank reads the whole stream and keeps its own samples, so all ranks see where it ends; only
+the last step can be padded. `StreamShard`: every rank reads shards of its own and pads its own last batch. The first
 sample of a padded batch carries its `StepSizes` through torch's fetching and collating (`PaddingMarker`,
 `StripMarkers`, `CountedBatch`).
 """
@@ -23,7 +23,7 @@ from .sampling.samplers import check_split
 
 @dataclass
 class PaddingMarker:
-    """The first sample of a rank's part of a round that is not a plain one."""
+    """Wraps the first sample of a batch whose step has `StepSizes`."""
 
     sample: Any
     step_sizes: StepSizes
@@ -31,18 +31,18 @@ class PaddingMarker:
 
 @dataclass
 class CountedBatch:
-    """A collated batch and the `StepSizes` it belongs to."""
+    """A collated batch with the `StepSizes` of its step."""
 
     batch: Any
     step_sizes: StepSizes
 
     def pin_memory(self) -> CountedBatch:
-        """torch calls this for a class it does not know."""
+        """Pins the batch; torch calls this method of custom batch types."""
         return CountedBatch(pin_memory(self.batch), self.step_sizes)
 
 
 class StripMarkers:
-    """A collate function around the user's: takes the mark off the samples and puts it on the batch."""
+    """A collate function that unwraps a `PaddingMarker`, calls the user's function, and returns a `CountedBatch`."""
 
     def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
         self.collate_fn = collate_fn
@@ -56,25 +56,24 @@ class StripMarkers:
 
 
 class IterableDatasetShard(IterableDataset):
-    """One rank's part of an iterable dataset.
+    """One rank's shard of an iterable dataset.
 
-    The stream is read in stretches of one batch a rank (with `split_batches`: of one batch for all ranks), of which
-    rank 0
-    keeps the first part, rank 1 the second, and so on. All ranks must see the stream in one order: a dataset that
-        shuffles
-    should draw from a ``torch.Generator`` in its attribute ``generator``, which prepared loaders synchronise.
+    The stream is read in global batches of one batch per rank (with `split_batches`: of one batch for all ranks), of
+    which rank 0 keeps the first shard, rank 1 the second, and so on. All ranks must read the stream in the same order: a
+    dataset that shuffles should draw from a ``torch.Generator`` in its attribute ``generator``, which prepared loaders
+    synchronize.
 
     Args:
-        dataset: The dataset over the whole data.
-        batch_size: Samples in a rank's batch (with `split_batches`: in the batch of all ranks).
-        drop_last: Leave out an incomplete last stretch.
+        dataset: The whole dataset.
+        batch_size: Samples in a batch of one rank (with `split_batches`: of all ranks together).
+        drop_last: Drop an incomplete last global batch.
         num_processes: Number of ranks.
         process_index: This rank.
         split_batches: `batch_size` is that of all ranks together.
-        even_batches: Complete the last stretch with samples from the start. False: the last ranks get fewer, or none.
+        even_batches: Pad the last global batch with samples from the start. False: the last ranks get fewer, or none.
 
     Raises:
-        ValueError: with `split_batches`, when `batch_size` is no multiple of `num_processes`.
+        ValueError: With `split_batches`, if `batch_size` is not a multiple of `num_processes`.
     """
 
     def __init__(
@@ -103,16 +102,16 @@ class IterableDatasetShard(IterableDataset):
 
     @property
     def global_batch_size(self) -> int:
-        """Samples that all ranks together take at one step."""
+        """Samples per step of all ranks together."""
         return self.batch_size if self.split_batches else self.batch_size * self.num_processes
 
     @property
     def rows_per_rank(self) -> int:
-        """Samples that one rank takes of a full stretch."""
+        """Samples per full step of one rank."""
         return self.global_batch_size // self.num_processes
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch on to the dataset."""
+        """Sets the epoch of the dataset."""
         self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
@@ -122,15 +121,15 @@ class IterableDatasetShard(IterableDataset):
         return full * self.rows_per_rank + (0 if self.drop_last else self._rows_of_last(rest))
 
     def batches(self) -> int:
-        """Number of batches this rank gets.
+        """Returns the number of batches of this rank.
 
         Raises:
-            TypeError: when the dataset has no length.
+            TypeError: If the dataset has no length.
         """
         return -(-len(self) // self.rows_per_rank)
 
     def _rows_of_last(self, rest: int) -> int:
-        """This rank's samples of an incomplete stretch."""
+        """Returns this rank's samples of an incomplete global batch."""
         if self.even_batches:
             return self.rows_per_rank if rest else 0
         return min(self.rows_per_rank, max(0, rest - self.process_index * self.rows_per_rank))
@@ -167,8 +166,8 @@ class IterableDatasetShard(IterableDataset):
         return irregular_sizes(sizes, rows)
 
     def __getattr__(self, name: str) -> Any:
-        # torchdata saves and restores a dataset that has these two. A step ends with its stretch read and nothing
-        # beyond, so the dataset's own position is this one's.
+        # torchdata saves and restores a dataset that has these two. At the end of a step exactly its global batch has
+        # been read, so the position of the dataset is the position to save.
         if name in ("state_dict", "load_state_dict") and "dataset" in self.__dict__:
             return getattr(self.dataset, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
@@ -178,9 +177,10 @@ class StreamShard(IterableDataset):
     """The shards of an iterable dataset that one rank reads, in batches of one size.
 
     Args:
-        dataset: The dataset over the whole data, which has a method ``shard(num_shards=…, index=…)``.
-        batch_size: Samples in this rank's batch. The last one (of each worker) is completed with samples from the start.
-        ranks: Which part of how many is this rank's.
+        dataset: The whole dataset, which has a method ``shard(num_shards=…, index=…)``.
+        batch_size: Samples in a batch of this rank. The last batch (of each worker) is padded with samples from the
+            start.
+        ranks: This rank's shard, and the number of shards.
     """
 
     def __init__(self, dataset: Any, batch_size: int, ranks: DataShard) -> None:
@@ -190,11 +190,11 @@ class StreamShard(IterableDataset):
 
     @property
     def epoch(self) -> Any:
-        """The epoch that the whole dataset shows; None where it shows none."""
+        """The epoch of the whole dataset; None if it has no such attribute."""
         return getattr(self.dataset, "epoch", None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch on to the dataset and to this rank's shards of it."""
+        """Sets the epoch of the dataset and of this rank's shards."""
         for dataset in (self.dataset, self.shard):
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
@@ -211,13 +211,13 @@ class StreamShard(IterableDataset):
             yield from batch
 
     def __getattr__(self, name: str) -> Any:
-        # torchdata saves and restores a dataset that has these two. A batch ends with its samples read and nothing
-        # beyond, so the position in the shards is this one's.
+        # torchdata saves and restores a dataset that has these two. At the end of a batch exactly its samples have been
+        # read, so the position in the shards is the position to save.
         if name in ("state_dict", "load_state_dict") and "shard" in self.__dict__:
             return getattr(self.shard, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
 
 def marks_padding(dataset: Any) -> bool:
-    """Whether batches of this dataset may come as `CountedBatch`."""
+    """Returns whether batches of this dataset may come as `CountedBatch`."""
     return isinstance(dataset, StreamShard) or (isinstance(dataset, IterableDatasetShard) and dataset.marks_padding)

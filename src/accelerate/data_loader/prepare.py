@@ -1,4 +1,4 @@
-"""`prepare_data_loader`, under its documented signature: a plan, built. And what can be changed on its result."""
+"""`prepare_data_loader`, which plans and builds a loader under its documented signature, and `override_even_batches`."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def prepare_data_loader(
     use_stateful_dataloader: bool = False,
     torch_device_mesh: Any = None,
 ) -> DataLoader[_T]:
-    """Makes a loader that gives this process its part of the data.
+    """Builds a loader that yields this process's shard of the data.
 
     Args:
-        dataloader: A plain loader. A prepared one is given back as it is.
+        dataloader: A plain loader. A prepared one is returned unchanged.
         device: Where batches go, with `put_on_device`; None: this process's device.
-        num_processes: How many parts there are; None: the run's, or those of `torch_device_mesh`.
-        process_index: Which part is this process's; None likewise.
-        split_batches: The loader's batch is that of all processes together, each taking its part; else each process
-            takes whole batches, and the batch of all is `num_processes` times as large.
+        num_processes: Number of shards; None: the number of processes, or that of `torch_device_mesh`.
+        process_index: Index of this process's shard; None likewise.
+        split_batches: The loader's batch is the batch of all processes together, of which each takes a shard. Else each
+            process takes whole batches, and the global batch is `num_processes` times as large.
         put_on_device: Move batches to `device`.
-        rng_types: Which random states to take over from rank 0 at the start of each epoch: ``"generator"`` (that of the
-            sampler, batch sampler or iterable dataset), ``"torch"``, ``"cuda"``, ``"xpu"``, ``"xla"`` …; None: none.
-        dispatch_batches: Rank 0 reads and sends the others their parts. None: for iterable datasets, with
+        rng_types: Random states to copy from rank 0 at the start of each epoch: ``"generator"`` (that of the sampler,
+            batch sampler or iterable dataset), ``"torch"``, ``"cuda"``, ``"xpu"``, ``"xla"`` …; None: none.
+        dispatch_batches: Rank 0 reads, and sends each rank its shard. None: for iterable datasets, with
             `put_on_device`.
-        even_batches: Where the data do not divide evenly, repeat samples from the start, so that every process gets as
-            many batches of one size. False: the last ones get less.
-        slice_fn_for_dispatch: How a dispatcher cuts a batch: called as
+        even_batches: If the data does not divide evenly, repeat samples from the start, so that all processes get the
+            same number of batches of equal size. False: the last processes get fewer samples.
+        slice_fn_for_dispatch: Slices a batch in a dispatcher: called as
             ``fn(batch, slice, process_index=…, num_processes=…)``.
-        use_seedable_sampler: Shuffle by seed and epoch alone (`SeedableRandomSampler`).
-        data_seed: The seed of that; None: torch's default seed.
-        non_blocking: Move without waiting.
+        use_seedable_sampler: Shuffle by seed and epoch only (`SeedableRandomSampler`).
+        data_seed: Seed of that sampler; None: torch's default seed.
+        non_blocking: Copy to the device asynchronously.
         use_stateful_dataloader: Build on torchdata's `StatefulDataLoader`, which can save its position.
         torch_device_mesh: A device mesh. Processes that differ only in dimensions other than ``dp_replicate`` and
             ``dp_shard`` get the same data.
@@ -72,10 +72,10 @@ def prepare_data_loader(
         A `DataLoaderShard` or `DataLoaderDispatcher`.
 
     Raises:
-        TypeError: when `dataloader` is no torch `DataLoader`.
-        ValueError: when loader and arguments do not go together: a batch size that is no multiple of `num_processes`
-            (or none at all) with `split_batches`, `dispatch_batches` without `put_on_device`, a prepared loader and
-            other arguments than it was prepared with.
+        TypeError: If `dataloader` is not a torch `DataLoader`.
+        ValueError: If loader and arguments are incompatible: a batch size that is not a multiple of `num_processes` (or
+            no batch size) with `split_batches`, `dispatch_batches` without `put_on_device`, or a loader that was
+            prepared with other arguments.
 
     Example:
         ```python
@@ -109,11 +109,11 @@ def prepare_data_loader(
 
 @contextmanager
 def override_even_batches(loaders: Iterable[Any], even_batches: bool | None) -> Iterator[None]:
-    """Within the block, the prepared loaders' `even_batches` is another; iterations that begin in it go by it.
+    """Context manager that overrides `even_batches` of prepared loaders, for iterations that start inside it.
 
     Args:
         loaders: Prepared loaders.
-        even_batches: The value; None leaves it.
+        even_batches: The value; None changes nothing.
     """
     changed: list[tuple[Any, bool]] = []
     for loader in loaders if even_batches is not None else ():
@@ -124,8 +124,8 @@ def override_even_batches(loaders: Iterable[Any], even_batches: bool | None) -> 
             parts.append(loader.dataset)
         if not parts and loader._plan is not None and loader._plan.read_mode is not ReadMode.WHOLE:
             logger.warning_once(
-                "even_batches cannot be overridden for a loader whose data rank 0 gives out, and for one of an iterable "
-                "dataset that several workers read, or shards of which each rank reads; it stays as it was."
+                "even_batches cannot be overridden for a loader that rank 0 dispatches, nor for an iterable dataset that "
+                "several workers read or that is read by shards of each rank; it stays unchanged."
             )
         changed += [(part, part.even_batches) for part in parts]
     try:
@@ -165,7 +165,7 @@ def _check_prepared(
     }
     other = {name: pair for name, pair in asked.items() if pair[0] is not None and pair[0] != pair[1]}
     if other:
-        told = ", ".join(f"{name}={value!r} (it has {has!r})" for name, (value, has) in other.items())
+        differing = ", ".join(f"{name}={value!r} (it has {has!r})" for name, (value, has) in other.items())
         raise ValueError(
-            f"this loader is prepared already, and now asked for {told}. Prepare the original loader instead."
+            f"this loader was prepared with other arguments than {differing}. Prepare the original loader."
         )

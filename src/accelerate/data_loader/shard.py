@@ -1,4 +1,4 @@
-"""`DataLoaderShard`: every rank reads its own part. `SkipDataLoader`: an iterable dataset from a later batch on."""
+"""`DataLoaderShard`, which reads one rank's shard, and `SkipDataLoader`, which skips batches of a plain loader."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from .stream_shards import LockstepReader
 
 
 class DataLoaderShard(DataLoaderAdapter):
-    """A torch `DataLoader` that gives this rank's part of the data, on its device.
+    """A torch `DataLoader` that yields this rank's shard of the data, on its device.
 
-    At the start of each iteration it makes random orders agree between the ranks; while it is iterated over,
-    `GradientState` knows it as the active loader. `prepare_data_loader` makes one from a plain loader.
+    At the start of each iteration it synchronizes random orders between the ranks; while it is iterated over, it is the
+    active loader of `GradientState`. `prepare_data_loader` builds one from a plain loader.
 
     Args:
-        dataset: The dataset; for an iterable one, this rank's part of it (`IterableDatasetShard`).
-        device: Where batches are moved to; None leaves them.
-        rng_types: Which random states the ranks take over from rank 0 at the start of each iteration: ``"generator"``
+        dataset: The dataset; of an iterable one, this rank's shard (`IterableDatasetShard`).
+        device: Where batches are moved; None leaves them.
+        rng_types: Random states to copy from rank 0 at the start of each iteration: ``"generator"``
             (`synchronized_generator`), ``"torch"``, ``"cuda"`` …
         synchronized_generator: The generator that the sampler, batch sampler or dataset draws from.
-        skip_batches: Leave out that many batches at the start; a map-style dataset's are not fetched.
-        use_stateful_dataloader: Be a torchdata `StatefulDataLoader` too, whose position can be saved.
-        _drop_last: The original loader dropped an incomplete last batch.
-        _non_blocking: Move to the device without waiting.
-        torch_device_mesh: The device mesh, where there is one.
-        iteration: Number of the epoch that the first iteration is.
+        skip_batches: Number of batches to skip at the start; those of a map-style dataset are not fetched.
+        use_stateful_dataloader: Derive from torchdata's `StatefulDataLoader` as well, whose position can be saved.
+        _drop_last: The original loader drops an incomplete last batch.
+        _non_blocking: Copy to the device asynchronously.
+        torch_device_mesh: The device mesh, if there is one.
+        iteration: Epoch of the first iteration.
         **kwargs: As for `torch.utils.data.DataLoader`.
 
     Attributes:
-        end_of_dataloader, remainder, round: Where the loop stands; see `DataLoaderStateMixin`.
-        iteration: How many epochs have been gone through to the end.
+        end_of_dataloader, remainder, step_sizes: State of the loop; see `DataLoaderStateMixin`.
+        iteration: Number of epochs that have been completed.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class DataLoaderShard(DataLoaderAdapter):
         return RNGType.GENERATOR in map(RNGType, self.rng_types or ())
 
     def _synchronize_rng(self) -> None:
-        # The generator of a map-style dataset's sampler follows when the first index is drawn; see `GeneratorOrder`.
+        # `GeneratorOrder` synchronizes the generator of a map-style dataset's sampler, when the first index is drawn.
         types: list[RNGType] = [kind for kind in map(RNGType, self.rng_types or ()) if kind is not RNGType.GENERATOR]
         if self.is_iterable and self.synchronized_generator is not None and self._synchronizes_generator():
             types.append(RNGType.GENERATOR)
@@ -109,12 +109,12 @@ class DataLoaderShard(DataLoaderAdapter):
 
 
 class SkipDataLoader(DataLoaderAdapter):
-    """A plain loader without its first batches, for a dataset whose batches cannot be chosen.
+    """A plain loader without its first batches, for a dataset whose batches cannot be selected.
 
     Args:
         dataset: The dataset.
-        skip_batches: How many batches to leave out.
-        use_stateful_dataloader: Be a torchdata `StatefulDataLoader` too.
+        skip_batches: Number of batches to skip.
+        use_stateful_dataloader: Derive from torchdata's `StatefulDataLoader` as well.
         **kwargs: As for `torch.utils.data.DataLoader`.
     """
 

@@ -1,4 +1,4 @@
-"""`skip_first_batches`: the same loader from a later batch on."""
+"""`skip_first_batches`: resumes an epoch at a later batch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _T = TypeVar("_T")
 
 
 def skip_first_batches(dataloader: DataLoader[_T], num_batches: int = 0) -> DataLoader[_T]:
-    """A loader like the one given that starts behind its first batches.
+    """Returns a copy of a loader that skips its first batches.
 
-    The given loader stays whole: go through the result for the rest of an interrupted epoch, then back to the original,
-    which goes on with the epoch after that. A map-style dataset's skipped batches are not fetched; a stream has to be
-    read.
+    The original loader is unchanged: iterate over the result for the rest of an interrupted epoch, then over the
+    original, which continues with the next epoch. Skipped batches of a map-style dataset are not fetched; those of an
+    iterable dataset have to be read.
 
     Args:
         dataloader: A plain or prepared loader.
-        num_batches: How many batches to leave out, counted as this process sees them (prepared loaders: steps).
+        num_batches: Number of batches of this process to skip (of a prepared loader: steps).
 
     Returns:
         For a plain loader over an iterable dataset a `SkipDataLoader`; else a loader of the same class.
 
     Raises:
-        TypeError: when `num_batches` is no integer, or `dataloader` no torch `DataLoader`.
-        ValueError: when `num_batches` is negative.
+        TypeError: If `num_batches` is not an integer, or `dataloader` not a torch `DataLoader`.
+        ValueError: If `num_batches` is negative.
 
     Example:
         ```python
@@ -41,13 +41,13 @@ def skip_first_batches(dataloader: DataLoader[_T], num_batches: int = 0) -> Data
             ...
         ```
     """
-    count = _checked(dataloader, num_batches)
+    count = _check_num_batches(dataloader, num_batches)
     if count == 0:
         return dataloader
     if isinstance(dataloader, DataLoaderAdapter):
         later = copy.copy(dataloader)
         later._origin = dataloader
-        later._epochs_seen = dataloader._epochs_seen  # the same samplers and dataset, whichever of the two is used
+        later._epochs_seen = dataloader._epochs_seen  # both use the same samplers and dataset
         if later.is_iterable or isinstance(later, DataLoaderDispatcher):
             later.skip_batches += count
             return later
@@ -64,22 +64,21 @@ def skip_first_batches(dataloader: DataLoader[_T], num_batches: int = 0) -> Data
     else:
         later = copy.copy(dataloader)  # type: ignore[assignment]
         later._iterator = None
-    # torch refuses to exchange a loader's sampler; this is a copy that nobody has iterated over.
-    place = "sampler" if later.batch_sampler is None else "batch_sampler"
-    later.__dict__[place] = SkipBatchSampler(index_sampler(later), count)
+    # torch rejects assignment to a loader's sampler; this is a new copy, which has no iterator yet.
+    attribute = "sampler" if later.batch_sampler is None else "batch_sampler"
+    later.__dict__[attribute] = SkipBatchSampler(index_sampler(later), count)
     return later
 
 
-def _checked(dataloader: Any, num_batches: Any) -> int:
+def _check_num_batches(dataloader: Any, num_batches: Any) -> int:
     if not isinstance(dataloader, DataLoader):
         raise TypeError(f"expected a torch.utils.data.DataLoader, got {type(dataloader).__name__}.")
     try:
         count = operator.index(num_batches)
     except TypeError:
         raise TypeError(
-            f"num_batches is how many batches to leave out, an integer; got {num_batches!r} "
-            f"({type(num_batches).__name__})."
+            f"num_batches is the number of batches to skip, an integer; got {num_batches!r} ({type(num_batches).__name__})."
         ) from None
     if count < 0:
-        raise ValueError(f"num_batches is how many batches to leave out and cannot be negative; got {count}.")
+        raise ValueError(f"num_batches is the number of batches to skip and cannot be negative; got {count}.")
     return count

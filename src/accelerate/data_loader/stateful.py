@@ -1,4 +1,7 @@
-"""The loaders as torchdata `StatefulDataLoader`s: position in, position out. Imported only where torchdata is there."""
+"""Variants of the loaders that derive from torchdata's `StatefulDataLoader`, which saves and restores their position.
+
+Imported on use, because it needs torchdata.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +15,32 @@ from .dispatch import DataLoaderDispatcher
 from .shard import DataLoaderShard, SkipDataLoader
 
 ITERATION = "_iteration"
-"""Key of the number of epochs gone through, beside torchdata's own."""
+"""Key of the number of completed epochs, beside torchdata's keys."""
 SAMPLE_SEED = "_sample_seed"
-"""Key of the seed that samples are read with."""
+"""Key of the seed for reading samples."""
 
 
 class _StatefulMixin:
-    """The position that belongs to the batch handed out last, whatever has been read ahead since."""
+    """Saves the position of the last batch that was yielded, regardless of batches read ahead."""
 
     _stateful = True
 
     def state_dict(self: Any) -> dict[str, Any]:
-        """The position behind the batch that was handed out last."""
+        """Returns the position after the last batch that was yielded."""
         if self._recorded_position is not None:
             state = self._recorded_position
         elif self._iterator is not None:
             state = StatefulDataLoader.state_dict(self)
-        else:  # not begun: torchdata would begin now, and draw seeds
+        else:  # not started: torchdata would start an iteration now, and draw seeds
             state = self.next_iter_state or {}
         seeds = {} if self._sample_seeds is None else {SAMPLE_SEED: self._sample_seeds.seed}
         return {**state, ITERATION: self.iteration, **seeds}
 
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        """Resumes behind the batch that `state_dict` was taken at; takes effect at the next iteration.
+        """Resumes after the batch at which `state_dict` was saved, from the next iteration on.
 
         Args:
-            state_dict: What `state_dict` gave, on the same rank of as many ranks.
+            state_dict: A result of `state_dict`, from the same rank of the same number of ranks.
         """
         state = dict(state_dict)
         self.iteration = state.pop(ITERATION, self.iteration)
@@ -51,7 +54,7 @@ class _StatefulMixin:
     def _get_iterator(self: Any) -> Any:
         if self.next_iter_state is None:
             return super()._get_iterator()  # type: ignore[misc]
-        # The epoch that is resumed drew its seeds when it began: random states go on as they are.
+        # The resumed epoch drew its seeds when it started: random states are not advanced again.
         own = None if self.generator is None else self.generator.get_state()
         with torch.random.fork_rng(devices=[]):
             iterator = super()._get_iterator()  # type: ignore[misc]
@@ -68,7 +71,7 @@ class _StatefulMixin:
 
 
 def _with_position(state: dict[str, Any]) -> dict[str, Any]:
-    """A state whose sampler kept no position of its own, with the one torchdata counted."""
+    """Returns a state with the position that torchdata counted, if the sampler kept none of its own."""
     if "_snapshot" in state and "_main_snapshot" in state["_snapshot"]:
         snapshot = state["_snapshot"]
         return {**state, "_snapshot": {**snapshot, "_main_snapshot": _with_position(snapshot["_main_snapshot"])}}
@@ -82,18 +85,18 @@ class StatefulDataLoaderShard(_StatefulMixin, DataLoaderShard, StatefulDataLoade
 
     def _synchronize_rng(self) -> None:
         if self.next_iter_state is None or self.next_iter_state.get("_iterator_finished"):
-            super()._synchronize_rng()  # else the ranks were brought together when the epoch began
+            super()._synchronize_rng()  # otherwise the ranks were synchronized when the epoch started
 
 
 class StatefulDataLoaderDispatcher(_StatefulMixin, DataLoaderDispatcher, StatefulDataLoader):
-    """A `DataLoaderDispatcher` whose position can be saved. Only rank 0 reads, so only its position counts."""
+    """A `DataLoaderDispatcher` whose position can be saved. Only rank 0 reads, so only rank 0 has a position."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the last step, as rank 0 knows it; the other ranks know the epoch only."""
+        """Returns the position after the last step on rank 0, and the epoch only on other ranks."""
         return super().state_dict() if world.current().collectives.rank == 0 else {ITERATION: self.iteration}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes behind the step that `state_dict` was taken at, from rank 0's state or the rank's own."""
+        """Resumes after the step at which `state_dict` was saved, on rank 0 or on this rank."""
         if world.current().collectives.rank == 0:
             super().load_state_dict(state_dict)
         else:

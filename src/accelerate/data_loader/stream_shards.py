@@ -1,8 +1,8 @@
-"""Iterable datasets made of shards: each rank reads shards of its own, and the ranks agree at each step on what it holds.
+"""Iterable datasets made of shards, of which each rank reads its own; the ranks exchange the sizes of their batches.
 
-No rank can see where the others' shards end. So every rank completes its batches to full ones, reads two batches ahead,
-and starts an all-gather of the rows in a batch as soon as it has been read, one step before the result is needed. A rank
-whose shards have ended repeats its first batch until all have ended.
+No rank can see where the shards of other ranks end. So every rank pads its batches to full ones, reads two batches ahead,
+and starts an asynchronous all-gather of the number of rows in a batch as soon as it has read it, one step before the
+result is needed. A rank whose shards have ended repeats its first batch until all ranks have ended.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .iterable import CountedBatch
 
 _END = object()
 _READ_TIMEOUT = datetime.timedelta(hours=2)
-"""How long a rank waits for the others to read a batch; a rank that died is noticed at once."""
+"""Timeout of a rank while others read a batch; a rank that has died is noticed at once."""
 _FAILED = -1
-"""Sent in place of a number of rows by a rank that could not read."""
+"""Number of rows that a rank sends if reading failed."""
 _ORDER_DEPENDENT = (
     "TakeExamplesIterable",
     "SkipExamplesIterable",
@@ -37,14 +37,14 @@ _ORDER_DEPENDENT = (
     "RandomlyCyclingMultiSourcesExamplesIterable",
     "HorizontallyConcatenatedMultiSourcesExamplesIterable",
 )
-"""Operations of ``datasets`` that choose samples by their place in the whole stream: on shards, they choose others."""
+"""Operations of ``datasets`` that select samples by their position in the whole stream: on shards they select others."""
 
 
 def has_shards(dataset: Any, count: int) -> bool:
     """Returns whether an iterable dataset can be divided into `count` sets of shards that hold the same samples.
 
-    It has a method ``shard(num_shards=…, index=…)`` and a number of shards (``num_shards`` or ``n_shards``). One with a
-    length is left alone: a loader's length must not depend on how its samples are spread over the shards.
+    It must have a method ``shard(num_shards=…, index=…)``, a number of shards (``num_shards`` or ``n_shards``) and no
+    length: the length of a loader must not depend on the distribution of samples over shards.
     """
     shards = getattr(dataset, "num_shards", getattr(dataset, "n_shards", None))
     shard = getattr(dataset, "shard", None)
@@ -56,7 +56,7 @@ def has_shards(dataset: Any, count: int) -> bool:
 
 
 def _operations(dataset: Any) -> Iterator[str]:
-    """Names of the classes that a dataset of ``datasets`` is made of; it has no public list of them."""
+    """Yields names of the operations in a dataset of ``datasets``, which has no public list of them."""
     waiting = [getattr(dataset, "_ex_iterable", None)]
     while waiting:
         link = waiting.pop()
@@ -66,24 +66,21 @@ def _operations(dataset: Any) -> Iterator[str]:
 
 
 def supports_lockstep(ranks: DataShard) -> bool:
-    """Returns whether the ranks that share out the data are all ranks of the run, and can communicate on the CPU."""
+    """Returns whether the data is sharded over all ranks of the run, and these can communicate on the CPU."""
     if not world.is_joined() or not dist.is_available() or not dist.is_gloo_available():
         return False
     everyone = world.current().collectives
     return isinstance(everyone, TorchCollectives) and ranks == DataShard(everyone.rank, everyone.size)
 
 
-# Agreeing -----------------------------------------------------------------------------------------------------------
-
-
 class StreamStep(NamedTuple):
     """One step of this rank.
 
     Attributes:
-        batch: Its batch.
-        position: The loader's position behind it.
-        round: The step's `StepSizes`.
-        last: It is the last step of all ranks.
+        batch: The batch.
+        position: The loader's position after it.
+        step_sizes: The `StepSizes` of the step.
+        last: Whether it is the last step of all ranks.
     """
 
     batch: Any
@@ -93,7 +90,7 @@ class StreamStep(NamedTuple):
 
 
 class _PendingAllGather:
-    """An all-gather on its way: each rank's step, the rows of its batch, and whether it has no batch to repeat."""
+    """An asynchronous all-gather of each rank's step, the rows of its batch, and whether it lacks a batch to repeat."""
 
     def __init__(self, collectives: Collectives, step: int, rows: int, lacks: bool) -> None:
         self._own = torch.tensor([step, rows, lacks])
@@ -101,13 +98,13 @@ class _PendingAllGather:
         self._work = dist.all_gather(self._all, self._own, group=collectives.group, async_op=True)
 
     def wait(self) -> tuple[list[int], list[bool]]:
-        """Returns each rank's rows, and whether it has no batch to repeat."""
+        """Returns each rank's rows, and whether it lacks a batch to repeat."""
         self._work.wait()
         steps, rows, lacking = zip(*(entry.tolist() for entry in self._all), strict=True)
         if len(set(steps)) > 1:
             raise RuntimeError(
-                f"the ranks are at different steps of a loader whose shards they read by themselves: {list(steps)}. All "
-                "ranks have to take as many steps of an iteration, and to iterate over their loaders in one order."
+                f"the ranks are at different steps of a loader of which each reads its own shards: {list(steps)}. All ranks "
+                "must take the same number of steps of an iteration, and iterate over their loaders in the same order."
             )
         return list(rows), list(map(bool, lacking))
 
@@ -119,12 +116,12 @@ class _PrefetchedBatch(NamedTuple):
 
 
 class LockstepReader:
-    """Reads this rank's batches in step with the other ranks.
+    """Reads this rank's batches in lockstep with the other ranks.
 
     Args:
-        batches: This rank's batches, each of `size` rows; a `CountedBatch` one holds fewer that are data.
+        batches: This rank's batches, each of `size` rows; a `CountedBatch` has fewer rows that are data.
         size: Rows in a full batch.
-        position: Returns the loader's position, which is noted after each batch.
+        position: Returns the loader's position, which is recorded after each batch.
     """
 
     def __init__(self, batches: Iterator[Any], size: int, position: Callable[[], Any]) -> None:
@@ -138,10 +135,10 @@ class LockstepReader:
         self._num_posted = 0
 
     def steps(self, skip: int) -> Iterator[StreamStep]:
-        """The steps, from the one numbered `skip` on. A failure to read is raised on every rank.
+        """Yields the steps from number `skip` on. A failure to read is raised on every rank.
 
         Raises:
-            RuntimeError: if another rank could not read, or is at another step.
+            RuntimeError: If another rank failed to read, or is at another step.
         """
         collectives = cpu_group("rows of stream shards", _READ_TIMEOUT)
         for _ in range(skip):
@@ -163,7 +160,7 @@ class LockstepReader:
             rows = upcoming
 
     def _next(self) -> tuple[Any, int]:
-        """The next batch with its rows that are data; `_END` and 0 behind the last one."""
+        """Returns the next batch and the number of its rows that are data; `_END` and 0 after the last one."""
         batch = _END if self._ended else next(self._batches, _END)
         self._ended = batch is _END
         if self._ended:
@@ -180,7 +177,7 @@ class LockstepReader:
         try:
             if self._failure is None:
                 batch, rows = self._next()
-        except Exception as error:  # noqa: BLE001 - raised at the step of this batch: those before are whole
+        except Exception as error:  # noqa: BLE001 - raised at the step of this batch: earlier ones are complete
             self._failure = error
         if batch is not _END:
             self._recorded_position = self._position()
@@ -190,7 +187,7 @@ class LockstepReader:
         )
 
     def _broadcast_filler(self, collectives: Collectives, source: int, own: Any) -> None:
-        """Takes over a batch of rank `source`, if this rank has none: its shards are empty, or it resumed behind them."""
+        """Broadcasts a batch of rank `source` to ranks that have none: shards are empty, or were read before resuming."""
         sent = [own if collectives.rank == source else None]
         collectives.broadcast_object_list(sent, source)
         if self._first is _END:
@@ -202,7 +199,7 @@ class LockstepReader:
         if self._failure is not None:
             raise self._failure
         failed = ", ".join(str(rank) for rank, count in enumerate(rows) if count == _FAILED)
-        raise RuntimeError(f"rank {failed} failed to read its shards of the dataset; its own error says why.")
+        raise RuntimeError(f"rank {failed} failed to read its shards of the dataset: see the error of that rank.")
 
     def _step_sizes(self, rows: list[int]) -> StepSizes | None:
         if all(count == self._size for count in rows):

@@ -1,4 +1,4 @@
-"""Loaders on XLA devices: torch_xla's background feeder around a sharded loader. Imported on use only."""
+"""Loaders on XLA devices: torch_xla's background feeder around a sharded loader. Imported on use: it needs torch_xla."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .shard import DataLoaderShard
 
 
 class _FeederSource:
-    """What the feeder's thread reads. It runs ahead of the loop, so the loop's state waits in a queue of its own."""
+    """The loader that the feeder's thread reads ahead of the loop; it queues the state that belongs to each batch."""
 
     def __init__(self, loader: DataLoaderShard) -> None:
         self.loader = loader
@@ -32,7 +32,7 @@ class _FeederSource:
 
 
 class MpDeviceLoaderWrapper(parallel_loader.MpDeviceLoader):
-    """`MpDeviceLoader` that answers like the prepared loader inside it, and tells `GradientState` of the loop.
+    """`MpDeviceLoader` with the attributes of the prepared loader inside it, which it registers with `GradientState`.
 
     Args:
         dataloader: The sharded loader, which leaves batches on the host.

@@ -1,4 +1,4 @@
-"""Experiment trackers: what a tracker must have (`GeneralTracker`), and which are known by name (the registry)."""
+"""Experiment trackers: their interface (`GeneralTracker`), and the registry of trackers by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..settings.planned import (
     WandBTracker,
 )
 from .base import GeneralTracker, on_main_process
-from .methods import TrackerMethods
+from .mixin import TrackingMixin
 from .registry import filter_trackers, get_available_trackers, register_tracker_class, start_trackers
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "GeneralTracker",
     "MLflowTracker",
     "TensorBoardTracker",
-    "TrackerMethods",
+    "TrackingMixin",
     "WandBTracker",
     "filter_trackers",
     "get_available_trackers",

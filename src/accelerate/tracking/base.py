@@ -1,7 +1,4 @@
-"""What every experiment tracker has: a name, whether it needs a folder, the library's own object, and five methods.
-
-A subclass says where its values go; `Accelerator` calls it and never asks which one it is.
-"""
+"""`GeneralTracker`, the interface of experiment trackers, through which `Accelerator` logs to any library."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ _R = TypeVar("_R")
 _Self = TypeVar("_Self")
 
 _REQUIRED = {
-    "name": 'a class attribute, such as name = "my_tracker", by which accelerator.get_tracker finds it',
-    "requires_logging_directory": "a class attribute: True if the tracker writes into a folder it must be given",
+    "name": 'a class attribute, such as name = "my_tracker", for accelerator.get_tracker',
+    "requires_logging_directory": "a class attribute: True if the tracker needs a folder to write to",
     "tracker": "a property that returns the library's own run or writer",
 }
 
@@ -25,7 +22,7 @@ _REQUIRED = {
 def on_main_process(function: Callable[Concatenate[_Self, _P], _R]) -> Callable[Concatenate[_Self, _P], _R | None]:
     """Decorator for a tracker's method: with ``main_process_only`` (the default) only the main process runs it.
 
-    Elsewhere the call does nothing and returns None.
+    On other processes the call does nothing and returns None.
     """
 
     @functools.wraps(function)
@@ -38,16 +35,16 @@ def on_main_process(function: Callable[Concatenate[_Self, _P], _R]) -> Callable[
 
 
 class GeneralTracker:
-    """Base of all trackers. Pass an instance of a subclass to ``Accelerator(log_with=...)``.
+    """Base class of all trackers. Pass an instance of a subclass to ``Accelerator(log_with=...)``.
 
-    A subclass has a ``name``, ``requires_logging_directory`` and a property ``tracker``, and implements
-    `store_init_configuration` and `log`; `start` and `finish` where the library needs them.
+    A subclass defines ``name``, ``requires_logging_directory`` and a property ``tracker``, and implements
+    `store_init_configuration` and `log`, and `start` and `finish` if the library needs them.
 
     Args:
-        _blank: Make a tracker that does nothing, for processes on which the real one does not exist.
+        _blank: Create a tracker that does nothing, for processes on which the real one does not exist.
 
     Raises:
-        NotImplementedError: listing what a subclass lacks.
+        NotImplementedError: If the subclass lacks required attributes.
 
     Example:
         ```python
@@ -79,9 +76,9 @@ class GeneralTracker:
     """
 
     name: str
-    """By which `Accelerator.get_tracker` finds it."""
+    """Name for `Accelerator.get_tracker`."""
     requires_logging_directory: bool
-    """Whether it writes into a folder that it must be given."""
+    """Whether the tracker needs a folder to write to."""
     main_process_only: bool = True
     """Whether methods decorated with `on_main_process` run on the main process only, or on all."""
 
@@ -92,32 +89,32 @@ class GeneralTracker:
             check_tracker(self)
 
     def start(self) -> None:
-        """Opens the run. `Accelerator.init_trackers` calls it once, when the process group is up."""
+        """Starts the run. `Accelerator.init_trackers` calls it once, when the process group is initialized."""
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keeps the experiment's settings.
+        """Stores the experiment's settings.
 
         Args:
-            values: Hyperparameters by name: strings, numbers, booleans, None, and what the library takes beside these.
+            values: Hyperparameters by name: strings, numbers, booleans, None, and further types that the library accepts.
         """
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Records measurements.
+        """Logs metrics.
 
         Args:
-            values: By name.
-            step: The training step they belong to.
-            **kwargs: For the library's own function.
+            values: Metrics by name.
+            step: The training step of the metrics.
+            **kwargs: Arguments of the library's own function.
         """
 
     def finish(self) -> None:
-        """Closes the run. `Accelerator.end_training` calls it."""
+        """Finishes the run. `Accelerator.end_training` calls it."""
 
 
 def check_tracker(tracker: GeneralTracker) -> None:
-    """Raises NotImplementedError listing what the class of `tracker` lacks.
+    """Raises NotImplementedError if the class of `tracker` lacks required attributes.
 
-    The class is asked, not the instance: on processes without a run, a `tracker` property may have nothing to return.
+    Looks at the class instead of the instance: on processes without a run, a `tracker` property may raise.
     """
     missing = [name for name in _REQUIRED if not hasattr(type(tracker), name) and name not in vars(tracker)]
     if missing:

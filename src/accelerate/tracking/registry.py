@@ -1,6 +1,6 @@
-"""Which trackers are known by name, and which of those a run uses.
+"""Registry of tracker classes by name, and selection of the trackers of a run.
 
-A row is a dotted name, so that no tracker's library is imported before a run asks for it.
+Entries are dotted names, so that a tracker's library is imported only if a run uses it.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from .base import GeneralTracker, check_tracker
 
 logger = logging.getLogger(__name__)
 
-# name -> "module:Class"; the module lies in this package, one small file per tracker.
+# name -> "module:Class"; one module of this package per tracker
 _BUILT_IN: dict[str, str] = {}
 _registered: dict[str, type[GeneralTracker]] = {}
 
 
 def register_tracker_class(tracker_class: type[GeneralTracker]) -> type[GeneralTracker]:
-    """Makes a tracker class known by its `name`, so that ``Accelerator(log_with=name)`` finds it. Works as a decorator.
+    """Registers a tracker class under its `name` for ``Accelerator(log_with=name)``. Works as a decorator.
 
-    Its constructor is called as that of the built-in trackers: with the project's name, the folder if it requires one,
+    Its constructor is called like that of the built-in trackers: with the project's name, the folder if it requires one,
     and ``init_kwargs[name]``.
     """
     name = getattr(tracker_class, "name", None)
     if not isinstance(name, str):
-        raise TypeError(f"{tracker_class.__name__} has no `name` (a string class attribute) to be registered under.")
+        raise TypeError(f"{tracker_class.__name__} has no `name` (a string class attribute) to register it under.")
     _registered[name] = tracker_class
     return tracker_class
 
 
 def get_available_trackers() -> list[str]:
-    """Names of the trackers that ``log_with="all"`` stands for: those whose library is installed."""
+    """Returns the names of the trackers of ``log_with="all"``: those whose library is installed."""
     return [*_BUILT_IN, *(name for name in _registered if name not in _BUILT_IN)]
 
 
 def tracker_class(name: str) -> type[GeneralTracker]:
-    """The class of the tracker called `name`, its module imported.
+    """Returns the class of the tracker called `name`, and imports its module.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: If there is none.
     """
     if name in _registered:
         return _registered[name]
     if name not in _BUILT_IN:
-        raise ValueError(_unknown(name))
+        raise ValueError(_unknown_tracker(name))
     module, _, attribute = _BUILT_IN[name].partition(":")
     found: type[GeneralTracker] = getattr(importlib.import_module(module), attribute)
     return found
@@ -59,21 +59,21 @@ def filter_trackers(
     log_with: str | LoggerType | GeneralTracker | Iterable[str | LoggerType | GeneralTracker] | None,
     logging_dir: str | os.PathLike[str] | None = None,
 ) -> list[str | GeneralTracker]:
-    """The trackers a run uses: names and instances, each once, in the order given.
+    """Returns the trackers that a run uses: names and instances, each once, in the order given.
 
     Args:
         log_with: A tracker's name, a `LoggerType`, an instance of a `GeneralTracker` subclass, or several of these;
             ``"all"`` stands for every available tracker. None: no tracker.
-        logging_dir: Where trackers write that need a folder.
+        logging_dir: Folder for trackers that need one.
 
     Raises:
-        ValueError: for a name nobody knows, or a tracker that needs a folder and gets none.
-        TypeError: for something that is no tracker.
-        NotImplementedError: for an instance whose class lacks something.
+        ValueError: If a name is unknown, or a tracker needs a folder and there is none.
+        TypeError: If an object is not a tracker.
+        NotImplementedError: If the class of an instance lacks required attributes.
     """
     chosen: list[str | GeneralTracker] = []
     for wanted in _as_list(log_with):
-        for tracker in _resolved(wanted, logging_dir):
+        for tracker in _resolve(wanted, logging_dir):
             if tracker not in chosen:
                 chosen.append(tracker)
     return chosen
@@ -87,7 +87,7 @@ def _as_list(log_with: object) -> list[object]:
     return [log_with]
 
 
-def _resolved(wanted: object, logging_dir: str | os.PathLike[str] | None) -> list[str | GeneralTracker]:
+def _resolve(wanted: object, logging_dir: str | os.PathLike[str] | None) -> list[str | GeneralTracker]:
     if isinstance(wanted, GeneralTracker):
         check_tracker(wanted)
         return [wanted]
@@ -100,7 +100,7 @@ def _resolved(wanted: object, logging_dir: str | os.PathLike[str] | None) -> lis
         )
     name = str(wanted)
     if name == LoggerType.ALL.value:
-        # "all" means what can be used here: without a folder, that leaves out the trackers which need one.
+        # Without a folder, "all" leaves out the trackers that need one.
         usable = [known for known in get_available_trackers() if logging_dir is not None or not _needs_folder(known)]
         if not usable:
             logger.warning(
@@ -111,7 +111,7 @@ def _resolved(wanted: object, logging_dir: str | os.PathLike[str] | None) -> lis
     tracker_class(name)  # raises for an unknown name
     if logging_dir is None and _needs_folder(name):
         raise ValueError(
-            f"the tracker {name!r} writes into a folder: pass Accelerator(project_dir=...) or "
+            f"the tracker {name!r} needs a folder to write to: pass Accelerator(project_dir=...) or "
             "ProjectConfiguration(logging_dir=...)."
         )
     return [name]
@@ -121,18 +121,18 @@ def _needs_folder(name: str) -> bool:
     return bool(getattr(tracker_class(name), "requires_logging_directory", False))
 
 
-def _unknown(name: str) -> str:
+def _unknown_tracker(name: str) -> str:
     if name in LoggerType:
         return (
             f"this version of accelerate has no built-in tracker {name!r} yet. Pass an instance of your own subclass "
             "of accelerate.tracking.GeneralTracker to log_with instead."
         )
-    known = ", ".join(get_available_trackers()) or "none yet"
-    return f"no tracker is called {name!r}; known by name: {known}. An instance of a GeneralTracker subclass works too."
+    available = ", ".join(get_available_trackers()) or "none yet"
+    return f"no tracker is called {name!r}; available: {available}. Or pass an instance of a GeneralTracker subclass."
 
 
-def logging_here(trackers: Iterable[GeneralTracker]) -> Iterator[GeneralTracker]:
-    """Yields the trackers that log on this process: on others than the main one, those that want every process."""
+def active_trackers(trackers: Iterable[GeneralTracker]) -> Iterator[GeneralTracker]:
+    """Returns the trackers that log on this process: all on the main process, else those that log on every process."""
     is_main = world.current().rank == 0
     return (tracker for tracker in trackers if is_main or not tracker.main_process_only)
 
@@ -144,14 +144,14 @@ def start_trackers(
     config: dict[str, Any] | None = None,
     init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[GeneralTracker]:
-    """Builds the trackers that `filter_trackers` chose, opens their runs and stores the settings in them.
+    """Creates the trackers that `filter_trackers` selected, starts their runs and stores the settings in them.
 
     Args:
         chosen: Names and instances; an instance is used as it is.
-        project_name: The run's name, for trackers built by name.
-        logging_dir: The folder, for those that need one.
+        project_name: Name of the project, for trackers given by name.
+        logging_dir: Folder for trackers that need one.
         config: Settings to store; None stores nothing.
-        init_kwargs: A tracker's name -> more arguments for its constructor; those for other trackers are not looked at.
+        init_kwargs: Name of a tracker -> further arguments of its constructor; other trackers' entries are ignored.
     """
     arguments = dict(init_kwargs or {})
     trackers = []
@@ -162,7 +162,7 @@ def start_trackers(
         kind: Any = tracker_class(tracker)
         folder = [logging_dir] if kind.requires_logging_directory else []
         trackers.append(kind(project_name, *folder, **arguments.get(tracker, {})))
-    for tracker in logging_here(trackers):
+    for tracker in active_trackers(trackers):
         tracker.start()
         if config is not None:
             tracker.store_init_configuration(config)

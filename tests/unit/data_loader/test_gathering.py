@@ -17,7 +17,7 @@ from accelerate.data_loader import (
     prepare_data_loader,
     skip_first_batches,
 )
-from accelerate.data_loader.gathering import active_ranks
+from accelerate.data_loader.gathering import active_collectives
 from accelerate.runtime.collective_backend import Collectives
 from accelerate.state import GradientState
 
@@ -159,4 +159,4 @@ def test_a_scalar_is_a_row() -> None:
 
 def test_some_ranks_only_need_a_process_group() -> None:
     with pytest.raises(NotImplementedError, match="even_batches=True"):
-        active_ranks(StepSizes((2, 1, 0), 3), Three())
+        active_collectives(StepSizes((2, 1, 0), 3), Three())

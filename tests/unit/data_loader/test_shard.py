@@ -486,7 +486,7 @@ def test_a_prepared_loader_is_given_back() -> None:
     assert prepare_data_loader(by_hand, num_processes=4) is by_hand
     with pytest.raises(ValueError, match=r"num_processes=4 \(it has 2\)"):
         prepare_data_loader(loader, num_processes=4)
-    with pytest.raises(ValueError, match="prepared already, and now asked for dispatch_batches=True"):
+    with pytest.raises(ValueError, match="with other arguments than dispatch_batches=True"):
         prepare_data_loader(loader, dispatch_batches=True)
 
 

@@ -151,7 +151,7 @@ class TestFilterTrackers:
 
     def test_one_that_needs_a_folder(self, registered):
         assert filter_trackers("file", "logs") == ["file"]
-        with pytest.raises(ValueError, match=r"'file' writes into a folder: pass Accelerator\(project_dir=...\)"):
+        with pytest.raises(ValueError, match=r"'file' needs a folder to write to: pass Accelerator\(project_dir=...\)"):
             filter_trackers("file")
 
     @pytest.mark.parametrize("name", [kind for kind in LoggerType if kind is not LoggerType.ALL])
@@ -163,7 +163,7 @@ class TestFilterTrackers:
                 filter_trackers(spelling)
 
     def test_an_unknown_name(self, registered):
-        with pytest.raises(ValueError, match="no tracker is called 'nobody'; known by name: mine, file"):
+        with pytest.raises(ValueError, match="no tracker is called 'nobody'; available: mine, file"):
             filter_trackers("nobody")
 
     def test_things_that_are_no_trackers(self):

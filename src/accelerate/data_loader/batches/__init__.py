@@ -1,3 +1,3 @@
-"""Operations on batches: arithmetic of sharding them, slicing and concatenation, broadcast from the reading rank."""
+"""Operations on batches: sharding indices, slicing and concatenating, broadcasting from rank 0."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How batches travel from rank 0: one byte buffer a step, no pickles.
+"""Broadcasts batches from rank 0: one byte buffer per step, without pickle.
 
-A message is ``[header][tensor bytes][plain values][spec]``. The layout (containers, dtypes, shapes) is sent only when
-it differs from the one before. All ranks hold a buffer of one agreed size; a message that does not fit is announced by
-one that says which size to agree on.
+A message is ``[header][tensor bytes][scalars][spec]``. The spec (containers, dtypes, shapes) is sent only if it differs
+from the previous one. All ranks hold buffers of the same size; before a message that does not fit, rank 0 broadcasts a
+header with the new size.
 """
 
 from __future__ import annotations
@@ -24,26 +24,32 @@ from ...runtime.collective_backend import Collectives
 from ...runtime.tensors.pytree import is_namedtuple
 from .batch_sharding import StepSizes
 
-# kind, last step, -, layout bytes, value bytes, tensor bytes, buffer size to agree on, rows of data
+# kind, last step, -, bytes of the spec, of scalars and of tensors, new buffer size, rows of data
 _HEADER = struct.Struct("<BBHIQQQq")
-_ALIGNMENT = 64  # the header's place, and what every tensor is aligned to
+_ALIGNMENT = 64  # bytes reserved for the header, and alignment of every tensor
 _SAME, _NEW, _END, _ERROR, _RESIZE = range(1, 6)
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
-_HISTORY = 16  # messages after which a buffer that has become too large shrinks
+_HISTORY = 16  # number of messages after which a buffer that is too large shrinks
 
 
 class CannotDispatchError(TypeError):
-    """A batch holds something that cannot be sent to other ranks."""
+    """A batch holds an object that cannot be broadcast to other ranks."""
 
 
 class ReadingRankError(RuntimeError):
-    """Rank 0, which reads for all ranks, failed."""
+    """Reading failed on rank 0, which reads for all ranks."""
 
 
 @dataclass(frozen=True)
 class DispatchedStep:
-    """What a rank received: its batch, the rows of data on all ranks (None: unknown), their `StepSizes`, whether it is the
-    last."""
+    """One step of this rank.
+
+    Attributes:
+        batch: The batch of this rank.
+        rows: Rows of data on all ranks; None if unknown.
+        step_sizes: The `StepSizes` of the step.
+        last: Whether it is the last step.
+    """
 
     batch: Any
     rows: int | None
@@ -53,7 +59,7 @@ class DispatchedStep:
 
 @dataclass(frozen=True)
 class Message:
-    """What rank 0 sends for one step."""
+    """A message of one step, before rank 0 broadcasts it."""
 
     spec: list[Any]
     spec_bytes: bytes
@@ -63,20 +69,20 @@ class Message:
     last: bool
 
 
-# Layouts ------------------------------------------------------------------------------------------------------------
+# Flattening ---------------------------------------------------------------------------------------------------------
 
 
 def flatten(data: Any, tensors: list[torch.Tensor], values: list[Any], path: str = "batch") -> tuple[Any, ...]:
-    """The layout of a batch; its tensors and plain values are appended to the two lists, in order.
+    """Flattens a batch: returns its spec, and appends its tensors and scalars to the two lists, in order.
 
     Args:
         data: Tensors, numpy arrays, strings, numbers, bytes, None, in lists, tuples, named tuples and mappings.
-        tensors: Grows by the tensors (and arrays) found.
-        values: Grows by the plain values found; a list of nothing but plain values counts as one.
-        path: Where `data` is, for errors.
+        tensors: Receives the tensors (and arrays).
+        values: Receives the scalars; a list of scalars only is appended as one value.
+        path: Path of `data` in the batch, for errors.
 
     Raises:
-        CannotDispatchError: for anything else.
+        CannotDispatchError: For an object of another type.
     """
     kind = type(data)
     if isinstance(data, torch.Tensor):
@@ -140,14 +146,14 @@ def _check_value(value: Any, path: str) -> None:
 
 def _cannot_send(found: str) -> str:
     return (
-        f"cannot send this batch to the other ranks: {found}. Sent can be tensors, numpy arrays of numbers, strings, "
-        "numbers, bytes and None, in lists, tuples, named tuples and mappings with such keys. Have collate_fn make these, "
-        "or let every rank read its own part: DataLoaderConfiguration(dispatch_batches=False)."
+        f"cannot send this batch to the other ranks: {found}. Supported are tensors, numpy arrays of numbers, strings, "
+        "numbers, bytes and None, in lists, tuples, named tuples and mappings with such keys. Return these from "
+        "collate_fn, or let every rank read its own shard: DataLoaderConfiguration(dispatch_batches=False)."
     )
 
 
 def _class_name(data: Any, path: str) -> str:
-    """A name under which the other ranks find the class, tried here first, so that a failure shows on rank 0."""
+    """Returns the name by which other ranks import the class; imports it here first, so that rank 0 raises."""
     kind = type(data)
     if kind in _class_names:
         return _class_names[kind]
@@ -171,22 +177,22 @@ _class_names: dict[type, str] = {}
 
 @functools.cache
 def find_class(name: str) -> Any:
-    """The mapping or named tuple class ``module:qualified.name``.
+    """Imports the mapping or named tuple class ``module:qualified.name``.
 
     Raises:
-        LookupError: for anything but such a class.
+        LookupError: If the name is that of another object.
     """
     module, _, path = name.partition(":")
     found: Any = importlib.import_module(module)
     for part in path.split("."):
         found = getattr(found, part)
     if not (isinstance(found, type) and (issubclass(found, Mapping) or hasattr(found, "_fields"))):
-        raise LookupError(f"{name} is no class of mappings or named tuples")
+        raise LookupError(f"{name} is not a class of mappings or named tuples")
     return found
 
 
 def encode_spec(node: Any) -> bytes:
-    """A layout, or a list of them, as bytes."""
+    """Encodes a spec, or a list of specs, as bytes."""
     return msgspec.msgpack.encode(_encodable(node))
 
 
@@ -197,7 +203,7 @@ def _encodable(node: Any) -> Any:
 
 
 def unflatten(node: Sequence[Any], tensors: Iterator[torch.Tensor], values: Iterator[Any]) -> Any:
-    """The batch of a (decoded) layout, from its tensors and plain values, in order."""
+    """Rebuilds a batch from its (decoded) spec and its tensors and scalars, in order."""
     tag = node[0]
     if tag == "t":
         return next(tensors)
@@ -219,7 +225,7 @@ def unflatten(node: Sequence[Any], tensors: Iterator[torch.Tensor], values: Iter
 
 
 def tensor_specs(node: Sequence[Any]) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of the tensors of a (decoded) layout, in order."""
+    """Yields dtype and shape of the tensors of a (decoded) spec, in order."""
     tag = node[0]
     if tag in ("t", "a", "g"):
         dtype = node[1] if isinstance(node[1], torch.dtype) else getattr(torch, node[1])
@@ -233,13 +239,13 @@ def tensor_specs(node: Sequence[Any]) -> Iterator[tuple[torch.dtype, tuple[int, 
 
 
 class BatchBroadcaster:
-    """Rank 0's line to all ranks. Every rank makes the same number of steps: rank 0 sends, the others receive.
+    """Broadcasts batches from rank 0. All ranks take the same number of steps: rank 0 sends, the others receive.
 
     Args:
-        collectives: What carries the bytes.
-        staged: Pack in memory of the host and copy from there to `collectives.device`; None: where that is no CPU.
-        words: Carries headers, values and layouts in memory of the host, so that no rank waits for its device to read them,
-            and `collectives` the bytes of tensors only; None: they travel together.
+        collectives: Broadcast the bytes.
+        staged: Pack messages in host memory and copy them to `collectives.device`; None: if that is not the CPU.
+        host_collectives: Broadcast headers, scalars and specs in host memory, so that reading them does not synchronize
+            with the device, while `collectives` broadcast the bytes of tensors; None: `collectives` broadcast all.
     """
 
     def __init__(
@@ -248,7 +254,7 @@ class BatchBroadcaster:
         self.collectives = collectives
         self._host_collectives = host_collectives
         self._header_buffer = torch.empty(_ALIGNMENT, dtype=torch.uint8)
-        self._copied: torch.cuda.Event | None = None  # when the latest message has left pinned memory
+        self._copied: torch.cuda.Event | None = None  # set when the last message has been copied from pinned memory
         self._staged = collectives.device.type != "cpu" if staged is None else staged
         self._spec: Any = None
         self._lengths: deque[int] = deque(maxlen=_HISTORY)
@@ -266,16 +272,16 @@ class BatchBroadcaster:
     # Sending
 
     def pack(self, parts: Sequence[Any], rows: int | None, step_sizes: StepSizes | None, last: bool) -> Message:
-        """Makes the message that gives each rank its part; nothing is sent yet.
+        """Builds the message with the shard of each rank, without sending it.
 
         Args:
-            parts: One batch a part, in the order of the ranks' parts.
-            rows: Rows of data in all parts; None where that is unknown.
-            round: The `StepSizes` of this step.
-            last: Whether no step follows.
+            parts: One batch per shard, in the order of the shards.
+            rows: Rows of data in all shards; None if unknown.
+            step_sizes: The `StepSizes` of this step.
+            last: Whether this is the last step.
 
         Raises:
-            CannotDispatchError: when a batch holds something that cannot be sent.
+            CannotDispatchError: If a batch holds an object that cannot be sent.
         """
         tensors: list[torch.Tensor] = []
         values: list[list[Any]] = [[] for _ in parts]
@@ -288,7 +294,7 @@ class BatchBroadcaster:
         return Message(spec, encode_spec(spec) if spec != self._spec else b"", tensors, value_bytes, rows, last)
 
     def send(self, message: Message) -> None:
-        """Sends what `pack` made."""
+        """Sends a message of `pack`."""
         if message.spec_bytes:
             self._set_spec(message.spec)
         length = _ALIGNMENT + self._tensor_bytes + len(message.value_bytes) + len(message.spec_bytes)
@@ -304,18 +310,18 @@ class BatchBroadcaster:
         )
 
     def send_end(self) -> None:
-        """Tells the other ranks that there is no further step."""
+        """Sends the end of the data."""
         self._broadcast_message(_END, True)
 
     def send_error(self, error: Exception) -> None:
-        """Tells the other ranks that reading failed; their `receive` raises."""
+        """Sends an error of rank 0, which `receive` raises on the other ranks."""
         text = "".join(traceback.format_exception(error))
         blob = msgspec.msgpack.encode([type(error).__name__, str(error), text])
         self._ensure_capacity(_ALIGNMENT + len(blob), slack=0)
         self._broadcast_message(_ERROR, True, values=blob)
 
     def _ensure_capacity(self, length: int, slack: int) -> None:
-        """Sees to a buffer that holds `length` bytes and is not much larger than what is being sent."""
+        """Resizes the buffers to hold `length` bytes, or to shrink if they exceed recent messages by far."""
         self._lengths.append(length)
         size = self._host_buffer.numel()
         enough = max(self._lengths)
@@ -368,16 +374,16 @@ class BatchBroadcaster:
     # Receiving
 
     def receive(self, index: int) -> DispatchedStep | None:
-        """What rank 0 sends next.
+        """Receives the next message of rank 0.
 
         Args:
-            index: Which of the parts is this rank's.
+            index: Index of this rank's shard.
 
         Returns:
-            This rank's step, its tensors in memory of their own on the collectives' device; None when there is none.
+            This rank's step, with new tensors on the collectives' device; None at the end of the data.
 
         Raises:
-            ReadingRankError: when rank 0 failed.
+            ReadingRankError: If rank 0 failed.
         """
         header = self._receive_header()
         kind, last, _, spec_length, value_length, tensor_bytes, buffer_size, rows = _HEADER.unpack(header)
@@ -390,7 +396,7 @@ class BatchBroadcaster:
         payload = text[:value_length]
         if kind == _ERROR:
             name, message, text = msgspec.msgpack.decode(payload)
-            raise ReadingRankError(f"rank 0 reads for all ranks, and failed with {name}: {message}\nThere:\n{text}")
+            raise ReadingRankError(f"rank 0 reads for all ranks, and failed with {name}: {message}\nOn rank 0:\n{text}")
         if kind == _NEW:
             self._set_spec(msgspec.msgpack.decode(text[value_length:]))
         if self._host_collectives is not None and tensor_bytes:
@@ -409,7 +415,7 @@ class BatchBroadcaster:
         return self._header_buffer.numpy().tobytes()[: _HEADER.size]
 
     def _receive_payload(self, start: int, value_length: int, spec_length: int) -> bytes:
-        """The values of a message, and its layout."""
+        """Receives the scalars and the spec of a message."""
         length = value_length + spec_length
         if not length or self._host_collectives is None:
             return self._read(start, start + length) if length else b""
@@ -437,9 +443,9 @@ class BatchBroadcaster:
         self._tensor_bytes = position - _ALIGNMENT
 
     def _tensor_views(self) -> list[list[torch.Tensor]]:
-        """The buffer seen as the tensors of the present layout, by part: rank 0 writes them, the others read them."""
+        """Returns views of the buffer as the tensors of the current spec, by shard: written by rank 0, read by others."""
         if self._views is None:
-            # The others read what is on the device; rank 0 writes what is to be copied there.
+            # Rank 0 writes to the staging buffer, other ranks read from the device.
             buffer = self._host_buffer if self.collectives.rank == 0 else self._buffer
             self._views = [
                 [buffer[start:end].view(dtype).view(shape) for start, end, dtype, shape in part]

@@ -1,14 +1,14 @@
-"""How batches are dealt to the ranks: pure arithmetic over index lists, all ranks at once, no process and no tensor.
+"""Shards index batches over the ranks: pure arithmetic over lists of indices, for all ranks at once.
 
-One step of all ranks' loops together is a *round*. `shard_batches` and `shard_items` turn the index batches of one
-sampler into rounds; a rank picks its part. What a step holds beyond the plain case is said by a `StepSizes`.
+`shard_batches` and `shard_items` turn the index batches of one sampler into steps of all ranks, of which each rank takes
+its own shard. `StepSizes` describes a step whose shards differ in size or are padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, cycle, islice
+from itertools import accumulate, chain, cycle, islice
 from typing import Any, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
@@ -17,16 +17,16 @@ _END = object()
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What one step of all ranks holds, where that is not "every rank has the same number of rows, all of them data".
+    """Sizes of one step of all ranks, if the ranks' sizes differ or some rows are padding.
 
     Attributes:
-        sizes: Rows each rank was given, padding included, in rank order. 0: that rank has no batch at this step, and
-            has left its loop; such ranks are always the last ones.
-        rows: How many rows are data. Concatenated in rank order, the first `rows` are data and the rest repeats
-            samples (with `kept`, each rank's own first rows are).
-        whole: `sizes` and `rows` count whole batches, because rows are unknown (a loader with ``batch_size=None``).
-        kept: Rows of each rank that are data, where repeated ones may be in between: ranks that read shards of their own
-            end in any order. None elsewhere.
+        sizes: Rows of each rank, padding included, in rank order. 0: the rank has no batch at this step and has left its
+            loop; such ranks are always the last ones.
+        rows: Number of rows that are data. Concatenated in rank order, the first `rows` are data and the others repeat
+            samples (with `valid_rows`, the first rows of each rank are data).
+        counts_batches: `sizes` and `rows` count batches, because rows are unknown (a loader with ``batch_size=None``).
+        valid_rows: Number of rows of each rank that are data, if padding may lie in between: ranks that read shards of
+            their own end in any order. None otherwise.
     """
 
     sizes: tuple[int, ...]
@@ -36,12 +36,12 @@ class StepSizes:
 
     @property
     def active_ranks(self) -> int:
-        """How many ranks have a batch at this step: ranks 0 to ``active_ranks - 1``."""
+        """Number of ranks with a batch at this step: ranks 0 to ``active_ranks - 1``."""
         return sum(size > 0 for size in self.sizes)
 
     @property
     def ragged(self) -> bool:
-        """Whether the ranks that have a batch may have different numbers of rows."""
+        """Whether numbers of rows may differ between the ranks that have a batch."""
         return self.counts_batches or len({size for size in self.sizes if size}) > 1
 
     @property
@@ -49,34 +49,51 @@ class StepSizes:
         """Whether some rows repeat samples."""
         return self.rows < sum(self.sizes)
 
+    def drop_padding(self, parts: list[Any]) -> list[Any]:
+        """Drops the rows that repeat samples.
+
+        Args:
+            parts: Tensors, lists or tuples with a row per sample, one for each rank with a batch at this step.
+        """
+        if self.counts_batches:
+            return parts[: self.rows]
+        if self.valid_rows is not None:
+            return [part[:rows] for part, rows in zip(parts, self.valid_rows, strict=True)]
+        if not self.padded:
+            return parts
+        ends = accumulate(map(len, parts), initial=0)
+        return [part[: max(0, self.rows - end)] for part, end in zip(parts, ends, strict=False)]
+
 
 class ShardedStep(NamedTuple):
-    """One round: each rank's part, and its `StepSizes` where it is not a plain one."""
+    """One step of all ranks: the shard of each rank, and the `StepSizes` unless all are full."""
 
     parts: list[list[Any]]
     step_sizes: StepSizes | None
 
 
 def irregular_sizes(sizes: Iterable[int], rows: int) -> StepSizes | None:
-    """The `StepSizes` of these sizes; None when every rank has as many rows and all are data."""
+    """Returns the `StepSizes` of a step; None if all ranks have the same number of rows and none is padding."""
     sizes = tuple(sizes)
     return None if len(set(sizes)) == 1 and rows == sum(sizes) else StepSizes(sizes, rows)
 
 
 def pad_cyclic(items: Sequence[_T], source: Sequence[_T], length: int) -> list[_T]:
-    """`items`, brought to `length` with the items of `source`, over and over."""
+    """Pads `items` to `length` with the items of `source`, repeated as often as needed."""
     return [*items, *islice(cycle(source), max(0, length - len(items)))]
 
 
 def split_evenly(items: list[_T], count: int) -> list[list[_T]]:
-    """`items` cut into `count` parts of one size, which must divide them."""
+    """Splits `items` into `count` lists of equal length; `count` must divide their number."""
     size = len(items) // count
     return [items[part * size : (part + 1) * size] for part in range(count)]
 
 
 def grouped(items: Iterable[_T], size: int) -> Iterator[tuple[list[_T], bool]]:
-    """Lists of `size` successive items (the last may be shorter), each with whether it is the last. Reads one item
-    ahead."""
+    """Yields lists of `size` successive items (the last may be shorter), each with whether it is the last.
+
+    Reads one item ahead.
+    """
     source = iter(items)
     upcoming: Any = next(source, _END)
     while upcoming is not _END:
@@ -94,19 +111,19 @@ def shard_batches(
     even: bool = True,
     drop_last: bool = False,
 ) -> Iterator[ShardedStep]:
-    """Deals index batches to ranks.
+    """Shards index batches over ranks.
 
     Args:
         batches: The index batches of the whole data.
-        ranks: How many parts.
-        batch_size: Indices in a full batch; None where batches have no fixed size.
-        split: Cut every batch into `ranks` parts; else each rank takes whole batches in turn.
-        even: Repeat samples from the start, so that at the end every rank has as many as the others (a full batch each,
-            or, without a fixed size, a batch each). False: the last ranks get fewer, or none.
-        drop_last: Leave out what does not make a full round.
+        ranks: Number of ranks.
+        batch_size: Indices in a full batch; None if batches have no fixed size.
+        split: Split every batch into `ranks` shards; else distribute whole batches to the ranks in turn.
+        even: Repeat samples from the start, so that all ranks have equal shards at the last step (full batches or,
+            without a fixed size, one batch each). False: the last ranks get fewer rows, or none.
+        drop_last: Drop an incomplete last step.
 
     Yields:
-        One `ShardedStep` a round. A rank without a batch has an empty part; that happens in the last round only.
+        One `ShardedStep` per step. The shard of a rank without a batch is empty, which happens at the last step only.
     """
     if ranks == 1:
         yield from (ShardedStep([list(batch)], None) for batch in batches)
@@ -138,7 +155,7 @@ def _completed(
     missing = ranks - len(group)
     if not even:
         return group + [[] for _ in range(missing)]
-    # Refilled row by row only if the data stay in front, that is, if only the last batch can be short.
+    # Padding row by row keeps the data in front only if no batch but the last is short.
     if (
         batch_size is not None
         and all(len(batch) == batch_size for batch in group[:-1])
@@ -159,7 +176,7 @@ def _split_batches(
         rows = len(batch)
         if rows > batch_size:
             raise ValueError(
-                f"the batch sampler says batch_size={batch_size} but gave a batch of {rows}, which cannot be split over "
+                f"the batch sampler has batch_size={batch_size} but returned a batch of {rows}, which cannot be split over "
                 f"{ranks} ranks without losing samples. Correct its batch_size, or use split_batches=False."
             )
         if rows < batch_size:
@@ -174,16 +191,16 @@ def _split_batches(
 def shard_items(
     items: Iterable[Any], ranks: int, *, even: bool = True, drop_last: bool = False
 ) -> Iterator[ShardedStep]:
-    """Deals single items, each of which is a whole batch of unknown size, to ranks in turn.
+    """Distributes items, each of which is a batch of unknown size, to the ranks in turn.
 
     Args:
-        items: What the sampler of a loader with ``batch_size=None`` gives, or such a dataset.
-        ranks: How many parts.
-        even: Repeat items from the start so that every rank has one in the last round.
-        drop_last: Leave out an incomplete last round.
+        items: The items of the sampler of a loader with ``batch_size=None``, or of such a dataset.
+        ranks: Number of ranks.
+        even: Repeat items from the start so that every rank has one at the last step.
+        drop_last: Drop an incomplete last step.
 
     Yields:
-        One `ShardedStep` a round; a part is a list of one item, or empty. The `StepSizes` of an incomplete one counts whole
+        One `ShardedStep` per step; a shard is a list of one item, or empty. The `StepSizes` of an incomplete step counts
         batches.
     """
     start: list[Any] = []

@@ -1,8 +1,8 @@
-"""Batches cut along their rows, and joined: what the dispatcher does at the end of the data. No process, no messages.
+"""Slices batches along their rows and concatenates them, for the end of dispatched data. Pure functions of one process.
 
-A batch's rows are dimension 0 of its tensors and arrays, and the items of lists of plain values that are as long. What
-is neither (a single number, a 0-dimensional tensor, a list of another length) belongs to the whole batch and goes
-along.
+The rows of a batch are dimension 0 of its tensors and arrays, and the items of lists of scalars of the same length. All
+other objects (a single number, a 0-dimensional tensor, a list of another length) belong to the whole batch and are
+repeated in every slice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...runtime.tensors.pytree import honor_type, ignorant_find_batch_size
+from ...runtime.tensors.pytree import honor_type, ignorant_find_batch_size, recursively_apply
 from .batch_sharding import StepSizes, irregular_sizes
 
 _SCALARS = (str, int, float, bool, bytes, type(None))
@@ -22,14 +22,14 @@ SliceFn = Callable[..., Any]
 
 
 class BatchSlicingError(ValueError):
-    """A batch whose rows cannot be told, or batches that cannot be joined."""
+    """A batch whose number of rows is undefined, or batches that cannot be concatenated."""
 
 
 def _has_rows(leaf: Any) -> bool:
     return isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim > 0
 
 
-def _is_plain_list(data: Any) -> bool:
+def _is_scalar_list(data: Any) -> bool:
     return type(data) in (list, tuple) and len(data) > 0 and all(isinstance(item, _SCALARS) for item in data)
 
 
@@ -37,56 +37,62 @@ def _leaves(data: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
     if isinstance(data, Mapping):
         for key in data:
             yield from _leaves(data[key], f"{path}[{key!r}]")
-    elif isinstance(data, (list, tuple)) and not _is_plain_list(data):
+    elif isinstance(data, (list, tuple)) and not _is_scalar_list(data):
         for index, item in enumerate(data):
             yield from _leaves(item, f"{path}[{index}]")
     else:
         yield path, data
 
 
+def _is_row_list(data: Any, rows: int | None) -> bool:
+    """Returns whether the items of a list are rows: scalars, or whole samples instead of columns."""
+    if len(data) != rows:
+        return False
+    return _is_scalar_list(data) or (type(data) is list and not any(_has_rows(leaf) for _, leaf in _leaves(data)))
+
+
 def batch_length(batch: Any) -> int | None:
-    """How many rows a batch has: those of its tensors, else of its lists of plain values; None where it has neither.
+    """Returns the number of rows of a batch: of its tensors, else of its lists of scalars; None if it has neither.
 
     Raises:
-        CannotCutError: when its tensors do not agree.
+        BatchSlicingError: If its tensors differ in their number of rows.
     """
     leaves = list(_leaves(batch))
     sizes = {path: len(leaf) for path, leaf in leaves if _has_rows(leaf)}
     if len(set(sizes.values())) > 1:
         raise BatchSlicingError(
-            f"a batch cannot be cut into parts for the ranks, because its tensors have different numbers of rows: {sizes}. "
-            "Give them one size in dimension 0, say how to cut with slice_fn_for_dispatch, or let every rank read its own "
-            "part: DataLoaderConfiguration(dispatch_batches=False)."
+            f"a batch cannot be split over the ranks, because its tensors have different numbers of rows: {sizes}. Give "
+            "them the same size in dimension 0, pass a slice_fn_for_dispatch, or let every rank read its own shard: "
+            "DataLoaderConfiguration(dispatch_batches=False)."
         )
     if sizes:
         return next(iter(sizes.values()))
-    lists = [len(leaf) for _, leaf in leaves if _is_plain_list(leaf)]
+    lists = [len(leaf) for _, leaf in leaves if _is_scalar_list(leaf)]
     if lists:
         return lists[0]
     return len(batch) if isinstance(batch, list) and batch else None
 
 
 def slice_batch(batch: Any, start: int, stop: int, rows: int | None = None) -> Any:
-    """Rows `start` to `stop` of a batch, in its containers."""
+    """Returns rows `start` to `stop` of a batch that has `rows`, in the same containers."""
     rows = batch_length(batch) if rows is None else rows
     if _has_rows(batch):
         return batch[start:stop]
-    if _is_plain_list(batch):
-        return batch[start:stop] if len(batch) == rows else batch
     if isinstance(batch, Mapping):
         return like_mapping(batch, {key: slice_batch(batch[key], start, stop, rows) for key in batch})
-    if isinstance(batch, list) and len(batch) == rows and not any(_has_rows(leaf) for _, leaf in _leaves(batch)):
-        return batch[start:stop]  # a list of samples, not of columns
     if isinstance(batch, (list, tuple)):
-        return honor_type(batch, [slice_batch(item, start, stop, rows) for item in batch])
+        if _is_row_list(batch, rows):
+            return batch[start:stop]
+        if not _is_scalar_list(batch):
+            return honor_type(batch, [slice_batch(item, start, stop, rows) for item in batch])
     return batch
 
 
 def concat_batches(batches: Sequence[Any]) -> Any:
-    """Batches of one structure, one below the other.
+    """Concatenates batches of the same structure along their rows.
 
     Raises:
-        CannotCutError: when structures, or shapes beyond dimension 0, differ.
+        BatchSlicingError: If structures, or shapes beyond dimension 0, differ.
     """
     return _concat(batches, [BatchSlicer().rows(batch) for batch in batches])
 
@@ -94,7 +100,7 @@ def concat_batches(batches: Sequence[Any]) -> Any:
 def _concat(batches: Sequence[Any], rows: Sequence[int | None]) -> Any:
     first = batches[0]
     if any(type(batch) is not type(first) for batch in batches):
-        raise BatchSlicingError(f"batches hold different things: {[type(batch).__name__ for batch in batches]}")
+        raise BatchSlicingError(f"batches hold different types: {[type(batch).__name__ for batch in batches]}")
     if _has_rows(first):
         if any(batch.shape[1:] != first.shape[1:] for batch in batches):
             raise BatchSlicingError(f"batches have different shapes: {[tuple(batch.shape) for batch in batches]}")
@@ -106,27 +112,20 @@ def _concat(batches: Sequence[Any], rows: Sequence[int | None]) -> Any:
     lists = isinstance(first, (list, tuple))
     if lists and all(_is_row_list(batch, count) for batch, count in zip(batches, rows, strict=True)):
         return type(first)(item for batch in batches for item in batch)
-    if lists and not _is_plain_list(first):
+    if lists and not _is_scalar_list(first):
         if any(len(batch) != len(first) for batch in batches):
             raise BatchSlicingError(f"batches have different lengths: {[len(batch) for batch in batches]}")
         return honor_type(first, [_concat(items, rows) for items in zip(*batches, strict=True)])
     return first
 
 
-def _is_row_list(data: Any, rows: int | None) -> bool:
-    """Whether a list's items are rows: plain values, or whole samples."""
-    if len(data) != rows:
-        return False
-    return _is_plain_list(data) or (type(data) is list and not any(_has_rows(leaf) for _, leaf in _leaves(data)))
-
-
 def like_mapping(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A mapping of the class of `batch` with other items."""
+    """Returns a mapping of the class of `batch` with other items."""
     return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
 
 
 class BatchSlicer:
-    """How a dispatcher cuts batches: along their rows, or as its user says.
+    """Slices the batches of a dispatcher: along their rows, or by a function of the user.
 
     Args:
         slice_fn: Called as ``slice_fn(batch, slice, process_index=…, num_processes=…)``; None: `slice_batch`.
@@ -136,7 +135,7 @@ class BatchSlicer:
         self.slice_fn = slice_fn
 
     def rows(self, batch: Any) -> int | None:
-        """How many rows a batch has; None where that cannot be told. With a `slice_fn`, the first tensor decides."""
+        """Returns the number of rows of a batch, or None if undefined. With a `slice_fn`, the first tensor counts."""
         if self.slice_fn is not None and (found := ignorant_find_batch_size(batch)) is not None:
             return found
         try:
@@ -145,13 +144,13 @@ class BatchSlicer:
             return None
 
     def slice_batch(self, batch: Any, start: int, stop: int, rows: int, rank: int = 0, ranks: int = 1) -> Any:
-        """Rows `start` to `stop` of a batch that has `rows`, for one rank."""
+        """Returns rows `start` to `stop` of a batch that has `rows`, for one rank."""
         if self.slice_fn is None:
             return slice_batch(batch, start, stop, rows)
         return self.slice_fn(batch, slice(start, stop), process_index=rank, num_processes=ranks)
 
     def clone_rows(self, batches: Sequence[Any], count: int) -> list[Any]:
-        """The first `count` rows of successive batches, in memory of their own; fewer where there are not so many."""
+        """Returns copies of the first `count` rows of successive batches; fewer if there are not as many."""
         cloned: list[Any] = []
         for batch in batches:
             rows = self.rows(batch)
@@ -164,23 +163,24 @@ class BatchSlicer:
     def shard(
         self, batches: Sequence[Any], ranks: int, start: Sequence[Any], split: bool
     ) -> tuple[list[Any], int | None, StepSizes | None]:
-        """What was read for one step of all ranks, as one part a rank.
+        """Turns the batches read for one step into one shard per rank.
 
-        As many equal batches as ranks are given out as they are. Otherwise all rows are joined and cut into parts of
-        one size, rows from the start being repeated to make them even. Batches that cannot be joined, because their
-        shapes differ, or whose rows cannot be told, are given out as they are, and repeated whole.
+        If there are as many batches as ranks and all have the same size, they are the shards. Otherwise their rows are
+        concatenated, padded with rows from the start, and split into shards of equal size. Batches that cannot be
+        concatenated, because their shapes differ or their rows are undefined, become shards as they are, and are
+        repeated whole.
 
         Args:
-            batches: One batch a rank, or fewer, or shorter ones, at the end of the data; with `split`, the one batch.
-            ranks: How many parts.
+            batches: One batch per rank, or fewer or shorter ones at the end of the data; with `split`, a single batch.
+            ranks: Number of shards.
             start: The first rows of the data, as a list of batches (see `clone_rows`).
-            split: The batch has to be cut.
+            split: The batch must be split.
 
         Returns:
-            The parts, the number of rows read (None if rows cannot be told), and the `StepSizes` if it is no plain one.
+            The shards, the number of rows read (None if undefined), and the `StepSizes` unless all shards are full.
 
         Raises:
-            CannotCutError: when a batch is to be split and its rows cannot be told.
+            BatchSlicingError: If a batch must be split and its rows are undefined.
         """
         sizes = [self.rows(batch) for batch in batches]
         if not split and self.slice_fn is None and len(batches) == ranks and len(set(sizes)) == 1:
@@ -194,9 +194,8 @@ class BatchSlicer:
         rows = sum(known)
         rows_per_rank = -(-rows // ranks)
         try:
-            full = self._pad(
-                concat_batches(batches) if len(batches) > 1 else batches[0], rows, rows_per_rank * ranks, start
-            )
+            full = concat_batches(batches) if len(batches) > 1 else batches[0]
+            full = self._pad(full, rows, rows_per_rank * ranks, start)
         except BatchSlicingError:
             if self.slice_fn is not None or len(batches) == 1:
                 raise
@@ -211,7 +210,7 @@ class BatchSlicer:
             return batch
         try:
             return concat_batches(self._with_repeated_rows(batch, target_rows - rows, start or [batch]))
-        except BatchSlicingError:  # the start has other shapes than the end: repeat what is here
+        except BatchSlicingError:  # shapes differ between start and end: repeat rows of this batch
             return concat_batches(self._with_repeated_rows(batch, target_rows - rows, [batch]))
 
     def _with_repeated_rows(self, batch: Any, missing: int, source: Sequence[Any]) -> list[Any]:
@@ -229,23 +228,22 @@ class BatchSlicer:
 def _unsplittable_error(batch: Any) -> BatchSlicingError:
     try:
         batch_length(batch)
-    except BatchSlicingError as error:  # its tensors disagree, which the message says
+    except BatchSlicingError as error:  # its tensors differ in length
         return error
     return BatchSlicingError(
-        f"a batch of type {type(batch).__name__} cannot be split into parts for the ranks: it holds no tensor with a "
-        "dimension and no list. Have collate_fn make one, say how to cut with slice_fn_for_dispatch, or use "
-        "split_batches=False."
+        f"a batch of type {type(batch).__name__} cannot be split over the ranks: it holds no tensor with a dimension and "
+        "no list. Return one from collate_fn, pass a slice_fn_for_dispatch, or use split_batches=False."
     )
 
 
 def clone_batch(data: Any) -> Any:
-    """Returns a batch in memory of its own: tensors, arrays and containers are copied, other objects are not."""
-    if isinstance(data, torch.Tensor):
-        return data.clone()
-    if isinstance(data, np.ndarray):
-        return data.copy()
-    if isinstance(data, Mapping):
-        return like_mapping(data, {key: clone_batch(data[key]) for key in data})
-    if isinstance(data, (list, tuple)):
-        return honor_type(data, [clone_batch(item) for item in data])
-    return data
+    """Returns a copy of a batch: tensors, arrays and containers are copied, other objects are shared."""
+    return recursively_apply(_clone, data, test_type=_is_array)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (torch.Tensor, np.ndarray))
+
+
+def _clone(array: Any) -> Any:
+    return array.clone() if isinstance(array, torch.Tensor) else array.copy()

@@ -1,3 +1,3 @@
-"""Samplers, their random state, and the order in which indices are drawn."""
+"""Samplers, the order in which they draw indices, random states per sample, and worker processes."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The order of an epoch: which generator it is drawn from, how the ranks agree on it, where in it a loader stands.
+"""The order of an epoch: the generator it is drawn from, its synchronization over ranks, and the position in it.
 
 `LookaheadSampler` wraps a sampler so that the last batch can be identified when it is yielded: by the length where that is
 exact, else by drawing one batch of indices ahead (which fetches no data). It also records the `StepSizes` of each step.
@@ -25,26 +25,26 @@ from .samplers import SeedableRandomSampler, iter_with_step_sizes
 
 
 class EpochOrder(Protocol):
-    """Settles the order of an epoch when its first index is drawn."""
+    """Determines the order of an epoch when its first index is drawn."""
 
     def start(self) -> None:
-        """Makes the order of the epoch that begins the same on all ranks."""
+        """Starts an epoch, whose order becomes the same on all ranks."""
 
     def state(self) -> Any:
-        """What `restore` needs to give the epoch that has begun the same order again."""
+        """Returns the state from which `restore` reproduces the order of the current epoch."""
 
     def restore(self, state: Any) -> None:
-        """Takes the place of `start` for an epoch that is resumed."""
+        """Replaces `start` for an epoch that is resumed."""
 
 
 class GeneratorOrder:
-    """The order comes from a torch generator: rank 0's counts.
+    """An order drawn from a torch generator, whose state is copied from rank 0.
 
     Args:
         generator: The sampler's generator.
-        reseed: Seed it from torch's default generator at each start, as a `RandomSampler` without a generator does. So
-            a shuffled loader gives the same batches prepared and not, on one rank and on many.
-        synchronise: Copy rank 0's state to the other ranks.
+        reseed: Seed it from torch's default generator at each start, as a `RandomSampler` without a generator does, so
+            that a shuffled loader yields the same batches before and after `prepare`, on any number of ranks.
+        synchronize: Copy rank 0's state to the other ranks.
     """
 
     def __init__(self, generator: torch.Generator, reseed: bool, synchronize: bool) -> None:
@@ -66,11 +66,11 @@ class GeneratorOrder:
 
 
 class SeededOrder:
-    """The order comes from a `SeedableRandomSampler`: a seed that nobody chose is rank 0's.
+    """The order of a `SeedableRandomSampler`, whose default seed is copied from rank 0.
 
     Args:
         sampler: The sampler.
-        synchronise: Take over rank 0's seed unless one was given.
+        synchronize: Copy rank 0's seed, unless the user set one.
     """
 
     def __init__(self, sampler: SeedableRandomSampler, synchronize: bool) -> None:
@@ -94,14 +94,14 @@ class SeededOrder:
 
 
 class IterationProgress:
-    """What is known of one pass over the indices.
+    """Progress of one iteration over the indices.
 
     Attributes:
-        total: How many batches of indices there are; None until the last one has been drawn.
-        rounds: Position (from 1) -> `StepSizes`, for the steps that have one.
-        short: Position -> number of indices, for the batches that are not full ones.
-        drawn: How many have been handed out; not counted where `exact`.
-        exact: `total` was known beforehand, no step has a `StepSizes`, and none but the last is short.
+        total: Number of batches of indices; None until the last one has been drawn.
+        step_sizes: Position (from 1) -> `StepSizes`, for steps that have them.
+        short: Position -> number of indices, for batches that are not full.
+        drawn: Number of batches yielded; not counted if `exact`.
+        exact: Whether `total` is set from the start, no step has `StepSizes`, and no batch but the last is short.
     """
 
     __slots__ = ("drawn", "exact", "short", "step_sizes", "total")
@@ -115,17 +115,17 @@ class IterationProgress:
 
 
 class LookaheadSampler:
-    """A sampler as torch's loader draws from it.
+    """The sampler that torch's loader draws from: draws ahead of the loader, and records the progress.
 
     Args:
         sampler: Batch sampler or sampler.
-        order: Settles the epoch's order; None where nothing has to be settled.
-        ahead: How many batches of indices are drawn ahead.
-        resumable: Hand out iterators that can save and restore their position (for torchdata).
-        full: Indices in a full batch; None where batches have no fixed size.
+        order: Determines the order of an epoch; None if the sampler does so by itself.
+        ahead: Number of batches of indices to draw ahead.
+        resumable: Return iterators that can save and restore their position (for torchdata).
+        full: Indices in a full batch; None if batches have no fixed size.
 
     Attributes:
-        track: What is known of the pass that was begun last.
+        progress: Progress of the iteration that was started last.
     """
 
     def __init__(
@@ -152,15 +152,16 @@ class LookaheadSampler:
             return ResumableIterator(self, self.progress)
         if self.order is None and (length := exact_length(self.sampler)) is not None:
             self.progress.total, self.progress.exact = length, True
-            return iter(self.sampler)  # nothing stands between: this runs once a batch, and every instruction counts
+            return iter(self.sampler)  # not wrapped: this runs once per batch, where every instruction counts
         return self.draw(self.progress)
 
     def draw(self, progress: IterationProgress, *, begun: bool = False, skip: int = 0) -> Iterator[Any]:
-        """The indices, `progress` telling what is known of them.
+        """Yields the batches of indices, and records them in `progress`.
 
         Args:
-            begun: The order has been settled.
-            skip: Leave out that many batches, but count them.
+            progress: The record.
+            begun: Whether the order has been started already.
+            skip: Number of batches to draw and count without yielding them.
         """
         if self.order is not None and not begun:
             self.order.start()
@@ -196,21 +197,21 @@ _EXACT = (
 
 
 def exact_length(sampler: Any) -> int | None:
-    """The length of a sampler that is known to keep to it: torch's own. Others' lengths may be estimates."""
+    """Returns the length of a sampler if it is exact, as with torch's own samplers; custom lengths may be estimates."""
     if type(sampler) is BatchSampler and type(sampler.sampler) in _EXACT:
         return len(sampler)
     return len(sampler) if type(sampler) in _EXACT else None
 
 
 class ResumableIterator:
-    """The indices of an `LookaheadSampler`, with a position to save and restore. torchdata calls these methods.
+    """Iterator of a `LookaheadSampler` whose position torchdata can save and restore.
 
-    A state holds how the epoch's order came about and how many batches were handed out; going on means drawing the same
-    order again and passing over that many batches of indices, which fetches no data.
+    The state consists of the state of the epoch's order and the number of batches yielded. Resuming draws the same order
+    again and skips that many batches of indices, which fetches no data.
     """
 
-    def __init__(self, stream: LookaheadSampler, progress: IterationProgress) -> None:
-        self._stream = stream
+    def __init__(self, sampler: LookaheadSampler, progress: IterationProgress) -> None:
+        self._sampler = sampler
         self._progress = progress
         self._indices: Iterator[Any] | None = None
         self._order: Any = None
@@ -220,26 +221,26 @@ class ResumableIterator:
 
     def __next__(self) -> Any:
         if self._indices is None:
-            if self._stream.order is not None:
-                self._stream.order.start()
+            if self._sampler.order is not None:
+                self._sampler.order.start()
             self._begin(skip=0)
             assert self._indices is not None
         return next(self._indices)
 
     def _begin(self, skip: int) -> None:
-        stream = self._stream
-        self._order = None if stream.order is None else stream.order.state()
-        self._indices = stream.draw(self._progress, begun=True, skip=skip)
+        sampler = self._sampler
+        self._order = None if sampler.order is None else sampler.order.state()
+        self._indices = sampler.draw(self._progress, begun=True, skip=skip)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the batch that was handed out last."""
+        """Returns the position of the last batch that was yielded."""
         return {"drawn": self._progress.drawn, "order": self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on behind the position that `state` names."""
+        """Resumes after a position."""
         drawn = state["drawn"]
         if not drawn:
             return
-        if state.get("order") is not None and self._stream.order is not None:
-            self._stream.order.restore(state["order"])
+        if state.get("order") is not None and self._sampler.order is not None:
+            self._sampler.order.restore(state["order"])
         self._begin(skip=drawn)

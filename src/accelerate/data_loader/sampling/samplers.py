@@ -1,7 +1,7 @@
-"""Samplers and batch samplers: one rank's part of another's batches, a later start, an order that a seed determines.
+"""Samplers and batch samplers: one rank's shard of another sampler, a later start, an order determined by a seed.
 
-`BatchSamplerShard`, `SamplerShard` and `SkipBatchSampler` also have ``with_step_sizes()``: what ``iter`` gives,
-each with the `StepSizes` of that step, from which the loader knows what is padding.
+`BatchSamplerShard`, `SamplerShard` and `SkipBatchSampler` have a method ``with_step_sizes()``, which iterates like ``iter``
+and adds the `StepSizes` of each step, from which the loader determines padding.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from ..batches.batch_sharding import StepSizes, shard_batches, shard_items
 
 
 class SeedableRandomSampler(RandomSampler):
-    """A `RandomSampler` whose order depends on a seed and the epoch alone, so that every rank, and every run, sees the
-    same.
+    """A `RandomSampler` whose order depends on a seed and the epoch only, and so is the same on every rank and run.
 
-    The epoch counts up by itself whenever the sampler has been used up; `set_epoch` chooses one.
+    The epoch advances after each complete iteration; `set_epoch` sets it.
 
     Args:
         *args: As for `torch.utils.data.RandomSampler`.
@@ -29,12 +28,12 @@ class SeedableRandomSampler(RandomSampler):
 
     Attributes:
         initial_seed: The seed. Epoch n shuffles with ``initial_seed + n``.
-        epoch: The epoch that the next iteration shuffles for.
+        epoch: The epoch of the next iteration.
 
     Example:
         ```python
         sampler = SeedableRandomSampler(dataset, data_seed=42)
-        sampler.set_epoch(3)  # the order of the fourth epoch, whatever came before
+        sampler.set_epoch(3)  # the order of the fourth epoch
         ```
     """
 
@@ -53,12 +52,12 @@ class SeedableRandomSampler(RandomSampler):
         self.set_epoch(self.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch that the next iteration shuffles for."""
+        """Sets the epoch of the next iteration."""
         self.epoch = epoch
 
 
 def sampler_chain(sampler: Any) -> list[Any]:
-    """A sampler and those inside it, outermost first."""
+    """Returns a sampler and those nested in it, outermost first."""
     chain: list[Any] = []
     while sampler is not None and not any(sampler is seen for seen in chain):
         chain.append(sampler)
@@ -69,7 +68,7 @@ def sampler_chain(sampler: Any) -> list[Any]:
 
 
 def samplers_with_epoch(sampler: Any) -> list[Any]:
-    """The samplers in a chain that want to be told the epoch; ours only pass it on, so they are not among them."""
+    """Returns the samplers of a chain that have a ``set_epoch``, except ours, which only forward it."""
     ours = (BatchSamplerShard, SamplerShard, SkipBatchSampler)
     return [link for link in sampler_chain(sampler) if hasattr(link, "set_epoch") and not isinstance(link, ours)]
 
@@ -80,22 +79,22 @@ def _forward_epoch(sampler: Any, epoch: int) -> None:
 
 
 class BatchSamplerShard(BatchSampler):
-    """One rank's part of the batches of another batch sampler.
+    """One rank's shard of the batches of another batch sampler.
 
-    With `split_batches` every batch is cut into `num_processes` parts, of which this rank takes its own; else rank 0
-    takes batch 0, rank 1 batch 1, and so on in turn.
+    With `split_batches` every batch is split into `num_processes` shards; else rank 0 takes batch 0, rank 1 batch 1, and
+    so on in turn.
 
     Args:
-        batch_sampler: The batch sampler over the whole data. Without an attribute ``batch_size`` its batches may have
-            any size, and are then dealt whole.
+        batch_sampler: The batch sampler over the whole data. If it has no attribute ``batch_size``, its batches may have
+            any size, and are never split.
         num_processes: Number of ranks.
         process_index: This rank.
-        split_batches: Cut batches instead of dealing them.
-        even_batches: Repeat samples from the start so that all ranks get as many batches, of one size. False: at the
-            end a rank may get a shorter batch, or one batch less.
+        split_batches: Split batches instead of distributing them.
+        even_batches: Repeat samples from the start so that all ranks get the same number of batches of equal size.
+            False: at the end a rank may get a shorter batch, or one batch less.
 
     Raises:
-        ValueError: with `split_batches`, when the batch size is unknown or no multiple of `num_processes`.
+        ValueError: With `split_batches`, if the batch size is unknown or not a multiple of `num_processes`.
 
     Example:
         ```python
@@ -124,7 +123,7 @@ class BatchSamplerShard(BatchSampler):
 
     @property
     def total_length(self) -> int:
-        """Number of batches of the batch sampler over the whole data."""
+        """Number of batches of the whole data."""
         return len(self.batch_sampler)
 
     def __len__(self) -> int:
@@ -132,14 +131,14 @@ class BatchSamplerShard(BatchSampler):
         if self.num_processes == 1:
             return batches
         if self.split_batches:
-            return batches - self._without_rows_in_the_last()
+            return batches - self._misses_last_batch()
         full, extra = divmod(batches, self.num_processes)
         if self.drop_last or not extra:
             return full
         return full + (self.even_batches or self.process_index < extra)
 
-    def _without_rows_in_the_last(self) -> bool:
-        """Whether an uneven split gives this rank nothing of the last batch; False where its size is not known."""
+    def _misses_last_batch(self) -> bool:
+        """Returns whether this rank's shard of the last batch is empty; False if the size of that batch is unknown."""
         sampler: Any = getattr(self.batch_sampler, "sampler", None)
         if self.even_batches or self.drop_last or self.batch_size is None or not hasattr(sampler, "__len__"):
             return False
@@ -147,7 +146,7 @@ class BatchSamplerShard(BatchSampler):
         return 0 < rest <= self.process_index * (self.batch_size // self.num_processes)
 
     def with_step_sizes(self) -> Iterator[tuple[list[Any], StepSizes | None]]:
-        """This rank's index batches, each with the `StepSizes` it belongs to (None: a plain one)."""
+        """Yields this rank's index batches, each with the `StepSizes` of its step or None."""
         rank = self.process_index  # read now, not in the constructor: transformers changes both on a prepared loader
         for parts, step_sizes in shard_batches(
             self.batch_sampler,
@@ -164,38 +163,37 @@ class BatchSamplerShard(BatchSampler):
         return (indices for indices, _ in self.with_step_sizes())
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch on to the batch sampler."""
+        """Sets the epoch of the batch sampler."""
         _forward_epoch(self.batch_sampler, epoch)
 
 
 def check_split(batch_size: int | None, num_processes: int) -> None:
-    """Refuses a batch that cannot be split over the ranks.
+    """Raises if batches cannot be split over the ranks.
 
     Raises:
-        ValueError: when `batch_size` is None or no multiple of `num_processes`.
+        ValueError: If `batch_size` is None or not a multiple of `num_processes`.
     """
     if batch_size is None:
         raise ValueError(
-            "split_batches=True cuts each batch into one part a process, which needs a loader with a batch_size; this one "
-            "has none (batch_size=None, or a batch sampler without that attribute). Give it one, or use "
-            "split_batches=False."
+            "split_batches=True splits each batch over the processes, which needs a loader with a batch_size; this one has "
+            "none (batch_size=None, or a batch sampler without that attribute). Set one, or use split_batches=False."
         )
     if batch_size % num_processes:
         raise ValueError(
             f"split_batches=True needs a batch size that is a multiple of the number of processes, but batch_size="
             f"{batch_size} and there are {num_processes} processes. Change the batch size, or use split_batches=False, "
-            "where it is the batch size of each process."
+            "with which it is the batch size of each process."
         )
 
 
 class SamplerShard(Sampler[Any]):
-    """One rank's items of a sampler each of whose items is a whole batch (a loader with ``batch_size=None``).
+    """One rank's shard of a sampler each of whose items is a batch (a loader with ``batch_size=None``).
 
     Args:
         sampler: The sampler over the whole data.
         num_processes: Number of ranks.
         process_index: This rank.
-        even_batches: Repeat items from the start so that all ranks get as many.
+        even_batches: Repeat items from the start so that all ranks get the same number.
     """
 
     def __init__(self, sampler: Any, num_processes: int, process_index: int, even_batches: bool = True) -> None:
@@ -209,7 +207,7 @@ class SamplerShard(Sampler[Any]):
         return full + (extra > 0 if self.even_batches else self.process_index < extra)
 
     def with_step_sizes(self) -> Iterator[tuple[Any, StepSizes | None]]:
-        """This rank's items, each with the `StepSizes` it belongs to (None: a plain one)."""
+        """Yields this rank's items, each with the `StepSizes` of its step or None."""
         for parts, step_sizes in shard_items(self.sampler, self.num_processes, even=self.even_batches):
             if parts[self.process_index]:
                 yield parts[self.process_index][0], step_sizes
@@ -218,16 +216,16 @@ class SamplerShard(Sampler[Any]):
         return (item for item, _ in self.with_step_sizes())
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch on to the sampler."""
+        """Sets the epoch of the sampler."""
         _forward_epoch(self.sampler, epoch)
 
 
 class SkipBatchSampler(BatchSampler):
-    """A batch sampler (or sampler) without its first batches. The skipped ones are drawn but never fetched.
+    """A batch sampler (or sampler) without its first batches, which are drawn but never fetched.
 
     Args:
         batch_sampler: The batch sampler.
-        skip_batches: How many batches to leave out.
+        skip_batches: Number of batches to skip.
     """
 
     def __init__(self, batch_sampler: Any, skip_batches: int = 0) -> None:
@@ -245,44 +243,43 @@ class SkipBatchSampler(BatchSampler):
         return max(0, len(self.batch_sampler) - self.skip_batches)
 
     def with_step_sizes(self) -> Iterator[tuple[Any, StepSizes | None]]:
-        """The remaining index batches, each with the `StepSizes` it belongs to (None: a plain one)."""
+        """Yields the remaining index batches, each with the `StepSizes` of its step or None."""
         return itertools.islice(iter_with_step_sizes(self.batch_sampler), self.skip_batches, None)
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(iter(self.batch_sampler), self.skip_batches, None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch on to the batch sampler."""
+        """Sets the epoch of the batch sampler."""
         _forward_epoch(self.batch_sampler, epoch)
 
 
 def iter_with_step_sizes(sampler: Iterable[Any]) -> Iterator[tuple[Any, StepSizes | None]]:
-    """What a sampler gives, each with its `StepSizes`; plain ones for a sampler that is not a shard."""
+    """Iterates over a sampler, and adds the `StepSizes` of each step; None if the sampler is not a shard."""
     return (
         sampler.with_step_sizes() if hasattr(sampler, "with_step_sizes") else ((indices, None) for indices in sampler)
     )
 
 
 def index_sampler(loader: DataLoader[Any]) -> Any:
-    """What a loader draws its indices from: its batch sampler, or its sampler where it does not batch; None for an
-    iterable dataset's."""
+    """Returns the batch sampler of a loader, or its sampler if it does not batch; None for an iterable dataset."""
     if isinstance(loader.dataset, IterableDataset):
         return None
     return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
 
 
 def get_sampler(dataloader: DataLoader[Any]) -> Any:
-    """The sampler that chooses the order of a loader's samples, below all batch samplers.
+    """Returns the sampler that determines the order of a loader's samples, inside all batch samplers.
 
     Returns:
-        The sampler; a custom batch sampler that has none itself; None for an iterable dataset.
+        The sampler; a custom batch sampler if it contains none; None for an iterable dataset.
     """
     chain = sampler_chain(index_sampler(dataloader))
     return chain[-1] if chain else None
 
 
 def samples_per_epoch(loader: DataLoader[Any]) -> int | None:
-    """How many samples a loader's sampler draws in an epoch; None where that is not known."""
+    """Returns how many samples a loader's sampler draws in an epoch; None if that is unknown."""
     chain: list[Any] = sampler_chain(index_sampler(loader))
     if len(chain) < 2 or isinstance(chain[-2], SamplerShard):
         return None

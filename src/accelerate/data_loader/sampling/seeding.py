@@ -1,7 +1,7 @@
-"""Random numbers that belong to a sample: those drawn while it is read are a function of (seed, epoch, index).
+"""Random states per sample: random numbers drawn while reading a sample are a function of (seed, epoch, index).
 
-So an augmentation is the same whoever reads the sample, whatever was read before it, and after resuming. `SampleSeeds`
-is the loader's part; `SeededDataset` is the dataset as the iterator and its workers see it.
+So the augmentation of a sample depends neither on the process that reads it nor on the samples read before, and is the
+same after resuming. `SampleSeeds` belongs to the loader; `SeededDataset` wraps the dataset for the iterator and its workers.
 """
 
 from __future__ import annotations
@@ -21,24 +21,23 @@ from ...runtime import world
 
 
 class SampleSeeds:
-    """The seed and the epoch of a loader's samples, where its workers can read them too.
+    """Seed and epoch of a loader's samples, in memory shared with its workers.
 
     Args:
-        seed: The seed; None: rank 0's default seed of torch when the first epoch begins.
+        seed: The seed; None: torch's default seed on rank 0 when the first epoch starts.
     """
 
     def __init__(self, seed: int | None) -> None:
         self.seed = seed
-        # In shared memory: workers that persist learn of the next epoch here. It begins when all have answered that they
-        # are done with the last.
+        # Persistent workers read the next epoch here. It starts after all of them have finished the last.
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     def begin(self, epoch: int, synchronize: bool) -> None:
-        """An epoch begins.
+        """Starts an epoch.
 
         Args:
             epoch: Its number.
-            agree: All ranks read: where nobody chose a seed, rank 0's counts.
+            synchronize: Copy the default seed from rank 0, because all ranks read.
         """
         if self.seed is None:
             self.seed = torch.initial_seed()
@@ -47,14 +46,14 @@ class SampleSeeds:
         self._shared[0], self._shared[1] = self.seed & (2**63 - 1), epoch
 
     def seed_for(self, index: Any) -> int:
-        """The seed of a sample, or of a batch of them."""
+        """Returns the seed for a sample, or for a batch of samples."""
         seed, epoch = self._shared.tolist()
         digest = hashlib.blake2b(f"{seed}/{epoch}/{_plain(index)}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
 
 def _plain(index: Any) -> Any:
-    """An index by its value: numpy's and torch's numbers count as Python's."""
+    """Converts numbers of numpy and torch in an index to Python's."""
     if isinstance(index, (list, tuple)):
         return [_plain(part) for part in index]
     try:
@@ -64,22 +63,21 @@ def _plain(index: Any) -> Any:
 
 
 class SeededDataset:
-    """A map-style dataset whose samples are read with random states of their own; otherwise it is the dataset itself.
+    """Wraps a map-style dataset, and seeds the generators of torch, numpy and Python before each sample is read.
 
-    torch's, numpy's and Python's generators are seeded before each sample. A dataset that reads whole batches
-    (``__getitems__``) is seeded before each batch, by its indices.
+    For a dataset that reads whole batches (``__getitems__``) they are seeded before each batch, by its indices.
 
     Args:
         dataset: The dataset.
-        seeds: The loader's.
+        seeds: The seeds of the loader.
     """
 
     def __init__(self, dataset: Any, seeds: SampleSeeds) -> None:
         self.__dict__.update(_dataset=dataset, _seeds=seeds)
 
-    # What a worker_init_fn looks up or sets on `get_worker_info().dataset` is the dataset's.
+    # A worker_init_fn may read and set attributes of the dataset through `get_worker_info().dataset`.
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # while it is unpickled there is no dataset yet
+        if name.startswith("__"):  # during unpickling there is no dataset yet
             raise AttributeError(name)
         return getattr(self.__dict__["_dataset"], name)
 
@@ -110,27 +108,27 @@ class SeededDataset:
 
 
 class StatefulSeededDataset(SeededDataset):
-    """The same for a dataset with a state, which torchdata looks for on the class."""
+    """A `SeededDataset` for a dataset with a state: torchdata looks these methods up on the class."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The dataset's."""
+        """Returns the state of the dataset."""
         state: dict[str, Any] = self._dataset.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The dataset's."""
+        """Restores the state of the dataset."""
         self._dataset.load_state_dict(state)
 
 
 def with_sample_seeds(dataset: Any, seeds: SampleSeeds) -> SeededDataset:
-    """A dataset with samples that have random states of their own."""
+    """Wraps a dataset in a `SeededDataset`."""
     stateful = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
     return (StatefulSeededDataset if stateful else SeededDataset)(dataset, seeds)
 
 
 def reads_batches(dataset: Any) -> bool:
-    """Whether a dataset reads whole batches at once."""
-    while isinstance(dataset, Subset):  # it has the method for the sake of the dataset in it
+    """Returns whether a dataset reads whole batches at once."""
+    while isinstance(dataset, Subset):  # has the method whether or not the dataset inside does
         dataset = dataset.dataset
     return callable(getattr(dataset, "__getitems__", None))
 
@@ -143,7 +141,7 @@ def _seed(seed: int) -> None:
 
 @contextmanager
 def _preserve_rng_state() -> Iterator[None]:
-    """In the process that trains, whose random numbers are for the model; a worker reads and does nothing else."""
+    """Restores random states on exit in the training process, where the model uses them; does nothing in a worker."""
     if get_worker_info() is not None:
         yield
         return

@@ -1,8 +1,8 @@
-"""Workers outlast a request to stop: SIGTERM often goes to all processes of a run, and the run still needs its workers.
+"""Loader workers ignore SIGTERM, which is often sent to all processes of a run that still needs its workers.
 
-Without this, a run that is asked to stop fails for want of a worker instead of saving. In return the process ends its
-workers itself when it ends: Python's way of doing so is the same signal. It is torch's way too, for workers that do not
-end by themselves, so a worker whose loader is shutting down obeys.
+Otherwise a preempted run would fail for lack of a worker instead of saving a checkpoint. In return the process shuts its
+workers down at exit, for which Python would use the same signal. torch uses it too, for workers that do not exit by
+themselves, so a worker whose loader is shutting down obeys the signal.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _workers: list[Any] = []
 
 
 class IgnoreSigterm:
-    """A ``worker_init_fn`` that has the worker ignore SIGTERM while its loader is in use, then calls another.
+    """A ``worker_init_fn`` that makes the worker ignore SIGTERM while its loader is in use.
 
     Args:
-        init: The loader's own; None where it has none.
+        init: The ``worker_init_fn`` of the loader, called afterwards; None if it has none.
     """
 
     def __init__(self, init: Callable[[int], None] | None) -> None:
@@ -38,20 +38,22 @@ class IgnoreSigterm:
             def handle(number: int, frame: FrameType | None) -> None:
                 if os.getppid() != parent:
                     os._exit(0)
-                # In a thread: the code that was interrupted may hold the event's lock.
+                # In a thread: the interrupted code may hold the event's lock.
                 threading.Thread(target=_exit_if_set, args=(done,), daemon=True).start()
 
-            # A handler of Python's: programs that the worker starts do not inherit it.
+            # A Python handler, which child processes of the worker do not inherit.
             signal.signal(signal.SIGTERM, handle)
         if self.init is not None:
             self.init(worker_id)
 
 
 def _shutdown_event() -> Any:
-    """The event that torch's iterator sets when it shuts down: an argument of the worker's loop, which has no other way to
-    it. None where a release of torch calls it something else; the worker then ends with its process only."""
+    """Returns the event that torch's iterator sets when it shuts down, which is only a local of torch's worker loop.
+
+    None if the variable has another name in this release of torch; the worker then exits with its parent only.
+    """
     frame: Any = inspect.currentframe()
-    caller = frame.f_back.f_back  # through Outlasting
+    caller = frame.f_back.f_back  # through IgnoreSigterm
     return None if caller is None else caller.f_locals.get("done_event")
 
 
@@ -61,12 +63,12 @@ def _exit_if_set(done: Any) -> None:
 
 
 def track_iterator(iterator: Any) -> None:
-    """Ends the workers of an iterator with this process, or with the iterator.
+    """Registers an iterator whose workers are shut down with this process, or when the iterator is collected.
 
     Args:
-        iterator: torch's or torchdata's iterator over several processes.
+        iterator: torch's or torchdata's multiprocessing iterator.
     """
-    # Before the iterator is finalized where it is part of a reference cycle, after that elsewhere.
+    # Called before the iterator's own finalizer if it is part of a reference cycle, after it otherwise.
     finalize(iterator, _on_iterator_collected, list(iterator._workers), iterator._workers_done_event).atexit = False
     _workers[:] = [*_live_workers(), *iterator._workers]
     _iterators.add(iterator)
@@ -75,20 +77,23 @@ def track_iterator(iterator: Any) -> None:
 
 
 def _on_iterator_collected(workers: list[Any], done: Any) -> None:
-    """Ends workers that the iterator cannot end. The garbage collector closes the queues of a reference cycle first, so that
-    torch's request to stop is not sent: it would wait 5 s for each worker."""
+    """Terminates workers that the iterator cannot stop.
+
+    The garbage collector closes the queues of a reference cycle first, so that torch's request to stop is not sent, and
+    torch would block for 5 s per worker.
+    """
     if any(worker._parent_pid == os.getpid() and worker.is_alive() for worker in workers):
         threading.Thread(target=_terminate_when_set, args=(workers, done), daemon=True).start()
 
 
 def _terminate_when_set(workers: list[Any], done: Any) -> None:
-    if done.wait(timeout=60):  # set once nothing reads any longer what the workers send
+    if done.wait(timeout=60):  # set when the workers' results are no longer read
         for worker in workers:
             worker.terminate()
 
 
 def _live_workers() -> list[Any]:
-    """The workers of this process; one that was forked from another knows that one's."""
+    """Returns the live workers of this process; after a fork the list may also hold those of the parent."""
     return [worker for worker in _workers if worker._parent_pid == os.getpid() and worker.is_alive()]
 
 
@@ -97,5 +102,5 @@ def _shut_down_all() -> None:
         return
     for iterator in list(_iterators):
         iterator._shutdown_workers()
-    for worker in _live_workers():  # they hang
+    for worker in _live_workers():  # they do not respond
         worker.kill()

@@ -179,5 +179,5 @@ def test_filling_and_cutting() -> None:
 
 
 def test_a_batch_larger_than_announced_is_refused_where_samples_would_be_lost() -> None:
-    with pytest.raises(ValueError, match="batch_size=2 but gave a batch of 3"):
+    with pytest.raises(ValueError, match="batch_size=2 but returned a batch of 3"):
         list(shard_batches([[1, 2, 3]], 2, batch_size=2, split=True))

@@ -1,15 +1,15 @@
-"""The part of `Accelerator` that logs to trackers: docstrings and a few lines each."""
+"""Methods of `Accelerator` that log to trackers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from .base import GeneralTracker
-from .registry import logging_here, start_trackers
+from .registry import active_trackers, start_trackers
 
 
-class TrackerMethods:
-    """What an `Accelerator` does with trackers."""
+class TrackingMixin:
+    """Adds the methods that log to trackers to `Accelerator`."""
 
     if TYPE_CHECKING:
         project_configuration: Any
@@ -17,44 +17,44 @@ class TrackerMethods:
         trackers: list[GeneralTracker]
 
     def init_trackers(self, project_name: str, config: dict[str, Any] | None = None, init_kwargs: Any = None) -> None:
-        """Starts the trackers chosen with `log_with`.
+        """Starts the trackers selected by `log_with`.
 
         Args:
-            project_name: The run's name.
-            config: Settings to store with it.
-            init_kwargs: Tracker's name -> arguments for it.
+            project_name: Name of the project.
+            config: Settings to store with the run.
+            init_kwargs: Name of a tracker -> arguments of its constructor.
         """
         self.trackers = start_trackers(
             self.log_with, project_name, self.project_configuration.logging_dir, config, init_kwargs or {}
         )
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """Returns the running tracker of that name, or with `unwrap` the object of the library behind it.
+        """Returns the running tracker of that name, or with `unwrap` the library's own object.
 
-        In a run without trackers, and on a process that the tracker does not log on, returns one that does nothing.
+        Without trackers, and on a process on which the tracker does not log, returns a tracker that does nothing.
 
         Raises:
-            ValueError: If the run has trackers, and none of that name.
+            ValueError: If there are trackers, but none of that name.
         """
         found = next((tracker for tracker in self.trackers if tracker.name == name), None)
         if found is None and self.trackers:
             names = ", ".join(repr(tracker.name) for tracker in self.trackers)
             raise ValueError(f"this run has no tracker {name!r}; it has {names}.")
-        if found is None or not any(logging_here([found])):
+        if found is None or not any(active_trackers([found])):
             return GeneralTracker(_blank=True)
         return found.tracker if unwrap else found
 
     def log(self, values: dict[str, Any], step: int | None = None, log_kwargs: Any = None) -> None:
-        """Sends values to every tracker.
+        """Logs values to every tracker.
 
         Args:
             values: Name -> number or text.
-            step: The step they belong to.
-            log_kwargs: Tracker's name -> arguments for its ``log``.
+            step: The step of the values.
+            log_kwargs: Name of a tracker -> arguments of its ``log``.
         """
-        for tracker in logging_here(self.trackers):
+        for tracker in active_trackers(self.trackers):
             tracker.log(values, step=step, **(log_kwargs or {}).get(tracker.name, {}))
 
     def _finish_trackers(self) -> None:
-        for tracker in logging_here(self.trackers):
+        for tracker in active_trackers(self.trackers):
             tracker.finish()
