@@ -8,10 +8,16 @@ from pathlib import Path
 
 from ..runtime.system.file_names import require_regular_file
 from .errors import LoadError, Problem
-from .sharded.dcp_reader import StoredFolder
+from .sharded.dcp_reader import DCPReader
 from .storage import manifest as manifests
-from .storage.atomic import COMMITTED, settle
-from .storage.filenames import FOLDER, folders_of_shards, is_ours, number_of, numbered_folders
+from .storage.atomic import COMMITTED, recover
+from .storage.filenames import (
+    CHECKPOINTS_FOLDER,
+    checkpoint_number,
+    is_checkpoint_file,
+    numbered_checkpoints,
+    shard_folders,
+)
 
 
 @dataclass
@@ -38,7 +44,7 @@ def latest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None 
     """
     recover_all(project)
     found = Found(None)
-    for folder in reversed(numbered_folders(project)):
+    for folder in reversed(numbered_checkpoints(project)):
         problems = (inspect or problems_of)(folder)
         if not problems:
             found.folder = folder
@@ -49,12 +55,12 @@ def latest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None 
 
 def recover_all(project: Path) -> None:
     """Finishes the replacements in a project that were committed and then interrupted."""
-    folder = project / FOLDER
+    folder = project / CHECKPOINTS_FOLDER
     if folder.is_dir():
         for entry in sorted(folder.iterdir()):
             target = entry.with_name(entry.name.removesuffix(COMMITTED))
-            if entry.name.endswith(COMMITTED) and number_of(target) is not None:
-                settle(target)
+            if entry.name.endswith(COMMITTED) and checkpoint_number(target) is not None:
+                recover(target)
 
 
 def problems_of(folder: Path) -> list[Problem]:
@@ -75,7 +81,7 @@ def problems_without_manifest(folder: Path) -> list[Problem]:
     """The same for a folder without a manifest: it may come from another release, whose files are all that can be seen."""
     from .items.state_item import SAFETENSORS, TORCH
 
-    names = sorted(path.name for path in folder.iterdir() if not path.is_dir() and is_ours(path.name))
+    names = sorted(path.name for path in folder.iterdir() if not path.is_dir() and is_checkpoint_file(path.name))
     if not any(name.startswith("random_states_") for name in names):
         return [Problem(str(folder), "corrupt", "it is no checkpoint: it has neither a manifest nor random states")]
     problems = []
@@ -91,9 +97,9 @@ def problems_without_manifest(folder: Path) -> list[Problem]:
         if name.startswith("random_states_") and isinstance(state, dict) and "format" in state:
             text = "the checkpoint was saved with it; without it nothing can be verified"
             problems.append(Problem(manifests.NAME, "missing", text))
-    for shards in folders_of_shards(folder):
+    for shards in shard_folders(folder):
         try:
-            StoredFolder(shards).verify()
+            DCPReader(shards).verify()
         except LoadError as error:
             problems += [replace(found, file=f"{shards.name}/{found.file}") for found in error.problems]
     return problems

@@ -24,8 +24,8 @@ from .items import model_items, transaction
 from .items.state_item import Entry, Part
 from .model_files import atomic_write
 from .sharded import local_state, reshard
-from .sharded.dcp_writer import describe
-from .sharded.gathering import gathered
+from .sharded.dcp_writer import write_metadata
+from .sharded.gathering import gather_full_state
 from .storage.formats import write_torch
 
 
@@ -55,7 +55,7 @@ def save_fsdp_model(
     here = world.current()
     state, full = _state(model, adapter_only), model_items.saves_full_state(fsdp_plugin)
     if full:
-        _write(model_items.gathered_model(model_index, gathered(state)), Path(output_dir))
+        _write(model_items.gathered_model(model_index, gather_full_state(state)), Path(output_dir))
     else:
         _write(model_items.shards_of_model(model_index, here.rank, state), Path(output_dir))
 
@@ -84,7 +84,7 @@ def load_fsdp_model(
     )
     _load(entry, folder, strict=not adapter_only)
     state, saved = local_state.model_state(bare), entry.read(folder, {})
-    return _IncompatibleKeys(*reshard.misnamed(state, saved))
+    return _IncompatibleKeys(*reshard.key_mismatches(state, saved))
 
 
 def save_fsdp_optimizer(
@@ -127,7 +127,7 @@ def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
     state = local_state.model_state(unwrap_module(model))
     if not adapter_only:
         return state
-    trained = local_state.trained(unwrap_module(model))
+    trained = local_state.trainable_params(unwrap_module(model))
     kept = {id(value) for name, value in state.items() if name in trained}
     return {name: value for name, value in state.items() if id(value) in kept}
 
@@ -154,7 +154,7 @@ def _write(entry: Entry, folder: Path) -> None:
 
     def close() -> None:
         if here.rank == 0 and entry.everywhere:
-            describe(path.parent, [place for own in places for place in own])
+            write_metadata(path.parent, [place for own in places for place in own])
 
     run_on_all_ranks(ranks, f"describing {path.parent}", close, SaveError)
 

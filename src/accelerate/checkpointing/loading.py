@@ -17,9 +17,9 @@ from .discovery import latest_valid, problems_of, problems_without_manifest
 from .errors import LoadError, Problem, bullet_list
 from .items.state_item import Entry
 from .storage import manifest as manifests
-from .storage.atomic import settle
-from .storage.filenames import files_of, is_shared, part_of
-from .storage.verified_reader import DamagedError
+from .storage.atomic import recover
+from .storage.filenames import checkpoint_files_in, is_shared, item_of
+from .storage.verified_reader import CorruptFileError
 
 logger = get_logger(__name__)
 
@@ -73,7 +73,7 @@ def open_checkpoint(world: World, folder: Path) -> manifests.Manifest | None:
 
     def finish() -> None:
         if world.rank == 0:
-            settle(folder)
+            recover(folder)
 
     run_on_all_ranks(world.collectives, f"opening {folder}", finish, LoadError)
 
@@ -115,7 +115,7 @@ def verify_files(world: World, folder: Path, manifest: manifests.Manifest, entri
 
     def look() -> list[Problem]:
         share = (world.local_rank, world.local_size)
-        found = manifests.verify(folder, manifest, share=share, unread=left)
+        found = manifests.verify(folder, manifest, share=share, size_only=left)
         return found and manifests.verify(folder, manifest, share=share)  # what is wrong is all told at once
 
     _refuse_damaged(folder, run_on_all_ranks(world.collectives, f"verifying {folder}", look, LoadError))
@@ -155,7 +155,7 @@ def read_items(
             own = {"mmap": False, "record": records.get(entry.path)} if entry.kept else {}
             state = entry.read(folder, {**options, **own})
             problems = _of_another_class(entry, manifest) or entry.check(state)
-        except DamagedError as error:
+        except CorruptFileError as error:
             reading.damaged.append(Problem(entry.path, "corrupt", str(error)))
             continue
         except LoadError as error:
@@ -190,8 +190,8 @@ def _reason(error: Exception) -> str:
 
 def extra_files(folder: Path, entries: Sequence[Entry], manifest: manifests.Manifest | None) -> list[Problem]:
     """Parts in a checkpoint that this run has no object for."""
-    present = manifest.paths if manifest is not None else files_of(folder)
-    names = set(map(part_of, present))
+    present = manifest.paths if manifest is not None else checkpoint_files_in(folder)
+    names = set(map(item_of, present))
     wanted = {entry.path for entry in entries}
     return [
         Problem(name, "extra", "this run has nothing to load it into")

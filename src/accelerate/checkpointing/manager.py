@@ -25,8 +25,8 @@ from .items.state_item import Entry
 from .items.training_state import TrainingState
 from .saving import SaveJob, capture, discard_staging, open_staging
 from .storage import remote
-from .storage.filenames import FOLDER, NUMBERED, number_of, numbered_folders
-from .storage.staging import Room
+from .storage.filenames import CHECKPOINT_PREFIX, CHECKPOINTS_FOLDER, checkpoint_number, numbered_checkpoints
+from .storage.staging import StagingBuffer
 
 PreHook = Callable[..., None]
 
@@ -45,7 +45,7 @@ class CheckpointManager:
         self._strategy = strategy
         self._project = project
         self._writer = AsyncSaver()
-        self._room = Room()
+        self._room = StagingBuffer()
         self.save_hooks: OrderedDict[int, PreHook] = OrderedDict()
         self.load_hooks: OrderedDict[int, PreHook] = OrderedDict()
         self.boundaries: OrderedDict[int, Callable[[], None]] = OrderedDict()
@@ -73,7 +73,7 @@ class CheckpointManager:
             agree()
         run = _apart(run, SaveError)
         comm = run.world.collectives
-        outgoing = remote.Outgoing(run.world, str(output_dir)) if remote.is_url(output_dir) else None
+        outgoing = remote.Upload(run.world, str(output_dir)) if remote.is_url(output_dir) else None
         target = self._named(run, output_dir) if outgoing is None else outgoing.folder
         collectives = checkpoint_group(SaveError, "saves in the background") if asynchronous else comm
         disk = open_staging(run.world, target, self._project.save_on_each_node)
@@ -82,7 +82,7 @@ class CheckpointManager:
 
         def take_weights() -> None:
             if outgoing is not None:
-                outgoing.check(disk.group)
+                outgoing.check_shared_folder(disk.group)
             weights.extend(self._strategy.state_to_save(model) for model in run.models)
             for hook in self.save_hooks.values():
                 hook(run.models, weights, str(disk.staging))
@@ -103,7 +103,7 @@ class CheckpointManager:
         except SaveError:
             discard_staging(disk)
             if outgoing is not None:
-                outgoing.clean()
+                outgoing.clean_up()
             raise
         project = self._project_folder() if outgoing is None else None
         job = SaveJob(
@@ -113,7 +113,7 @@ class CheckpointManager:
             parts,
             step=run.step,
             number=self._project.iteration,
-            project=project if project is not None and target.parent == project / FOLDER else None,
+            project=project if project is not None and target.parent == project / CHECKPOINTS_FOLDER else None,
             limit=self._project.total_limit,
             outgoing=outgoing,
         )
@@ -161,7 +161,7 @@ class CheckpointManager:
                 "save_state needs a folder: pass `output_dir`, or give the Accelerator a `project_dir` and let "
                 "ProjectConfiguration(automatic_checkpoint_naming=True) number the checkpoints below it."
             )
-        target = project / FOLDER / f"{NUMBERED}{self._project.iteration}"
+        target = project / CHECKPOINTS_FOLDER / f"{CHECKPOINT_PREFIX}{self._project.iteration}"
         is_taken = target.is_dir() and is_whole(target)
         taken = broadcast_from_rank0(run.world.collectives, f"preparing {target}", is_taken, SaveError)
         if taken:
@@ -203,7 +203,7 @@ class CheckpointManager:
         self.wait()
         run = _apart(run, LoadError)
         if remote.is_url(input_dir):
-            report: loading.LoadReport = remote.fetch(
+            report: loading.LoadReport = remote.load_from_url(
                 run.world, str(input_dir), lambda folder: self._load(run, folder, verified=False, **options)
             )
             report.url = str(input_dir)
@@ -222,7 +222,7 @@ class CheckpointManager:
         if folder is None:
             reasons = [f"{path.name}: {problem}" for path, problems in passed_over for problem in problems[:3]]
             told = f"; these are no valid ones:\n{bullet_list(reasons)}" if reasons else "."
-            raise LoadError(f"there is no checkpoint in {project / FOLDER}{told}")
+            raise LoadError(f"there is no checkpoint in {project / CHECKPOINTS_FOLDER}{told}")
         report = self._load(run, folder, verified=True, **options)
         report.passed_over = passed_over
         return report
@@ -280,10 +280,10 @@ class CheckpointManager:
         return changed
 
     def _count_on(self, folder: Path) -> None:
-        project = self._project_folder() if number_of(folder) is not None else None
-        if project is None or folder.resolve().parent != (project / FOLDER).resolve():
+        project = self._project_folder() if checkpoint_number(folder) is not None else None
+        if project is None or folder.resolve().parent != (project / CHECKPOINTS_FOLDER).resolve():
             return
-        numbers = [number_of(other) for other in numbered_folders(project)]
+        numbers = [checkpoint_number(other) for other in numbered_checkpoints(project)]
         self._project.iteration = max(number for number in numbers if number is not None) + 1
 
 

@@ -18,7 +18,7 @@ from ..settings.enums import FSDP_MODEL_NAME
 from .consensus import check_called_by_all_ranks, checkpoint_group, run_on_all_ranks
 from .errors import LoadError, SaveError, bullet_list
 from .model_files import atomic_write, shard_file_names, size_in_bytes, split, write_shard_index
-from .sharded.dcp_reader import StoredFolder
+from .sharded.dcp_reader import DCPReader
 from .storage import manifest as manifests
 from .storage.formats import write_safetensors, write_torch
 
@@ -72,15 +72,15 @@ def _merge(source: Path, target: Path, safe: bool, remove: bool, limit: int) -> 
         raise SaveError(f"{target} is a file; the merged weights go into a folder.")
     if remove and (source.resolve() == target.resolve() or source.resolve() in target.resolve().parents):
         raise SaveError(f"{target} lies in {source}, which is to be removed: name another output folder, or keep it.")
-    stored = StoredFolder(source)
-    weights = Weights(stored)
+    reader = DCPReader(source)
+    weights = Weights(reader)
     if safe and weights.extra:
         raise SaveError(
             f"{source} holds more than safetensors files can: {', '.join(sorted(weights.extra)[:5])}. Write with "
             "safe_serialization=False (--unsafe_serialization)."
         )
     _verify(source)
-    stored.verify()
+    reader.verify()
     _write(weights, target, safe, limit)
     if remove:
         shutil.rmtree(source)
@@ -126,26 +126,26 @@ class Weights(Mapping[str, torch.Tensor]):
         LoadError: when the folder holds something else than a model.
     """
 
-    def __init__(self, stored: StoredFolder) -> None:
-        self._stored = stored
-        of_model = {entry.path[1:]: name for name, entry in stored.entries.items() if entry.path[0] == _MODEL}
+    def __init__(self, reader: DCPReader) -> None:
+        self._reader = reader
+        of_model = {entry.path[1:]: name for name, entry in reader.entries.items() if entry.path[0] == _MODEL}
         found = {path: name for path, name in of_model.items() if path}
         if not found:  # a state that was saved without a name around it
-            found = {entry.path: name for name, entry in stored.entries.items()}
+            found = {entry.path: name for name, entry in reader.entries.items()}
         self._names = {path[0]: name for path, name in found.items() if len(path) == 1 and self._is_tensor(name)}
         self.extra = {name: path for path, name in found.items() if path[0] not in self._names}
         if not self._names:
-            what = ", ".join(sorted({entry.path[0] for entry in stored.entries.values()})[:5])
+            what = ", ".join(sorted({entry.path[0] for entry in reader.entries.values()})[:5])
             raise LoadError(
-                f"{stored.folder} does not hold the weights of a model, but {what or 'nothing'}. They are in the folders "
+                f"{reader.folder} does not hold the weights of a model, but {what or 'nothing'}. They are in the folders "
                 f"{FSDP_MODEL_NAME}_0, {FSDP_MODEL_NAME}_1 … of a checkpoint."
             )
 
     def _is_tensor(self, name: str) -> bool:
-        return self._stored.entries[name].dtype is not None
+        return self._reader.entries[name].dtype is not None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._stored.tensor(self._names[name])
+        return self._reader.read_tensor(self._names[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -155,7 +155,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def described(self) -> dict[str, torch.Tensor]:
         """The tensors without their values (device meta)."""
-        entries = {name: self._stored.entries[key] for name, key in self._names.items()}
+        entries = {name: self._reader.entries[key] for name, key in self._names.items()}
         return {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
 
     def read_extra(self) -> dict[str, Any]:
@@ -165,5 +165,5 @@ class Weights(Mapping[str, torch.Tensor]):
             inner = state
             for key in path[:-1]:
                 inner = inner.setdefault(key, {})
-            inner[path[-1]] = self._stored.tensor(name) if self._is_tensor(name) else self._stored.value(name)
+            inner[path[-1]] = self._reader.read_tensor(name) if self._is_tensor(name) else self._reader.read_value(name)
         return state

@@ -292,7 +292,7 @@ class CheckpointMixin:
                 model_files.save_model(model, state, folder, max_shard_size, safe_serialization)
 
             if remote.is_url(save_directory):
-                remote.save_folder(str(save_directory), write)
+                remote.upload_folder(str(save_directory), write)
                 return
             folder = Path(os.path.expanduser(save_directory))
             if folder.is_file():

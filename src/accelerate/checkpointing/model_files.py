@@ -112,7 +112,7 @@ def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: 
         _save_to_file(obj, f, safe_serialization)
         return
     if remote.is_url(f):
-        with remote.opened(str(f)) as file:
+        with remote.open_url(str(f)) as file:
             _save_to_file(obj, file, safe_serialization)
         return
     write = write_safetensors if safe_serialization else write_torch

@@ -25,12 +25,12 @@ from .consensus import broadcast_from_rank0, run_on_all_ranks
 from .discovery import is_whole
 from .errors import SaveError
 from .items.state_item import Entry, Part, Written
-from .sharded.dcp_writer import Place, describe
-from .storage.atomic import commit, discard, stage
-from .storage.filenames import numbered_folders, part_of
-from .storage.remote import Outgoing
-from .storage.staging import Room
-from .storage.thread_map import in_parallel
+from .sharded.dcp_writer import WriteResult, write_metadata
+from .storage.atomic import commit, delete, stage
+from .storage.filenames import item_of, numbered_checkpoints
+from .storage.remote import Upload
+from .storage.staging import StagingBuffer
+from .storage.thread_map import thread_map
 
 logger = get_logger(__name__)
 
@@ -100,7 +100,7 @@ def open_staging(world: World, target: Path, save_on_each_node: bool) -> Staging
     return StagingTarget(target, staging, commits=leads, shared=shares, group=first if alone else 0)
 
 
-def capture(entries: Sequence[Entry], disk: StagingTarget, room: Room | None) -> list[Part]:
+def capture(entries: Sequence[Entry], disk: StagingTarget, room: StagingBuffer | None) -> list[Part]:
     """This rank's parts of a checkpoint.
 
     Args:
@@ -125,7 +125,7 @@ def capture(entries: Sequence[Entry], disk: StagingTarget, room: Room | None) ->
     return parts
 
 
-def _copied(tree: Any, room: Room) -> Any:
+def _copied(tree: Any, room: StagingBuffer) -> Any:
     seen: dict[int, torch.Tensor] = {}
 
     def walk(node: Any) -> Any:
@@ -141,7 +141,7 @@ def _copied(tree: Any, room: Room) -> Any:
         return node
 
     copied = walk(tree)
-    room.copy_plain()
+    room.copy_cpu_tensors()
     return copied
 
 
@@ -168,7 +168,7 @@ class SaveJob:
     number: int
     project: Path | None = None
     limit: int | None = None
-    outgoing: Outgoing | None = None
+    outgoing: Upload | None = None
 
     def run(self) -> None:
         """Writes, commits, sends and prunes.
@@ -187,30 +187,30 @@ class SaveJob:
             raise
         finally:
             if self.outgoing is not None and disk.commits:
-                self.outgoing.clean()
+                self.outgoing.clean_up()
         run_on_all_ranks(
             comm, f"removing older checkpoints than {disk.target}, which is there,", self._prune, SaveError
         )
 
     def _write(self) -> tuple[int, list[Written]]:
         largest_first = sorted(self.parts, key=lambda part: _bytes(part.state), reverse=True)
-        return self.disk.group, in_parallel(lambda part: part.write(self.disk.staging), largest_first, _THREADS)
+        return self.disk.group, thread_map(lambda part: part.write(self.disk.staging), largest_first, _THREADS)
 
     def _send(self) -> None:
         if self.outgoing is not None and self.disk.commits:
-            self.outgoing.deliver()
+            self.outgoing.send()
 
     def _commit(self, written: Sequence[tuple[int, list[Written]]]) -> None:
         if not self.disk.commits:
             return
         (self.disk.staging / _TOKEN).unlink(missing_ok=True)
         records = [one.record for group, part in written if group == self.disk.group for one in part]
-        folders: dict[str, list[Place]] = {}
+        folders: dict[str, list[WriteResult]] = {}
         for one in (one for _, part in written for one in part if one.places):
             folders.setdefault(os.path.dirname(one.record.path), []).extend(one.places)
         for name, places in folders.items():
             (self.disk.staging / name).mkdir(exist_ok=True)
-            describe(self.disk.staging / name, places)
+            write_metadata(self.disk.staging / name, places)
         commit(
             self.disk.staging,
             self.disk.target,
@@ -218,7 +218,7 @@ class SaveJob:
             world_size=self.world.size,
             step=self.step,
             number=self.number,
-            kinds={part_of(part.path): part.kind for part in self.parts if part.kind},
+            kinds={item_of(part.path): part.kind for part in self.parts if part.kind},
         )
 
     def _prune(self) -> None:
@@ -255,12 +255,12 @@ def prune(project: Path, limit: int, newest: Path, *, valid: Callable[[Path], bo
     valid = valid or is_whole
     kept = 0
     removed = []
-    for folder in reversed(numbered_folders(project)):
+    for folder in reversed(numbered_checkpoints(project)):
         if kept < limit:
             kept += folder == newest or valid(folder)
         elif folder != newest:
             try:
-                discard(folder)
+                delete(folder)
             except OSError as error:
                 logger.warning(f"the old checkpoint {folder} could not be removed: {error}")
             else:

@@ -31,7 +31,7 @@ def checkpoint_command(args: argparse.Namespace) -> int:
 def _verify(folder: Path) -> int:
     from ..checkpointing.discovery import problems_of
     from ..checkpointing.storage import manifest as manifests
-    from ..checkpointing.storage.filenames import describe
+    from ..checkpointing.storage.filenames import describe_file
 
     problems = problems_of(folder)
     try:
@@ -44,9 +44,10 @@ def _verify(folder: Path) -> int:
         print(f"  versions  {', '.join(f'{name} {version}' for name, version in sorted(manifest.versions.items()))}\n")
         wrong = {problem.file: f"{problem.kind}: {problem.text}" for problem in problems}
         files = [
-            (file.path, describe(file.path), _size(file.size), wrong.pop(file.path, "ok")) for file in manifest.files
+            (file.path, describe_file(file.path), _size(file.size), wrong.pop(file.path, "ok"))
+            for file in manifest.files
         ]
-        rest = [(name, describe(name), "", text) for name, text in wrong.items()]
+        rest = [(name, describe_file(name), "", text) for name, text in wrong.items()]
         _print_table(("file", "holds", "size", "state"), [*files, *rest], right={2})
     elif not problems:
         print("  no manifest (another release saved it): its files can be read, and cannot be verified")
@@ -59,9 +60,9 @@ def _verify(folder: Path) -> int:
 def _list(project: Path) -> int:
     from ..checkpointing.discovery import is_whole
     from ..checkpointing.storage import manifest as manifests
-    from ..checkpointing.storage.filenames import numbered_folders
+    from ..checkpointing.storage.filenames import numbered_checkpoints
 
-    folders = numbered_folders(project)
+    folders = numbered_checkpoints(project)
     if not folders:
         print(f"there are no checkpoints in {project / 'checkpoints'}", file=sys.stderr)
         return 1

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Sha
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..checkpointing.sharded.compat import innermost
+from ..checkpointing.sharded.compat import unwrap_optimizer
 from ..runtime.memory import malloc_trim
 from ..runtime.tensors.forward import is_compiled_module
 from ..runtime.world import World
@@ -266,7 +266,7 @@ def _check_flat(params: dict[str, nn.Parameter], optimizers: Iterable[Any]) -> N
         raise ValueError(
             f"{trained[True]!r} is trained and {trained[False]!r} is frozen, and both are in one unit: {advice}"
         )
-    for inner in map(innermost, optimizers):
+    for inner in map(unwrap_optimizer, optimizers):
         groups = [{id(param) for param in group["params"]} for group in inner.param_groups]
         places = {
             next((i for i, group in enumerate(groups) if id(param) in group), None): name

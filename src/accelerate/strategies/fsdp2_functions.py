@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpointing.errors import bullet_list
 from ..checkpointing.model_files import shared_tensor_names
-from ..checkpointing.sharded.compat import compare_weights, ties, ties_in
-from ..checkpointing.sharded.local_state import plain_name
+from ..checkpointing.sharded.compat import compare_weights, group_ties, tied_names
+from ..checkpointing.sharded.local_state import clean_fqn
 from ..precision.loss_scale import LossScaler
 from ..runtime import world
 from .fsdp_base import ShardedStrategy
@@ -78,11 +78,13 @@ def fsdp2_load_full_state_dict(
     here = world.current()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     targets = bare.state_dict(keep_vars=True)
-    tied = ties_in(targets)
+    tied = tied_names(targets)
     wrong: list[Any] = [None]
     if here.rank == 0:
         wrong = [
-            compare_weights("full_sd", type(bare).__name__, targets, full_sd, tied, ties(shared_tensor_names(full_sd)))
+            compare_weights(
+                "full_sd", type(bare).__name__, targets, full_sd, tied, group_ties(shared_tensor_names(full_sd))
+            )
         ]
     here.collectives.broadcast_object_list(wrong)
     if wrong[0]:
@@ -132,7 +134,7 @@ def fsdp2_canonicalize_names(named_params: dict[str, Any]) -> dict[str, Any]:
     Args:
         named_params: Name -> anything.
     """
-    return {plain_name(name): value for name, value in named_params.items()}
+    return {clean_fqn(name): value for name, value in named_params.items()}
 
 
 def get_fsdp2_grad_scaler(**kwargs: Any) -> torch.amp.GradScaler:

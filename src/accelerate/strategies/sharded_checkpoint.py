@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpointing.items import model_items
 from ..checkpointing.sharded import local_state
-from ..checkpointing.sharded.gathering import gathered
+from ..checkpointing.sharded.gathering import gather_full_state
 from ..runtime.tensors.forward import unwrap_module
 from .base import Strategy
 
@@ -30,7 +30,7 @@ class ShardedStateStrategy(Strategy):
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
-        return gathered(local_state.model_state(unwrap_module(model)))
+        return gather_full_state(local_state.model_state(unwrap_module(model)))
 
     def state_to_save(self, model: nn.Module) -> dict[str, Any]:
         return (

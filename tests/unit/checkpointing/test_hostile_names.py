@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.checkpointing import LoadError
 from accelerate.checkpointing.discovery import is_whole, latest_valid, problems_of
 from accelerate.checkpointing.merge import merge_fsdp_weights
-from accelerate.checkpointing.sharded.dcp_reader import StoredFolder
+from accelerate.checkpointing.sharded.dcp_reader import DCPReader
 from accelerate.utils import (
     OffloadedWeightsLoader,
     load_offloaded_weight,
@@ -365,13 +365,13 @@ def a_safetensors_file_of_an_index(folder: Path, make: Callable[[Path], object])
 def a_description(folder: Path, make: Callable[[Path], object]) -> None:
     source = shards_of(folder / "pytorch_model_fsdp_0", {"model": {"a": torch.ones(2)}})
     replaced(source / ".metadata", make)
-    StoredFolder(source)
+    DCPReader(source)
 
 
 def a_file_of_shards(folder: Path, make: Callable[[Path], object]) -> None:
     source = shards_of(folder / "pytorch_model_fsdp_0", {"model": {"a": torch.ones(2)}})
     replaced(source / "__0_0.distcp", make)
-    StoredFolder(source)
+    DCPReader(source)
 
 
 def replaced(path: Path, make: Callable[[Path], object]) -> None:

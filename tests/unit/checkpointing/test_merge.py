@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from accelerate.checkpointing import LoadError, SaveError
 from accelerate.checkpointing.merge import merge_fsdp_weights
-from accelerate.checkpointing.sharded.dcp_reader import StoredFolder
+from accelerate.checkpointing.sharded.dcp_reader import DCPReader
 
 STATE = {"a.weight": torch.arange(600.0).reshape(20, 30), "b": torch.ones(7, dtype=torch.float16), "c": torch.tensor(3)}
 
@@ -176,13 +176,13 @@ def test_a_manifest_around_the_shards_is_held_to(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_one_tensor_at_a_time(shards: Path) -> None:
-    stored = StoredFolder(shards)
+    stored = DCPReader(shards)
     assert {name: entry.shape for name, entry in stored.entries.items()} == {
         "model.a.weight": (20, 30),
         "model.b": (7,),
         "model.c": (),
     }
-    assert torch.equal(stored.tensor("model.a.weight"), STATE["a.weight"])
+    assert torch.equal(stored.read_tensor("model.a.weight"), STATE["a.weight"])
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
@@ -239,4 +239,4 @@ def test_dimensions_that_no_tensor_has(shards: Path, size: Any) -> None:
     found.state_dict_metadata["model.b"].size = list(size)
     path.write_bytes(pickle.dumps(found))
     with pytest.raises(LoadError):
-        StoredFolder(shards)
+        DCPReader(shards)

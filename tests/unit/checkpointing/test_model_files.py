@@ -19,7 +19,7 @@ from torch import nn
 from accelerate import Accelerator
 from accelerate.checkpointing import clean_state_dict_for_safetensors, load, save
 from accelerate.checkpointing.model_files import size_in_bytes, split
-from accelerate.checkpointing.storage.file_writer import STRETCH, FileWriter, record_of, write_file
+from accelerate.checkpointing.storage.file_writer import BLOCK_SIZE, FileWriter, fingerprint, write_file
 from accelerate.checkpointing.storage.formats import read_safetensors, write_safetensors
 from accelerate.runtime import world
 from accelerate.utils import ProjectConfiguration
@@ -174,13 +174,13 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         os, "pwrite", lambda descriptor, data, place: original(descriptor, data[: max(1, len(data) // 3)], place)
     )
-    content = os.urandom(3 * STRETCH + 5000)
+    content = os.urandom(3 * BLOCK_SIZE + 5000)
 
     def write(writer: FileWriter) -> None:
         writer.write(content)
 
     record = write_file(tmp_path / "f", "f", write)
-    assert (tmp_path / "f").read_bytes() == content and record == record_of(tmp_path / "f", "f")
+    assert (tmp_path / "f").read_bytes() == content and record == fingerprint(tmp_path / "f", "f")
 
 
 @pytest.mark.parametrize("safe", [True, False])

@@ -93,8 +93,8 @@ def test_killed_at_every_call_a_whole_checkpoint_is_left(tmp_path: Path, mode: s
     """Each point at which the process may end while it saves: the next start finds the old state or the new one."""
     accelerator = project(tmp_path / "p", total_limit=1)
     model, _ = trained(accelerator, hidden=8)
-    numbered = mode == "numbered"
-    target = None if numbered else tmp_path / "m" / "mine"
+    indexed_name = mode == "numbered"
+    target = None if indexed_name else tmp_path / "m" / "mine"
     first = accelerator.save_state(target)
     if mode == "over with notes":
         (first / "notes.txt").write_text("mine")
@@ -118,7 +118,7 @@ def test_killed_at_every_call_a_whole_checkpoint_is_left(tmp_path: Path, mode: s
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
-        report = accelerator.resume() if numbered else accelerator.load_state(first)
+        report = accelerator.resume() if indexed_name else accelerator.load_state(first)
         assert report is not None and not report.problems
         now = weights(model)
         assert torch.equal(now, old) or torch.equal(now, new), f"after {made}"

@@ -17,14 +17,14 @@ from typing import Any
 from torch import nn
 
 from ..sharded import local_state, reshard, state_reader
-from ..sharded.compat import kind_of
-from ..sharded.dcp_reader import DESCRIPTION
-from ..sharded.dcp_writer import file_of, own_shards, write_shards
-from ..sharded.gathering import gathered
+from ..sharded.compat import optimizer_class_name
+from ..sharded.dcp_reader import METADATA_FILE
+from ..sharded.dcp_writer import plan_writes, shard_file, write_items
+from ..sharded.gathering import gather_full_state
 from ..sharded.local_state import ExtraState
-from ..sharded.shard_layout import held
+from ..sharded.shard_layout import local_shard
 from ..sharded.state_reader import MODEL, OPTIMIZER
-from ..storage.filenames import model_file, model_folder, optimizer_file, optimizer_folder, whole_file
+from ..storage.filenames import full_model_file, model_file, model_folder, optimizer_file, optimizer_folder
 from .standard_items import model_entry, optimizer_entry
 from .state_item import SAFETENSORS, TORCH, Entry, FileFormat
 
@@ -44,7 +44,7 @@ def shards_of_model(index: int, rank: int, state: Mapping[str, Any]) -> Entry:
     def capture() -> Any:
         own = {(MODEL, name): value for name, value in state.items() if not isinstance(value, ExtraState)}
         extra = {(MODEL, n): v.module.get_extra_state() for n, v in state.items() if isinstance(v, ExtraState)}
-        return own_shards({**own, **(extra if rank == 0 else {})})
+        return plan_writes({**own, **(extra if rank == 0 else {})})
 
     return _shards(model_folder(index), rank, capture)
 
@@ -53,22 +53,24 @@ def shards_of_optimizer(index: int, rank: int, optimizer: Any, models: Sequence[
     """A rank's shards of an optimizer's state."""
 
     def capture() -> Any:
-        groups, names = local_state.groups_of(optimizer, models)
+        groups, names = local_state.resolve_param_groups(optimizer, models)
         state: dict[tuple[Any, ...], Any] = {
             (OPTIMIZER, "state", *key): value for key, value in local_state.optimizer_state(optimizer, groups).items()
         }
         if rank == 0:
-            for number, options in enumerate(_options(optimizer, local_state.called(groups, names))):
+            for number, options in enumerate(_options(optimizer, local_state.group_fqns(groups, names))):
                 for key, value in options.items():
-                    state[OPTIMIZER, "param_groups", number, key] = held(value) if hasattr(value, "dim") else value
-        return own_shards(state)
+                    state[OPTIMIZER, "param_groups", number, key] = (
+                        local_shard(value) if hasattr(value, "dim") else value
+                    )
+        return plan_writes(state)
 
-    return _shards(optimizer_folder(index), rank, capture, kind_of(optimizer))
+    return _shards(optimizer_folder(index), rank, capture, optimizer_class_name(optimizer))
 
 
 def _shards(folder: str, rank: int, capture: Callable[[], Any], kind: str = "") -> Entry:
-    file = file_of(rank)
-    form = FileFormat(functools.partial(write_shards, file=file), TORCH.read)
+    file = shard_file(rank)
+    form = FileFormat(functools.partial(write_items, file=file), TORCH.read)
     return Entry(f"{folder}/{file}", capture, load=_not_loaded, everywhere=True, format=form, kind=kind)
 
 
@@ -78,23 +80,30 @@ def _not_loaded(state: Any) -> None:
 
 def gathered_model(index: int, state: dict[str, Any]) -> Entry:
     """The whole state of a model that rank 0 has gathered."""
-    return Entry(whole_file(index), capture=lambda: state or None, load=_not_loaded, fresh=True)
+    return Entry(full_model_file(index), capture=lambda: state or None, load=_not_loaded, fresh=True)
 
 
 def gathered_optimizer(index: int, rank: int, optimizer: Any, models: Sequence[nn.Module]) -> Entry:
     """The whole state of an optimizer, which rank 0 gathers."""
 
     def capture() -> dict[str, Any] | None:
-        groups, names = local_state.groups_of(optimizer, models)
-        whole = gathered(local_state.optimizer_state(optimizer, groups))
+        groups, names = local_state.resolve_param_groups(optimizer, models)
+        whole = gather_full_state(local_state.optimizer_state(optimizer, groups))
         if rank:
             return None
         state: dict[str, dict[str, Any]] = {}
         for (name, key), value in whole.items():
             state.setdefault(name, {})[key] = value
-        return {"state": state, "param_groups": _options(optimizer, local_state.called(groups, names))}
+        return {"state": state, "param_groups": _options(optimizer, local_state.group_fqns(groups, names))}
 
-    return Entry(optimizer_file(index), capture, load=_not_loaded, collective=True, fresh=True, kind=kind_of(optimizer))
+    return Entry(
+        optimizer_file(index),
+        capture,
+        load=_not_loaded,
+        collective=True,
+        fresh=True,
+        kind=optimizer_class_name(optimizer),
+    )
 
 
 def _options(optimizer: Any, names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
@@ -125,23 +134,21 @@ def model_in(
         options: For ``load_state_dict`` of a module that is whole.
     """
     whole = [model_file(index, safe=True), model_file(index, safe=False)]
-    shared = [whole_file(index), model_folder(index)][:: 1 if full else -1]
+    shared = [full_model_file(index), model_folder(index)][:: 1 if full else -1]
     path = _first(folder, [*shared, *whole] if sharded else [*whole, *shared])
     if path in whole and not sharded:
         return model_entry(index, model, safe=path == whole[0], options=options)
     in_file = SAFETENSORS if path == whole[0] else TORCH
 
     def read(at: Path, **how: Any) -> Any:
-        return (
-            state_reader.weights_in_folder(at) if at.is_dir() else state_reader.weights_in_file(in_file.read(at, **how))
-        )
+        return state_reader.read_dcp_weights(at) if at.is_dir() else state_reader.wrap_weights(in_file.read(at, **how))
 
     return Entry(
         path,
         capture=lambda: None,
         load=lambda found: reshard.load_weights(local_state.model_state(model), found),
         check=lambda found: reshard.check_weights(path, model, local_state.model_state(model), found),
-        partial=lambda found: reshard.matching_weights(local_state.model_state(model), found),
+        partial=lambda found: reshard.compatible_weights(local_state.model_state(model), found),
         format=FileFormat(in_file.write, read, in_file.takes_options),
     )
 
@@ -156,21 +163,21 @@ def optimizer_in(
 
     def read(at: Path, **how: Any) -> Any:
         if at.is_dir():
-            return state_reader.optimizer_in_folder(at)
+            return state_reader.read_dcp_optimizer(at)
         state = TORCH.read(at, **how)
-        return state if not sharded and not _is_named(state) else state_reader.optimizer_in_file(state)
+        return state if not sharded and not _is_named(state) else state_reader.wrap_optimizer_state(state)
 
-    def target() -> reshard.Target:
-        return reshard.Target(path, optimizer, models)
+    def target() -> reshard.OptimizerTarget:
+        return reshard.OptimizerTarget(path, optimizer, models)
 
     def load(found: Any) -> None:
-        target().load(found) if isinstance(found, state_reader.SavedOptimizer) else plain.load(found)
+        target().load(found) if isinstance(found, state_reader.LazyOptimizerState) else plain.load(found)
 
     return Entry(
         path,
         capture=lambda: None,
         load=load,
-        check=lambda found: (target() if isinstance(found, state_reader.SavedOptimizer) else plain).check(found),
+        check=lambda found: (target() if isinstance(found, state_reader.LazyOptimizerState) else plain).check(found),
         format=FileFormat(TORCH.write, read, takes_options=True),
         kept=plain.kept and path == forms[0] and not sharded,
         kind=plain.kind,
@@ -179,11 +186,13 @@ def optimizer_in(
 
 def _is_named(state: Any) -> bool:
     return (
-        state_reader.optimizer_in_file(state).is_named if isinstance(state, dict) and "param_groups" in state else False
+        state_reader.wrap_optimizer_state(state).is_named
+        if isinstance(state, dict) and "param_groups" in state
+        else False
     )
 
 
 def _first(folder: Path, paths: Sequence[str]) -> str:
     """The first path that is there; if none is, the first, to be told missing."""
-    there = (path for path in paths if (folder / path).is_file() or (folder / path / DESCRIPTION).is_file())
+    there = (path for path in paths if (folder / path).is_file() or (folder / path / METADATA_FILE).is_file())
     return next(there, paths[0])

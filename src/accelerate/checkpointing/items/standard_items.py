@@ -15,17 +15,17 @@ from ..errors import Problem
 from ..model_files import drop_shared_tensors, shared_tensor_names
 from ..sharded.compat import (
     SCALARS,
+    class_mismatch,
     compare_optimizers,
     compare_weights,
-    is_shaped_like_parameters,
-    kind_of,
-    matching,
-    other_kind,
-    ties,
+    compatible_entries,
+    group_ties,
+    has_param_shaped_state,
+    optimizer_class_name,
 )
-from ..storage.filenames import custom_file, model_file, numbered
-from ..storage.schema import mistyped, no_optimizer
-from ..storage.staging import copy_all, fits, is_plain
+from ..storage.filenames import custom_file, indexed_name, model_file
+from ..storage.schema import optimizer_state_error, type_mismatches
+from ..storage.staging import can_copy, copy_tensors, is_dense_cpu
 from .state_item import SAFETENSORS, TORCH, Entry
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -70,8 +70,8 @@ def _load_model(model: nn.Module | None, saved: dict[str, Any], options: dict[st
 def _copied_into(model: nn.Module, saved: dict[str, Any]) -> dict[str, Any]:
     """The state, of which tensors that could be copied to their place at once are those in their place."""
     live = model.state_dict(keep_vars=True)
-    copied = {name: live[name] for name, value in saved.items() if fits(live.get(name), value)}
-    copy_all((target, saved[name]) for name, target in copied.items())
+    copied = {name: live[name] for name, value in saved.items() if can_copy(live.get(name), value)}
+    copy_tensors((target, saved[name]) for name, target in copied.items())
     return {**saved, **copied}
 
 
@@ -80,13 +80,13 @@ def _check_model(path: str, model: nn.Module | None, saved: Any) -> list[Problem
     if not isinstance(saved, dict):
         return [Problem(path, "corrupt", f"expected a mapping of names to tensors, found {type(saved).__name__}")]
     live = model.state_dict()
-    tied = ties(shared_tensor_names(live)), ties(shared_tensor_names(saved))
+    tied = group_ties(shared_tensor_names(live)), group_ties(shared_tensor_names(saved))
     return compare_weights(path, type(model).__name__, live, saved, *tied)
 
 
 def _matching(model: nn.Module | None, saved: Any) -> dict[str, Any]:
     assert model is not None
-    return matching(model.state_dict(), saved if isinstance(saved, dict) else {})
+    return compatible_entries(model.state_dict(), saved if isinstance(saved, dict) else {})
 
 
 # Optimizers ---------------------------------------------------------------------------------------------------------
@@ -94,25 +94,25 @@ def _matching(model: nn.Module | None, saved: Any) -> dict[str, Any]:
 
 def optimizer_entry(index: int, optimizer: Any) -> Entry:
     """The state of one optimizer (the prepared one)."""
-    path = numbered(OPTIMIZER_NAME, index, ".bin")
+    path = indexed_name(OPTIMIZER_NAME, index, ".bin")
     untouched = not any(optimizer.state.values())
     return Entry(
         path,
         capture=optimizer.state_dict,
         load=lambda saved: optimizer.load_state_dict(saved if untouched else _owned(optimizer, saved)),
         check=lambda saved: _check_optimizer(path, optimizer, saved),
-        kind=kind_of(optimizer),
+        kind=optimizer_class_name(optimizer),
         kept=untouched,
     )
 
 
 def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
-    if text := no_optimizer(saved):
+    if text := optimizer_state_error(saved):
         return [Problem(path, "corrupt", text)]
     groups, live_groups = saved["param_groups"], optimizer.param_groups
     sizes, live_sizes = ([len(group["params"]) for group in some] for some in (groups, live_groups))
     if sizes != live_sizes:
-        text = f"its groups have {sizes} parameters, and {live_sizes} in {kind_of(optimizer)}"
+        text = f"its groups have {sizes} parameters, and {live_sizes} in {optimizer_class_name(optimizer)}"
         return [Problem(path, "shape", text)]
     if problems := compare_optimizers(path, optimizer, groups, saved["state"].values()):
         return problems
@@ -121,7 +121,7 @@ def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
         for name, value in values.items():
             live = optimizer.state.get(parameter, {}).get(name)
             problems += [
-                Problem(path, "corrupt", text) for text in mistyped(live, value, f"{name!r} of parameter {key}")
+                Problem(path, "corrupt", text) for text in type_mismatches(live, value, f"{name!r} of parameter {key}")
             ]
             expected = _expected_shape(optimizer, parameter, name)
             is_number = isinstance(value, torch.Tensor) and value.numel() == 1
@@ -129,7 +129,7 @@ def _check_optimizer(path: str, optimizer: Any, saved: Any) -> list[Problem]:
                 isinstance(value, torch.Tensor)
                 and expected is not None
                 and value.shape != expected
-                and not (is_number and (name in SCALARS or not is_shaped_like_parameters(optimizer)))
+                and not (is_number and (name in SCALARS or not has_param_shaped_state(optimizer)))
             ):
                 text = f"{name!r} of parameter {key} has shape {list(value.shape)}; expected {list(expected)}"
                 problems.append(Problem(path, "shape", text))
@@ -146,7 +146,7 @@ def _expected_shape(optimizer: Any, parameter: torch.Tensor, name: str) -> torch
     live = optimizer.state.get(parameter, {}).get(name)
     if isinstance(live, torch.Tensor):
         return live.shape
-    return parameter.shape if is_shaped_like_parameters(optimizer) else None
+    return parameter.shape if has_param_shaped_state(optimizer) else None
 
 
 def _owned(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
@@ -157,12 +157,12 @@ def _owned(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any]:
         live, values = optimizer.state.get(parameter, {}), saved["state"].get(key)
         for name, value in values.items() if isinstance(values, dict) else ():
             target = live.get(name)
-            if is_plain(value) and id(value) not in own:
-                own[id(value)] = target.detach() if fits(target, value) else torch.empty_like(value)
+            if is_dense_cpu(value) and id(value) not in own:
+                own[id(value)] = target.detach() if can_copy(target, value) else torch.empty_like(value)
                 pairs.append((own[id(value)], value))
             elif isinstance(value, torch.Tensor) and _takes(target, value):
                 own[id(value)] = target.detach().copy_(value)
-    copy_all(pairs)
+    copy_tensors(pairs)
     return {**saved, "state": _cloned(saved["state"], own), "param_groups": _cloned(saved["param_groups"])}
 
 
@@ -188,7 +188,7 @@ def _cloned(tree: Any, own: Mapping[int, torch.Tensor] = MappingProxyType({})) -
 
 def scheduler_entry(index: int, scheduler: Any) -> Entry:
     """The state of one scheduler."""
-    path = numbered(SCHEDULER_NAME, index, ".bin")
+    path = indexed_name(SCHEDULER_NAME, index, ".bin")
     return Entry(
         path,
         capture=scheduler.state_dict,
@@ -206,8 +206,8 @@ def _check_scheduler(path: str, scheduler: Any, saved: Any) -> list[Problem]:
     # Releases of torch add and drop names; a state that both lacks and adds some is of another kind of scheduler.
     if live - theirs and theirs - live:
         kind = type(getattr(scheduler, "scheduler", scheduler)).__name__
-        return [other_kind(path, "scheduler", kind, live - theirs, theirs - live)]
-    texts = mistyped(scheduler.state_dict(), saved, type(getattr(scheduler, "scheduler", scheduler)).__name__)
+        return [class_mismatch(path, "scheduler", kind, live - theirs, theirs - live)]
+    texts = type_mismatches(scheduler.state_dict(), saved, type(getattr(scheduler, "scheduler", scheduler)).__name__)
     return [Problem(path, "corrupt", text) for text in texts]
 
 
@@ -227,7 +227,7 @@ def _check_scaler(scaler: torch.amp.GradScaler, saved: Any) -> list[Problem]:
     if not isinstance(saved, dict):
         return [Problem(SCALER_NAME, "corrupt", f"expected a scaler's state, found {type(saved).__name__}")]
     lost = [Problem(SCALER_NAME, "missing", f"no {key!r}") for key in sorted(live.keys() - saved.keys())]
-    return lost or [Problem(SCALER_NAME, "corrupt", text) for text in mistyped(live, saved, "the scaler")]
+    return lost or [Problem(SCALER_NAME, "corrupt", text) for text in type_mismatches(live, saved, "the scaler")]
 
 
 def custom_entry(index: int, registered: Any) -> Entry:

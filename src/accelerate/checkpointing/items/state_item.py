@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Problem
-from ..sharded.dcp_writer import Place
+from ..sharded.dcp_writer import WriteResult
 from ..storage import formats
 from ..storage.file_writer import FileRecord, FileWriter, write_file
 
@@ -28,7 +28,7 @@ class FileFormat:
     Of a folder in which each rank writes a file, ``write`` returns what is to be said of that file in the folder.
     """
 
-    write: Callable[[Any, FileWriter], list[Place] | None]
+    write: Callable[[Any, FileWriter], list[WriteResult] | None]
     read: Callable[..., Any]
     takes_options: bool = False
 
@@ -101,7 +101,7 @@ class Part:
 
     def write(self, folder: Path) -> Written:
         """Writes the file below `folder`, on disk when this returns."""
-        said: list[list[Place] | None] = []
+        said: list[list[WriteResult] | None] = []
         record = write_file(
             folder / self.path, self.path, lambda writer: said.append(self.format.write(self.state, writer))
         )
@@ -113,4 +113,4 @@ class Written:
     """A file that was written: its record, and what is to be said of it in its folder."""
 
     record: FileRecord
-    places: list[Place]
+    places: list[WriteResult]

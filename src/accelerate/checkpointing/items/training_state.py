@@ -18,7 +18,7 @@ from ...runtime.system.file_names import short_repr
 from ...runtime.world import World
 from ...state import GradientState
 from ..errors import Problem
-from ..storage.filenames import LOADER_NAME, PROGRESS_NAME, gradients_file, numbered, random_file
+from ..storage.filenames import LOADER_NAME, PROGRESS_NAME, gradients_file, indexed_name, rng_file
 from ..storage.schema import is_count
 from . import random_states
 from .state_item import JSON, TORCH, Entry
@@ -67,7 +67,7 @@ def is_stateful(loader: Any) -> bool:
 
 
 def _loader_entry(index: int, loader: Any) -> Entry:
-    path = numbered(LOADER_NAME, index, ".bin")
+    path = indexed_name(LOADER_NAME, index, ".bin")
     return Entry(
         path,
         capture=lambda: {**loader.state_dict(), EXTENT: extent(loader)},
@@ -163,7 +163,7 @@ def random_entry(run: TrainingState, saved_world_size: int) -> Entry:
     """This rank's random states; of a rank that the checkpoint does not know, rank 0's to derive some from."""
     rank = run.world.rank
     known = rank < saved_world_size
-    path = random_file(rank if known else 0)
+    path = rng_file(rank if known else 0)
 
     def load(states: dict[str, Any]) -> None:
         if known:

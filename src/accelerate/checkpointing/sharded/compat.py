@@ -12,9 +12,9 @@ import numpy as np
 
 from ...runtime.system.file_names import short_repr
 from ..errors import Problem
-from ..storage.schema import is_tensor, kinds_of, mistyped
+from ..storage.schema import is_tensor, type_mismatches, value_types
 
-EXTRA = "_extra_state"
+EXTRA_STATE_KEY = "_extra_state"
 """The last part of the name under which torch keeps what a module has besides tensors."""
 Ties = Mapping[str, set[str]]
 """Name -> all names of the same tensor, where there are several."""
@@ -22,15 +22,15 @@ Ties = Mapping[str, set[str]]
 # Weights ----------------------------------------------------------------------------------------------------------------
 
 
-def ties_in(state: Mapping[str, Any]) -> Ties:
+def tied_names(state: Mapping[str, Any]) -> Ties:
     """Those of a state that has one object under several names."""
     groups: dict[int, list[str]] = {}
     for name, value in state.items():
         groups.setdefault(id(value), []).append(name)
-    return ties(groups.values())
+    return group_ties(groups.values())
 
 
-def ties(groups: Iterable[Iterable[str]]) -> Ties:
+def group_ties(groups: Iterable[Iterable[str]]) -> Ties:
     """Those of groups of names that stand for one tensor."""
     return {name: set(group) for group in map(list, groups) if len(group) > 1 for name in group}
 
@@ -48,34 +48,34 @@ def compare_weights(
     """
     return [
         *(
-            Problem(path, "missing", f"no {name!r}{_of(live[name])}, which {kind} has")
-            for name in lacking(live, saved, live_ties)
+            Problem(path, "missing", f"no {name!r}{_described(live[name])}, which {kind} has")
+            for name in missing_keys(live, saved, live_ties)
         ),
         *(
-            Problem(path, "extra", f"{name!r}{_of(saved[name])}, which {kind} does not have")
-            for name in lacking(saved, live, saved_ties)
+            Problem(path, "extra", f"{name!r}{_described(saved[name])}, which {kind} does not have")
+            for name in missing_keys(saved, live, saved_ties)
         ),
         *(
-            Problem(path, "shape", f"{name!r} is{_of(saved[name])}, and{_of(value)} in {kind}")
+            Problem(path, "shape", f"{name!r} is{_described(saved[name])}, and{_described(value)} in {kind}")
             for name, value in live.items()
-            if name in saved and not _alike(name, value, saved[name])
+            if name in saved and not _is_compatible(name, value, saved[name])
         ),
     ]
 
 
-def lacking(one: Mapping[str, Any], other: Mapping[str, Any], one_ties: Ties) -> list[str]:
+def missing_keys(one: Mapping[str, Any], other: Mapping[str, Any], one_ties: Ties) -> list[str]:
     """The names that one state has and another lacks, also under the names that are tied to them."""
     return [name for name in one if name not in other and not one_ties.get(name, set()) & other.keys()]
 
 
-def matching(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def compatible_entries(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a saved state that fits."""
-    return {name: value for name, value in saved.items() if name in live and _alike(name, live[name], value)}
+    return {name: value for name, value in saved.items() if name in live and _is_compatible(name, live[name], value)}
 
 
-def _alike(name: str, live: Any, saved: Any) -> bool:
+def _is_compatible(name: str, live: Any, saved: Any) -> bool:
     # What a module keeps besides tensors is its own business.
-    return (_shape(live) == _shape(saved) and not _is_of_numpy(saved)) or name.split(".")[-1] == EXTRA
+    return (_shape(live) == _shape(saved) and not _is_numpy(saved)) or name.split(".")[-1] == EXTRA_STATE_KEY
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -84,14 +84,14 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def _of(value: Any) -> str:
+def _described(value: Any) -> str:
     shape = _shape(value)
-    if _is_of_numpy(value):
+    if _is_numpy(value):
         return f" of type {type(value).__name__}"
     return "" if shape is None else f" of shape {list(shape)}"
 
 
-def _is_of_numpy(value: Any) -> bool:
+def _is_numpy(value: Any) -> bool:
     """True for arrays, which have shapes and are no tensors."""
     return isinstance(value, (np.ndarray, np.generic))
 
@@ -99,7 +99,7 @@ def _is_of_numpy(value: Any) -> bool:
 # Optimizers and schedulers ----------------------------------------------------------------------------------------------
 
 # torch's optimizers whose states are numbers or have the shape of the parameter -> what they always keep of one.
-_KEPT = {
+_STATE_KEYS = {
     "SGD": frozenset[str](),
     "Adam": frozenset({"step", "exp_avg", "exp_avg_sq"}),
     "AdamW": frozenset({"step", "exp_avg", "exp_avg_sq"}),
@@ -114,37 +114,37 @@ _KEPT = {
 }
 SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
 """Keys under which these optimizers keep one number of a parameter."""
-_NAMING = {"params", "param_names"}
-_EVER_KEPT = frozenset[str]().union(*_KEPT.values())
+_PARAM_KEYS = {"params", "param_names"}
+_ALL_STATE_KEYS = frozenset[str]().union(*_STATE_KEYS.values())
 # What schedulers write into the groups of an optimizer.
-_SCHEDULED = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+_SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 
 
-def innermost(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """The optimizer inside everything that was put around it."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     return optimizer
 
 
-def kind_of(optimizer: Any) -> str:
+def optimizer_class_name(optimizer: Any) -> str:
     """The class of an optimizer, as a checkpoint records it; of one that somebody derived from torch's, torch's."""
-    classes = type(innermost(optimizer)).__mro__
-    return next(filter(_is_known, classes), classes[0]).__name__
+    classes = type(unwrap_optimizer(optimizer)).__mro__
+    return next(filter(_is_torch_optimizer, classes), classes[0]).__name__
 
 
-def is_shaped_like_parameters(optimizer: Any) -> bool:
+def has_param_shaped_state(optimizer: Any) -> bool:
     """Whether all states of an optimizer are numbers or have the shape of the parameter."""
-    return _kept(optimizer) is not None
+    return _state_keys(optimizer) is not None
 
 
-def _kept(optimizer: Any) -> frozenset[str] | None:
-    kind = type(innermost(optimizer))
-    return _KEPT[kind.__name__] if _is_known(kind) else None
+def _state_keys(optimizer: Any) -> frozenset[str] | None:
+    kind = type(unwrap_optimizer(optimizer))
+    return _STATE_KEYS[kind.__name__] if _is_torch_optimizer(kind) else None
 
 
-def _is_known(kind: type) -> bool:
-    return kind.__name__ in _KEPT and kind.__module__.startswith("torch.optim.")
+def _is_torch_optimizer(kind: type) -> bool:
+    return kind.__name__ in _STATE_KEYS and kind.__module__.startswith("torch.optim.")
 
 
 def compare_optimizers(
@@ -159,43 +159,45 @@ def compare_optimizers(
         states: What was saved of each parameter.
     """
     groups, states = list(groups), list(states)
-    kept, saved = _kept(optimizer), _keys(states)
-    if kept is None:  # all there is to go by is what it keeps now; that may vary
-        ways = [(live - saved, saved - live) for live in _kept_now(optimizer)]
+    expected, saved = _state_keys(optimizer), _keys(states)
+    if expected is None:  # all there is to go by is what it keeps now; that may vary
+        ways = [(live - saved, saved - live) for live in _current_state_keys(optimizer)]
         lacks, foreign = ways[0]
         differs = all(less and more for less, more in ways)
     else:
-        lacks, foreign = set(kept - saved), saved & _EVER_KEPT - kept
+        lacks, foreign = set(expected - saved), saved & _ALL_STATE_KEYS - expected
         differs = bool(lacks or foreign)
     if saved and differs:
-        return [other_kind(path, "optimizer", kind_of(optimizer), lacks, foreign)]
-    defaults = getattr(innermost(optimizer), "defaults", {})
+        return [class_mismatch(path, "optimizer", optimizer_class_name(optimizer), lacks, foreign)]
+    defaults = getattr(unwrap_optimizer(optimizer), "defaults", {})
     # Releases add switches, which are on, off or not set.
     needed = {key for key, value in defaults.items() if value is not None and not isinstance(value, bool)}
     known, found = _keys(optimizer.param_groups) | defaults.keys(), _keys(groups)
-    foreign = found - known - _SCHEDULED - _NAMING
+    foreign = found - known - _SCHEDULER_KEYS - _PARAM_KEYS
     if needed - found and foreign:
-        return [other_kind(path, "optimizer", kind_of(optimizer), needed - found, foreign)]
+        return [class_mismatch(path, "optimizer", optimizer_class_name(optimizer), needed - found, foreign)]
     texts = [
         text
         for number, (live, group) in enumerate(zip(optimizer.param_groups, groups, strict=False))
-        for text in mistyped({k: v for k, v in live.items() if k not in _NAMING}, group, f"param_groups[{number}]")
+        for text in type_mismatches(
+            {k: v for k, v in live.items() if k not in _PARAM_KEYS}, group, f"param_groups[{number}]"
+        )
     ]
-    texts += [text for state in states for text in _mistyped_values(kept, state)]
+    texts += [text for state in states for text in _mistyped_values(expected, state)]
     return [Problem(path, "corrupt", text) for text in dict.fromkeys(texts)]
 
 
-def _mistyped_values(kept: frozenset[str] | None, state: Any) -> Iterator[str]:
+def _mistyped_values(expected: frozenset[str] | None, state: Any) -> Iterator[str]:
     """Lists values that no optimizer whose states are numbers or tensors has for a parameter."""
-    for key, value in state.items() if kept is not None and isinstance(state, Mapping) else ():
+    for key, value in state.items() if expected is not None and isinstance(state, Mapping) else ():
         floats = is_tensor(value) and (value.dtype.is_floating_point or value.dtype.is_complex)
-        if value is not None and key not in SCALARS and not floats and key in _EVER_KEPT:
+        if value is not None and key not in SCALARS and not floats and key in _ALL_STATE_KEYS:
             yield f"{key!r} of a parameter is {short_repr(value)}; expected a tensor of floating-point numbers"
-        elif value is not None and not kinds_of(value) & {"a number", "a tensor", "a boolean"}:
+        elif value is not None and not value_types(value) & {"a number", "a tensor", "a boolean"}:
             yield f"{key!r} of a parameter is {short_repr(value)}; expected a number or a tensor"
 
 
-def _kept_now(optimizer: Any) -> list[set[str]]:
+def _current_state_keys(optimizer: Any) -> list[set[str]]:
     """What an optimizer keeps of parameters, by the names it uses and by those it saves (bitsandbytes' puts all in one)."""
     state = optimizer.state_dict().get("state", {})
     return [_keys(optimizer.state.values()), _keys(state.values())]
@@ -205,7 +207,7 @@ def _keys(mappings: Iterable[Any]) -> set[str]:
     return {str(key) for mapping in mappings if isinstance(mapping, Mapping) for key in mapping}
 
 
-def other_kind(path: str, what: str, kind: str, lacks: Iterable[str], has: Iterable[str]) -> Problem:
+def class_mismatch(path: str, what: str, kind: str, lacks: Iterable[str], has: Iterable[str]) -> Problem:
     """The finding that a state is one of another class."""
     text = f"it is of another kind of {what} than {kind}: no {sorted(lacks)}, but {sorted(has)}"
     return Problem(path, "state", text)

@@ -29,17 +29,17 @@ from ...runtime.system.file_names import (
     short_repr,
 )
 from ..errors import LoadError, Problem, bullet_list
-from ..storage.thread_map import in_parallel
-from .shard_layout import Box, is_tiled, overlap, part_of
+from ..storage.thread_map import thread_map
+from .shard_layout import Chunk, is_tiled, narrow_to, overlap
 
-DESCRIPTION = ".metadata"
+METADATA_FILE = ".metadata"
 """The file that says which tensors there are, and where each piece of them lies."""
-_PIECE = 2**20
-_LARGEST = 4 * MAX_METADATA_BYTES
+_READ_SIZE = 2**20
+_MAX_METADATA_SIZE = 4 * MAX_METADATA_BYTES
 _THREADS = 4
 
 # Module -> the names in it that a description is made of.
-_PLAIN: dict[str, frozenset[str]] = {
+_ALLOWED: dict[str, frozenset[str]] = {
     "builtins": frozenset({"set", "frozenset", "slice"}),
     "collections": frozenset({"OrderedDict"}),
     "torch": frozenset({"Size"}),
@@ -62,7 +62,7 @@ _PLAIN: dict[str, frozenset[str]] = {
 }
 
 
-class _Description(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     """An unpickler that knows the types of a description, and refuses every other name."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -70,13 +70,13 @@ class _Description(pickle.Unpickler):
             return PurePath
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if name in _PLAIN.get(module, ()):
+        if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which has no place in it")
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredChunk:
     """A part of a tensor, or a whole value: where it belongs, and the bytes of a file that hold it."""
 
     file: str
@@ -87,7 +87,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredEntry:
     """A tensor of the folder; a value that is none has no dtype.
 
     Attributes:
@@ -99,22 +99,22 @@ class Stored:
     path: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    pieces: tuple[Piece, ...]
+    chunks: tuple[StoredChunk, ...]
 
-    def is_covered(self) -> bool:
+    def is_tiled(self) -> bool:
         """Whether every element of the tensor lies in exactly one piece."""
-        return is_tiled(self.shape, [(piece.offsets, piece.sizes) for piece in self.pieces])
+        return is_tiled(self.shape, [(chunk.offsets, chunk.sizes) for chunk in self.chunks])
 
-    def takes_more_than(self, piece: Piece) -> bool:
+    def exceeds(self, chunk: StoredChunk) -> bool:
         """Whether the values of a piece take more bytes than its file has for it: they are not compressed."""
-        return self.dtype is not None and math.prod(piece.sizes) * self.dtype.itemsize > piece.length
+        return self.dtype is not None and math.prod(chunk.sizes) * self.dtype.itemsize > chunk.length
 
 
-class StoredFolder:
+class DCPReader:
     """A folder of torch.distributed.checkpoint, checked as far as that is possible without reading the values.
 
     Args:
-        folder: The folder with the file `DESCRIPTION`.
+        folder: The folder with the file `METADATA_FILE`.
 
     Attributes:
         entries: What is in it, by the dotted name.
@@ -126,7 +126,7 @@ class StoredFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.entries = _entries(_description(folder), folder)
+        self.entries = _parse_entries(_read_metadata(folder), folder)
         problems = list(self._problems())
         if problems:
             raise LoadError(f"{folder} cannot be read:\n{bullet_list(problems)}", problems)
@@ -134,23 +134,23 @@ class StoredFolder:
     def _problems(self) -> Iterator[Problem]:
         needed: dict[str, int] = {}
         for name, entry in self.entries.items():
-            for piece in entry.pieces:
-                needed[piece.file] = max(needed.get(piece.file, 0), piece.start + piece.length)
-                if piece.start < 0 or piece.length < 0 or entry.takes_more_than(piece):
-                    end = piece.start + piece.length
-                    text = f"{name}: bytes {piece.start} to {end} of {short_repr(piece.file)} cannot hold it"
-                    yield Problem(DESCRIPTION, "corrupt", text)
-            if entry.dtype is not None and not entry.is_covered():
+            for chunk in entry.chunks:
+                needed[chunk.file] = max(needed.get(chunk.file, 0), chunk.start + chunk.length)
+                if chunk.start < 0 or chunk.length < 0 or entry.exceeds(chunk):
+                    end = chunk.start + chunk.length
+                    text = f"{name}: bytes {chunk.start} to {end} of {short_repr(chunk.file)} cannot hold it"
+                    yield Problem(METADATA_FILE, "corrupt", text)
+            if entry.dtype is not None and not entry.is_tiled():
                 text = f"{name}: its pieces overlap or do not make up the shape {entry.shape}"
-                yield Problem(DESCRIPTION, "corrupt", text)
+                yield Problem(METADATA_FILE, "corrupt", text)
         for file, end in sorted(needed.items()):
             try:
                 size = file_size(path_inside(self.folder, file))
             except FileNameError as error:
-                yield Problem(DESCRIPTION, "corrupt", f"it names a file that is not read: {error}")
+                yield Problem(METADATA_FILE, "corrupt", f"it names a file that is not read: {error}")
                 continue
             if size is None:
-                yield Problem(file, "missing", f"{DESCRIPTION} names it; copy it here from where it was saved")
+                yield Problem(file, "missing", f"{METADATA_FILE} names it; copy it here from where it was saved")
             elif size < end:
                 yield Problem(file, "corrupt", f"it has {size} bytes, at least {end} expected")
 
@@ -160,24 +160,24 @@ class StoredFolder:
         Raises:
             LoadError: naming every damaged file.
         """
-        pieces = [piece for entry in self.entries.values() for piece in entry.pieces]
+        chunks = [chunk for entry in self.entries.values() for chunk in entry.chunks]
         damaged: dict[str, str] = {}
-        for piece, text in zip(pieces, in_parallel(self._damage, pieces, _THREADS), strict=True):
+        for chunk, text in zip(chunks, thread_map(self._checksum_error, chunks, _THREADS), strict=True):
             if text is not None:
-                damaged.setdefault(piece.file, text)
+                damaged.setdefault(chunk.file, text)
         if damaged:
             problems = [Problem(file, "corrupt", text) for file, text in sorted(damaged.items())]
             raise LoadError(f"{self.folder} is damaged:\n{bullet_list(problems)}", problems)
 
-    def _damage(self, piece: Piece) -> str | None:
-        with open(self.folder / piece.file, "rb") as file:
+    def _checksum_error(self, chunk: StoredChunk) -> str | None:
+        with open(self.folder / chunk.file, "rb") as file:
             try:
-                _check_sums(_Part(file, piece.start, piece.length))
+                _verify_zip(_FileView(file, chunk.start, chunk.length))
             except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
                 return _first_line(error)
         return None
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def read_tensor(self, name: str) -> torch.Tensor:
         """Reads a tensor, one piece after the other.
 
         Raises:
@@ -185,10 +185,10 @@ class StoredFolder:
         """
         entry = self.entries[name]
         result = torch.empty(entry.shape, dtype=entry.dtype)
-        self.fill(name, (0,) * len(entry.shape), result)
+        self.read_into(name, (0,) * len(entry.shape), result)
         return result
 
-    def fill(self, name: str, offsets: tuple[int, ...], target: torch.Tensor) -> None:
+    def read_into(self, name: str, offsets: tuple[int, ...], target: torch.Tensor) -> None:
         """Reads a part of a tensor, one piece after the other.
 
         Args:
@@ -199,41 +199,41 @@ class StoredFolder:
         Raises:
             LoadError: when a piece is damaged.
         """
-        wanted = Box(offsets, tuple(target.shape))
-        for piece in self.entries[name].pieces:
-            shared = overlap(wanted, piece.offsets, piece.sizes)
+        wanted = Chunk(offsets, tuple(target.shape))
+        for chunk in self.entries[name].chunks:
+            shared = overlap(wanted, chunk.offsets, chunk.sizes)
             if shared is not None:
-                part = part_of(self._tensor_of(name, piece), shared, piece.offsets)
-                part_of(target, shared, offsets).copy_(part)
+                part = narrow_to(self._read_chunk(name, chunk), shared, chunk.offsets)
+                narrow_to(target, shared, offsets).copy_(part)
 
-    def _tensor_of(self, name: str, piece: Piece) -> torch.Tensor:
-        part, dtype = self._load(name, piece), self.entries[name].dtype
-        if not isinstance(part, torch.Tensor) or (tuple(part.shape), part.dtype) != (piece.sizes, dtype):
+    def _read_chunk(self, name: str, chunk: StoredChunk) -> torch.Tensor:
+        part, dtype = self._load(name, chunk), self.entries[name].dtype
+        if not isinstance(part, torch.Tensor) or (tuple(part.shape), part.dtype) != (chunk.sizes, dtype):
             found = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
-            raise self._damaged(name, piece, f"expected {dtype} {piece.sizes}, found {found}")
+            raise self._corrupt_error(name, chunk, f"expected {dtype} {chunk.sizes}, found {found}")
         return part
 
-    def value(self, name: str) -> Any:
+    def read_value(self, name: str) -> Any:
         """Reads a value that is no tensor; one that is more than plain data is refused.
 
         Raises:
             LoadError: when it is damaged, or refused.
         """
-        return self._load(name, self.entries[name].pieces[0])
+        return self._load(name, self.entries[name].chunks[0])
 
-    def _load(self, name: str, piece: Piece) -> Any:
-        with open(self.folder / piece.file, "rb") as file:
-            part = _Part(file, piece.start, piece.length)
+    def _load(self, name: str, chunk: StoredChunk) -> Any:
+        with open(self.folder / chunk.file, "rb") as file:
+            part = _FileView(file, chunk.start, chunk.length)
             try:
                 return torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
             except pickle.UnpicklingError as error:
                 text = "it holds something else than tensors and plain data, which is not loaded"
-                raise self._damaged(name, piece, text) from error
+                raise self._corrupt_error(name, chunk, text) from error
             except Exception as error:
-                raise self._damaged(name, piece, _first_line(error)) from error
+                raise self._corrupt_error(name, chunk, _first_line(error)) from error
 
-    def _damaged(self, name: str, piece: Piece, text: str) -> LoadError:
-        problem = Problem(piece.file, "corrupt", f"{name}: {text}")
+    def _corrupt_error(self, name: str, chunk: StoredChunk, text: str) -> LoadError:
+        problem = Problem(chunk.file, "corrupt", f"{name}: {text}")
         return LoadError(f"{self.folder} is damaged:\n{bullet_list([problem])}", [problem])
 
 
@@ -242,8 +242,8 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def _description(folder: Path) -> Any:
-    path = folder / DESCRIPTION
+def _read_metadata(folder: Path) -> Any:
+    path = folder / METADATA_FILE
     if folder.exists() and not folder.is_dir():
         raise LoadError(
             f"{folder} is a file; expected a folder of shards.", [Problem(str(folder), "missing", "no folder")]
@@ -254,81 +254,79 @@ def _description(folder: Path) -> Any:
         )
     if not path.exists():
         raise LoadError(
-            f"{folder} holds no sharded checkpoint: there is no file {DESCRIPTION} in it.{_nearby(folder)}",
-            [Problem(DESCRIPTION, "missing", "it says what is in the folder")],
+            f"{folder} holds no sharded checkpoint: there is no file {METADATA_FILE} in it.{_hint(folder)}",
+            [Problem(METADATA_FILE, "missing", "it says what is in the folder")],
         )
     from torch.distributed.checkpoint.metadata import Metadata
 
     try:
-        found = _Description(io.BytesIO(read_bytes(path, _LARGEST))).load()
+        found = _MetadataUnpickler(io.BytesIO(read_bytes(path, _MAX_METADATA_SIZE))).load()
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"expected a description of a checkpoint, found {type(found).__name__}")
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        raise LoadError(f"{path} is damaged: {text}", [Problem(DESCRIPTION, "corrupt", text)]) from error
+        raise LoadError(f"{path} is damaged: {text}", [Problem(METADATA_FILE, "corrupt", text)]) from error
     return found
 
 
-def _nearby(folder: Path) -> str:
-    found = sorted(path.parent.name for path in folder.glob(f"*/{DESCRIPTION}"))
+def _hint(folder: Path) -> str:
+    found = sorted(path.parent.name for path in folder.glob(f"*/{METADATA_FILE}"))
     return f" Name one of the folders in it: {', '.join(found)}." if found else ""
 
 
-def _entries(description: Any, folder: Path) -> dict[str, Stored]:
+def _parse_entries(metadata: Any, folder: Path) -> dict[str, StoredEntry]:
     """The description in our own words."""
-    paths = description.planner_data or {}
-    places: dict[str, dict[tuple[int, ...] | None, Any]] = {}
+    paths = metadata.planner_data or {}
+    infos: dict[str, dict[tuple[int, ...] | None, Any]] = {}
     entries = {}
     try:
-        for index, info in description.storage_data.items():
+        for index, info in metadata.storage_data.items():
             if getattr(info, "transform_descriptors", None):
                 raise ValueError(f"{index.fqn} is stored through {info.transform_descriptors}, which is not known here")
-            places.setdefault(index.fqn, {})[None if index.offset is None else tuple(index.offset)] = info
-        for name, facts in description.state_dict_metadata.items():
+            infos.setdefault(index.fqn, {})[None if index.offset is None else tuple(index.offset)] = info
+        for name, facts in metadata.state_dict_metadata.items():
             path = tuple(str(part) for part in paths.get(name, (name,)))
-            of_tensor = hasattr(facts, "chunks")
-            chunks = (
-                [(_whole_numbers(chunk.offsets), _whole_numbers(chunk.sizes)) for chunk in facts.chunks or ()]
-                if of_tensor
-                else []
+            is_tensor = hasattr(facts, "chunks")
+            boxes = (
+                [(_int_tuple(box.offsets), _int_tuple(box.sizes)) for box in facts.chunks or ()] if is_tensor else []
             )
-            pieces = [_piece(places[name][offsets], offsets, sizes) for offsets, sizes in chunks]
-            if not of_tensor:
-                pieces = [_piece(places[name][None])]
-            shape, dtype = (_whole_numbers(facts.size), facts.properties.dtype) if of_tensor else ((), None)
-            if not path or not is_shape(shape) or (of_tensor and not isinstance(dtype, torch.dtype)):
+            chunks = [_stored_chunk(infos[name][offsets], offsets, sizes) for offsets, sizes in boxes]
+            if not is_tensor:
+                chunks = [_stored_chunk(infos[name][None])]
+            shape, dtype = (_int_tuple(facts.size), facts.properties.dtype) if is_tensor else ((), None)
+            if not path or not is_shape(shape) or (is_tensor and not isinstance(dtype, torch.dtype)):
                 raise ValueError(
                     f"{short_repr(name)} has the keys {short_repr(path)}, the shape {short_repr(shape)} and the dtype "
                     f"{short_repr(dtype)}"
                 )
-            entries[name] = Stored(path, shape, dtype, tuple(pieces))
+            entries[name] = StoredEntry(path, shape, dtype, tuple(chunks))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         text = f"{type(error).__name__}: {error}"
         raise LoadError(
-            f"{folder / DESCRIPTION} is damaged: {text}", [Problem(DESCRIPTION, "corrupt", text)]
+            f"{folder / METADATA_FILE} is damaged: {text}", [Problem(METADATA_FILE, "corrupt", text)]
         ) from error
     return entries
 
 
-def _whole_numbers(values: Any) -> tuple[int, ...]:
+def _int_tuple(values: Any) -> tuple[int, ...]:
     return tuple(map(operator.index, values))
 
 
-def _piece(info: Any, offsets: tuple[int, ...] = (), sizes: tuple[int, ...] = ()) -> Piece:
-    return Piece(str(info.relative_path), int(info.offset), int(info.length), offsets, sizes)
+def _stored_chunk(info: Any, offsets: tuple[int, ...] = (), sizes: tuple[int, ...] = ()) -> StoredChunk:
+    return StoredChunk(str(info.relative_path), int(info.offset), int(info.length), offsets, sizes)
 
 
-def _check_sums(part: _Part) -> None:
+def _verify_zip(part: _FileView) -> None:
     """Compares the records of what `torch.save` wrote with their checksums; 0 stands for one that was left out."""
     with zipfile.ZipFile(part) as archive:
         for record in archive.infolist():
             if record.CRC:
                 with archive.open(record) as content:
-                    while content.read(_PIECE):
+                    while content.read(_READ_SIZE):
                         pass
 
 
-class _Part(io.RawIOBase):
+class _FileView(io.RawIOBase):
     """A stretch of an open file, as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:

@@ -10,133 +10,137 @@ import torch
 from ..consensus import checkpoint_group, run_on_all_ranks
 from ..errors import SaveError
 from .local_state import ExtraState
-from .shard_layout import Box, Held, is_tiled, part_of
+from .shard_layout import Chunk, LocalShard, is_tiled, narrow_to
 
-_STRETCH = 64 * 2**20
+_BUCKET_SIZE = 64 * 2**20
 _ALIGNMENT = 16
 
 # Key, shape of the whole tensor, number format, and the box of it that a rank sends.
-_Offered = tuple[Any, tuple[int, ...], torch.dtype, Box]
+_Offer = tuple[Any, tuple[int, ...], torch.dtype, Chunk]
 
 
-def gathered(state: Mapping[Any, Any]) -> dict[Any, Any]:
+def gather_full_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """The whole state on the CPU of rank 0, in memory of its own, and an empty one elsewhere. Collective.
 
     Tensors travel through gloo on the CPU, for the last rank sends only when rank 0 has received from all others: NCCL's
     watchdog would end it, and NCCL opens a communicator for each pair.
 
     Args:
-        state: Each rank's part: `Held` tensors, and other values where this rank is the one to give them. Keys of one
+        state: Each rank's part: `LocalShard` tensors, and other values where this rank is the one to give them. Keys of one
             tensor (tied names) share it afterwards, too.
     """
     collectives = checkpoint_group(SaveError)
-    tied = _tied(state)
-    pieces = {
-        (key, box): piece
+    tied = _tied_keys(state)
+    views = {
+        (key, chunk): view
         for key, value in state.items()
-        if isinstance(value, Held) and value.layout.writes and key not in tied
-        for box, piece in value.pieces()
+        if isinstance(value, LocalShard) and value.layout.is_writer and key not in tied
+        for chunk, view in value.chunk_views()
     }
-    offer = [(key, state[key].layout.shape, piece.dtype, box) for (key, box), piece in pieces.items()]
+    offer = [(key, state[key].layout.shape, view.dtype, chunk) for (key, chunk), view in views.items()]
 
     def own() -> Any:  # modules say what they hold besides tensors
-        return offer, {key: _other(value) for key, value in state.items() if not isinstance(value, Held)}, tied
+        return (
+            offer,
+            {key: _picklable(value) for key, value in state.items() if not isinstance(value, LocalShard)},
+            tied,
+        )
 
-    told = run_on_all_ranks(collectives, "gathering a state on rank 0", own, SaveError)
+    offers_by_rank = run_on_all_ranks(collectives, "gathering a state on rank 0", own, SaveError)
     result: dict[Any, Any] = {}
-    sizes = [_sum(stretch) for offered, _, _ in told[1:] for stretch in _stretches(offered)]
+    sizes = [_bucket_size(bucket) for offer_, _, _ in offers_by_rank[1:] for bucket in _buckets(offer_)]
     buffer = torch.empty(0)
 
-    def make_room() -> None:
+    def allocate() -> None:
         nonlocal buffer
         # Nothing is allocated once tensors are on their way: a rank that failed there would leave another one waiting.
         buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=collectives.device)
         if collectives.rank == 0:
-            _check_whole(offered for offers, _, _ in told for offered in offers)
-            for _, values, _ in told:
+            _check_tiled(offer_ for offers, _, _ in offers_by_rank for offer_ in offers)
+            for _, values, _ in offers_by_rank:
                 result.update({key: value for key, value in values.items() if key not in result})
-            for offered, _, _ in told:
-                for key, shape, dtype, _ in offered:
+            for offer_, _, _ in offers_by_rank:
+                for key, shape, dtype, _ in offer_:
                     if key not in result:
                         result[key] = torch.empty(shape, dtype=dtype)
 
-    run_on_all_ranks(collectives, "gathering a state on rank 0", make_room, SaveError)
+    run_on_all_ranks(collectives, "gathering a state on rank 0", allocate, SaveError)
 
     def transfer() -> None:
         if collectives.rank:
-            for stretch in _stretches(offer):
-                for (key, _, _, box), part in _parts(buffer, stretch):
-                    part.copy_(pieces[key, box])
-                collectives.send(buffer[: _sum(stretch)], 0)
+            for bucket in _buckets(offer):
+                for (key, _, _, chunk), view in _bucket_views(buffer, bucket):
+                    view.copy_(views[key, chunk])
+                collectives.send(buffer[: _bucket_size(bucket)], 0)
             return
-        for (key, box), piece in pieces.items():
-            part_of(result[key], box, (0,) * len(box.offsets)).copy_(piece)
-        for rank, (offered, _, _) in enumerate(told[1:], start=1):
-            for stretch in _stretches(offered):
-                collectives.receive(buffer[: _sum(stretch)], rank)
-                for (key, _, _, box), part in _parts(buffer, stretch):
-                    part_of(result[key], box, (0,) * len(box.offsets)).copy_(part)
+        for (key, chunk), view in views.items():
+            narrow_to(result[key], chunk, (0,) * len(chunk.offsets)).copy_(view)
+        for rank, (offer_, _, _) in enumerate(offers_by_rank[1:], start=1):
+            for bucket in _buckets(offer_):
+                collectives.receive(buffer[: _bucket_size(bucket)], rank)
+                for (key, _, _, chunk), view in _bucket_views(buffer, bucket):
+                    narrow_to(result[key], chunk, (0,) * len(chunk.offsets)).copy_(view)
 
     # No rank goes back to the training, and waits there, before rank 0 has everything.
     run_on_all_ranks(collectives, "gathering a state on rank 0", transfer, SaveError)
     if collectives.rank:
         return {}
-    for _, _, names in told:
+    for _, _, names in offers_by_rank:
         result.update({key: result[first] for key, first in names.items() if first in result})
     return {key: result[key] for key in (*(k for k in state if k in result), *(k for k in result if k not in state))}
 
 
-def _tied(state: Mapping[Any, Any]) -> dict[Any, Any]:
+def _tied_keys(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """Key -> the first key with the same tensor."""
     first: dict[int, Any] = {}
     tied = {}
     for key, value in state.items():
-        if isinstance(value, Held) and first.setdefault(id(value), key) != key:
+        if isinstance(value, LocalShard) and first.setdefault(id(value), key) != key:
             tied[key] = first[id(value)]
     return tied
 
 
-def _check_whole(offers: Iterable[_Offered]) -> None:
+def _check_tiled(offers: Iterable[_Offer]) -> None:
     """Raises where ranks hold no whole tensor together: some of it would be whatever memory held before."""
-    boxes: dict[Any, tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]] = {}
-    for key, shape, _, box in offers:
-        boxes.setdefault(key, (shape, []))[1].append((box.offsets, box.sizes))
-    for key, (shape, found) in boxes.items():
+    chunks: dict[Any, tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]] = {}
+    for key, shape, _, chunk in offers:
+        chunks.setdefault(key, (shape, []))[1].append((chunk.offsets, chunk.sizes))
+    for key, (shape, found) in chunks.items():
         if not is_tiled(shape, found):
             raise ValueError(f"the parts that ranks hold of {key} overlap or do not make up the shape {list(shape)}")
 
 
-def _other(value: Any) -> Any:
+def _picklable(value: Any) -> Any:
     return value.module.get_extra_state() if isinstance(value, ExtraState) else value
 
 
-def _stretches(offer: Sequence[_Offered]) -> Iterator[list[_Offered]]:
+def _buckets(offer: Sequence[_Offer]) -> Iterator[list[_Offer]]:
     """What a rank sends at once; both sides come to the same."""
-    stretch: list[_Offered] = []
+    bucket: list[_Offer] = []
     size = 0
-    for offered in offer:
-        stretch.append(offered)
-        size += _size(offered)
-        if size >= _STRETCH:
-            yield stretch
-            stretch, size = [], 0
-    if stretch:
-        yield stretch
+    for offer_ in offer:
+        bucket.append(offer_)
+        size += _aligned_size(offer_)
+        if size >= _BUCKET_SIZE:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
-def _size(offered: _Offered) -> int:
+def _aligned_size(offer_: _Offer) -> int:
     """The bytes of a tensor in the buffer, where the next one begins aligned for every dtype."""
-    return -(-offered[3].count * offered[2].itemsize // _ALIGNMENT) * _ALIGNMENT
+    return -(-offer_[3].numel * offer_[2].itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
-def _sum(stretch: Sequence[_Offered]) -> int:
-    return sum(map(_size, stretch))
+def _bucket_size(bucket: Sequence[_Offer]) -> int:
+    return sum(map(_aligned_size, bucket))
 
 
-def _parts(buffer: torch.Tensor, stretch: Sequence[_Offered]) -> Iterator[tuple[_Offered, torch.Tensor]]:
+def _bucket_views(buffer: torch.Tensor, bucket: Sequence[_Offer]) -> Iterator[tuple[_Offer, torch.Tensor]]:
     """Yields each tensor of a stretch with its place in the buffer."""
     start = 0
-    for offered in stretch:
-        _, _, dtype, box = offered
-        yield offered, buffer[start : start + box.count * dtype.itemsize].view(dtype).view(box.sizes)
-        start += _size(offered)
+    for offer_ in bucket:
+        _, _, dtype, chunk = offer_
+        yield offer_, buffer[start : start + chunk.numel * dtype.itemsize].view(dtype).view(chunk.sizes)
+        start += _aligned_size(offer_)

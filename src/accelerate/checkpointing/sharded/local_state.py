@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ...runtime.tensors.dtensor import is_dtensor
-from .compat import EXTRA
-from .shard_layout import Held, Layout, held, stretch, whole
+from .compat import EXTRA_STATE_KEY
+from .shard_layout import LocalShard, ShardLayout, flat_range_to_layout, full_layout, local_shard
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
-def plain_name(name: str) -> str:
+def clean_fqn(name: str) -> str:
     """A name in a wrapped model, as it is in the plain one."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
@@ -41,39 +41,39 @@ class ExtraState:
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """The model's state: `Held` tensors and `ExtraState`, by name. Tied names have one and the same.
+    """The model's state: `LocalShard` tensors and `ExtraState`, by name. Tied names have one and the same.
 
     Args:
         model: Without the containers of DistributedDataParallel.
     """
-    flat = _flat_parameters(model)
-    _free_gathered(model)
-    found: dict[int, Held] = {}
+    flat = _flat_param_shards(model)
+    _reshard_unsharded(model)
+    found: dict[int, LocalShard] = {}
 
-    def of(tensor: torch.Tensor) -> Held:
+    def of(tensor: torch.Tensor) -> LocalShard:
         if id(tensor) not in found:
-            found[id(tensor)] = held(tensor)
+            found[id(tensor)] = local_shard(tensor)
         return found[id(tensor)]
 
     state: dict[str, Any] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        prefix = plain_name(prefix)
+        prefix = clean_fqn(prefix)
         prefix += "." if prefix else ""
         for name, part in flat.get(module, {}).items():
             state[prefix + name] = part
-        for name, tensor in (*module._parameters.items(), *_persistent(module)):
+        for name, tensor in (*module._parameters.items(), *_persistent_buffers(module)):
             if tensor is not None and prefix + name not in state and name != "_flat_param":
                 state[prefix + name] = of(tensor)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            state[prefix + EXTRA] = ExtraState(module)
+            state[prefix + EXTRA_STATE_KEY] = ExtraState(module)
     return state
 
 
-def _persistent(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
     return ((n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set)
 
 
-def _free_gathered(model: nn.Module) -> None:
+def _reshard_unsharded(model: nn.Module) -> None:
     """Has units of FSDP 2 that a forward gathered, and no backward freed, hold their shards again."""
     if unit_class := getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None):
         for unit in model.modules():
@@ -81,7 +81,7 @@ def _free_gathered(model: nn.Module) -> None:
                 unit.reshard()
 
 
-def _handles(model: nn.Module) -> list[Any]:
+def _flat_param_handles(model: nn.Module) -> list[Any]:
     """What FSDP 1 keeps of each unit."""
     if "torch.distributed.fsdp" not in sys.modules:
         return []
@@ -98,35 +98,35 @@ def _handles(model: nn.Module) -> list[Any]:
     return handles
 
 
-def _local(handle: Any) -> torch.Tensor:
+def _local_flat_param(handle: Any) -> torch.Tensor:
     flat = handle.flat_param
     local: torch.Tensor = getattr(flat, "_local_shard", flat) if handle.uses_sharded_strategy else flat
     return local.detach()
 
 
-def _layouts(handle: Any) -> list[Layout]:
+def _flat_param_layouts(handle: Any) -> list[ShardLayout]:
     """Where this rank's values of each parameter of a unit are, in its part of the flat tensor."""
     flat = handle.flat_param
-    writes = 0 in dist.get_process_group_ranks(handle.process_group)
+    is_writer = 0 in dist.get_process_group_ranks(handle.process_group)
     if not handle.uses_sharded_strategy:
-        writes = dist.get_rank() == 0
+        is_writer = dist.get_rank() == 0
     layouts = []
     for shape, info in zip(flat._shapes, flat._shard_param_infos, strict=True):
         if info.in_shard:
             first, last = info.intra_param_start_idx, info.intra_param_end_idx
-            layouts.append(stretch(tuple(shape), first, last + 1, info.offset_in_shard, writes))
+            layouts.append(flat_range_to_layout(tuple(shape), first, last + 1, info.offset_in_shard, is_writer))
         else:
-            layouts.append(Layout(tuple(shape), (), False))
+            layouts.append(ShardLayout(tuple(shape), (), False))
     return layouts
 
 
-def _flat_parameters(model: nn.Module) -> dict[nn.Module, dict[str, Held]]:
+def _flat_param_shards(model: nn.Module) -> dict[nn.Module, dict[str, LocalShard]]:
     """The parameters that lie in flat tensors: module -> name in it -> what this rank holds."""
-    found: dict[nn.Module, dict[str, Held]] = {}
-    for handle in _handles(model):
-        flat, local = handle.flat_param, _local(handle)
-        for info, layout in zip(flat._param_infos, _layouts(handle), strict=True):
-            found.setdefault(info.module, {})[info.param_name] = Held(layout, local)
+    found: dict[nn.Module, dict[str, LocalShard]] = {}
+    for handle in _flat_param_handles(model):
+        flat, local = handle.flat_param, _local_flat_param(handle)
+        for info, layout in zip(flat._param_infos, _flat_param_layouts(handle), strict=True):
+            found.setdefault(info.module, {})[info.param_name] = LocalShard(layout, local)
         for info in flat._shared_param_infos:
             found.setdefault(info.module, {})[info.param_name] = found[info.prim_module][info.prim_param_name]
     return found
@@ -136,7 +136,7 @@ def _flat_parameters(model: nn.Module) -> dict[nn.Module, dict[str, Held]]:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ParamInfo:
     """A parameter as an optimizer has it: one of a model, or a flat tensor of several.
 
     Attributes:
@@ -146,12 +146,12 @@ class Parameter:
     """
 
     tensor: torch.Tensor
-    parts: tuple[tuple[str, Layout], ...]
+    originals: tuple[tuple[str, ShardLayout], ...]
     local_shape: tuple[int, ...]
 
 
 @dataclass
-class Names:
+class ParamIndex:
     """What parameters of several models are called.
 
     Attributes:
@@ -160,106 +160,106 @@ class Names:
         order: Name -> place in the model.
     """
 
-    parameters: dict[int, Parameter] = field(default_factory=dict)
+    params: dict[int, ParamInfo] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-    order: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
 
 
-def names_of(models: Sequence[nn.Module]) -> Names:
+def index_params(models: Sequence[nn.Module]) -> ParamIndex:
     """The parameters of models by their names; of several models, with the model's number in front."""
-    names = Names()
+    index = ParamIndex()
     for number, model in enumerate(models):
         prefix = f"{number}." if len(models) > 1 else ""
-        parameters = _parameters(model)
+        params = _param_infos(model)
         first: dict[int, str] = {}
         for name, value in model_state(model).items():
             counts = first.setdefault(id(value), name)
-            names.order[prefix + name] = len(names.order)
+            index.positions[prefix + name] = len(index.positions)
             if counts != name:
-                names.aliases[prefix + name] = prefix + counts
-        for tensor, parts, local_shape in parameters:
-            called = tuple((prefix + name, layout) for name, layout in parts)
-            names.parameters[id(tensor)] = Parameter(tensor, called, local_shape)
-    return names
+                index.aliases[prefix + name] = prefix + counts
+        for tensor, originals, local_shape in params:
+            prefixed = tuple((prefix + name, layout) for name, layout in originals)
+            index.params[id(tensor)] = ParamInfo(tensor, prefixed, local_shape)
+    return index
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[torch.Tensor, list[tuple[str, Layout]], tuple[int, ...]]]:
-    modules = {module: plain_name(prefix) for prefix, module in model.named_modules()}
+def _param_infos(model: nn.Module) -> Iterator[tuple[torch.Tensor, list[tuple[str, ShardLayout]], tuple[int, ...]]]:
+    modules = {module: clean_fqn(prefix) for prefix, module in model.named_modules()}
     done: set[int] = set()
-    for handle in _handles(model):
-        flat, layouts = handle.flat_param, _layouts(handle)
-        called = [f"{modules[info.module]}.{info.param_name}".lstrip(".") for info in flat._param_infos]
+    for handle in _flat_param_handles(model):
+        flat, layouts = handle.flat_param, _flat_param_layouts(handle)
+        fqns = [f"{modules[info.module]}.{info.param_name}".lstrip(".") for info in flat._param_infos]
         if flat._params is None:
             done.add(id(flat))
-            yield flat, list(zip(called, layouts, strict=True)), tuple(_local(handle).shape)
+            yield flat, list(zip(fqns, layouts, strict=True)), tuple(_local_flat_param(handle).shape)
         else:
-            for param, name, layout in zip(flat._params, called, layouts, strict=True):
+            for param, name, layout in zip(flat._params, fqns, layouts, strict=True):
                 done.add(id(param))
-                yield param, [(name, layout.by_itself())], tuple(param.shape)
+                yield param, [(name, layout.rebased())], tuple(param.shape)
     for name, param in model.named_parameters():
         if id(param) not in done:
-            of = held(param)
-            yield param, [(plain_name(name), of.layout)], tuple(of.local.shape)
+            of = local_shard(param)
+            yield param, [(clean_fqn(name), of.layout)], tuple(of.local.shape)
 
 
-def trained(model: nn.Module) -> set[str]:
+def trainable_params(model: nn.Module) -> set[str]:
     """The names of the parameters that are trained."""
-    return {name for tensor, parts, _ in _parameters(model) if tensor.requires_grad for name, _ in parts}
+    return {name for tensor, originals, _ in _param_infos(model) if tensor.requires_grad for name, _ in originals}
 
 
-def groups_of(optimizer: Any, models: Sequence[nn.Module]) -> tuple[list[list[Parameter]], Names]:
+def resolve_param_groups(optimizer: Any, models: Sequence[nn.Module]) -> tuple[list[list[ParamInfo]], ParamIndex]:
     """The parameters of an optimizer's groups, with their names in the models.
 
     Raises:
         ValueError: when a parameter is in none of the models.
     """
     params = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    used = [model for model in models if any(id(param) in params for param in _all_parameters(model))]
-    names = names_of(used)
-    lost = params - names.parameters.keys()
+    used = [model for model in models if any(id(param) in params for param in _all_params(model))]
+    index = index_params(used)
+    lost = params - index.params.keys()
     if lost:
         raise ValueError(
             f"{len(lost)} of {len(params)} parameters of {type(optimizer).__name__} belong to no prepared model, so that "
             "their states have no name to be saved under: prepare the model with the optimizer."
         )
-    return [[names.parameters[id(param)] for param in group["params"]] for group in optimizer.param_groups], names
+    return [[index.params[id(param)] for param in group["params"]] for group in optimizer.param_groups], index
 
 
-def _all_parameters(model: nn.Module) -> Iterator[torch.Tensor]:
-    for handle in _handles(model):
+def _all_params(model: nn.Module) -> Iterator[torch.Tensor]:
+    for handle in _flat_param_handles(model):
         yield handle.flat_param
         yield from handle.flat_param._params or ()
     yield from model.parameters()
 
 
-def called(groups: Iterable[Sequence[Parameter]], names: Names) -> list[list[str]]:
+def group_fqns(groups: Iterable[Sequence[ParamInfo]], index: ParamIndex) -> list[list[str]]:
     """The names in each group; where flat tensors hold several, in the order of the model."""
     found = []
     for group in groups:
-        own = [name for param in group for name, _ in param.parts]
-        if any(len(param.parts) > 1 for param in group):
-            own.sort(key=lambda name: names.order[name])
+        own = [name for param in group for name, _ in param.originals]
+        if any(len(param.originals) > 1 for param in group):
+            own.sort(key=lambda name: index.positions[name])
         found.append(own)
     return found
 
 
-def optimizer_state(optimizer: Any, groups: Iterable[Sequence[Parameter]]) -> dict[tuple[str, str], Any]:
+def optimizer_state(optimizer: Any, groups: Iterable[Sequence[ParamInfo]]) -> dict[tuple[str, str], Any]:
     """(parameter's name, key) -> `Held` tensors, and other values where this rank is the one to save them."""
     state: dict[tuple[str, str], Any] = {}
     for group in groups:
         for param in group:
             for key, value in optimizer.state.get(param.tensor, {}).items():
-                for name, layout in param.parts:
-                    if (one := _state_of(value, param, layout)) is not None:
+                for name, layout in param.originals:
+                    if (one := _local_value(value, param, layout)) is not None:
                         state[name, key] = one
     return state
 
 
-def _state_of(value: Any, param: Parameter, layout: Layout) -> Any:
+def _local_value(value: Any, param: ParamInfo, layout: ShardLayout) -> Any:
     if not isinstance(value, torch.Tensor):
-        return value if layout.leads else None
+        return value if layout.writes_scalars else None
     if is_dtensor(value):
-        return held(value)
+        return local_shard(value)
     if value.dim() and tuple(value.shape) == param.local_shape:
-        return Held(layout, value.detach())
-    return Held(whole(tuple(value.shape), layout.leads), value.detach())
+        return LocalShard(layout, value.detach())
+    return LocalShard(full_layout(tuple(value.shape), layout.writes_scalars), value.detach())

@@ -14,54 +14,62 @@ from torch import nn
 from ...runtime.tensors.dtensor import is_dtensor
 from ..errors import Problem
 from . import local_state
-from .compat import compare_optimizers, compare_weights, is_shaped_like_parameters, kind_of, lacking, matching, ties_in
-from .local_state import ExtraState, Parameter
-from .shard_layout import Held
-from .state_reader import Saved, SavedOptimizer, SavedWeights
+from .compat import (
+    compare_optimizers,
+    compare_weights,
+    compatible_entries,
+    has_param_shaped_state,
+    missing_keys,
+    optimizer_class_name,
+    tied_names,
+)
+from .local_state import ExtraState, ParamInfo
+from .shard_layout import LocalShard
+from .state_reader import LazyOptimizerState, LazyStateDict, LazyTensor
 
 # Weights ----------------------------------------------------------------------------------------------------------------
 
 
-def check_weights(path: str, model: nn.Module, state: Mapping[str, Any], saved: SavedWeights) -> list[Problem]:
+def check_weights(path: str, model: nn.Module, state: Mapping[str, Any], saved: LazyStateDict) -> list[Problem]:
     """What does not fit between a model's state and a saved one."""
-    return compare_weights(path, type(model).__name__, state, saved, ties_in(state), saved.tied)
+    return compare_weights(path, type(model).__name__, state, saved, tied_names(state), saved.tied)
 
 
-def misnamed(state: Mapping[str, Any], saved: SavedWeights) -> tuple[list[str], list[str]]:
+def key_mismatches(state: Mapping[str, Any], saved: LazyStateDict) -> tuple[list[str], list[str]]:
     """The names that a saved state lacks, and those that it has and the model's lacks."""
-    return lacking(state, saved, ties_in(state)), lacking(saved, state, saved.tied)
+    return missing_keys(state, saved, tied_names(state)), missing_keys(saved, state, saved.tied)
 
 
-def matching_weights(state: Mapping[str, Any], saved: SavedWeights) -> SavedWeights:
+def compatible_weights(state: Mapping[str, Any], saved: LazyStateDict) -> LazyStateDict:
     """The part of a saved state that fits."""
-    return SavedWeights(matching(state, saved), [])
+    return LazyStateDict(compatible_entries(state, saved), [])
 
 
-def load_weights(state: Mapping[str, Any], saved: SavedWeights) -> None:
+def load_weights(state: Mapping[str, Any], saved: LazyStateDict) -> None:
     """Fills a model's state; of names that are tied, any will do."""
-    tied = ties_in(state)
+    tied = tied_names(state)
     done: set[int] = set()
     for name, value in state.items():
         source = next((saved[other] for other in (name, *sorted(tied.get(name, ()))) if other in saved), None)
         if source is None:
             continue
         if isinstance(value, ExtraState):
-            value.set(source.read() if isinstance(source, Saved) else source)
+            value.set(source.read() if isinstance(source, LazyTensor) else source)
         elif id(value) not in done:
             done.add(id(value))
-            _fill(value, source)
+            _fill_shard(value, source)
 
 
-def _fill(target: Held, source: Saved) -> None:
+def _fill_shard(target: LocalShard, source: LazyTensor) -> None:
     with torch.no_grad():
-        for box, piece in target.pieces():
-            source.fill(box.offsets, piece)
+        for chunk, piece in target.chunk_views():
+            source.copy_into(chunk.offsets, piece)
 
 
 # Optimizers -------------------------------------------------------------------------------------------------------------
 
 
-class Target:
+class OptimizerTarget:
     """An optimizer to load a state into, whose parameters have names.
 
     Args:
@@ -73,67 +81,74 @@ class Target:
     def __init__(self, path: str, optimizer: Any, models: Sequence[nn.Module]) -> None:
         self.path = path
         self._optimizer = optimizer
-        self._shaped = is_shaped_like_parameters(optimizer)
-        self._groups, self._names = local_state.groups_of(optimizer, models)
-        self._called = local_state.called(self._groups, self._names)
+        self._shaped = has_param_shaped_state(optimizer)
+        self._groups, self._index = local_state.resolve_param_groups(optimizer, models)
+        self._fqns = local_state.group_fqns(self._groups, self._index)
 
-    def named(self, saved: SavedOptimizer) -> SavedOptimizer:
+    def with_param_names(self, saved: LazyOptimizerState) -> LazyOptimizerState:
         """The state with this optimizer's names, where it has numbers or names of tied parameters."""
         if saved.is_named:
-            aliases = self._names.aliases
+            aliases = self._index.aliases
             params = [[aliases.get(name, name) for name in group] for group in saved.params]
             state = {aliases.get(name, name): values for name, values in saved.state.items()}
-            return SavedOptimizer(saved.groups, params, state)
+            return LazyOptimizerState(saved.groups, params, state)
         names = {
             number: name
-            for numbers, group in zip(saved.params, self._called, strict=False)
+            for numbers, group in zip(saved.params, self._fqns, strict=False)
             for number, name in zip(numbers, group, strict=False)
         }
         state = {names[number]: values for number, values in saved.state.items() if number in names}
-        return SavedOptimizer(saved.groups, [[names[n] for n in group if n in names] for group in saved.params], state)
+        return LazyOptimizerState(
+            saved.groups, [[names[n] for n in group if n in names] for group in saved.params], state
+        )
 
-    def check(self, saved: SavedOptimizer) -> list[Problem]:
+    def check(self, saved: LazyOptimizerState) -> list[Problem]:
         """What does not fit."""
-        kind = kind_of(self._optimizer)
-        sizes, live_sizes = [list(map(len, groups)) for groups in (saved.params, self._called)]
+        kind = optimizer_class_name(self._optimizer)
+        sizes, live_sizes = [list(map(len, groups)) for groups in (saved.params, self._fqns)]
         differs = Problem(self.path, "shape", f"its groups have {sizes} parameters, and {live_sizes} in {kind}")
         if not saved.is_named and sizes != live_sizes:
             return [differs]
         if problems := compare_optimizers(self.path, self._optimizer, saved.groups, saved.state.values()):
             return problems
-        theirs, mine = _numbered(self.named(saved).params), _numbered(self._called)
-        for name in mine.keys() - theirs.keys():
+        saved_groups, own_groups = _group_numbers(self.with_param_names(saved).params), _group_numbers(self._fqns)
+        for name in own_groups.keys() - saved_groups.keys():
             problems.append(Problem(self.path, "missing", f"no state of {name!r}, which {kind} has"))
-        for name in theirs.keys() - mine.keys():
+        for name in saved_groups.keys() - own_groups.keys():
             problems.append(Problem(self.path, "extra", f"a state of {name!r}, which {kind} does not have"))
-        for name in theirs.keys() & mine.keys():
-            if theirs[name] != mine[name]:
-                text = f"{name!r} is in group {theirs[name]}, and in group {mine[name]} of {kind}"
+        for name in saved_groups.keys() & own_groups.keys():
+            if saved_groups[name] != own_groups[name]:
+                text = f"{name!r} is in group {saved_groups[name]}, and in group {own_groups[name]} of {kind}"
                 problems.append(Problem(self.path, "state", text))
         if not problems and len(sizes) != len(live_sizes):  # some are empty
             return [differs]
-        return sorted(problems, key=str) or self._misshaped(self.named(saved))
+        return sorted(problems, key=str) or self._shape_problems(self.with_param_names(saved))
 
-    def _misshaped(self, saved: SavedOptimizer) -> list[Problem]:
+    def _shape_problems(self, saved: LazyOptimizerState) -> list[Problem]:
         problems = []
-        for param, name, layout in self._parts():
+        for param, name, layout in self._originals():
             for key, value in saved.state.get(name, {}).items():
                 known = self._shaped or self._is_shaped_like(param, key)
-                if known and isinstance(value, Saved) and value.shape != layout.shape and value.shape not in ((), (1,)):
+                if (
+                    known
+                    and isinstance(value, LazyTensor)
+                    and value.shape != layout.shape
+                    and value.shape not in ((), (1,))
+                ):
                     text = f"{key!r} of {name!r} has shape {list(value.shape)}; expected {list(layout.shape)}"
                     problems.append(Problem(self.path, "shape", text))
         return problems
 
-    def _is_shaped_like(self, param: Parameter, key: str) -> bool:
+    def _is_shaped_like(self, param: ParamInfo, key: str) -> bool:
         value = self._optimizer.state.get(param.tensor, {}).get(key)
         return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == param.tensor.shape
 
-    def _parts(self) -> Iterator[tuple[Parameter, str, Any]]:
-        return ((p, name, layout) for group in self._groups for p in group for name, layout in p.parts)
+    def _originals(self) -> Iterator[tuple[ParamInfo, str, Any]]:
+        return ((p, name, layout) for group in self._groups for p in group for name, layout in p.originals)
 
-    def load(self, saved: SavedOptimizer) -> None:
+    def load(self, saved: LazyOptimizerState) -> None:
         """Gives the optimizer the state; live memory is used again where it fits."""
-        saved = self.named(saved)
+        saved = self.with_param_names(saved)
         state: dict[int, dict[str, Any]] = {}
         groups, number = [], 0
         for options, group in zip(saved.groups, self._groups, strict=True):
@@ -144,41 +159,43 @@ class Target:
                 number += 1
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    def _values(self, param: Parameter, saved: SavedOptimizer) -> dict[str, Any]:
+    def _values(self, param: ParamInfo, saved: LazyOptimizerState) -> dict[str, Any]:
         """This rank's part of a parameter's state; none where it holds nothing of the parameter."""
-        if not any(layout.boxes for _, layout in param.parts):
+        if not any(layout.chunks for _, layout in param.originals):
             return {}
-        keys = dict.fromkeys(key for name, _ in param.parts for key in saved.state.get(name, {}))
+        keys = dict.fromkeys(key for name, _ in param.originals for key in saved.state.get(name, {}))
         current = self._optimizer.state.get(param.tensor, {})
         return {key: self._value(param, current.get(key), key, saved) for key in keys}
 
-    def _value(self, param: Parameter, current: Any, key: str, saved: SavedOptimizer) -> Any:
-        found = {name: saved.state[name][key] for name, _ in param.parts if key in saved.state.get(name, {})}
-        one = next(iter(found.values()))
-        if not isinstance(one, Saved):
-            return one
-        layouts = dict(param.parts)
-        if not all(value.shape == layouts[name].shape for name, value in found.items()) or not one.shape:
-            return _spread(one.read(), param.tensor)
-        fits = isinstance(current, torch.Tensor) and current.dtype == one.dtype and current.shape == param.tensor.shape
-        whole: Any = current.detach() if fits else _empty_like(param, one.dtype)
-        local = whole.to_local() if is_dtensor(whole) else whole
-        for name, layout in param.parts:
+    def _value(self, param: ParamInfo, current: Any, key: str, saved: LazyOptimizerState) -> Any:
+        found = {name: saved.state[name][key] for name, _ in param.originals if key in saved.state.get(name, {})}
+        first = next(iter(found.values()))
+        if not isinstance(first, LazyTensor):
+            return first
+        layouts = dict(param.originals)
+        if not all(value.shape == layouts[name].shape for name, value in found.items()) or not first.shape:
+            return _replicate(first.read(), param.tensor)
+        fits = (
+            isinstance(current, torch.Tensor) and current.dtype == first.dtype and current.shape == param.tensor.shape
+        )
+        full: Any = current.detach() if fits else _empty_like(param, first.dtype)
+        local = full.to_local() if is_dtensor(full) else full
+        for name, layout in param.originals:
             if name in found:
-                _fill(Held(layout, local), found[name])
-        return whole
+                _fill_shard(LocalShard(layout, local), found[name])
+        return full
 
 
-def _numbered(groups: Sequence[Sequence[str]]) -> dict[str, int]:
+def _group_numbers(groups: Sequence[Sequence[str]]) -> dict[str, int]:
     return {name: number for number, group in enumerate(groups) for name in group}
 
 
-def _empty_like(param: Parameter, dtype: torch.dtype) -> torch.Tensor:
+def _empty_like(param: ParamInfo, dtype: torch.dtype) -> torch.Tensor:
     """A state as large as this rank's part of a parameter; what belongs to no parameter in it is 0."""
     return torch.zeros_like(param.tensor, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
 
 
-def _spread(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+def _replicate(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """A tensor that all ranks hold as a whole; as the parameter is, if it is more than a number."""
     if not value.dim() or not is_dtensor(param):
         return value

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from ..model_files import shared_tensor_names
-from ..storage.schema import no_optimizer
-from .compat import ties
-from .dcp_reader import StoredFolder
-from .shard_layout import Box, part_of
+from ..storage.schema import optimizer_state_error
+from .compat import group_ties
+from .dcp_reader import DCPReader
+from .shard_layout import Chunk, narrow_to
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
 
 
 @dataclass(frozen=True)
-class Saved:
+class LazyTensor:
     """A tensor in a checkpoint.
 
     Attributes:
@@ -34,39 +34,39 @@ class Saved:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    fill: Callable[[tuple[int, ...], torch.Tensor], None]
+    copy_into: Callable[[tuple[int, ...], torch.Tensor], None]
 
     def read(self) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
         result = torch.empty(self.shape, dtype=self.dtype)
-        self.fill((0,) * len(self.shape), result)
+        self.copy_into((0,) * len(self.shape), result)
         return result
 
 
-def of_tensor(tensor: torch.Tensor) -> Saved:
+def lazy_tensor(tensor: torch.Tensor) -> LazyTensor:
     """A tensor that was read whole (over a memory map: what is not asked for is not read)."""
 
-    def fill(offsets: tuple[int, ...], target: torch.Tensor) -> None:
-        target.copy_(part_of(tensor, Box(offsets, tuple(target.shape)), (0,) * tensor.dim()))
+    def copy_into(offsets: tuple[int, ...], target: torch.Tensor) -> None:
+        target.copy_(narrow_to(tensor, Chunk(offsets, tuple(target.shape)), (0,) * tensor.dim()))
 
-    return Saved(tuple(tensor.shape), tensor.dtype, fill)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, copy_into)
 
 
-def _of_folder(stored: StoredFolder, name: str) -> Saved:
-    entry = stored.entries[name]
+def _lazy_entry(reader: DCPReader, name: str) -> LazyTensor:
+    entry = reader.entries[name]
     assert entry.dtype is not None
-    return Saved(entry.shape, entry.dtype, lambda offsets, target: stored.fill(name, offsets, target))
+    return LazyTensor(entry.shape, entry.dtype, lambda offsets, target: reader.read_into(name, offsets, target))
 
 
-def _value(stored: StoredFolder, name: str) -> Any:
-    return stored.value(name) if stored.entries[name].dtype is None else _of_folder(stored, name)
+def _read_entry(reader: DCPReader, name: str) -> Any:
+    return reader.read_value(name) if reader.entries[name].dtype is None else _lazy_entry(reader, name)
 
 
 # Weights ----------------------------------------------------------------------------------------------------------------
 
 
-class SavedWeights(Mapping[str, Any]):
-    """The state of a model in a checkpoint: `Saved` tensors and other values, by name.
+class LazyStateDict(Mapping[str, Any]):
+    """The state of a model in a checkpoint: `LazyTensor` tensors and other values, by name.
 
     Args:
         values: The state.
@@ -75,7 +75,7 @@ class SavedWeights(Mapping[str, Any]):
 
     def __init__(self, values: Mapping[str, Any], tied: Iterable[list[str]]) -> None:
         self._values = values
-        self.tied = ties(tied)
+        self.tied = group_ties(tied)
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -87,7 +87,7 @@ class SavedWeights(Mapping[str, Any]):
         return len(self._values)
 
 
-def weights_in_file(state: Any) -> SavedWeights:
+def wrap_weights(state: Any) -> LazyStateDict:
     """Those of a state that was read whole.
 
     Raises:
@@ -95,38 +95,38 @@ def weights_in_file(state: Any) -> SavedWeights:
     """
     if not isinstance(state, dict):
         raise ValueError(f"expected a mapping of names to tensors, found {type(state).__name__}")
-    values = {name: of_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-    return SavedWeights(values, shared_tensor_names(state))
+    values = {name: lazy_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+    return LazyStateDict(values, shared_tensor_names(state))
 
 
-def weights_in_folder(folder: Path) -> SavedWeights:
+def read_dcp_weights(folder: Path) -> LazyStateDict:
     """Those in a folder of shards.
 
     Raises:
         LoadError: naming the files that are missing or damaged.
     """
-    stored = StoredFolder(folder)
-    names = {entry.path[1:]: name for name, entry in stored.entries.items() if entry.path[0] == MODEL}
+    reader = DCPReader(folder)
+    names = {entry.path[1:]: name for name, entry in reader.entries.items() if entry.path[0] == MODEL}
     if not names:
         raise ValueError("it holds no weights of a model")
     groups: dict[Any, list[str]] = {}
     for path, name in names.items():
-        groups.setdefault(stored.entries[name].pieces, []).append(".".join(path))
-    values = {".".join(path): _value(stored, name) for path, name in names.items()}
-    return SavedWeights(values, groups.values())
+        groups.setdefault(reader.entries[name].chunks, []).append(".".join(path))
+    values = {".".join(path): _read_entry(reader, name) for path, name in names.items()}
+    return LazyStateDict(values, groups.values())
 
 
 # Optimizers -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SavedOptimizer:
+class LazyOptimizerState:
     """The state of an optimizer in a checkpoint.
 
     Attributes:
         groups: Of each parameter group, its options.
         params: Of each parameter group, what its parameters are called: names, or numbers.
-        state: Parameter -> key -> `Saved` tensor or another value.
+        state: Parameter -> key -> `LazyTensor` tensor or another value.
     """
 
     groups: list[dict[str, Any]]
@@ -139,52 +139,56 @@ class SavedOptimizer:
         return any(isinstance(param, str) for group in self.params for param in group)
 
 
-def optimizer_in_file(state: Any) -> SavedOptimizer:
+def wrap_optimizer_state(state: Any) -> LazyOptimizerState:
     """That of a state that was read whole.
 
     Raises:
         ValueError: when it is none.
     """
-    if text := no_optimizer(state):
+    if text := optimizer_state_error(state):
         raise ValueError(text)
     values = {
-        param: {key: of_tensor(value) if isinstance(value, torch.Tensor) else value for key, value in of_param.items()}
+        param: {
+            key: lazy_tensor(value) if isinstance(value, torch.Tensor) else value for key, value in of_param.items()
+        }
         for param, of_param in state["state"].items()
     }
     groups = [dict(group) for group in state["param_groups"]]
-    return _named_where_told(groups, [list(group.pop("params")) for group in groups], values)
+    return _apply_param_names(groups, [list(group.pop("params")) for group in groups], values)
 
 
-def _named_where_told(groups: list[dict[str, Any]], params: list[list[Any]], state: dict[Any, Any]) -> SavedOptimizer:
+def _apply_param_names(
+    groups: list[dict[str, Any]], params: list[list[Any]], state: dict[Any, Any]
+) -> LazyOptimizerState:
     """With the names that torch notes of an optimizer that was made of named parameters."""
     names = [group.pop("param_names", None) for group in groups]
     numbers = [param for group in params for param in group]
-    known = [name for found in names for name in found or ()]
-    if len(known) != len(numbers) or any(isinstance(number, str) for number in numbers):
-        return SavedOptimizer(groups, params, state)
-    called = dict(zip(numbers, known, strict=True))
-    return SavedOptimizer(groups, names, {called[number]: values for number, values in state.items()})
+    fqns = [name for found in names for name in found or ()]
+    if len(fqns) != len(numbers) or any(isinstance(number, str) for number in numbers):
+        return LazyOptimizerState(groups, params, state)
+    called = dict(zip(numbers, fqns, strict=True))
+    return LazyOptimizerState(groups, names, {called[number]: values for number, values in state.items()})
 
 
-def optimizer_in_folder(folder: Path) -> SavedOptimizer:
+def read_dcp_optimizer(folder: Path) -> LazyOptimizerState:
     """That in a folder of shards.
 
     Raises:
         LoadError: naming the files that are missing or damaged.
     """
-    stored = StoredFolder(folder)
+    reader = DCPReader(folder)
     groups: dict[int, dict[str, Any]] = {}
     state: dict[Any, dict[str, Any]] = {}
-    for name, entry in stored.entries.items():
+    for name, entry in reader.entries.items():
         match entry.path:
             case (kind, "param_groups", number, key) if kind == OPTIMIZER:
-                value = _value(stored, name)
-                groups.setdefault(int(number), {})[key] = value.read() if isinstance(value, Saved) else value
+                value = _read_entry(reader, name)
+                groups.setdefault(int(number), {})[key] = value.read() if isinstance(value, LazyTensor) else value
             case (kind, "state", param, key) if kind == OPTIMIZER:
-                state.setdefault(param, {})[key] = _value(stored, name)
+                state.setdefault(param, {})[key] = _read_entry(reader, name)
             case _:
                 raise ValueError(f"{'.'.join(entry.path)} is no part of an optimizer's state")
     if not groups:
         raise ValueError("it holds no state of an optimizer")
     ordered = [groups[number] for number in sorted(groups)]
-    return _named_where_told(ordered, [list(group.pop("params", [])) for group in ordered], state)
+    return _apply_param_names(ordered, [list(group.pop("params", [])) for group in ordered], state)

@@ -2,7 +2,7 @@
 
     X.incomplete   being written; never read, removed by the next save
     X              a checkpoint
-    X.committed    whole, and about to take the place of an older X: whoever finds it finishes that first (`settle`)
+    X.committed    whole, and about to take the place of an older X: whoever finds it finishes that first (`recover`)
     X.deleted      on its way out; never read, removed by the next save
 
 Each step leaves a complete checkpoint behind whatever happens to the process.
@@ -20,8 +20,8 @@ from types import MappingProxyType
 from ...runtime.system.file_names import FileNameError, file_size, path_for_write, path_inside
 from ..errors import Problem, bullet_list
 from . import manifest as manifests
-from .file_writer import FileRecord, record_of, room_made_later, sync_folder, wait_for_room, write_file
-from .filenames import files_of, folders_of_shards
+from .file_writer import FileRecord, deferred_unlink, fingerprint, sync_folder, wait_for_unlinks, write_file
+from .filenames import checkpoint_files_in, shard_folders
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ COMMITTED = ".committed"
 DELETED = ".deleted"
 
 
-def beside(target: Path, suffix: str) -> Path:
+def sibling(target: Path, suffix: str) -> Path:
     """The folder beside `target` that stands for one of its stages."""
     return target.with_name(target.name + suffix)
 
@@ -44,16 +44,16 @@ def stage(target: Path) -> Path:
     """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; a checkpoint is a folder")
-    settle(target)
-    if beside(target, COMMITTED).is_dir():
+    recover(target)
+    if sibling(target, COMMITTED).is_dir():
         raise FileExistsError(
-            f"{beside(target, COMMITTED)} was to take the place of {target}, and is not whole: move it away or remove it"
+            f"{sibling(target, COMMITTED)} was to take the place of {target}, and is not whole: move it away or remove it"
         )
-    wait_for_room()
+    wait_for_unlinks()
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (beside(target, DELETED), beside(target, INCOMPLETE)):
+    for leftover in (sibling(target, DELETED), sibling(target, INCOMPLETE)):
         _remove(leftover)
-    staging = beside(target, INCOMPLETE)
+    staging = sibling(target, INCOMPLETE)
     staging.mkdir()
     return staging
 
@@ -80,7 +80,7 @@ def commit(
     present = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     for name in present:  # a name that no load would take is refused by the save
         path_inside(staging, name)
-    complete = [known.get(name) or record_of(staging / name, name) for name in present]
+    complete = [known.get(name) or fingerprint(staging / name, name) for name in present]
     lost = sorted(known.keys() - set(present))
     if lost:
         raise FileNotFoundError(f"files vanished from {staging} while it was being written: {', '.join(lost)}")
@@ -88,7 +88,7 @@ def commit(
     write_file(staging / manifests.NAME, manifests.NAME, whole.write)
     for folder in {(staging / name).parent for name in present} | {staging}:
         sync_folder(folder)
-    place = beside(target, COMMITTED) if target.exists() else target
+    place = sibling(target, COMMITTED) if target.exists() else target
     os.rename(staging, place)
     try:
         sync_folder(target.parent)
@@ -96,10 +96,10 @@ def commit(
         os.rename(place, staging)
         raise
     if place != target:
-        _take_over(place, target, whole)
+        _replace_target(place, target, whole)
 
 
-def settle(target: Path) -> bool:
+def recover(target: Path) -> bool:
     """Finishes a replacement that was committed and interrupted, once all of it has been verified.
 
     One that is damaged is left as it is, with a warning: what `target` holds is judged by itself. This can be interrupted
@@ -108,7 +108,7 @@ def settle(target: Path) -> bool:
     Returns:
         Whether there was something to finish, and it was finished.
     """
-    committed = beside(target, COMMITTED)
+    committed = sibling(target, COMMITTED)
     if committed.is_symlink() or not committed.is_dir():
         return False
     if _holds_no_files(committed) and target.exists():  # all of them had been moved
@@ -118,7 +118,7 @@ def settle(target: Path) -> bool:
     try:
         new = manifests.read(committed)
         # Those that are not there any more have been moved already.
-        problems = manifests.verify(committed, new, locate=lambda name: _whereabouts(committed, target, name))
+        problems = manifests.verify(committed, new, locate=lambda name: _locate(committed, target, name))
     except (OSError, ValueError) as error:
         problems = [Problem(manifests.NAME, "corrupt", str(error))]
     if problems:
@@ -134,7 +134,7 @@ def settle(target: Path) -> bool:
         os.rename(committed, target)
         sync_folder(target.parent)
     else:
-        _take_over(committed, target, new)
+        _replace_target(committed, target, new)
     return True
 
 
@@ -142,7 +142,7 @@ def _holds_no_files(folder: Path) -> bool:
     return all(path.is_dir() and not path.is_symlink() for path in folder.rglob("*"))
 
 
-def _whereabouts(committed: Path, target: Path, name: str) -> Path:
+def _locate(committed: Path, target: Path, name: str) -> Path:
     """Where a file of a committed checkpoint is: still beside the target, or in it."""
     if os.path.lexists(committed / name):
         return path_for_write(committed, name)
@@ -152,11 +152,11 @@ def _whereabouts(committed: Path, target: Path, name: str) -> Path:
         return committed / name
 
 
-def _take_over(committed: Path, target: Path, new: manifests.Manifest) -> None:
+def _replace_target(committed: Path, target: Path, new: manifests.Manifest) -> None:
     """Moves the files of a committed checkpoint over those of the older one, the manifest last."""
     old = _files_of(target)
-    with room_made_later(target / name for name in old):
-        _replace(committed, target, new.paths, old)
+    with deferred_unlink(target / name for name in old):
+        _move_files(committed, target, new.paths, old)
         for folder in {(target / name).parent for name in new.paths} | {target}:
             sync_folder(folder)
         # Names in several folders reach the disk in any order: the manifest moves when the others are there.
@@ -166,10 +166,10 @@ def _take_over(committed: Path, target: Path, new: manifests.Manifest) -> None:
     sync_folder(target.parent)
 
 
-def _replace(committed: Path, target: Path, new: frozenset[str], old: set[str]) -> None:
+def _move_files(committed: Path, target: Path, new: frozenset[str], old: set[str]) -> None:
     for name in sorted(old - new - {manifests.NAME}):
         path_for_write(target, name).unlink()
-    for shards in folders_of_shards(target):
+    for shards in shard_folders(target):
         if not shards.is_symlink() and not any(shards.iterdir()):
             shards.rmdir()
     for name in sorted(new):
@@ -192,7 +192,7 @@ def _files_of(folder: Path) -> set[str]:
     try:
         known: Iterable[str] = manifests.read(folder).paths
     except (OSError, ValueError):
-        known = files_of(folder)
+        known = checkpoint_files_in(folder)
     return {name for name in known if _is_own_file(folder, name)}
 
 
@@ -203,15 +203,15 @@ def _is_own_file(folder: Path, name: str) -> bool:
         return False
 
 
-def discard(target: Path) -> None:
+def delete(target: Path) -> None:
     """Removes a checkpoint so that a half-removed one is never taken for whole."""
-    doomed = beside(target, DELETED)
+    doomed = sibling(target, DELETED)
     _remove(doomed)
     os.rename(target, doomed)
-    with room_made_later([path for path in doomed.rglob("*") if path.is_file()]):
+    with deferred_unlink([path for path in doomed.rglob("*") if path.is_file()]):
         shutil.rmtree(doomed, ignore_errors=True)
     if doomed.exists():  # over NFS, a file that somebody holds open keeps its folder
-        wait_for_room()
+        wait_for_unlinks()
         _remove(doomed)
 
 

@@ -22,9 +22,9 @@ import numpy as np
 
 from ...runtime.system.page_cache import open_direct
 
-STRETCH = 8 * 2**20
+BLOCK_SIZE = 8 * 2**20
 """Bytes that one checksum covers, and that are written at once."""
-_PIECE = 2**20
+_READ_SIZE = 2**20
 _THREADS = 2
 _BUFFERS = 2 * _THREADS
 
@@ -36,12 +36,12 @@ class FileRecord:
     Attributes:
         path: Path in the checkpoint, with slashes.
         size: Bytes.
-        sums: CRC-32 of each `STRETCH` bytes, as 8 hexadecimal digits.
+        sums: CRC-32 of each `BLOCK_SIZE` bytes, as 8 hexadecimal digits.
     """
 
     path: str
     size: int
-    sums: tuple[str, ...]
+    checksums: tuple[str, ...]
 
 
 class FileWriter:
@@ -63,7 +63,7 @@ class FileWriter:
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self.error: BaseException | None = None
-        self._sums: dict[int, str] = {}
+        self._checksums: dict[int, str] = {}
         self._buffer: Any = None
         self.size = 0
 
@@ -71,36 +71,36 @@ class FileWriter:
         """Takes all of a bytes-like object; its memory may change when this returns."""
         source = np.frombuffer(data, dtype=np.uint8)
         try:
-            self._take(source)
+            self._append(source)
         except Exception as error:
             self.error = error
             raise
         return len(source)
 
-    def _take(self, source: Any) -> None:
+    def _append(self, source: Any) -> None:
         taken = 0
         while taken < len(source):
-            filled = self.size % STRETCH
+            filled = self.size % BLOCK_SIZE
             if not filled:
                 self._buffer = self._next_buffer()
-            count = min(len(source) - taken, STRETCH - filled)
+            count = min(len(source) - taken, BLOCK_SIZE - filled)
             self._buffer[filled : filled + count] = source[taken : taken + count]
             taken += count
             self.size += count
 
     def _next_buffer(self) -> Any:
         """Memory for a stretch, the one before being handed on; waits for the disk when all memory is in use."""
-        number = self.size // STRETCH
+        number = self.size // BLOCK_SIZE
         if number:
-            self._full.put((self.size - STRETCH, self._buffer))
+            self._full.put((self.size - BLOCK_SIZE, self._buffer))
         if number == 1:
             self._direct = open_direct(self._path, os.O_WRONLY)
         if 0 < number <= _THREADS:
-            thread = threading.Thread(target=self._work, name="checkpoint writer")
+            thread = threading.Thread(target=self._write_blocks, name="checkpoint writer")
             thread.start()
             self._threads.append(thread)
         if number < _BUFFERS:
-            return np.frombuffer(mmap.mmap(-1, STRETCH), dtype=np.uint8)  # begins at a page, as O_DIRECT wants it
+            return np.frombuffer(mmap.mmap(-1, BLOCK_SIZE), dtype=np.uint8)  # begins at a page, as O_DIRECT wants it
         buffer = self._free.get()
         self._check()
         return buffer
@@ -109,22 +109,22 @@ class FileWriter:
         if self.error is not None:
             raise self.error
 
-    def _work(self) -> None:
+    def _write_blocks(self) -> None:
         while (job := self._full.get()) is not None:
             start, buffer = job
             try:
                 if self.error is None:
-                    self._store(start, buffer)
+                    self._write_block(start, buffer)
             except BaseException as error:  # noqa: BLE001 - raised on the thread that writes the file
                 self.error = error
             self._free.put(buffer)
 
-    def _store(self, start: int, data: Any) -> None:
+    def _write_block(self, start: int, data: Any) -> None:
         """Sums a stretch up and writes it."""
-        self._sums[start] = f"{zlib.crc32(data):08x}"
+        self._checksums[start] = f"{zlib.crc32(data):08x}"
         view = memoryview(data)
         done = 0
-        if self._direct is not None and len(view) == STRETCH:
+        if self._direct is not None and len(view) == BLOCK_SIZE:
             try:
                 done = os.pwrite(self._direct, view, start)
             except OSError as error:
@@ -143,10 +143,10 @@ class FileWriter:
         """Writes what is left and syncs the file to disk; returns its record under the name it has in the checkpoint."""
         self._stop()
         self._check()
-        start = max(self.size - 1, 0) // STRETCH * STRETCH
-        self._store(start, self._buffer[: self.size - start] if self.size else b"")
+        start = max(self.size - 1, 0) // BLOCK_SIZE * BLOCK_SIZE
+        self._write_block(start, self._buffer[: self.size - start] if self.size else b"")
         os.fsync(self._descriptor)
-        return FileRecord(path, self.size, tuple(self._sums[start] for start in sorted(self._sums)))
+        return FileRecord(path, self.size, tuple(self._checksums[start] for start in sorted(self._checksums)))
 
     def _stop(self) -> None:
         for _ in self._threads:
@@ -193,11 +193,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-_making_room: list[threading.Thread] = []
+_pending_closes: list[threading.Thread] = []
 
 
 @contextmanager
-def room_made_later(files: Iterable[Path]) -> Iterator[None]:
+def deferred_unlink(files: Iterable[Path]) -> Iterator[None]:
     """Of files that are removed or replaced in the block, a thread gives the room back, which takes the system a while.
 
     They are held open until then, so that nothing is left of them whenever the process ends.
@@ -218,36 +218,36 @@ def room_made_later(files: Iterable[Path]) -> Iterator[None]:
     finally:
         thread = threading.Thread(target=close, name="checkpoint remover", daemon=True)
         thread.start()
-        _making_room.append(thread)  # once it can be waited for
+        _pending_closes.append(thread)  # once it can be waited for
 
 
-def wait_for_room() -> None:
+def wait_for_unlinks() -> None:
     """Returns when files that were removed have given their room back."""
-    while _making_room:
-        _making_room.pop().join()
+    while _pending_closes:
+        _pending_closes.pop().join()
 
 
-def record_of(path: Path, name: str) -> FileRecord:
+def fingerprint(path: Path, name: str) -> FileRecord:
     """The record of a file that somebody else wrote; it is synced to disk as well."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
         return FileRecord(
-            name, size, tuple(sum_of_stretch(file.fileno(), start) for start in range(0, max(size, 1), STRETCH))
+            name, size, tuple(block_checksum(file.fileno(), start) for start in range(0, max(size, 1), BLOCK_SIZE))
         )
 
 
 _memory = threading.local()
 
 
-def sum_of_stretch(descriptor: int, start: int) -> str:
+def block_checksum(descriptor: int, start: int) -> str:
     """The checksum of one stretch of an open file."""
     if not hasattr(_memory, "piece"):
-        _memory.piece = memoryview(bytearray(_PIECE))  # kept by the thread: fresh memory costs as much as the sum
+        _memory.block = memoryview(bytearray(_READ_SIZE))  # kept by the thread: fresh memory costs as much as the sum
     if hasattr(os, "posix_fadvise"):  # all of it asked for at once costs half of what growing steps do
-        os.posix_fadvise(descriptor, start, STRETCH, os.POSIX_FADV_WILLNEED)
-    total, end = 0, start + STRETCH
-    while start < end and (count := os.preadv(descriptor, [_memory.piece], start)):
-        total = zlib.crc32(_memory.piece[:count], total)
+        os.posix_fadvise(descriptor, start, BLOCK_SIZE, os.POSIX_FADV_WILLNEED)
+    total, end = 0, start + BLOCK_SIZE
+    while start < end and (count := os.preadv(descriptor, [_memory.block], start)):
+        total = zlib.crc32(_memory.block[:count], total)
         start += count
     return f"{total:08x}"

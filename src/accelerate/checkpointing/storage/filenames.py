@@ -21,28 +21,28 @@ LOADER_NAME = "dl_state_dict"
 CUSTOM_NAME = "custom_checkpoint"
 GRADIENTS_NAME = "gradients"
 PROGRESS_NAME = "progress.json"
-FOLDER = "checkpoints"
-NUMBERED = "checkpoint_"
+CHECKPOINTS_FOLDER = "checkpoints"
+CHECKPOINT_PREFIX = "checkpoint_"
 
 
-def numbered(stem: str, index: int, suffix: str) -> str:
+def indexed_name(stem: str, index: int, suffix: str) -> str:
     """``optimizer.bin``, ``optimizer_1.bin``, ``optimizer_2.bin`` …"""
     return f"{stem}{f'_{index}' if index else ''}{suffix}"
 
 
 def model_file(index: int, safe: bool) -> str:
     """The file with the weights of a model."""
-    return numbered(SAFE_MODEL_NAME, index, ".safetensors") if safe else numbered(MODEL_NAME, index, ".bin")
+    return indexed_name(SAFE_MODEL_NAME, index, ".safetensors") if safe else indexed_name(MODEL_NAME, index, ".bin")
 
 
-def whole_file(index: int) -> str:
+def full_model_file(index: int) -> str:
     """The file with the whole weights of a sharded model."""
-    return numbered(FSDP_MODEL_NAME, index, ".bin")
+    return indexed_name(FSDP_MODEL_NAME, index, ".bin")
 
 
 def optimizer_file(index: int) -> str:
     """The file with the state of an optimizer."""
-    return numbered(OPTIMIZER_NAME, index, ".bin")
+    return indexed_name(OPTIMIZER_NAME, index, ".bin")
 
 
 def model_folder(index: int) -> str:
@@ -55,7 +55,7 @@ def optimizer_folder(index: int) -> str:
     return f"{OPTIMIZER_NAME}_{index}"
 
 
-def random_file(rank: int) -> str:
+def rng_file(rank: int) -> str:
     """The file with the random states of a rank."""
     return f"{RNG_STATE_NAME}_{rank}.pkl"
 
@@ -85,28 +85,28 @@ def is_shared(name: str) -> bool:
     return _SHARED.fullmatch(name) is not None or _FOLDER.fullmatch(name) is not None
 
 
-def is_ours(name: str) -> bool:
+def is_checkpoint_file(name: str) -> bool:
     """Whether a file has the name of any part of a checkpoint; one in a folder of shards with that in front."""
     return any(pattern.fullmatch(name) for pattern in (_SHARED, _OF_RANKS, _IN_FOLDER))
 
 
-def part_of(name: str) -> str:
+def item_of(name: str) -> str:
     """The part of a checkpoint that a file belongs to: itself, or the folder of shards it lies in."""
     return name.split("/")[0] if _IN_FOLDER.fullmatch(name) else name
 
 
-def files_of(folder: Path) -> set[str]:
+def checkpoint_files_in(folder: Path) -> set[str]:
     """The files in a folder that have the name of a part of a checkpoint, by their path in it."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name for name in found if is_ours(name)}
+    return {name for name in found if is_checkpoint_file(name)}
 
 
-def folders_of_shards(folder: Path) -> list[Path]:
+def shard_folders(folder: Path) -> list[Path]:
     """The folders of shards in a checkpoint."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name))
 
 
-_HOLDS = {
+_DESCRIPTIONS = {
     PROGRESS_NAME: "where the run stands",
     SCALER_NAME: "gradient scaler",
     f"{FSDP_MODEL_NAME}_*/.metadata": "weights: what is where",
@@ -125,20 +125,24 @@ _HOLDS = {
 }
 
 
-def describe(name: str) -> str:
+def describe_file(name: str) -> str:
     """What a file of a checkpoint holds, by its name."""
-    return next((text for pattern, text in _HOLDS.items() if fnmatch.fnmatchcase(name, pattern)), "")
+    return next((text for pattern, text in _DESCRIPTIONS.items() if fnmatch.fnmatchcase(name, pattern)), "")
 
 
-def number_of(folder: Path) -> int | None:
+def checkpoint_number(folder: Path) -> int | None:
     """The number of a folder ``checkpoint_<number>``; None for others."""
-    digits = folder.name.removeprefix(NUMBERED)
+    digits = folder.name.removeprefix(CHECKPOINT_PREFIX)
     return int(digits) if digits != folder.name and digits.isdecimal() else None
 
 
-def numbered_folders(project: Path) -> list[Path]:
+def numbered_checkpoints(project: Path) -> list[Path]:
     """The folders ``checkpoints/checkpoint_<number>`` of a project, in order of their numbers."""
-    if not (project / FOLDER).is_dir():
+    if not (project / CHECKPOINTS_FOLDER).is_dir():
         return []
-    found = {number: entry for entry in (project / FOLDER).iterdir() if (number := number_of(entry)) is not None}
+    found = {
+        number: entry
+        for entry in (project / CHECKPOINTS_FOLDER).iterdir()
+        if (number := checkpoint_number(entry)) is not None
+    }
     return [found[number] for number in sorted(found) if found[number].is_dir()]

@@ -18,7 +18,7 @@ import torch
 
 from ...runtime.system import file_names
 from .file_writer import FileRecord, FileWriter
-from .verified_reader import CheckedFile
+from .verified_reader import ChecksummedReader
 
 # Where torch puts tensors in memory: a file's tensors that are mapped then compute as their copies do, bit for bit.
 _ALIGNMENT = 64
@@ -72,13 +72,13 @@ def read_torch(path: Path, *, record: FileRecord | None = None, **kwargs: Any) -
     kwargs.pop("weights_only", None)
     with torch.serialization.safe_globals(_numpy_types()):
         if record is not None:
-            with CheckedFile(path, record) as file:
+            with ChecksummedReader(path, record) as file:
                 try:
                     state = torch.load(file, weights_only=True, **{**kwargs, "mmap": False})  # type: ignore[arg-type]
                 except Exception:
-                    file.check_rest()  # a damaged file is told to be that, whatever torch made of it
+                    file.verify_rest()  # a damaged file is told to be that, whatever torch made of it
                     raise
-                file.check_rest()
+                file.verify_rest()
                 return state
         try:
             return torch.load(path, weights_only=True, **kwargs)
@@ -137,7 +137,7 @@ def write_safetensors(
     Raises:
         ValueError: for a value that the format cannot hold.
     """
-    wide_first = sorted(state, key=lambda name: (-_checked(name, state[name]).element_size(), name))
+    wide_first = sorted(state, key=lambda name: (-_check_supported(name, state[name]).element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in wide_first:
@@ -151,10 +151,10 @@ def write_safetensors(
     writer.write(struct.pack("<Q", len(text)) + text)
     for name in wide_first:
         if state[name].numel():
-            writer.write(_bytes_of(state[name] if values is None else values[name]))
+            writer.write(_byte_view(state[name] if values is None else values[name]))
 
 
-def _checked(name: str, value: Any) -> torch.Tensor:
+def _check_supported(name: str, value: Any) -> torch.Tensor:
     known = isinstance(value, torch.Tensor) and str(value.dtype).removeprefix("torch.") in _SAFE_DTYPES
     if not known or value.layout is not torch.strided:
         what = (
@@ -166,7 +166,7 @@ def _checked(name: str, value: Any) -> torch.Tensor:
     return value
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _byte_view(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     data: Any = flat.view(torch.uint8).numpy()
     return memoryview(data)

@@ -19,8 +19,8 @@ import torch
 
 from ...runtime.system.file_names import FileNameError, file_size, parse_json, path_inside, read_bytes, short_repr
 from ..errors import Problem
-from .file_writer import STRETCH, FileRecord, FileWriter, sum_of_stretch
-from .thread_map import in_parallel
+from .file_writer import BLOCK_SIZE, FileRecord, FileWriter, block_checksum
+from .thread_map import thread_map
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -69,17 +69,17 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = {
-            "files": {record.path: {"crc32": list(record.sums), "size": record.size} for record in self.files},
+            "files": {record.path: {"crc32": list(record.checksums), "size": record.size} for record in self.files},
             "format": self.format,
             "iteration": self.iteration,
             "kinds": dict(self.kinds),
             "saved_at": self.saved_at,
             "step": self.step,
-            "stretch": STRETCH,
+            "stretch": BLOCK_SIZE,
             "versions": self.versions,
             "world_size": self.world_size,
         }
-        return _serialised(body)
+        return _serialize(body)
 
     def write(self, writer: FileWriter) -> None:
         """Writes the file's content."""
@@ -91,7 +91,7 @@ class Manifest:
         return frozenset(record.path for record in self.files)
 
 
-def _serialised(body: dict[str, Any]) -> bytes:
+def _serialize(body: dict[str, Any]) -> bytes:
     plain = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     whole = {**body, "checksum": f"{zlib.crc32(plain):08x}"}
     return json.dumps(whole, sort_keys=True, indent=1).encode() + b"\n"
@@ -120,18 +120,18 @@ def read(folder: Path) -> Manifest:
     try:
         body = parse_json(content)
         body.pop("checksum")
-        intact = _serialised(body) == content
+        intact = _serialize(body) == content
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise ValueError("it is damaged: its content and its checksum do not agree")
     _check_types(body)
-    if body["format"] != FORMAT or body["stretch"] != STRETCH:
+    if body["format"] != FORMAT or body["stretch"] != BLOCK_SIZE:
         raise ValueError(
             f"it has format {body['format']}, saved by accelerate {body['versions'].get('accelerate')}; this version, "
             f"{library_versions()['accelerate']}, reads format {FORMAT}"
         )
-    files = tuple(_record_in(folder, path, facts) for path, facts in body["files"].items())
+    files = tuple(_parse_record(folder, path, fields) for path, fields in body["files"].items())
     rest = {name: body[name] for name in ("world_size", "step", "iteration", "format", "versions", "saved_at")}
     return Manifest(files, kinds=body.get("kinds", {}), **rest)
 
@@ -157,19 +157,19 @@ def _check_types(body: dict[str, Any]) -> None:
         raise ValueError(f"its 'saved_at' is {short_repr(body.get('saved_at'))}; expected a time")
 
 
-def _record_in(folder: Path, path: str, facts: dict[str, Any]) -> FileRecord:
+def _parse_record(folder: Path, path: str, fields: dict[str, Any]) -> FileRecord:
     """A record of the manifest, its types and its path checked."""
     path_inside(folder, path)
-    size, sums = facts.get("size"), facts.get("crc32")
-    if path == NAME or type(size) is not int or not 0 <= size < 2**63 or not isinstance(sums, list):
+    size, checksums = fields.get("size"), fields.get("crc32")
+    if path == NAME or type(size) is not int or not 0 <= size < 2**63 or not isinstance(checksums, list):
         raise ValueError(
-            f"its entry of {short_repr(path)} is {short_repr(facts)}; expected a size and a list of checksums"
+            f"its entry of {short_repr(path)} is {short_repr(fields)}; expected a size and a list of checksums"
         )
-    if len(sums) != max(1, -(-size // STRETCH)) or not all(isinstance(one, str) for one in sums):
+    if len(checksums) != max(1, -(-size // BLOCK_SIZE)) or not all(isinstance(one, str) for one in checksums):
         raise ValueError(
-            f"its entry of {short_repr(path)} has {len(sums)} checksums, which is not what {size} bytes have"
+            f"its entry of {short_repr(path)} has {len(checksums)} checksums, which is not what {size} bytes have"
         )
-    return FileRecord(path, size, tuple(sums))
+    return FileRecord(path, size, tuple(checksums))
 
 
 def verify(
@@ -178,7 +178,7 @@ def verify(
     *,
     share: tuple[int, int] = (0, 1),
     only: Callable[[str], bool] | None = None,
-    unread: Container[str] = (),
+    size_only: Container[str] = (),
     locate: Callable[[str], Path] | None = None,
 ) -> list[Problem]:
     """Compares the files of a folder with its manifest, by several threads.
@@ -203,26 +203,26 @@ def verify(
     for record in manifest.files:
         if only is not None and not only(record.path):
             continue
-        if problem := _misfit(at(record.path), record):
+        if problem := _size_problem(at(record.path), record):
             if index == 0:
                 problems.append(problem)
             continue
-        for stretch in range(len(record.sums) if record.path not in unread else 0):
+        for block in range(len(record.checksums) if record.path not in size_only else 0):
             if number % count == index:
-                jobs.append((record, stretch))
+                jobs.append((record, block))
             number += 1
 
     def check(job: tuple[FileRecord, int]) -> str | None:
-        record, stretch = job
+        record, block = job
         with open(at(record.path), "rb", buffering=0) as file:
-            intact = sum_of_stretch(file.fileno(), stretch * STRETCH) == record.sums[stretch]
+            intact = block_checksum(file.fileno(), block * BLOCK_SIZE) == record.checksums[block]
         return None if intact else record.path
 
-    damaged = sorted({path for path in in_parallel(check, jobs, _THREADS) if path is not None})
+    damaged = sorted({path for path in thread_map(check, jobs, _THREADS) if path is not None})
     return problems + [Problem(path, "corrupt", "its content is not what was saved (checksum)") for path in damaged]
 
 
-def _misfit(path: Path, record: FileRecord) -> Problem | None:
+def _size_problem(path: Path, record: FileRecord) -> Problem | None:
     """Returns what is wrong with a file by its kind and size."""
     try:
         found = file_size(path)
@@ -237,4 +237,4 @@ def _misfit(path: Path, record: FileRecord) -> Problem | None:
 
 def has_all_files(folder: Path, manifest: Manifest) -> bool:
     """Whether all files of a manifest are in a folder, with the sizes they were saved with. Their content is not read."""
-    return not any(_misfit(folder / record.path, record) for record in manifest.files)
+    return not any(_size_problem(folder / record.path, record) for record in manifest.files)

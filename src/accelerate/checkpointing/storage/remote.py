@@ -32,7 +32,7 @@ def is_url(path: str | os.PathLike[str] | None) -> bool:
     return isinstance(path, str) and _URL.match(path) is not None
 
 
-class Place:
+class RemoteFolder:
     """A folder at a URL.
 
     Args:
@@ -86,13 +86,13 @@ class Place:
         found = self.files.find(self.path, detail=True) if self.files.exists(self.path) else {}
         if not found:
             raise FileNotFoundError(f"there is no checkpoint at {self.url}")
-        places = {str(path): path_inside(folder, self._name_of(str(path))) for path in found}
+        targets = {str(path): path_inside(folder, self._name_of(str(path))) for path in found}
         size = sum(facts.get("size") or 0 for facts in found.values())
         if size > (free := shutil.disk_usage(folder).free):
             raise OSError(
                 f"{self.url} has {size} bytes, and {folder} has room for {free}: set TMPDIR to a larger place"
             )
-        for path, here in places.items():
+        for path, here in targets.items():
             here.parent.mkdir(parents=True, exist_ok=True)
             self.files.get_file(path, str(here))
 
@@ -104,7 +104,7 @@ class Place:
         return path.removeprefix(prefix) if prefix else path.removeprefix("/")
 
 
-class Outgoing:
+class Upload:
     """A checkpoint on its way to a URL.
 
     Args:
@@ -124,14 +124,14 @@ class Outgoing:
         def make() -> str:
             if world.rank != 0:
                 return ""
-            if Place(self.url).holds_checkpoint():
+            if RemoteFolder(self.url).holds_checkpoint():
                 raise SaveError("there is a checkpoint already, which is not written over: choose another name")
             return tempfile.mkdtemp(prefix="accelerate_")
 
         self._scratch = Path(run_on_all_ranks(world.collectives, f"preparing {self.url}", make, SaveError)[0])
         self.folder = self._scratch / "checkpoint"
 
-    def check(self, group: int) -> None:
+    def check_shared_folder(self, group: int) -> None:
         """Refuses machines whose temporary folders are not one: the manifest would be of some of the files only."""
         if group != 0:
             raise OSError(
@@ -139,16 +139,16 @@ class Outgoing:
                 "set TMPDIR to a folder that is, or save to a folder"
             )
 
-    def deliver(self) -> None:
+    def send(self) -> None:
         """Carries it there, on the rank that has committed it."""
-        Place(self.url).upload(self.folder, last=manifests.NAME)
+        RemoteFolder(self.url).upload(self.folder, last=manifests.NAME)
 
-    def clean(self) -> None:
+    def clean_up(self) -> None:
         """Removes the local folder, on the rank that has made it."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def fetch(world: World, url: str, load: Callable[[Path], Any]) -> Any:
+def load_from_url(world: World, url: str, load: Callable[[Path], Any]) -> Any:
     """Loads a checkpoint from a URL: the first rank of each machine downloads it for the others.
 
     Args:
@@ -167,7 +167,7 @@ def fetch(world: World, url: str, load: Callable[[Path], Any]) -> Any:
 
     def get() -> str:
         if scratch:
-            Place(url).download(Path(scratch))
+            RemoteFolder(url).download(Path(scratch))
         return scratch
 
     try:
@@ -185,20 +185,20 @@ def fetch(world: World, url: str, load: Callable[[Path], Any]) -> Any:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def opened(url: str) -> Any:
+def open_url(url: str) -> Any:
     """A file at a URL, to be written; a context."""
-    place = Place(url)
-    return place.files.open(place.path, "wb")
+    folder = RemoteFolder(url)
+    return folder.files.open(folder.path, "wb")
 
 
-def save_folder(url: str, write: Callable[[Path], Any]) -> None:
+def upload_folder(url: str, write: Callable[[Path], Any]) -> None:
     """Saves a folder of files to a URL.
 
     Args:
         url: Where to.
         write: Writes the files into a local folder.
     """
-    place = Place(url)
+    folder = RemoteFolder(url)
     with tempfile.TemporaryDirectory(prefix="accelerate_") as scratch:
         write(Path(scratch))
-        place.upload(Path(scratch))
+        folder.upload(Path(scratch))

@@ -16,7 +16,7 @@ import torch
 from ...runtime.system.file_names import short_repr
 
 
-def mistyped(live: Any, saved: Any, at: str) -> Iterator[str]:
+def type_mismatches(live: Any, saved: Any, at: str) -> Iterator[str]:
     """Yields what has another type in a saved state than in the live one; None fits everywhere, and so do unknown types.
 
     Args:
@@ -24,30 +24,30 @@ def mistyped(live: Any, saved: Any, at: str) -> Iterator[str]:
         saved: The state that was read.
         at: The state's place, for the text.
     """
-    expected, found = kinds_of(live), kinds_of(saved)
+    expected, found = value_types(live), value_types(saved)
     if expected and found and not expected & found:
         yield f"{at} is {short_repr(saved)}; expected {' or '.join(sorted(expected))}"
     elif isinstance(live, Mapping) and isinstance(saved, Mapping):
         for key in live.keys() & saved.keys():
-            yield from mistyped(live[key], saved[key], f"{at}[{key!r}]")
+            yield from type_mismatches(live[key], saved[key], f"{at}[{key!r}]")
     elif isinstance(live, (list, tuple)) and isinstance(saved, (list, tuple)):
         if isinstance(live, tuple) and len(live) != len(saved):
             yield f"{at} is {short_repr(saved)}; expected {len(live)} values"
         for number, (one, other) in enumerate(zip(live, saved, strict=False)):
-            yield from mistyped(one, other, f"{at}[{number}]")
+            yield from type_mismatches(one, other, f"{at}[{number}]")
 
 
-def kinds_of(value: Any) -> frozenset[str]:
+def value_types(value: Any) -> frozenset[str]:
     """The kinds of a value, in words; none for None and types that are not known here. One element is number and tensor."""
     if is_tensor(value):
         return frozenset({"a tensor", "a number"} if math.prod(value.shape) == 1 else {"a tensor"})
-    for kind, types in _KINDS.items():
+    for kind, types in _TYPES.items():
         if isinstance(value, types):
             return frozenset({kind})
     return frozenset()
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
+_TYPES: dict[str, tuple[type, ...]] = {
     "a boolean": (bool, np.bool_),
     "a number": (int, float, np.number),
     "a text": (str, bytes),
@@ -66,7 +66,7 @@ def is_count(value: Any, least: int = 0) -> bool:
     return type(value) is int and least <= value < 2**63
 
 
-def no_optimizer(state: Any) -> str:
+def optimizer_state_error(state: Any) -> str:
     """Returns why a value cannot be the state of any optimizer; empty if it can."""
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
         return "it holds no state of an optimizer (`state` and `param_groups`)"

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .thread_map import in_parallel
+from .thread_map import thread_map
 
 logger = logging.getLogger(__name__)
 
-_STRETCH = 16 * 2**20
+_COPY_SIZE = 16 * 2**20
 _THREADS = 4
 
 
-def is_plain(tensor: Any) -> bool:
+def is_dense_cpu(tensor: Any) -> bool:
     """Whether a tensor's values are one stretch of this process's memory, as it stands."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
@@ -30,31 +30,33 @@ def is_plain(tensor: Any) -> bool:
     )
 
 
-def fits(target: Any, source: Any) -> bool:
+def can_copy(target: Any, source: Any) -> bool:
     """Whether `copy_all` can copy the one into the other."""
-    return is_plain(target) and is_plain(source) and target.shape == source.shape and target.dtype == source.dtype
+    return (
+        is_dense_cpu(target) and is_dense_cpu(source) and target.shape == source.shape and target.dtype == source.dtype
+    )
 
 
-def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def copy_tensors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copies the second tensor of each pair into the first; each pair `fits`."""
-    stretches = []
+    blocks = []
     for target, source in pairs:
-        into, out_of = as_bytes(target), as_bytes(source)
-        for start in range(0, len(into), _STRETCH):
-            stretches.append((into[start : start + _STRETCH], out_of[start : start + _STRETCH]))
+        into, out_of = byte_view(target), byte_view(source)
+        for start in range(0, len(into), _COPY_SIZE):
+            blocks.append((into[start : start + _COPY_SIZE], out_of[start : start + _COPY_SIZE]))
 
-    def copy(stretch: tuple[Any, Any]) -> None:
-        np.copyto(*stretch)
+    def copy(block: tuple[Any, Any]) -> None:
+        np.copyto(*block)
 
-    in_parallel(copy, stretches, _THREADS)
+    thread_map(copy, blocks, _THREADS)
 
 
-def as_bytes(tensor: torch.Tensor) -> Any:
+def byte_view(tensor: torch.Tensor) -> Any:
     """The memory of a plain tensor as an array of bytes."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-def _is_staged(tensor: Any) -> bool:
+def _is_dense_on_device(tensor: Any) -> bool:
     """Whether a tensor of another device has its values in one block of memory there."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
@@ -64,7 +66,7 @@ def _is_staged(tensor: Any) -> bool:
     )
 
 
-class Room:
+class StagingBuffer:
     """A staging buffer: copies of tensors in memory that the next ones use again; fresh memory takes longer to get than to
     fill.
 
@@ -75,7 +77,7 @@ class Room:
         room.wait()  # now the tensors may change, and the copies may be read
     """
 
-    pinning = ("cuda", "xpu")
+    pinned_device_types = ("cuda", "xpu")
     """Device types with pinned memory, whose module in torch has streams as CUDA's has."""
 
     def __init__(self) -> None:
@@ -93,32 +95,32 @@ class Room:
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """Starts to copy a tensor to the CPU; returns the copy, which holds the values after `wait`."""
-        if is_plain(tensor):
-            target = self._like(tensor, pinned=False)
+        if is_dense_cpu(tensor):
+            target = self._allocate_like(tensor, pinned=False)
             self._pairs.append((target, tensor))
-        elif tensor.device.type != "cpu" and _is_staged(tensor):
-            streams = tensor.device.type in self.pinning
-            target = self._like(tensor, pinned=streams)
-            self._start(target, tensor.detach(), streams)
+        elif tensor.device.type != "cpu" and _is_dense_on_device(tensor):
+            streams = tensor.device.type in self.pinned_device_types
+            target = self._allocate_like(tensor, pinned=streams)
+            self._start_copy(target, tensor.detach(), streams)
             if streams:
                 self._devices.add(tensor.device)
         else:
             target = tensor.detach().to("cpu", copy=True)
         return target
 
-    def copy_plain(self) -> None:
+    def copy_cpu_tensors(self) -> None:
         """Copies the tensors of the CPU now, so that memory behind them may be freed; those of devices go on."""
         pairs, self._pairs = self._pairs, []
-        copy_all(pairs)
+        copy_tensors(pairs)
 
     def wait(self) -> None:
         """Returns when all copies are done: one synchronization for each device."""
-        self.copy_plain()
+        self.copy_cpu_tensors()
         devices, self._devices = self._devices, set()
         for device in devices:
             self._synchronize(device)
 
-    def _like(self, tensor: torch.Tensor, pinned: bool) -> torch.Tensor:
+    def _allocate_like(self, tensor: torch.Tensor, pinned: bool) -> torch.Tensor:
         size = tensor.numel() * tensor.element_size()
         free = self._free.get((size, pinned))
         memory = free.pop() if free else self._allocate(size, pinned)
@@ -133,7 +135,7 @@ class Room:
                 logger.debug("staging a checkpoint in memory that is not pinned: %s", error)
         return torch.empty(size, dtype=torch.uint8)
 
-    def _start(self, target: torch.Tensor, source: torch.Tensor, streams: bool) -> None:
+    def _start_copy(self, target: torch.Tensor, source: torch.Tensor, streams: bool) -> None:
         target.copy_(source, non_blocking=streams)  # on the current stream, behind the kernels that wrote the source
 
     def _synchronize(self, device: torch.device) -> None:

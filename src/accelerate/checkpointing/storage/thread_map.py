@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-def in_parallel(action: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+def thread_map(action: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
     """``[action(item) for item in items]`` by several threads. The first item that fails has its error raised."""
     if min(threads, len(items)) < 2:
         return [action(item) for item in items]

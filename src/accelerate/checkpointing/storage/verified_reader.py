@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 
 from ...runtime.system.page_cache import CacheProbe, open_direct
-from .file_writer import STRETCH, FileRecord
+from .file_writer import BLOCK_SIZE, FileRecord
 
 _THREADS = 4
-_AHEAD = 3
-_WORTH_A_THREAD = 2**18
+_READ_AHEAD = 3
+_MIN_SPLIT_COPY = 2**18
 
 
-class DamagedError(Exception):
+class CorruptFileError(Exception):
     """A file is not what was saved."""
 
 
-class CheckedFile(io.RawIOBase):
-    """A file of a checkpoint, as `torch.load` reads it. A context; leave it after `check_rest`.
+class ChecksummedReader(io.RawIOBase):
+    """A file of a checkpoint, as `torch.load` reads it. A context; leave it after `verify_rest`.
 
     Args:
         path: The file.
@@ -43,7 +43,7 @@ class CheckedFile(io.RawIOBase):
     def __init__(self, path: Path, record: FileRecord) -> None:
         self._record = record
         self._position = 0
-        self._reading: dict[int, Future[Any]] = {}
+        self._pending: dict[int, Future[Any]] = {}
         self._read: set[int] = set()
         self._free: list[Any] = []
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -52,7 +52,7 @@ class CheckedFile(io.RawIOBase):
         size = os.fstat(self._descriptor).st_size
         if size != record.size:
             self.close()
-            raise DamagedError(f"it has {size} bytes and was saved with {record.size}")
+            raise CorruptFileError(f"it has {size} bytes and was saved with {record.size}")
         if CacheProbe(self._descriptor, size).cached_fraction(size) <= 0.5:
             self._direct = open_direct(path)
 
@@ -88,46 +88,46 @@ class CheckedFile(io.RawIOBase):
         target = np.frombuffer(memory, dtype=np.uint8)
         done = 0
         while done < len(target) and self._position < self._record.size:
-            number, offset = divmod(self._position, STRETCH)
-            piece = self._stretch(number)[offset : offset + len(target) - done]
-            self._copy(target[done : done + len(piece)], piece)
-            done += len(piece)
-            self._position += len(piece)
+            number, offset = divmod(self._position, BLOCK_SIZE)
+            block = self._block(number)[offset : offset + len(target) - done]
+            self._copy(target[done : done + len(block)], block)
+            done += len(block)
+            self._position += len(block)
         return done
 
-    def _copy(self, target: Any, piece: Any) -> None:
+    def _copy(self, target: Any, block: Any) -> None:
         """Copies to memory that is mostly fresh, which takes longer to get than to fill: by two threads."""
-        middle = len(piece) // 2 if len(piece) > _WORTH_A_THREAD else 0
-        other = self._threads.submit(np.copyto, target[:middle], piece[:middle]) if middle else None
-        np.copyto(target[middle:], piece[middle:])
+        middle = len(block) // 2 if len(block) > _MIN_SPLIT_COPY else 0
+        other = self._threads.submit(np.copyto, target[:middle], block[:middle]) if middle else None
+        np.copyto(target[middle:], block[middle:])
         if other is not None:
             other.result()
 
-    def check_rest(self) -> None:
+    def verify_rest(self) -> None:
         """Compares what nobody has read."""
-        for number in range(len(self._record.sums)):
+        for number in range(len(self._record.checksums)):
             if number not in self._read:
-                self._stretch(number)
+                self._block(number)
 
-    def _stretch(self, number: int) -> Any:
+    def _block(self, number: int) -> Any:
         """One stretch, verified; those after it are on their way. The last one, where archives have their list, stays."""
-        last = len(self._record.sums) - 1
-        wanted = range(number, min(number + _AHEAD, last + 1))
+        last = len(self._record.checksums) - 1
+        wanted = range(number, min(number + _READ_AHEAD, last + 1))
         if number != last:
-            for passed in [other for other in self._reading if other not in wanted and other != last]:
-                self._free.append(self._reading.pop(passed).result())
+            for passed in [other for other in self._pending if other not in wanted and other != last]:
+                self._free.append(self._pending.pop(passed).result())
         for other in wanted:
-            if other not in self._reading:
-                buffer = self._free.pop() if self._free else np.frombuffer(mmap.mmap(-1, STRETCH), dtype=np.uint8)
-                self._reading[other] = self._threads.submit(self._fetch, other, buffer)
-        content = self._reading[number].result()
+            if other not in self._pending:
+                buffer = self._free.pop() if self._free else np.frombuffer(mmap.mmap(-1, BLOCK_SIZE), dtype=np.uint8)
+                self._pending[other] = self._threads.submit(self._fetch, other, buffer)
+        content = self._pending[number].result()
         self._read.add(number)
         return content
 
     def _fetch(self, number: int, buffer: Any) -> Any:
-        start = number * STRETCH
+        start = number * BLOCK_SIZE
         view = memoryview(buffer)
-        size = min(STRETCH, self._record.size - start)
+        size = min(BLOCK_SIZE, self._record.size - start)
         done = 0
         if self._direct is not None:
             try:
@@ -137,6 +137,6 @@ class CheckedFile(io.RawIOBase):
                     raise
         while done < size and (count := os.preadv(self._descriptor, [view[done:size]], start + done)):
             done += count
-        if done < size or f"{zlib.crc32(view[:size]):08x}" != self._record.sums[number]:
-            raise DamagedError("its content is not what was saved (checksum)")
+        if done < size or f"{zlib.crc32(view[:size]):08x}" != self._record.checksums[number]:
+            raise CorruptFileError("its content is not what was saved (checksum)")
         return buffer[:size]

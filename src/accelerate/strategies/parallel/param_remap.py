@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...checkpointing.sharded.compat import innermost
+from ...checkpointing.sharded.compat import unwrap_optimizer
 
 Replaced = WeakIdKeyDictionary
 """Parameter before -> the one in its place."""
@@ -33,7 +33,7 @@ def check_optimizers(
     """
     here = {id(param) for model in models for param in model.parameters()}
     for optimizer in optimizers:
-        inner = innermost(optimizer)
+        inner = unwrap_optimizer(optimizer)
         params = [param for group in inner.param_groups for param in group["params"]]
         if inner.state and not all(map(is_new, params)):
             raise ValueError(
@@ -49,6 +49,6 @@ def check_optimizers(
 
 def give_new_parameters(optimizer: torch.optim.Optimizer, replaced: Replaced) -> None:
     """Has the optimizer step the parameters that are now in the model."""
-    for group in innermost(optimizer).param_groups:
+    for group in unwrap_optimizer(optimizer).param_groups:
         new = [replaced.get(param, param) for param in group["params"]]
         group["params"] = list({id(param): param for param in new}.values())  # several may have become one

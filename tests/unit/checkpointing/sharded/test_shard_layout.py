@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accelerate.checkpointing.sharded import shard_layout
-from accelerate.checkpointing.sharded.shard_layout import is_tiled, stretch
+from accelerate.checkpointing.sharded.shard_layout import flat_range_to_layout, is_tiled
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
 @st.composite
-def boxes_in(draw: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+def chunks_in(draw: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]:
     shape = draw(shapes)
     some = []
     for _ in range(draw(st.integers(0, 4))):
@@ -26,24 +26,24 @@ def boxes_in(draw: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], tu
     return shape, some
 
 
-@given(boxes_in())
+@given(chunks_in())
 def test_it_is_what_counting_finds(case: Any) -> None:
-    shape, boxes = case
+    shape, chunks = case
     counts = torch.zeros(shape, dtype=torch.int)
-    for offsets, sizes in boxes:
+    for offsets, sizes in chunks:
         counts[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))] += 1
-    assert is_tiled(shape, boxes) == bool((counts == 1).all())
+    assert is_tiled(shape, chunks) == bool((counts == 1).all())
 
 
 @given(shapes, st.lists(st.integers(0, 64), max_size=5))
 def test_stretches_of_a_flattened_tensor_make_it_up(shape: tuple[int, ...], cuts: list[int]) -> None:
     count = torch.Size(shape).numel()
     places = [0, *sorted(min(cut, count) for cut in cuts), count]
-    layouts = [stretch(shape, start, stop, 0, True) for start, stop in itertools.pairwise(places)]
-    boxes = [(box.offsets, box.sizes) for layout in layouts for box in layout.boxes]
-    assert is_tiled(shape, boxes)
-    filled = [box for box in boxes if torch.Size(box[1]).numel()]
-    assert not filled or not is_tiled(shape, [*boxes, filled[0]])
+    layouts = [flat_range_to_layout(shape, start, stop, 0, True) for start, stop in itertools.pairwise(places)]
+    chunks = [(chunk.offsets, chunk.sizes) for layout in layouts for chunk in layout.chunks]
+    assert is_tiled(shape, chunks)
+    filled = [chunk for chunk in chunks if torch.Size(chunk[1]).numel()]
+    assert not filled or not is_tiled(shape, [*chunks, filled[0]])
 
 
 @pytest.mark.parametrize("along", [0, 1])
@@ -56,10 +56,10 @@ def test_many_pieces_are_compared_with_few(along: int, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(shard_layout, "overlap", counted)
     shape = (count, 5) if along == 0 else (5, count)
-    boxes = [((at, 0), (1, 5)) if along == 0 else ((0, at), (5, 1)) for at in reversed(range(count))]
-    assert is_tiled(shape, boxes) and compared[0] < 2 * count
+    chunks = [((at, 0), (1, 5)) if along == 0 else ((0, at), (5, 1)) for at in reversed(range(count))]
+    assert is_tiled(shape, chunks) and compared[0] < 2 * count
 
 
-@pytest.mark.parametrize("boxes", [[((0,), (2, 1))], [((-1, 0), (3, 2))], [((0, 0), (3, 1)), ((0, 1), (2, 2))]])
-def test_boxes_beside_the_shape(boxes: Any) -> None:
-    assert not is_tiled((2, 2), boxes)
+@pytest.mark.parametrize("chunks", [[((0,), (2, 1))], [((-1, 0), (3, 2))], [((0, 0), (3, 1)), ((0, 1), (2, 2))]])
+def test_boxes_beside_the_shape(chunks: Any) -> None:
+    assert not is_tiled((2, 2), chunks)

@@ -10,7 +10,7 @@ from torch import nn
 
 from accelerate import Accelerator
 from accelerate.checkpointing.storage import atomic, manifest
-from accelerate.checkpointing.storage.file_writer import FileRecord, record_of
+from accelerate.checkpointing.storage.file_writer import FileRecord, fingerprint
 
 
 def staged(target: Path, number: int = 0) -> Path:
@@ -20,7 +20,7 @@ def staged(target: Path, number: int = 0) -> Path:
 
 
 def committed(staging: Path, target: Path, *more: FileRecord) -> None:
-    records = [record_of(staging / "weights.bin", "weights.bin"), *more]
+    records = [fingerprint(staging / "weights.bin", "weights.bin"), *more]
     atomic.commit(staging, target, records, world_size=1, step=0, number=0)
 
 
@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_synced_is_no_checkpoint(
     monkeypatch.setattr(atomic, "sync_folder", failing)
     with pytest.raises(OSError, match="Input/output"):
         committed(staging, target)
-    assert target.exists() == replaces and not atomic.beside(target, atomic.COMMITTED).exists()
+    assert target.exists() == replaces and not atomic.sibling(target, atomic.COMMITTED).exists()
     if replaces:
         assert (target / "weights.bin").read_text() == "weights 0"
     monkeypatch.undo()

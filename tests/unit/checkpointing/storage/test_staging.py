@@ -14,13 +14,13 @@ import torch
 
 from accelerate import Accelerator
 from accelerate.checkpointing.items.state_item import TORCH
-from accelerate.checkpointing.storage.staging import Room, is_plain
+from accelerate.checkpointing.storage.staging import StagingBuffer, is_dense_cpu
 
 
-class Streams(Room):
+class Streams(StagingBuffer):
     """Tensors on "meta" stand for those on a device with streams; they have no values to copy."""
 
-    pinning = ("meta",)
+    pinned_device_types = ("meta",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Streams(Room):
         self.allocated.append((size, pinned))
         return super()._allocate(size, pinned=False)
 
-    def _start(self, target: torch.Tensor, source: torch.Tensor, streams: bool) -> None:
+    def _start_copy(self, target: torch.Tensor, source: torch.Tensor, streams: bool) -> None:
         assert streams
         self.started.append((target, source))
 
@@ -51,7 +51,7 @@ def test_tensors_of_a_device_go_to_pinned_memory_with_one_synchronization() -> N
     room = Streams()
     room.clear()
     copies = [room.copy(tensor) for tensor in (*sources, on_the_cpu)]
-    room.copy_plain()
+    room.copy_cpu_tensors()
     assert torch.equal(copies[-1], on_the_cpu) and room.synchronized == []
     room.wait()
     assert room.synchronized == [torch.device("meta")]
@@ -90,13 +90,13 @@ def test_memory_that_cannot_be_pinned_is_taken_as_it_is(monkeypatch: pytest.Monk
         return empty(*size, **options)
 
     monkeypatch.setattr(torch, "empty", refuse)
-    assert len(Room()._allocate(7, pinned=True)) == 7
+    assert len(StagingBuffer()._allocate(7, pinned=True)) == 7
 
 
-class Delayed(Room):
+class Delayed(StagingBuffer):
     """Takes tensors of the CPU for those of a device whose copies are done at the synchronization, and no sooner."""
 
-    pinning = ("cpu",)
+    pinned_device_types = ("cpu",)
 
     def __init__(self, busy: Any, gate: Any) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Delayed(Room):
         super().clear()
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not is_plain(tensor):
+        if not is_dense_cpu(tensor):
             return super().copy(tensor)
         target = self._like(tensor, pinned=True)
         self.waiting.append((target, tensor.detach()))

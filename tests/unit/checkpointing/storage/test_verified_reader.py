@@ -15,8 +15,8 @@ from torch import nn
 
 from accelerate import Accelerator
 from accelerate.checkpointing import LoadError
-from accelerate.checkpointing.storage.file_writer import STRETCH, record_of, wait_for_room
-from accelerate.checkpointing.storage.verified_reader import CheckedFile, DamagedError
+from accelerate.checkpointing.storage.file_writer import BLOCK_SIZE, fingerprint, wait_for_unlinks
+from accelerate.checkpointing.storage.verified_reader import ChecksummedReader, CorruptFileError
 from tests.unit.checkpointing.test_saving_and_loading import trained, weights
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are listed in /proc")
@@ -29,44 +29,44 @@ def evict(path: Path) -> None:
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("size", [0, 1, 4096, STRETCH, STRETCH + 1, 4 * STRETCH - 5])
+@pytest.mark.parametrize("size", [0, 1, 4096, BLOCK_SIZE, BLOCK_SIZE + 1, 4 * BLOCK_SIZE - 5])
 @pytest.mark.parametrize("cached", [True, False])
 def test_it_reads_what_is_there(tmp_path: Path, size: int, cached: bool) -> None:
     content = random.Random(size).randbytes(size)
     path = tmp_path / "file"
     path.write_bytes(content)
-    record = record_of(path, "file")
+    record = fingerprint(path, "file")
     if not cached and hasattr(os, "posix_fadvise"):
         evict(path)
-    with CheckedFile(path, record) as file:
+    with ChecksummedReader(path, record) as file:
         assert file.read() == content
         draw = random.Random(1)
         for _ in range(12):  # as an archive is read: its end, its beginning, back and forth
-            start, count = draw.randrange(size + 1), draw.choice([1, 30, 4096, 2 * STRETCH])
+            start, count = draw.randrange(size + 1), draw.choice([1, 30, 4096, 2 * BLOCK_SIZE])
             file.seek(start)
             assert file.read(count) == content[start : start + count]
             assert file.tell() == min(start + count, size)
         assert file.seek(-1, os.SEEK_END) == size - 1 if size else True
-        file.check_rest()
+        file.verify_rest()
 
 
-@pytest.mark.parametrize("place", [0, STRETCH - 1, STRETCH, 2 * STRETCH + 6])
+@pytest.mark.parametrize("place", [0, BLOCK_SIZE - 1, BLOCK_SIZE, 2 * BLOCK_SIZE + 6])
 def test_a_changed_byte_is_never_handed_out(tmp_path: Path, place: int) -> None:
     path = tmp_path / "file"
-    content = bytearray(2 * STRETCH + 7)
+    content = bytearray(2 * BLOCK_SIZE + 7)
     path.write_bytes(content)
-    record = record_of(path, "file")
+    record = fingerprint(path, "file")
     content[place] ^= 1
     path.write_bytes(content)
-    with CheckedFile(path, record) as file:
+    with ChecksummedReader(path, record) as file:
         file.seek(place)
-        with pytest.raises(DamagedError, match="checksum"):
+        with pytest.raises(CorruptFileError, match="checksum"):
             file.read(1)
-    with CheckedFile(path, record) as file, pytest.raises(DamagedError, match="checksum"):
-        file.check_rest()
+    with ChecksummedReader(path, record) as file, pytest.raises(CorruptFileError, match="checksum"):
+        file.verify_rest()
     path.write_bytes(content[:-1])
-    with pytest.raises(DamagedError, match=f"{len(content) - 1} bytes"):
-        CheckedFile(path, record)
+    with pytest.raises(CorruptFileError, match=f"{len(content) - 1} bytes"):
+        ChecksummedReader(path, record)
 
 
 def saved_and_fresh(tmp_path: Path) -> tuple[Path, Accelerator, nn.Module, Any]:
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_is_replaced_gives_its_room_back(tmp_path: Path) -> No
     trained(accelerator)
     for _ in range(2):
         accelerator.save_state(tmp_path / "c")
-    wait_for_room()
+    wait_for_unlinks()
     gc.collect()
     left = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     assert not [name for name in left if name.startswith(str(tmp_path)) and name.endswith("(deleted)")]
