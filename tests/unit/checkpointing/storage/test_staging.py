@@ -48,37 +48,37 @@ def test_tensors_of_a_device_go_to_pinned_memory_with_one_synchronization() -> N
         torch.empty((), dtype=torch.int64, device="meta"),
     ]
     on_the_cpu = torch.arange(6.0)
-    room = Streams()
-    room.clear()
-    copies = [room.copy(tensor) for tensor in (*sources, on_the_cpu)]
-    room.copy_cpu_tensors()
-    assert torch.equal(copies[-1], on_the_cpu) and room.synchronized == []
-    room.wait()
-    assert room.synchronized == [torch.device("meta")]
-    assert room.allocated == [
+    buffer = Streams()
+    buffer.clear()
+    copies = [buffer.copy(tensor) for tensor in (*sources, on_the_cpu)]
+    buffer.copy_cpu_tensors()
+    assert torch.equal(copies[-1], on_the_cpu) and buffer.synchronized == []
+    buffer.wait()
+    assert buffer.synchronized == [torch.device("meta")]
+    assert buffer.allocated == [
         (48, True), (10, True), (480, True), (8, True), (24, False)
     ]  # fmt: skip
-    for (target, source), copy, wanted in zip(room.started, copies[:-1], sources, strict=True):
+    for (target, source), copy, wanted in zip(buffer.started, copies[:-1], sources, strict=True):
         assert target is copy and source.dtype == wanted.dtype
         assert (copy.shape, copy.dtype, copy.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
         assert copy.device.type == "cpu"
 
 
 def test_memory_is_used_again_and_released_when_it_is_not() -> None:
-    room = Streams()
+    buffer = Streams()
     for _ in range(3):
-        room.clear()
-        room.copy(torch.empty(3, device="meta"))
-        room.copy(torch.empty(3))
-        room.copy(torch.empty(3))
-        room.wait()
-    assert room.allocated == [(12, True), (12, False), (12, False)]
-    room.clear()  # these copies have no use for two of them
-    room.copy(torch.empty(3))
-    room.clear()
+        buffer.clear()
+        buffer.copy(torch.empty(3, device="meta"))
+        buffer.copy(torch.empty(3))
+        buffer.copy(torch.empty(3))
+        buffer.wait()
+    assert buffer.allocated == [(12, True), (12, False), (12, False)]
+    buffer.clear()  # these copies have no use for two of them
+    buffer.copy(torch.empty(3))
+    buffer.clear()
     for device in ("meta", "cpu", "cpu"):
-        room.copy(torch.empty(3, device=device))
-    assert room.allocated[3:] == [(12, True), (12, False)]
+        buffer.copy(torch.empty(3, device=device))
+    assert buffer.allocated[3:] == [(12, True), (12, False)]
 
 
 def test_memory_that_cannot_be_pinned_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ class Delayed(StagingBuffer):
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         if not is_dense_cpu(tensor):
             return super().copy(tensor)
-        target = self._like(tensor, pinned=True)
+        target = self._allocate_like(tensor, pinned=True)
         self.waiting.append((target, tensor.detach()))
         self._devices.add(tensor.device)
         return target
@@ -170,21 +170,21 @@ def test_saves_in_the_background_hold_the_state_of_their_step(tmp_path: Path, mo
     model, optimizer = trained(accelerator)
     writer = accelerator._checkpoints._writer
     gate = Gate(monkeypatch)
-    room = accelerator._checkpoints._room = Delayed(lambda: writer.busy, gate)
+    buffer = accelerator._checkpoints._room = Delayed(lambda: writer.busy, gate)
     wanted = []
     for number in range(3):
         wanted.append(values(model, optimizer))
         accelerator.save_state(tmp_path / str(number), asynchronous=True)
         assert writer.busy
-        assert room.synchronized == number + 1
+        assert buffer.synchronized == number + 1
         step(accelerator, model, optimizer)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(-1)
         gate.set_soon()
         if number == 0:
-            allocated = room.allocated
-    assert allocated and room.allocated == allocated
+            allocated = buffer.allocated
+    assert allocated and buffer.allocated == allocated
     accelerator.wait_for_checkpoint()
     for number, before in enumerate(wanted):
         accelerator.load_state(tmp_path / str(number))
