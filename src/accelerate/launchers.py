@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .launch.compat import PrepareForLaunch
-from .launch.local.local_rendezvous import ADDRESS, Loopback
-from .launch.local.reaper import SETTLE_SECONDS, lost_a_peer
-from .launch.local.shim import die_with
+from .launch.local.local_rendezvous import LoopbackRendezvous
+from .launch.local.reaper import SETTLE_SECONDS, lost_peer
+from .launch.local.shim import set_parent_death_signal
 from .runtime import devices, world
+from .runtime.cluster.cluster_env import LOOPBACK
 from .settings import env
 from .settings.enums import PrecisionType
 from .state import AcceleratorState, GradientState, PartialState
@@ -90,7 +91,7 @@ def notebook_launcher(
         raise ValueError(
             f"mixed_precision={mixed_precision!r}: expected one of {', '.join(map(str, PrecisionType.list()))}."
         )
-    _check_call("notebook_launcher", function, args)
+    _check_arguments("notebook_launcher", function, args)
     if num_nodes < 1 or not 0 <= node_rank < num_nodes:
         raise ValueError(
             f"node_rank={node_rank}, num_nodes={num_nodes}: machines are numbered from 0 to num_nodes - 1, and the ranks "
@@ -98,8 +99,8 @@ def notebook_launcher(
         )
     if max_restarts < 0:
         raise ValueError(f"max_restarts={max_restarts}: expected 0 or more.")
-    port = _port(use_port)
-    kind, count = _count(num_processes)
+    port = _parse_port(use_port)
+    kind, count = _device_and_count(num_processes)
     precision = {"ACCELERATE_MIXED_PRECISION": mixed_precision}
     if count == 1 and num_nodes == 1:
         where = {"cpu": "CPU", "mps": "MPS"}.get(kind.name, "one " + ("GPU" if kind.name == "cuda" else kind.name))
@@ -107,14 +108,14 @@ def notebook_launcher(
         with env.patch_environment(**(precision if mixed_precision != "no" else {})):
             function(*args)
         return
-    _refuse_if_started("notebook_launcher")
-    _refuse_if_device_used(kind)
+    _require_no_state("notebook_launcher")
+    _require_unused_device(kind)
     name = {"cuda": "GPU"}.get(kind.name, kind.name.upper())
     print(f"Launching training on {count * num_nodes} {name}s.")
     if num_nodes == 1 and rdzv_backend == "static":
         for attempt in range(max_restarts + 1):
             try:
-                return _fork(function, args, count, precision, port, attempt, max_restarts)
+                return _fork_ranks(function, args, count, precision, port, attempt, max_restarts)
             except _rank_errors():
                 if attempt == max_restarts:
                     raise
@@ -149,18 +150,18 @@ def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_p
         torch.multiprocessing.ProcessRaisedException: when `function` raised, with the traceback of the first to fail.
         torch.multiprocessing.ProcessExitedException: when a process was killed or left with another exit code.
     """
-    _check_call("debug_launcher", function, args)
+    _check_arguments("debug_launcher", function, args)
     if num_processes < 1:
         raise ValueError(f"num_processes={num_processes}: expected at least 1.")
-    _refuse_if_grouped("debug_launcher")
+    _require_no_group("debug_launcher")
     variables = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "yes"}
-    _fork(function, args, num_processes, variables, port=0)
+    _fork_ranks(function, args, num_processes, variables, port=0)
 
 
 # Before ----------------------------------------------------------------------------------------------------------------
 
 
-def _count(wanted: int | None) -> tuple[devices.DeviceKind, int]:
+def _device_and_count(wanted: int | None) -> tuple[devices.DeviceKind, int]:
     """The kind of device and how many processes to start."""
     # torch counts GPUs through NVML then: a driver that is initialised here cannot be used in a forked process.
     with env.patch_environment(pytorch_nvml_based_cuda_check=1):
@@ -178,7 +179,7 @@ def _count(wanted: int | None) -> tuple[devices.DeviceKind, int]:
     return kind, wanted
 
 
-def _check_call(launcher: str, function: Any, args: Any) -> None:
+def _check_arguments(launcher: str, function: Any, args: Any) -> None:
     """Raises a TypeError if ``function(*args)`` cannot be called."""
     if not callable(function):
         raise TypeError(
@@ -194,7 +195,7 @@ def _check_call(launcher: str, function: Any, args: Any) -> None:
         raise TypeError(f"{launcher} would call {name} with args={args!r}: {error}.") from None
 
 
-def _port(port: str | int) -> int:
+def _parse_port(port: str | int) -> int:
     try:
         number = int(port)
     except ValueError:
@@ -204,17 +205,17 @@ def _port(port: str | int) -> int:
     return number
 
 
-def _refuse_if_started(launcher: str) -> None:
+def _require_no_state(launcher: str) -> None:
     if AcceleratorState._shared_state or PartialState._shared_state or world.is_joined():
         raise ValueError(
             f"{launcher} forks this process, and this process has an Accelerator or a PartialState already: the forked "
             "ones would take themselves for it. Create them only inside the function that you launch, and restart the "
             "notebook."
         )
-    _refuse_if_grouped(launcher)
+    _require_no_group(launcher)
 
 
-def _refuse_if_grouped(launcher: str) -> None:
+def _require_no_group(launcher: str) -> None:
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -224,7 +225,7 @@ def _refuse_if_grouped(launcher: str) -> None:
         )
 
 
-def _refuse_if_device_used(kind: devices.DeviceKind) -> None:
+def _require_unused_device(kind: devices.DeviceKind) -> None:
     module = None if kind.name in ("cpu", "mps") else kind.torch_module()
     if module is None:
         return
@@ -248,7 +249,7 @@ def _refuse_if_device_used(kind: devices.DeviceKind) -> None:
 # Forked ranks ----------------------------------------------------------------------------------------------------------
 
 
-def _fork(
+def _fork_ranks(
     function: Callable[..., Any],
     args: Sequence[Any],
     count: int,
@@ -260,18 +261,18 @@ def _fork(
     """Runs `function` on `count` forked ranks and waits for them; see `notebook_launcher` for what is raised."""
     if not hasattr(os, "fork"):
         raise RuntimeError("this system cannot fork: put the function into a script and use `accelerate launch`.")
-    meeting = Loopback(port) if count > 1 else None
+    rendezvous = LoopbackRendezvous(port) if count > 1 else None
     common: dict[str, Any] = dict(variables)
-    if meeting is not None:
-        if port not in (0, meeting.port):
-            print(f"Port {port} is taken, using port {meeting.port}.")
+    if rendezvous is not None:
+        if port not in (0, rendezvous.port):
+            print(f"Port {port} is taken, using port {rendezvous.port}.")
         common |= {
             "WORLD_SIZE": count,
             "LOCAL_WORLD_SIZE": count,
             "NODE_RANK": 0,
             "NPROC": count,
-            "MASTER_ADDR": ADDRESS,
-            "MASTER_PORT": meeting.port,
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": rendezvous.port,
             "TORCHELASTIC_USE_AGENT_STORE": True,
             "TORCHELASTIC_RESTART_COUNT": attempt,
             "TORCHELASTIC_MAX_RESTARTS": max_restarts,
@@ -280,32 +281,39 @@ def _fork(
     sys.stderr.flush()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="accelerate_") as folder:
-        notes = [Path(folder) / str(index) for index in range(count)]
+        error_files = [Path(folder) / str(index) for index in range(count)]
         # The store's threads start after the fork; ranks that are faster wait at the bound port.
         ranks = [
             context.Process(
-                target=_rank, args=(os.getpid(), index, function, args, common, notes[index]), name=f"rank {index}"
+                target=_run_rank,
+                args=(os.getpid(), index, function, args, common, error_files[index]),
+                name=f"rank {index}",
             )
             for index in range(count)
         ]
         try:
             for rank in ranks:
                 rank.start()
-            if meeting is not None:
-                meeting.serve()
-            _wait(ranks, notes)
+            if rendezvous is not None:
+                rendezvous.serve()
+            _wait(ranks, error_files)
         finally:
-            _end(ranks)
-            if meeting is not None:
-                meeting.shutdown()
+            _terminate(ranks)
+            if rendezvous is not None:
+                rendezvous.shutdown()
 
 
-def _rank(
-    parent: int, index: int, function: Callable[..., Any], args: Iterable[Any], common: Mapping[str, Any], note: Path
+def _run_rank(
+    parent: int,
+    index: int,
+    function: Callable[..., Any],
+    args: Iterable[Any],
+    common: Mapping[str, Any],
+    error_file: Path,
 ) -> None:
     """The life of a forked rank."""
     if sys.platform == "linux":
-        die_with(parent)
+        set_parent_death_signal(parent)
     for state in (AcceleratorState, PartialState, GradientState):  # what the parent was
         state._shared_state.clear()
     world.forget()
@@ -322,45 +330,47 @@ def _rank(
     except KeyboardInterrupt:
         os._exit(128 + signal.SIGINT)
     except Exception:  # noqa: BLE001 - the parent raises it
-        note.write_text(traceback.format_exc())
+        error_file.write_text(traceback.format_exc())
         sys.exit(1)
 
 
-def _wait(ranks: Sequence[BaseProcess], notes: Sequence[Path]) -> None:
+def _wait(ranks: Sequence[BaseProcess], error_files: Sequence[Path]) -> None:
     """Waits until all ranks have ended well, or one has not."""
     running = {rank.sentinel: rank for rank in ranks}
     while running:
         for sentinel in multiprocessing.connection.wait(list(running)):
             running.pop(sentinel).join()  # type: ignore[arg-type]  # sentinels are numbers here
         if any(rank.exitcode for rank in ranks):
-            _settle(list(running.values()), ranks, notes)
-            _raise_first(ranks, notes)
+            _wait_for_root_cause(list(running.values()), ranks, error_files)
+            _raise_first_failure(ranks, error_files)
 
 
-def _settle(running: Sequence[BaseProcess], ranks: Sequence[BaseProcess], notes: Sequence[Path]) -> None:
+def _wait_for_root_cause(
+    running: Sequence[BaseProcess], ranks: Sequence[BaseProcess], error_files: Sequence[Path]
+) -> None:
     """Waits a moment for the rank to blame to end, while those that ended badly only lost a peer."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while any(rank.is_alive() for rank in running) and time.monotonic() < deadline:
-        if not all(lost_a_peer(_noted(notes[index])) for index, rank in enumerate(ranks) if rank.exitcode):
+        if not all(lost_peer(_read_error(error_files[index])) for index, rank in enumerate(ranks) if rank.exitcode):
             return
         time.sleep(0.02)
 
 
-def _noted(note: Path) -> str:
-    return note.read_text() if note.exists() else ""
+def _read_error(error_file: Path) -> str:
+    return error_file.read_text() if error_file.exists() else ""
 
 
-def _raise_first(ranks: Sequence[BaseProcess], notes: Sequence[Path]) -> NoReturn:
+def _raise_first_failure(ranks: Sequence[BaseProcess], error_files: Sequence[Path]) -> NoReturn:
     """Raises the error of the rank that failed first, and of itself: others often fail because it is gone."""
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-    def guilt(index: int) -> tuple[bool, int]:
-        note = notes[index]
-        return lost_a_peer(_noted(note)), note.stat().st_mtime_ns if note.exists() else 0
+    def blame_key(index: int) -> tuple[bool, int]:
+        error_file = error_files[index]
+        return lost_peer(_read_error(error_file)), error_file.stat().st_mtime_ns if error_file.exists() else 0
 
-    index = min((index for index, rank in enumerate(ranks) if rank.exitcode), key=guilt)
+    index = min((index for index, rank in enumerate(ranks) if rank.exitcode), key=blame_key)
     code, pid = ranks[index].exitcode or 0, ranks[index].pid or 0
-    if error := _noted(notes[index]):
+    if error := _read_error(error_files[index]):
         raise ProcessRaisedException(
             f"\n\n-- Process {index} terminated with the following error:\n{error}", index, pid
         )
@@ -370,7 +380,7 @@ def _raise_first(ranks: Sequence[BaseProcess], notes: Sequence[Path]) -> NoRetur
     raise ProcessExitedException(f"process {index} terminated with exit code {code}", index, pid, code)
 
 
-def _end(ranks: Sequence[BaseProcess]) -> None:
+def _terminate(ranks: Sequence[BaseProcess]) -> None:
     """Ends what is still running: asked first, then killed."""
     alive = [rank for rank in ranks if rank.pid is not None and rank.is_alive()]
     for rank in alive:

@@ -80,7 +80,7 @@ def test_a_single_process_is_started_again_too(accelerate: Run, script: Write) -
     assert done.stderr.count("a rank failed; starting all ranks again") == 2
 
 
-SAVED = {"SIGTERM": "stopped by SIGTERM; all ranks have", "SIGUSR1": "asked to"}
+SAVED = {"SIGTERM": "stopped by SIGTERM; all ranks have", "SIGUSR1": "it was stopped"}
 
 
 @pytest.mark.slow

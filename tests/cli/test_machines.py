@@ -247,16 +247,16 @@ SAID: dict[str, list[tuple[int, str]]] = {
     "a wrong port": [(1, WAITED), (1, TRIED.replace("{port}", "28999") + "it answers, but nothing listens")],
     "a firewall": [(1, WAITED), (1, TRIED + "no answer: the machine is off, or a firewall drops")],
     "rank 0 twice": [
-        (1, "two machines want to hold the meeting at 10.77.0.1:{port}: machine 0 ({0}), whose address that is"),
+        (1, "two machines host the rendezvous at 10.77.0.1:{port}: machine 0 ({0}), which owns the address"),
         (2, "and machine 0 ({1}). Each machine needs a --machine_rank of its own."),
     ],
     "another number of processes": [
-        (1, "machine 1 ({1}) was told --num_processes 4, and machine 0 ({0}) --num_processes 2: it must be the same"),
-        (2, "machine 1 ({1}) was told --num_processes 4, and machine 0 ({0}) --num_processes 2: it must be the same"),
+        (1, "machine 1 ({1}) has --num_processes 4, but machine 0 ({0}) has --num_processes 2: it must be the same"),
+        (2, "machine 1 ({1}) has --num_processes 4, but machine 0 ({0}) has --num_processes 2: it must be the same"),
     ],
     "another number of machines": [
-        (1, "machine 1 ({1}) was told --num_machines 3, and machine 0 ({0}) --num_machines 2: it must be the same"),
-        (2, "machine 1 ({1}) was told --num_machines 3, and machine 0 ({0}) --num_machines 2: it must be the same"),
+        (1, "machine 1 ({1}) has --num_machines 3, but machine 0 ({0}) has --num_machines 2: it must be the same"),
+        (2, "machine 1 ({1}) has --num_machines 3, but machine 0 ({0}) has --num_machines 2: it must be the same"),
     ],
     "another rendezvous": [
         (1, "--rdzv_backend c10d, and machine 0 ({0}) --rdzv_backend static"),
@@ -264,7 +264,7 @@ SAID: dict[str, list[tuple[int, str]]] = {
     ],
     "a port that is taken": [
         (2, "machine 0 ({0}) cannot listen on 10.77.0.1:28997: another program has taken the port. Choose another"),
-        (1, TRIED + "something else than a meeting of `accelerate launch` answers on that port. "),
+        (1, TRIED + "something other than `accelerate launch` answers on that port. "),
     ],
     "no way": [
         (2, "machine 0 ({0}): this machine has no way to 10.99.0.1 (Network is unreachable). See --main_process_ip"),
@@ -354,7 +354,7 @@ def parted(lab: Lab) -> dict[str, list[Done]]:
 def test_a_machine_that_is_gone(parted: dict[str, list[Done]], lab: Lab) -> None:
     left, killed = parted["launcher 1 is killed"]
     assert (left.code, killed.code) == (1, -signal.SIGKILL)
-    assert left.last == f"accelerate launch: machine 1 ({lab.hosts[1].name}) {GONE.format('no sign of life for 3 s')}"
+    assert left.last == f"accelerate launch: machine 1 ({lab.hosts[1].name}) {GONE.format('no heartbeat for 3 s')}"
     killed, left = parted["launcher 0 is killed"]
     assert (left.code, killed.code) == (1, -signal.SIGKILL)
     lost = GONE.format("the connection to it is lost")
@@ -404,5 +404,5 @@ def test_ranks_start_again_on_both(backend: str, training: dict[str, list[Done]]
 def test_ranks_that_lose_a_machine(training: dict[str, list[Done]], lab: Lab) -> None:
     left, _ = training["killed"]
     assert left.code == 1 and "Traceback" in left.errors  # the rank's own
-    assert left.last.startswith(f"accelerate launch: machine 1 ({lab.hosts[1].name}) is gone: no sign of life")
+    assert left.last.startswith(f"accelerate launch: machine 1 ({lab.hosts[1].name}) is gone: no heartbeat")
     assert lab.hosts[0].processes() + lab.hosts[1].processes() == []

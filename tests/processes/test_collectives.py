@@ -227,12 +227,12 @@ def tensors_of_another_device() -> None:
     comm = here.collectives
     travelled: list[torch.device] = []
 
-    class Elsewhere(type(comm)):  # type: ignore[misc]
+    class PeerExitError(type(comm)):  # type: ignore[misc]
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
             travelled.append(tensor.device)
             return torch.empty(self.size * tensor.shape[0], device="meta")
 
-    there = Elsewhere(torch.device("meta"))
+    there = PeerExitError(torch.device("meta"))
     from accelerate.runtime import collectives
 
     error = raised(lambda: collectives._gather_one(torch.ones(2), there))

@@ -47,6 +47,6 @@ def test_the_agent_gets_what_is_asked_for(option, value, key, expected, monkeypa
 
 def test_ranks_for_a_test_get_what_is_asked_for(monkeypatch):
     given: list[Any] = []
-    monkeypatch.setattr(launchers, "_fork", lambda function, args, count, *_, **__: given.extend([args, count]))
+    monkeypatch.setattr(launchers, "_fork_ranks", lambda function, args, count, *_, **__: given.extend([args, count]))
     debug_launcher(lambda word: None, args=("word",), num_processes=3)
     assert given == [("word",), 3]

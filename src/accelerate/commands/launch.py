@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: the failing rank's own, 2 when the command line or the configuration cannot be used.
     """
     try:
-        words = parse.split(sys.argv[1:] if argv is None else argv)
+        words = parse.split_args(sys.argv[1:] if argv is None else argv)
         if words.help:
             from .launch_help import format_help
 
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _start(words: parse.Words, *, replace: bool) -> int:
+def _start(words: parse.ParsedArgs, *, replace: bool) -> int:
     from ..launch.run import launch
 
-    settings, file = parse.of_words(words)
+    settings, file = parse.resolve_args(words)
     return launch(settings, file.path if file is not None else None, replace=replace)
 
 
@@ -51,7 +51,7 @@ def launch_command(args: argparse.Namespace) -> None:
         SystemExit: with the exit code, unless it is 0.
     """
     try:
-        code = _start(parse.of_namespace(args), replace=False)
+        code = _start(parse.from_namespace(args), replace=False)
     except SettingsError as error:
         print(f"accelerate launch: {error}", file=sys.stderr)
         code = 2

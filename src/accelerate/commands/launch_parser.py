@@ -25,7 +25,7 @@ class LaunchParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         try:
-            words = parse.split(sys.argv[1:] if args is None else args)
+            words = parse.split_args(sys.argv[1:] if args is None else args)
         except SettingsError as error:
             self.error(str(error))
         if words.help:

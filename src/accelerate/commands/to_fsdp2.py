@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..launch import config_file
 from ..launch.config_io import dump, load, read, write
-from ..launch.parse import choose
+from ..launch.parse import merge_values
 from ..settings.enums import FSDP_SHARDING_STRATEGY
 from ..settings.option import OptionSpec, SettingsError
 from .parsers import add, make_parser
@@ -62,13 +62,13 @@ def convert(content: Mapping[str, Any], path: str) -> Conversion:
     Raises:
         SettingsError: when the content cannot be understood.
     """
-    understood = config_file.understand(content, path)
+    understood = config_file.parse_content(content, path)
     old = content.get("fsdp_config") or {}
     if understood.values.get("fsdp_version") == 2:
         return Conversion(dict(content), ("is for FSDP 2 already",), False)
-    if "use_fsdp" not in choose({}, understood) and not old:
+    if "use_fsdp" not in merge_values({}, understood) and not old:
         return Conversion(dict(content), ("is not about FSDP: there is nothing to convert",), False)
-    table = config_file.tables()[1]["fsdp_config"]
+    table = config_file.key_tables()[1]["fsdp_config"]
     section: dict[str, Any] = {}
     notes = ["fsdp_version is 2"]
     for key, value in old.items():

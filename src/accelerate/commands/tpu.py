@@ -38,19 +38,19 @@ def command(args: argparse.Namespace) -> list[str]:
     Raises:
         SettingsError: when something is missing, or cannot be read.
     """
-    from ..launch.config_file import find
+    from ..launch.config_file import load_config
     from ..launch.engines import tpu
     from ..settings.clouds import TpuCommandSettings
     from ..settings.option import build
 
-    file = find(args.config_file)
+    file = load_config(args.config_file)
     kept = build(TpuCommandSettings, file.values if file is not None else {})
     path, commands = kept.command_file, kept.commands
     if args.command_file is not None or args.command is not None:
         path, commands = args.command_file, tuple(" ".join(words) for words in args.command or ())
     listed = [*([tpu.read_commands(path)] if path is not None else []), *commands]
     script = tpu.remote_script(listed, args.accelerate_version if args.install_accelerate else None)
-    return tpu.tpu_command(args.tpu_name or kept.tpu_name, args.tpu_zone or kept.tpu_zone, script, args.use_alpha)
+    return tpu.ssh_command(args.tpu_name or kept.tpu_name, args.tpu_zone or kept.tpu_zone, script, args.use_alpha)
 
 
 def run(args: argparse.Namespace) -> int:

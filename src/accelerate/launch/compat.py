@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..settings import env
 from ..settings.launcher import LaunchSettings
-from .parse import of_namespace, of_words
-from .plan import build
+from .parse import from_namespace, resolve_args
+from .plan import build_plan
 
 if TYPE_CHECKING:
     import argparse
 
 
 def _settings(args: argparse.Namespace) -> LaunchSettings:
-    return of_words(of_namespace(args))[0]
+    return resolve_args(from_namespace(args))[0]
 
 
 def prepare_simple_launcher_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
@@ -27,8 +27,8 @@ def prepare_simple_launcher_cmd_env(args: argparse.Namespace) -> tuple[list[str]
     Raises:
         ValueError: when the settings cannot be used.
     """
-    plan = build(_settings(args))
-    return plan.command, plan.environment_over(env.snapshot())
+    plan = build_plan(_settings(args))
+    return plan.command, plan.merged_environment(env.snapshot())
 
 
 def prepare_multi_gpu_env(args: argparse.Namespace) -> dict[str, str]:
@@ -37,7 +37,7 @@ def prepare_multi_gpu_env(args: argparse.Namespace) -> dict[str, str]:
     Raises:
         ValueError: when the settings cannot be used.
     """
-    return build(_settings(args)).environment_over(env.snapshot())
+    return build_plan(_settings(args)).merged_environment(env.snapshot())
 
 
 def prepare_deepspeed_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
@@ -46,8 +46,8 @@ def prepare_deepspeed_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict
     Raises:
         ValueError: when the settings cannot be used.
     """
-    plan = build(_settings(args).replace(use_deepspeed=True))
-    return plan.command, plan.environment_over(env.snapshot())
+    plan = build_plan(_settings(args).replace(use_deepspeed=True))
+    return plan.command, plan.merged_environment(env.snapshot())
 
 
 def prepare_tpu(
@@ -56,7 +56,7 @@ def prepare_tpu(
     """`args` and `current_env` with what TPUs need; for a pod, `args.env` becomes that environment."""
     settings = _settings(args)
     host = settings.replace(tpu=True, tpus=settings.tpus.replace(tpu_use_cluster=False))
-    current_env = build(host).environment_over(current_env)
+    current_env = build_plan(host).merged_environment(current_env)
     if pod:
         args.env = [f"{name}={value}" for name, value in current_env.items()]
     return args, current_env
@@ -81,10 +81,10 @@ def prepare_sagemager_args_inputs(
     from . import config_file, parse
     from .engines import sagemaker
 
-    words = of_namespace(args)
-    file = config_file.understand(sagemaker_config.to_dict(), type(sagemaker_config).__name__)
-    settings = parse.assemble(words.flags, file, words.script, words.script_args)
-    job = sagemaker.prepare(settings, build(settings).environment)
+    words = from_namespace(args)
+    file = config_file.parse_content(sagemaker_config.to_dict(), type(sagemaker_config).__name__)
+    settings = parse.merge_settings(words.flags, file, words.script, words.script_args)
+    job = sagemaker.prepare_job(settings, build_plan(settings).environment)
     env.publish(sagemaker.credentials(settings))
     return argparse.Namespace(**job.estimator), dict(job.inputs or {})
 

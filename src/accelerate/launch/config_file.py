@@ -19,14 +19,14 @@ from .config_io import load, printable
 _T = TypeVar("_T")
 
 # Keys that no option stands for: they say where the job runs, and how its processes share the work.
-_PLACE_KEYS = ("compute_environment", "distributed_type")
+_ROUTING_KEYS = ("compute_environment", "distributed_type")
 # Sections of earlier releases whose keys are options at the file's top level.
-OLD_SECTIONS = {"ipex_config": ("ipex", "use_xpu")}
-_SHOWN = 20
+LEGACY_SECTIONS = {"ipex_config": ("ipex", "use_xpu")}
+_MAX_LISTED = 20
 """How many of a file's problems a message lists."""
 # Values of distributed_type in earlier releases, and what they are today.
-OLD_KINDS = {"TPU": "XLA", "MPS": "NO"}
-_FROM_THE_COMMAND_LINE_ONLY = frozenset({"config_file", "quiet", "module", "no_python", "dry_run"})
+LEGACY_DISTRIBUTED_TYPES = {"TPU": "XLA", "MPS": "NO"}
+_COMMAND_LINE_ONLY = frozenset({"config_file", "quiet", "module", "no_python", "dry_run"})
 
 
 class ConfigFile(NamedTuple):
@@ -34,8 +34,8 @@ class ConfigFile(NamedTuple):
 
     Attributes:
         path: Where it is.
-        values: Converted values by `Entry.dest`.
-        keys: Where each of them stands, by `Entry.dest`: ``fsdp_config.fsdp_version``.
+        values: Converted values by `OptionSpec.dest`.
+        keys: Where each of them stands, by `OptionSpec.dest`: ``fsdp_config.fsdp_version``.
         compute_environment: ``LOCAL_MACHINE`` or ``AMAZON_SAGEMAKER``.
         distributed_type: The file's key of that name, a member of `DistributedType` (or SageMaker's) by value; "" where
             the file leaves it to the machine and to flags.
@@ -63,7 +63,7 @@ def default_path() -> str:
     return os.path.join(cache_home(), "accelerate", "default_config.yaml")
 
 
-def find(path: str | None) -> ConfigFile | None:
+def load_config(path: str | None) -> ConfigFile | None:
     """Reads the file named, else the default one, else gives None.
 
     Raises:
@@ -71,16 +71,16 @@ def find(path: str | None) -> ConfigFile | None:
     """
     if path is None:
         default = default_path()
-        return understand(load(default), default) if os.path.isfile(default) else None
+        return parse_content(load(default), default) if os.path.isfile(default) else None
     if not os.path.exists(path):
         raise SettingsError(
             f"configuration file {path} does not exist. Leave --config_file out to use {default_path()}, or write one "
             "with `accelerate config default --config_file FILE`."
         )
-    return understand(load(path), path)
+    return parse_content(load(path), path)
 
 
-def understand(content: Mapping[str, Any], path: str) -> ConfigFile:
+def parse_content(content: Mapping[str, Any], path: str) -> ConfigFile:
     """What a file's content says.
 
     Args:
@@ -90,17 +90,17 @@ def understand(content: Mapping[str, Any], path: str) -> ConfigFile:
     Raises:
         SettingsError: for unknown keys and values of the wrong kind, all of them in one message.
     """
-    found = _Findings()
-    top, inside = tables()
+    found = _ContentParser()
+    top, inside = key_tables()
     for key, value in content.items():
         if key in inside:
             found.section(key, value, inside[key])
-        elif key not in _PLACE_KEYS:
-            found.put(top, key, key, value, near=(*top, *inside, *_PLACE_KEYS))
+        elif key not in _ROUTING_KEYS:
+            found.put(top, key, key, value, near=(*top, *inside, *_ROUTING_KEYS))
     environment = found.attempt(_compute_environment, content) or "LOCAL_MACHINE"
     kind = found.attempt(_distributed_type, content, environment, found.sections)
     if found.problems:
-        raise SettingsError(f"configuration file {path}{_listed(found.problems)}")
+        raise SettingsError(f"configuration file {path}{_format_problems(found.problems)}")
     if found.values.get("num_processes") == -1:  # how earlier releases wrote "not said"
         del found.values["num_processes"]
     deepspeed = content.get("deepspeed_config") or {}
@@ -115,7 +115,7 @@ def understand(content: Mapping[str, Any], path: str) -> ConfigFile:
     )
 
 
-class _Findings:
+class _ContentParser:
     """What a file says and what is wrong with it, gathered key by key."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class _Findings:
     def put(self, table: Mapping[str, OptionSpec], key: Any, where: str, value: Any, near: Iterable[str]) -> None:
         entry = table.get(key) if isinstance(key, str) else None
         if entry is None:
-            self.problems.append(_unknown(key, printable(where), near))
+            self.problems.append(_unknown_key_message(key, printable(where), near))
         elif value is not None:
             other = self.keys.get(entry.dest)
             if other is not None and value != self.raw[entry.dest]:
@@ -159,13 +159,13 @@ class _Findings:
             return None
 
 
-def tables() -> tuple[dict[str, OptionSpec], dict[str, dict[str, OptionSpec]]]:
+def key_tables() -> tuple[dict[str, OptionSpec], dict[str, dict[str, OptionSpec]]]:
     """Options by the keys of the file's top level, and of each section."""
     top: dict[str, OptionSpec] = {}
     inside: dict[str, dict[str, OptionSpec]] = {}
     for settings in (SageMakerSettings, TpuCommandSettings, LaunchSettings):
         for entry in option_specs(settings):
-            if entry.dest in _FROM_THE_COMMAND_LINE_ONLY or entry.option.secret:
+            if entry.dest in _COMMAND_LINE_ONLY or entry.option.secret:
                 continue
             if entry.section is None or entry.section.key is None:
                 top.update(dict.fromkeys(entry.keys, entry))
@@ -173,18 +173,18 @@ def tables() -> tuple[dict[str, OptionSpec], dict[str, dict[str, OptionSpec]]]:
                 inside.setdefault(entry.section.key, {}).update(dict.fromkeys(entry.keys, entry))
                 if entry.dest == "dynamo_backend":  # earlier releases wrote it at the top
                     top[entry.dest] = entry
-    for name, keys in OLD_SECTIONS.items():
+    for name, keys in LEGACY_SECTIONS.items():
         inside[name] = {key: top[key] for key in keys}
     return top, inside
 
 
-def _unknown(key: Any, where: str, near: Iterable[str]) -> str:
+def _unknown_key_message(key: Any, where: str, near: Iterable[str]) -> str:
     if any(entry.option.secret and key in entry.keys for entry in option_specs(LaunchSettings)):
         return (
             f"{where}: nothing secret belongs in this file. Name a profile of the AWS command line (`profile: NAME`), "
             f"give --{key}, or set {str(key).upper()}."
         )
-    home = _home(key)
+    home = _expected_location(key)
     if home is not None:
         return f"unknown key {where}. It belongs {home}."
     import difflib
@@ -193,19 +193,19 @@ def _unknown(key: Any, where: str, near: Iterable[str]) -> str:
     return f"unknown key {where}." + (f" Did you mean {found[0]}?" if found else "")
 
 
-def _home(key: Any) -> str | None:
+def _expected_location(key: Any) -> str | None:
     """Where a key belongs that stands in the wrong place."""
-    top, inside = tables()
+    top, inside = key_tables()
     if key in top or key in inside:
         return "at the top of the file"
     return next((f"under {name}" for name, table in inside.items() if key in table and key == table[key].dest), None)
 
 
-def _listed(problems: list[str]) -> str:
+def _format_problems(problems: list[str]) -> str:
     if len(problems) == 1:
         return f": {problems[0]}"
-    rest = len(problems) - _SHOWN
-    lines = [*problems[:_SHOWN], *([f"… and {rest} more."] if rest > 0 else [])]
+    rest = len(problems) - _MAX_LISTED
+    lines = [*problems[:_MAX_LISTED], *([f"… and {rest} more."] if rest > 0 else [])]
     return f" has {len(problems)} problems:" + "".join(f"\n  {line}" for line in lines)
 
 
@@ -230,7 +230,7 @@ def _distributed_type(content: Mapping[str, Any], environment: str, sections: It
     if value is False:  # YAML 1.1 reads a bare NO as false
         value = "NO"
     if isinstance(value, str):
-        value = OLD_KINDS.get(value, value)
+        value = LEGACY_DISTRIBUTED_TYPES.get(value, value)
     if value in kinds:
         return str(value)
     raise SettingsError(

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     import yaml
 
 # A configuration has a few kilobytes. What is far beyond is something else, and costs memory or the C stack.
-_LARGEST = 1 << 20
-_DEEPEST = 32
-_TOO_DEEP = f"nested more than {_DEEPEST} deep."
-_LONGEST_NUMBER = 100
-_MOST_VALUES = 100_000
+_MAX_BYTES = 1 << 20
+_MAX_DEPTH = 32
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} deep."
+_MAX_DIGITS = 100
+_MAX_VALUES = 100_000
 # What yaml's constructors raise for scalars that are not what they claim to be: !!int x, 2020-99-99.
-_NOT_A_VALUE = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+_CONSTRUCTOR_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
 def load(path: str) -> dict[str, Any]:
@@ -55,12 +55,12 @@ def read(path: str) -> bytes:
     """
     try:
         with open(path, "rb") as file:
-            data = file.read(_LARGEST + 1)
+            data = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise SettingsError(f"configuration file {path} cannot be read: {getattr(error, 'strerror', error)}.") from None
-    if len(data) > _LARGEST:
+    if len(data) > _MAX_BYTES:
         raise SettingsError(
-            f"configuration file {path} is larger than {_LARGEST >> 20} MiB: is it a configuration of accelerate?"
+            f"configuration file {path} is larger than {_MAX_BYTES >> 20} MiB: is it a configuration of accelerate?"
         )
     return data
 
@@ -78,13 +78,11 @@ def _json(data: bytes) -> Any:
     import json
 
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        _refuse_twice((key, printable(key)) for key, _ in pairs)
+        _reject_duplicates((key, printable(key)) for key, _ in pairs)
         return dict(pairs)
 
     def integer(text: str) -> int | str:
-        return (
-            int(text) if len(text) <= _LONGEST_NUMBER else text
-        )  # Python refuses the largest; as text its key is told
+        return int(text) if len(text) <= _MAX_DIGITS else text  # Python refuses the largest; as text its key is told
 
     try:
         content = json.loads(data, object_pairs_hook=mapping, parse_int=integer)
@@ -95,14 +93,14 @@ def _json(data: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"is not text in UTF-8: {error}") from None
     level = [content]
-    for _ in range(_DEEPEST):
-        level = [part for value in level for part in _parts(value)]
+    for _ in range(_MAX_DEPTH):
+        level = [part for value in level for part in _children(value)]
     if level:
         raise ValueError(_TOO_DEEP)
     return content
 
 
-def _parts(value: Any) -> list[Any]:
+def _children(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
@@ -111,24 +109,24 @@ def _yaml(data: bytes) -> Any:
 
     loader_type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        _refuse_depth(data, loader_type)
+        _check_depth(data, loader_type)
         loader = loader_type(data)
         try:
             node = loader.get_single_node()
             if node is None:
                 return {}
-            _weigh(node, {}, "")
+            _count_values(node, {}, "")
             try:
                 return loader.construct_document(node)
-            except _NOT_A_VALUE as error:
-                raise ValueError(_culprit(loader, node) or str(error)) from None
+            except _CONSTRUCTOR_ERRORS as error:
+                raise ValueError(_find_invalid_scalar(loader, node) or str(error)) from None
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ValueError(f"is not valid yaml: {_place_of(error)}") from None
+        raise ValueError(f"is not valid yaml: {_format_yaml_error(error)}") from None
 
 
-def _place_of(error: yaml.YAMLError) -> str:
+def _format_yaml_error(error: yaml.YAMLError) -> str:
     """What is wrong with a text, and where: yaml's own words tell where the block around it begins as well."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
@@ -136,18 +134,18 @@ def _place_of(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', error)}"
 
 
-def _refuse_depth(data: bytes, loader_type: Any) -> None:
+def _check_depth(data: bytes, loader_type: Any) -> None:
     # The composer of libyaml's binding recurses without a limit: deep nesting would end the process.
     import yaml
 
     depth = 0
     for event in yaml.parse(data, Loader=loader_type):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
+        if depth > _MAX_DEPTH:
             raise ValueError(f"line {_line(event)}: {_TOO_DEEP}")
 
 
-def _weigh(node: yaml.Node, weights: dict[int, int], path: str) -> int:
+def _count_values(node: yaml.Node, counts: dict[int, int], path: str) -> int:
     """How many values `node` stands for once aliases are followed; refuses keys that stand twice on the way.
 
     Raises:
@@ -157,27 +155,27 @@ def _weigh(node: yaml.Node, weights: dict[int, int], path: str) -> int:
     import yaml
 
     line = f"line {_line(node)}"
-    if weights.setdefault(id(node), 0):
-        return weights[id(node)]
-    weights[id(node)] = -1  # being weighed
+    if counts.setdefault(id(node), 0):
+        return counts[id(node)]
+    counts[id(node)] = -1  # being weighed
     inner: list[tuple[str, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         words = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        _refuse_twice(((key.tag, key.value), f"{_joined(path, key)} (line {_line(key)})") for key in words)
-        inner = [(_joined(path, key), part) for key, value in node.value for part in (key, value)]
+        _reject_duplicates(((key.tag, key.value), f"{_key_path(path, key)} (line {_line(key)})") for key in words)
+        inner = [(_key_path(path, key), part) for key, value in node.value for part in (key, value)]
     elif isinstance(node, yaml.SequenceNode):
         inner = [(path, value) for value in node.value]
-    elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > _LONGEST_NUMBER:
+    elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > _MAX_DIGITS:
         raise ValueError(f"{line}: {path}: found a number of {len(node.value)} digits.")
     total = 1
     for name, part in inner:
-        weight = _weigh(part, weights, name)
-        if weight < 0:
+        count = _count_values(part, counts, name)
+        if count < 0:
             raise ValueError(f"{line}: {name or 'the file'} refers to itself.")
-        total += weight
-        if total > _MOST_VALUES:
-            raise ValueError(f"{line}: {name or 'the file'} stands for more than {_MOST_VALUES} values.")
-    weights[id(node)] = total
+        total += count
+        if total > _MAX_VALUES:
+            raise ValueError(f"{line}: {name or 'the file'} stands for more than {_MAX_VALUES} values.")
+    counts[id(node)] = total
     return total
 
 
@@ -185,7 +183,7 @@ def _line(part: yaml.Node | yaml.Event) -> int:
     return part.start_mark.line + 1 if part.start_mark is not None else 0
 
 
-def _joined(path: str, key: yaml.Node) -> str:
+def _key_path(path: str, key: yaml.Node) -> str:
     import yaml
 
     name = printable(key.value) if isinstance(key, yaml.ScalarNode) else "?"
@@ -197,7 +195,7 @@ def printable(key: Any) -> str:
     return key if isinstance(key, str) and key.isprintable() and len(key) <= 80 else short_repr(key)
 
 
-def _refuse_twice(keys: Iterable[tuple[object, str]]) -> None:
+def _reject_duplicates(keys: Iterable[tuple[object, str]]) -> None:
     """Raises for the second of two equal keys, each given with the words that name it."""
     seen: set[object] = set()
     for key, name in keys:
@@ -206,7 +204,7 @@ def _refuse_twice(keys: Iterable[tuple[object, str]]) -> None:
         seen.add(key)
 
 
-def _culprit(loader: Any, node: yaml.Node) -> str | None:
+def _find_invalid_scalar(loader: Any, node: yaml.Node) -> str | None:
     """The first scalar below `node` that cannot be constructed, in words."""
     import yaml
 
@@ -215,13 +213,13 @@ def _culprit(loader: Any, node: yaml.Node) -> str | None:
     while todo:
         path, node = todo.pop(0)
         if isinstance(node, yaml.MappingNode):
-            todo += [(_joined(path, key), part) for key, value in node.value for part in (key, value)]
+            todo += [(_key_path(path, key), part) for key, value in node.value for part in (key, value)]
         elif isinstance(node, yaml.SequenceNode):
             todo += [(path, value) for value in node.value]
         else:
             try:
                 loader.construct_object(node)
-            except _NOT_A_VALUE:
+            except _CONSTRUCTOR_ERRORS:
                 kind = node.tag.rpartition(":")[2]
                 return f"line {_line(node)}: {path}: {short_repr(node.value)} cannot be read as {kind}."
     return None

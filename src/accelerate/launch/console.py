@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 
-def say(line: str, quiet: bool = False) -> None:
+def log_line(line: str, quiet: bool = False) -> None:
     """Prints a line, unless `quiet`."""
     if not quiet:
         print(f"accelerate launch: {line}", file=sys.stderr, flush=True)

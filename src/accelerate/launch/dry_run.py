@@ -9,7 +9,7 @@ from ..settings.launcher import LaunchSettings
 from .plan import LaunchPlan
 
 
-def as_typed(plan: LaunchPlan, settings: LaunchSettings, here: Mapping[str, str]) -> str:
+def format_plan(plan: LaunchPlan, settings: LaunchSettings, here: Mapping[str, str]) -> str:
     """`plan` as one would type it: a ``NAME=value`` line for each variable, then the command.
 
     Args:
@@ -20,16 +20,16 @@ def as_typed(plan: LaunchPlan, settings: LaunchSettings, here: Mapping[str, str]
     Raises:
         SettingsError: when what the settings name cannot be read.
     """
-    if plan.starter == "sagemaker":
-        from .engines.sagemaker import as_text, prepare
+    if plan.launcher == "sagemaker":
+        from .engines.sagemaker import format_job, prepare_job
 
-        return as_text(prepare(settings, plan.environment))
-    added = {name: value for name, value in plan.environment.items() if not (name in plan.yields and name in here)}
+        return format_job(prepare_job(settings, plan.environment))
+    added = {name: value for name, value in plan.environment.items() if not (name in plan.overridable and name in here)}
     lines = [f"{name}={shlex.quote(value)}" for name, value in sorted(added.items())]
     command = plan.command
-    if plan.starter == "torch":
+    if plan.launcher == "torch":
         # torch.distributed.run replaces $-macros in the script's name and arguments, and two $ stand for one.
         start = len(command) - len(settings.script_args) - (0 if settings.no_python else 1)
         command = [*command[:start], *(word.replace("$", "$$") for word in command[start:])]
     typed = " \\\n".join([*lines, shlex.join(command)])
-    return " &\n".join([typed, *map(shlex.join, plan.beside), "wait"]) if plan.beside else typed
+    return " &\n".join([typed, *map(shlex.join, plan.parallel_commands), "wait"]) if plan.parallel_commands else typed

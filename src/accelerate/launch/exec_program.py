@@ -6,18 +6,18 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from ..runtime.cluster.cluster_env import DEFAULT_PORT, LOOPBACK
+from ..runtime.cluster.cluster_env import DEFAULT_PORT
 from ..settings import env
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
-from .console import say
+from .console import log_line
 from .plan import LaunchPlan
 
-Starter = Callable[[str, Sequence[str], Mapping[str, str]], int]
-"""Runs a program and returns its exit code: `become` or `run_beside`."""
+Runner = Callable[[str, Sequence[str], Mapping[str, str]], int]
+"""Runs a program and returns its exit code: `exec_program` or `run_subprocess`."""
 
 
-def become(program: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
+def exec_program(program: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Replaces this process: signals, exit code and last words are the program's own.
 
     Args:
@@ -29,7 +29,7 @@ def become(program: str, command: Sequence[str], environment: Mapping[str, str])
         SettingsError: when it cannot be started.
     """
     if os.name == "nt":  # there, exec starts another process and leaves
-        return run_beside(program, command, environment)
+        return run_subprocess(program, command, environment)
     sys.stdout.flush()
     sys.stderr.flush()
     try:
@@ -38,7 +38,7 @@ def become(program: str, command: Sequence[str], environment: Mapping[str, str])
         raise SettingsError(f"{program} cannot be started: {error.strerror}.") from None
 
 
-def run_beside(program: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run_subprocess(program: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Runs the program in a child process and waits for it: the caller is somebody's Python, and goes on.
 
     Args:
@@ -63,7 +63,7 @@ def run_beside(program: str, command: Sequence[str], environment: Mapping[str, s
     return code if code >= 0 else 128 - code
 
 
-def start_mpirun(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+def start_mpirun(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
     """Runs ``mpirun`` through `start`; it starts the processes and looks after them.
 
     Raises:
@@ -73,21 +73,21 @@ def start_mpirun(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> 
 
     from .engines import mpi
 
-    environment = plan.environment_over(env.snapshot())
+    environment = plan.merged_environment(env.snapshot())
     program = shutil.which("mpirun")
     if program is None:
         raise SettingsError(
             "mpirun is not installed, and --mpirun_hostfile asks for it: install Open MPI (apt install openmpi-bin), "
             "MPICH (apt install mpich) or Intel MPI, or leave --mpirun_hostfile (mpirun_config in the file) out."
         )
-    mpi.check_here(settings, _is_root(), environment)
+    mpi.check_host(settings, _is_root(), environment)
     if settings.machines == 1:
         wanted = DEFAULT_PORT if settings.main_process_port is None else settings.main_process_port
         environment["MASTER_PORT"] = str(_free_port(wanted, settings.quiet))
     return start(program, plan.command, environment)
 
 
-def start_deepspeed(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+def start_deepspeed(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
     """Runs ``deepspeed`` through `start`; it starts the processes on all machines.
 
     Raises:
@@ -97,23 +97,23 @@ def start_deepspeed(plan: LaunchPlan, settings: LaunchSettings, start: Starter) 
 
     from .engines import deepspeed
 
-    environment = plan.environment_over(env.snapshot())
+    environment = plan.merged_environment(env.snapshot())
     # Beside this interpreter first: the environment that has both need not be the one that is activated.
     path = os.pathsep.join((os.path.dirname(sys.executable), environment.get("PATH", os.defpath)))
     program = shutil.which("deepspeed", path=path)
     if program is None:
         raise SettingsError("the command deepspeed is not installed: pip install deepspeed.")
-    deepspeed.check_here(settings, _is_root(), environment)
-    if not deepspeed.launcher_of(settings).carries:
-        environment["DS_ENV_FILE"] = _in_memory(deepspeed.for_other_machines(plan.environment, environment))
-        say(
+    deepspeed.check_host(settings, _is_root(), environment)
+    if not deepspeed.multinode_launcher(settings).forwards_environment:
+        environment["DS_ENV_FILE"] = _memory_file(deepspeed.environment_file(plan.environment, environment))
+        log_line(
             "the launcher's variables go to the other machines by a DS_ENV_FILE (with your .deepspeed_env)",
             settings.quiet,
         )
     return start(program, plan.command, environment)
 
 
-def _in_memory(text: str) -> str:
+def _memory_file(text: str) -> str:
     """The path of a file that exists for this process and its children only: nothing is left over when they end."""
     descriptor = os.memfd_create("deepspeed_env", 0)  # kept open over exec
     with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
@@ -123,16 +123,16 @@ def _in_memory(text: str) -> str:
 
 def _free_port(wanted: int, quiet: bool) -> int:
     """`wanted` on 127.0.0.1, or any free one where that is taken or 0."""
-    from ..runtime.cluster.network import listen
+    from .local.local_rendezvous import listen_on_loopback
 
     try:
-        with listen(LOOPBACK, wanted) as listening:
+        with listen_on_loopback(wanted) as listening:
             port = int(listening.getsockname()[1])
     except OSError:
-        with listen(LOOPBACK, 0) as listening:
+        with listen_on_loopback(0) as listening:
             port = int(listening.getsockname()[1])
     if port != wanted:
-        say(f"{f'port {wanted} is taken, ' if wanted else ''}using port {port}", quiet)
+        log_line(f"{f'port {wanted} is taken, ' if wanted else ''}using port {port}", quiet)
     return port
 
 

@@ -1,6 +1,6 @@
 """Looks at the machine, so that the plan does not have to: devices, cores, interfaces. torch is asked last, if at all.
 
-`look` gathers facts, `resolve` writes them into settings where nothing else decided.
+`detect_host` gathers facts, `resolve_settings` writes them into settings where nothing else decided.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
 
 # Kinds of device that come with a package of their own, in the order in which the library prefers them.
-_PACKAGES = {
+_DEVICE_PACKAGES = {
     "mlu": "torch_mlu",
     "sdaa": "torch_sdaa",
     "musa": "torch_musa",
@@ -27,7 +27,7 @@ _PACKAGES = {
 }
 
 
-class Machine(NamedTuple):
+class HostInfo(NamedTuple):
     """Facts about the machine and this process.
 
     Attributes:
@@ -37,8 +37,8 @@ class Machine(NamedTuple):
         interface: The network interface over which ranks reach each other, or None when that cannot be said.
         directory: The current folder.
         python: The interpreter and the options it was started with.
-        place: This process's place among those that MPI or SLURM started, if each is to be one process of the run.
-        step: The SLURM step with one task on each of several nodes of which this process is one.
+        rank_info: This process's place among those that MPI or SLURM started, if each is to be one process of the run.
+        slurm_step: The SLURM step with one task on each of several nodes of which this process is one.
         batch_nodes: How many nodes a SLURM job has whose batch script runs this command itself, else 1.
         hosts: The hosts of the file for mpirun.
         mpi: Whose ``mpirun`` is installed, a row of `launch.mpi`.
@@ -52,8 +52,8 @@ class Machine(NamedTuple):
     interface: str | None
     directory: str
     python: tuple[str, ...]
-    place: RankInfo | None = None
-    step: slurm.SlurmStep | None = None
+    rank_info: RankInfo | None = None
+    slurm_step: slurm.SlurmStep | None = None
     batch_nodes: int = 1
     hosts: tuple[str, ...] = ()
     mpi: str = "openmpi"
@@ -61,43 +61,43 @@ class Machine(NamedTuple):
     peer_access: bool = True
 
 
-def look(settings: LaunchSettings) -> Machine:
-    """Gathers what `resolve` needs for `settings`; devices are counted only if nobody said how many processes.
+def detect_host(settings: LaunchSettings) -> HostInfo:
+    """Gathers what `resolve_settings` needs for `settings`; devices are counted only if nobody said how many processes.
 
     Raises:
         SettingsError: when the variables of MPI or SLURM contradict each other.
     """
     device = "cpu" if settings.cpu else _default_device()
-    place, step, batch_nodes = _scheduler()
-    counted = settings.num_processes is None and not settings.cpu and place is None
-    facts = Machine(
+    rank_info, step, batch_nodes = _detect_scheduler()
+    counted = settings.num_processes is None and not settings.cpu and rank_info is None
+    facts = HostInfo(
         device=device,
-        devices=_count(device, settings.gpu_ids) if counted else 0,
+        devices=_device_count(device, settings.gpu_ids) if counted else 0,
         cores=cores(),
         interface=None,
         directory=os.getcwd(),
         python=(sys.executable, *interpreter_options(sys.orig_argv)),
-        place=place,
-        step=step,
+        rank_info=rank_info,
+        slurm_step=step,
         batch_nodes=batch_nodes,
         peer_access=_peer_access(device),
     )
-    if place is not None:  # its peers on this machine want cores as well, unless it has been bound to its own
-        facts = facts._replace(cores=min(facts.cores, max(1, cores(bound=False) // place.local_size)))
+    if rank_info is not None:  # its peers on this machine want cores as well, unless it has been bound to its own
+        facts = facts._replace(cores=min(facts.cores, max(1, cores(bound=False) // rank_info.local_size)))
     elif settings.mpirun.hostfile is not None and step is None:
         from .engines import mpi
 
-        hosts = mpi.hosts(settings.mpirun.hostfile)
-        facts = facts._replace(hosts=hosts, elsewhere=mpi.are_elsewhere(hosts), mpi=mpi.installed())
-    return facts._replace(interface=_interface(resolve(settings, facts), place))
+        hosts = mpi.read_hostfile(settings.mpirun.hostfile)
+        facts = facts._replace(hosts=hosts, elsewhere=mpi.any_remote(hosts), mpi=mpi.detect_flavor())
+    return facts._replace(interface=_network_interface(resolve_settings(settings, facts), rank_info))
 
 
-def resolve(settings: LaunchSettings, machine: Machine) -> LaunchSettings:
+def resolve_settings(settings: LaunchSettings, machine: HostInfo) -> LaunchSettings:
     """`settings` with the machine's facts where they say nothing."""
-    settings = _of_step(settings, machine.step)
+    settings = _apply_slurm_step(settings, machine.slurm_step)
     processes, machines, rank = settings.num_processes, settings.num_machines, settings.machine_rank
-    address, place = settings.main_process_ip, machine.place
-    if place is not None:  # one of us has been started for each process already
+    address, rank_info = settings.main_process_ip, machine.rank_info
+    if rank_info is not None:  # one of us has been started for each process already
         processes, machines, rank = 1, 1, 0
     else:
         if machines is None and machine.hosts:
@@ -120,8 +120,8 @@ def resolve(settings: LaunchSettings, machine: Machine) -> LaunchSettings:
         directory=machine.directory,
         python=machine.python,
         cores=machine.cores,
-        placed_by="" if place is None else place.source,
-        quiet=settings.quiet or (place is not None and place.rank > 0),  # one of them speaks for all
+        placed_by="" if rank_info is None else rank_info.source,
+        quiet=settings.quiet or (rank_info is not None and rank_info.rank > 0),  # one of them speaks for all
         mpi=machine.mpi,
         elsewhere=machine.elsewhere,
         peer_access=machine.peer_access,
@@ -129,14 +129,14 @@ def resolve(settings: LaunchSettings, machine: Machine) -> LaunchSettings:
     return resolved.replace(threads=max(1, machine.cores // max(1, resolved.processes_here)))
 
 
-def remarks(asked: LaunchSettings, machine: Machine) -> list[str]:
+def host_warnings(asked: LaunchSettings, machine: HostInfo) -> list[str]:
     """Where the machine and what was asked for do not agree, and which was taken: lines for the person who launched."""
     said = []
-    place, step = machine.place, machine.step
-    if place is not None and asked.num_processes not in (None, place.size):
+    rank_info, step = machine.rank_info, machine.slurm_step
+    if rank_info is not None and asked.num_processes not in (None, rank_info.size):
         said.append(
-            f"num_processes {asked.num_processes} is not used: {place.source} has started {place.size} processes, and "
-            "each is one of the run"
+            f"num_processes {asked.num_processes} is not used: {rank_info.source} has started {rank_info.size} processes, "
+            "and each is one of the run"
         )
     if step is not None and asked.num_machines not in (None, step.nodes):
         said.append(
@@ -157,21 +157,21 @@ def remarks(asked: LaunchSettings, machine: Machine) -> list[str]:
 # MPI and SLURM -------------------------------------------------------------------------------------------------------
 
 
-def _scheduler() -> tuple[RankInfo | None, slurm.SlurmStep | None, int]:
+def _detect_scheduler() -> tuple[RankInfo | None, slurm.SlurmStep | None, int]:
     """What MPI and SLURM say: this process's place, or its step, and how many nodes a batch script has to itself."""
     try:
-        place = cluster_env.from_scheduler()
+        rank_info = cluster_env.from_scheduler()
         step = slurm.current_step()
-        if place is None:
+        if rank_info is None:
             return None, None, slurm.batch_job_node_count()
-        if place.source == "SLURM" and step is not None and step.one_task_per_node:
+        if rank_info.source == "SLURM" and step is not None and step.one_task_per_node:
             return None, step, 1
-        return place, None, 1
+        return rank_info, None, 1
     except ValueError as error:
         raise SettingsError(str(error)) from None
 
 
-def _of_step(settings: LaunchSettings, step: slurm.SlurmStep | None) -> LaunchSettings:
+def _apply_slurm_step(settings: LaunchSettings, step: slurm.SlurmStep | None) -> LaunchSettings:
     """`settings` with what a step of one task per node says about machines, where they say nothing themselves."""
     elsewhere = settings.tpu or settings.compute_environment != "LOCAL_MACHINE"
     if step is None or elsewhere or settings.num_machines not in (None, step.nodes):
@@ -196,12 +196,12 @@ def _default_device() -> str:
     wanted = env.get("ACCELERATE_TORCH_DEVICE")
     if wanted:
         return wanted.split(":")[0]
-    for kind, package in _PACKAGES.items():
+    for kind, package in _DEVICE_PACKAGES.items():
         if find_spec(package) is not None:
             return kind
     if env.flag("USE_TORCH_XLA", default=True) and find_spec("torch_xla") is not None:
         return "xla"
-    if _has_cuda_driver() and not _hidden(env.get("CUDA_VISIBLE_DEVICES")):
+    if _has_cuda_driver() and not _hides_all_devices(env.get("CUDA_VISIBLE_DEVICES")):
         return "cuda"
     if "+xpu" in _torch_version():
         return "xpu"
@@ -214,7 +214,7 @@ def _has_cuda_driver() -> bool:
     return any(map(os.path.exists, nodes)) or (os.name == "nt" and "+cu" in _torch_version())
 
 
-def _hidden(visible: str | None) -> bool:
+def _hides_all_devices(visible: str | None) -> bool:
     """Whether a list of visible devices hides all of them: it ends at the first that there cannot be."""
     return visible is not None and (visible.strip() == "" or visible.strip().startswith("-"))
 
@@ -246,7 +246,7 @@ def _torch_version() -> str:
         return next((line.partition("=")[2] for line in file if line.startswith("__version__")), "")
 
 
-def _count(device: str, gpu_ids: str | None) -> int:
+def _device_count(device: str, gpu_ids: str | None) -> int:
     """How many devices a run would use."""
     if device == "cpu":
         return 0
@@ -295,10 +295,10 @@ def _read(path: str) -> str:
         return ""
 
 
-def _interface(settings: LaunchSettings, place: RankInfo | None) -> str | None:
+def _network_interface(settings: LaunchSettings, rank_info: RankInfo | None) -> str | None:
     """The network interface over which ranks find each other: gloo is bound to it by name."""
-    if place is not None and place.local_size < place.size:
-        towards = settings.main_process_ip or place.address or None
+    if rank_info is not None and rank_info.local_size < rank_info.size:
+        towards = settings.main_process_ip or rank_info.address or None
     elif settings.machines > 1:
         towards = settings.main_process_ip
     else:  # the interface of 127.0.0.1, found without a socket

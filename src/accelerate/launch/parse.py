@@ -1,6 +1,7 @@
 """Words to settings: the command line, the configuration file and the defaults, in that order of precedence.
 
-`split` reads argv, `assemble` joins it with a file, `parse` does both. What follows the script's name is the script's.
+`split_args` reads argv, `merge_settings` joins it with a file, `parse` does both.
+What follows the script's name is the script's.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from .config_file import ConfigFile
 _PARADIGMS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
 
 
-class Words(NamedTuple):
+class ParsedArgs(NamedTuple):
     """A command line, split.
 
     Attributes:
-        flags: Converted values of the flags that were given, by `Entry.dest`.
+        flags: Converted values of the flags that were given, by `OptionSpec.dest`.
         script: The script, or "" when there is none.
         script_args: Its arguments, untouched.
         help: Whether ``-h`` is among the flags.
@@ -40,16 +41,16 @@ def parse(argv: Sequence[str]) -> LaunchSettings:
     Raises:
         SettingsError: when they cannot be used.
     """
-    return of_words(split(argv))[0]
+    return resolve_args(split_args(argv))[0]
 
 
-def split(argv: Sequence[str]) -> Words:
+def split_args(argv: Sequence[str]) -> ParsedArgs:
     """Separates the launcher's flags from the script and its arguments.
 
     Raises:
         SettingsError: for an unknown flag, a missing or a wrong value.
     """
-    table = _flags()
+    table = _flag_table()
     flags: dict[str, Any] = {}
     wants_help = False
     words = list(argv)
@@ -68,24 +69,24 @@ def split(argv: Sequence[str]) -> Words:
         name, has_value, value = word.partition("=")
         if not word.startswith("--") and word[:2] in table and len(word) > 2:  # -t3
             name, has_value, value = word[:2], "=", word[2:].removeprefix("=")
-        entry, fixed = _known(table, name)
+        entry, fixed = _lookup_flag(table, name)
         if fixed is not None:
             if has_value:
                 raise SettingsError(f"{name} takes no value, found {value!r}.")
             flags[entry.dest] = fixed
             continue
         if not has_value:
-            if position == len(words) or _spelling(words[position]) in table:
+            if position == len(words) or _normalize_flag(words[position]) in table:
                 raise SettingsError(f"{name} needs a value: {entry.option.help}.")
             value = words[position]
             position += 1
         converted = entry.convert(value, name)
         flags[entry.dest] = flags.get(entry.dest, ()) + converted if entry.type == "tuple[str, ...]" else converted
     rest = words[position:]
-    return Words(flags, rest[0] if rest else "", tuple(rest[1:]), wants_help)
+    return ParsedArgs(flags, rest[0] if rest else "", tuple(rest[1:]), wants_help)
 
 
-def of_namespace(args: Any) -> Words:
+def from_namespace(args: Any) -> ParsedArgs:
     """What `args`, from the launcher's argparse parser, say; options that hold their defaults were not given."""
     given = getattr(args, "_given", ())
     flags: dict[str, Any] = {}
@@ -95,20 +96,20 @@ def of_namespace(args: Any) -> Words:
             value = tuple(value or ())
         if value != entry.option.default or entry.dest in given:
             flags[entry.dest] = value
-    return Words(flags, args.training_script or "", tuple(args.training_script_args or ()), help=False)
+    return ParsedArgs(flags, args.training_script or "", tuple(args.training_script_args or ()), help=False)
 
 
-def of_words(words: Words) -> tuple[LaunchSettings, ConfigFile | None]:
+def resolve_args(words: ParsedArgs) -> tuple[LaunchSettings, ConfigFile | None]:
     """Settings from a command line and the configuration file that it leads to, which is given as well.
 
     Raises:
         SettingsError: when they cannot be used.
     """
-    file = config_file.find(words.flags.get("config_file"))
-    return assemble(words.flags, file, words.script, words.script_args), file
+    file = config_file.load_config(words.flags.get("config_file"))
+    return merge_settings(words.flags, file, words.script, words.script_args), file
 
 
-def _flags() -> dict[str, tuple[OptionSpec, bool | None]]:
+def _flag_table() -> dict[str, tuple[OptionSpec, bool | None]]:
     """Every spelling with underscores -> its option, and the value of a flag that takes none."""
     table: dict[str, tuple[OptionSpec, bool | None]] = {}
     for entry in option_specs(LaunchSettings):
@@ -118,44 +119,44 @@ def _flags() -> dict[str, tuple[OptionSpec, bool | None]]:
     return table
 
 
-def _spelling(flag: str) -> str:
+def _normalize_flag(flag: str) -> str:
     return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
 
 
-def _known(table: Mapping[str, tuple[OptionSpec, bool | None]], name: str) -> tuple[OptionSpec, bool | None]:
-    found = table.get(_spelling(name))
+def _lookup_flag(table: Mapping[str, tuple[OptionSpec, bool | None]], name: str) -> tuple[OptionSpec, bool | None]:
+    found = table.get(_normalize_flag(name))
     if found is not None:
         return found
     import difflib
 
-    near = difflib.get_close_matches(_spelling(name), table, n=1)
+    near = difflib.get_close_matches(_normalize_flag(name), table, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise SettingsError(
         f"unknown flag {name}.{hint} The launcher's flags come before the script, the script's own after it."
     )
 
 
-def assemble(
+def merge_settings(
     flags: Mapping[str, Any], file: ConfigFile | None, script: str, script_args: Iterable[str]
 ) -> LaunchSettings:
-    """Settings from flags and a file, by `Entry.dest`: a flag wins over the file, the file over the default.
+    """Settings from flags and a file, by `OptionSpec.dest`: a flag wins over the file, the file over the default.
 
     Raises:
         SettingsError: when flags contradict each other.
     """
-    values = {dest: chosen.value for dest, chosen in choose(flags, file).items()}
+    values = {dest: chosen.value for dest, chosen in merge_values(flags, file).items()}
     rest: dict[str, Any] = {}
     if file is not None:
         rest = {"compute_environment": file.compute_environment, "deepspeed_fields": file.deepspeed_fields}
-        rest |= _clouds(file)
+        rest |= _cloud_settings(file)
         if file.distributed_type.startswith("MULTI_"):
-            rest["device"] = _device(file.distributed_type)
+            rest["device"] = _device_type(file.distributed_type)
     if values.get("dynamo_backend") == "torhchxla_trace_once":
         values["dynamo_backend"] = "torchxla_trace_once"
     return build(LaunchSettings, values, script=script, script_args=tuple(script_args), **rest)
 
 
-class Chosen(NamedTuple):
+class SourcedValue(NamedTuple):
     """A value that somebody chose, and where: by a ``flag``, or in the ``file`` under a key, which is the detail."""
 
     value: Any
@@ -163,24 +164,24 @@ class Chosen(NamedTuple):
     detail: str = ""
 
 
-def choose(flags: Mapping[str, Any], file: ConfigFile | None) -> dict[str, Chosen]:
-    """What flags and a file say, by `Entry.dest`; a flag wins over the file.
+def merge_values(flags: Mapping[str, Any], file: ConfigFile | None) -> dict[str, SourcedValue]:
+    """What flags and a file say, by `OptionSpec.dest`; a flag wins over the file.
 
     Raises:
         SettingsError: when flags contradict each other.
     """
     if flags.get("cpu") and flags.get("multi_gpu"):
         raise SettingsError("--cpu and --multi_gpu contradict each other: give one of them.")
-    chosen = _from_file(flags, file) if file is not None else {}
-    return chosen | {dest: Chosen(value, "flag") for dest, value in flags.items()}
+    chosen = _file_values(flags, file) if file is not None else {}
+    return chosen | {dest: SourcedValue(value, "flag") for dest, value in flags.items()}
 
 
-def _from_file(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, Chosen]:
+def _file_values(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, SourcedValue]:
     """The file's values, with what its distributed_type stands for, where no flag overrules it."""
-    chosen = {dest: Chosen(value, "file", file.keys[dest]) for dest, value in file.values.items()}
+    chosen = {dest: SourcedValue(value, "file", file.keys[dest]) for dest, value in file.values.items()}
 
     def imply(dest: str, value: Any, key: str) -> None:
-        chosen[dest] = Chosen(value, "file", key)
+        chosen[dest] = SourcedValue(value, "file", key)
 
     if "parallelism_config" in file.sections:
         imply("use_parallelism_config", True, "parallelism_config")
@@ -204,14 +205,14 @@ def _from_file(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, Chosen]:
     return chosen
 
 
-def _clouds(file: ConfigFile) -> dict[str, Any]:
+def _cloud_settings(file: ConfigFile) -> dict[str, Any]:
     """The file's part on Amazon SageMaker, and on the pod that a run may be started on."""
     if file.compute_environment == "AMAZON_SAGEMAKER":
         return {"sagemaker": build(SageMakerSettings, file.values, distributed=file.distributed_type)}
     return {"pod": build(TpuCommandSettings, file.values)}
 
 
-def _device(distributed_type: str) -> str:
+def _device_type(distributed_type: str) -> str:
     """The kind of device, as in `runtime.devices`, that a MULTI_… value of the file's key stands for."""
     name = distributed_type.removeprefix("MULTI_").lower()
     return "cuda" if name == "gpu" else name

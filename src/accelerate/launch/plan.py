@@ -1,7 +1,7 @@
 """Settings to a plan: the command and the variables of a launch, as values.
 
-`plan(argv) = build(parse(argv))`. `build` touches no file, no device and no variable: what the machine is like comes in
-through the settings (`launch.host`), so a plan can be printed, compared and tested without starting anything.
+`plan(argv) = build_plan(parse(argv))`. `build_plan` touches no file, no device and no variable: what the machine is like
+comes in through the settings (`launch.host`), so a plan can be printed, compared and tested without starting anything.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _VISIBLE_DEVICES = {
     "neuron": "NEURON_RT_VISIBLE_CORES",
 }
 # Options of torch.distributed.run that are ours under the same name; left out where they hold the default.
-_AGENT_OPTIONS = ("tee", "log_dir", "role", "rdzv_conf", "max_restarts", "monitor_interval")
+_TORCHRUN_OPTIONS = ("tee", "log_dir", "role", "rdzv_conf", "max_restarts", "monitor_interval")
 
 
 class LaunchPlan(NamedTuple):
@@ -46,19 +46,19 @@ class LaunchPlan(NamedTuple):
         beside: Commands that are started at the same time, where there is more than one.
     """
 
-    starter: str
+    launcher: str
     command: list[str]
     environment: dict[str, str]
-    yields: frozenset[str] = frozenset()
+    overridable: frozenset[str] = frozenset()
     worker: tuple[str, ...] = ()
     processes: int = 1
     machines: int = 1
-    notes: tuple[str, ...] = ()
-    beside: tuple[tuple[str, ...], ...] = ()
+    notices: tuple[str, ...] = ()
+    parallel_commands: tuple[tuple[str, ...], ...] = ()
 
-    def environment_over(self, here: Mapping[str, str]) -> dict[str, str]:
+    def merged_environment(self, here: Mapping[str, str]) -> dict[str, str]:
         """The child's whole environment, where the launcher's is `here`."""
-        kept = self.yields & here.keys()
+        kept = self.overridable & here.keys()
         return {**here, **{name: value for name, value in self.environment.items() if name not in kept}}
 
 
@@ -75,53 +75,53 @@ def plan(argv: Sequence[str]) -> LaunchPlan:
         >>> plan(["--mixed_precision", "bf16", "train.py"]).environment["ACCELERATE_MIXED_PRECISION"]
         'bf16'
     """
-    return build(parse(argv))
+    return build_plan(parse(argv))
 
 
-def build(settings: LaunchSettings) -> LaunchPlan:
+def build_plan(settings: LaunchSettings) -> LaunchPlan:
     """The plan for `settings`.
 
     Raises:
         SettingsError: when settings contradict each other.
     """
-    check(settings)
-    starter = choose(settings)
-    environment, yields = _environment(settings, starter)
-    worker = _worker(settings, unbuffered=starter == "torch")
-    beside: list[list[str]] = []
-    if starter == "torch":
-        command = [*settings.python, "-m", "torch.distributed.run", *_agent_arguments(settings)]
-    elif starter in ("tpu", "tpu-pod"):
+    launcher = select_launcher(settings)
+    validate(settings, launcher)
+    environment, overridable = _environment(settings, launcher)
+    worker = _worker_command(settings, unbuffered=launcher == "torch")
+    parallel_commands: list[list[str]] = []
+    if launcher == "torch":
+        command = [*settings.python, "-m", "torch.distributed.run", *_torchrun_arguments(settings)]
+    elif launcher in ("tpu", "tpu-pod"):
         from .engines import tpu
 
         command = tpu.host_command(settings)
-        if starter == "tpu-pod":  # its variables are part of what ssh is told
-            command, *beside = tpu.pod_commands(settings, environment)
+        if launcher == "tpu-pod":  # its variables are part of what ssh is told
+            command, *parallel_commands = tpu.pod_commands(settings, environment)
             environment = {}
-    elif starter == "mpirun":
+    elif launcher == "mpirun":
         from .engines import mpi
 
         command = [*mpi.command(settings, environment), *worker]
-    elif starter == "deepspeed":
+    elif launcher == "deepspeed":
         from .engines import deepspeed
 
         command = deepspeed.command(settings)
     else:
         command = list(worker)
     return LaunchPlan(
-        starter,
+        launcher,
         command,
         environment,
-        yields,
+        overridable,
         worker,
         settings.processes_here,
         settings.machines,
-        _notes(settings),
-        tuple(map(tuple, beside)),
+        _notices(settings),
+        tuple(map(tuple, parallel_commands)),
     )
 
 
-def check_named(settings: LaunchSettings) -> None:
+def require_script(settings: LaunchSettings) -> None:
     """Looks whether anything is to be started.
 
     Raises:
@@ -131,14 +131,14 @@ def check_named(settings: LaunchSettings) -> None:
         raise SettingsError("which script? Write it after the launcher's flags: accelerate launch [flags] script.py")
 
 
-def check(settings: LaunchSettings) -> None:
+def validate(settings: LaunchSettings, launcher: str) -> None:
     """Compares settings with each other.
 
     Raises:
         SettingsError: when they contradict each other.
     """
     machines, processes, rank = settings.machines, settings.processes, settings.machine_rank or 0
-    check_named(settings)
+    require_script(settings)
     if settings.module and settings.no_python:
         raise SettingsError("--module and --no_python contradict each other: give one of them.")
     if processes % machines:
@@ -154,20 +154,19 @@ def check(settings: LaunchSettings) -> None:
         raise SettingsError(f"main_process_port: expected at most 65535, found {settings.main_process_port}.")
     if machines > 1 and settings.main_process_port == 0:
         raise SettingsError("main_process_port 0 means any free port, which other machines cannot guess: choose one.")
-    starter = choose(settings)
-    if machines > 1 and settings.main_process_ip is None and starter in ("torch", "mpirun"):
+    if machines > 1 and settings.main_process_ip is None and launcher in ("torch", "mpirun"):
         raise SettingsError(f"{machines} machines need the address of machine 0: give --main_process_ip.")
-    if starter == "mpirun":
+    if launcher == "mpirun":
         from .engines import mpi
 
         mpi.check(settings)
-    elif starter == "deepspeed":
+    elif launcher == "deepspeed":
         from .engines import deepspeed
 
         deepspeed.check(settings)
 
 
-def choose(settings: LaunchSettings) -> str:
+def select_launcher(settings: LaunchSettings) -> str:
     """Which starter the settings ask for."""
     if settings.compute_environment == "AMAZON_SAGEMAKER":
         return "sagemaker"
@@ -187,9 +186,9 @@ def choose(settings: LaunchSettings) -> str:
 # Environment ---------------------------------------------------------------------------------------------------------
 
 
-def _environment(settings: LaunchSettings, starter: str) -> tuple[dict[str, str], frozenset[str]]:
+def _environment(settings: LaunchSettings, launcher: str) -> tuple[dict[str, str], frozenset[str]]:
     added = {"ACCELERATE_MIXED_PRECISION": settings.mixed_precision or "no"}
-    yields: dict[str, str] = {}
+    overridable: dict[str, str] = {}
     if settings.debug:
         added["ACCELERATE_DEBUG_MODE"] = "true"
     if settings.enable_cpu_affinity:
@@ -198,38 +197,38 @@ def _environment(settings: LaunchSettings, starter: str) -> tuple[dict[str, str]
         added[_VISIBLE_DEVICES[settings.device]] = str(settings.gpu_ids)
     if settings.num_cpu_threads_per_process is not None:
         added["OMP_NUM_THREADS"] = str(settings.num_cpu_threads_per_process)
-    elif settings.threads is not None and starter not in ("tpu", "tpu-pod", "sagemaker"):  # they know better
-        yields["OMP_NUM_THREADS"] = str(settings.threads)
-    if starter == "sagemaker":
-        return {**added, **_on_sagemaker(settings)}, frozenset()
-    if starter in ("tpu", "tpu-pod"):
+    elif settings.threads is not None and launcher not in ("tpu", "tpu-pod", "sagemaker"):  # they know better
+        overridable["OMP_NUM_THREADS"] = str(settings.threads)
+    if launcher == "sagemaker":
+        return {**added, **_sagemaker_environment(settings)}, frozenset()
+    if launcher in ("tpu", "tpu-pod"):
         if settings.mixed_precision == "bf16":
             added["XLA_DOWNCAST_BF16" if settings.tpus.downcast_bf16 else "XLA_USE_BF16"] = "1"
-        return {**yields, **added, **_paradigms(settings)}, frozenset(yields)
-    if settings.cpu or starter in ("python", "mpirun"):
+        return {**overridable, **added, **_section_variables(settings)}, frozenset(overridable)
+    if settings.cpu or launcher in ("python", "mpirun"):
         added["ACCELERATE_USE_CPU"] = "True" if settings.cpu else "False"
     if settings.cpu:  # what Intel advises for its OpenMP; others do not read these
-        yields["KMP_BLOCKTIME"] = "1"
+        overridable["KMP_BLOCKTIME"] = "1"
         if (
             settings.processes_here == 1 and not settings.placed_by
         ):  # several processes would all be bound to the same cores
-            yields["KMP_AFFINITY"] = "granularity=fine,compact,1,0"
-    added |= _met_at(settings, starter)
-    yields |= _interfaces(settings, starter)
-    if not settings.peer_access and (starter != "python" or settings.placed_by):
-        yields |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+            overridable["KMP_AFFINITY"] = "granularity=fine,compact,1,0"
+    added |= _rendezvous_variables(settings, launcher)
+    overridable |= _interface_variables(settings, launcher)
+    if not settings.peer_access and (launcher != "python" or settings.placed_by):
+        overridable |= {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
     if settings.use_deepspeed and settings.directory is not None:
-        yields["PYTHONPATH"] = settings.directory
-    added |= _options(settings, "dynamo")
+        overridable["PYTHONPATH"] = settings.directory
+    added |= _option_variables(settings, "dynamo")
     added["ACCELERATE_DYNAMO_BACKEND"] = settings.dynamo.backend.upper()
-    added |= _paradigms(settings)
-    return {**yields, **added}, frozenset(yields)
+    added |= _section_variables(settings)
+    return {**overridable, **added}, frozenset(overridable)
 
 
-def _interfaces(settings: LaunchSettings, starter: str) -> dict[str, str]:
+def _interface_variables(settings: LaunchSettings, launcher: str) -> dict[str, str]:
     """Which network interface the ranks use among themselves; nothing where they must find out by themselves."""
     # mpirun gives all machines one environment, and an interface may have another name on each.
-    known = starter == "torch" or settings.placed_by or (starter == "mpirun" and settings.machines == 1)
+    known = launcher == "torch" or settings.placed_by or (launcher == "mpirun" and settings.machines == 1)
     if not known or settings.interface is None:
         return {}
     names = {"GLOO_SOCKET_IFNAME": settings.interface}
@@ -238,13 +237,13 @@ def _interfaces(settings: LaunchSettings, starter: str) -> dict[str, str]:
     return names
 
 
-def _met_at(settings: LaunchSettings, starter: str) -> dict[str, str]:
+def _rendezvous_variables(settings: LaunchSettings, launcher: str) -> dict[str, str]:
     """Where ranks meet that somebody else starts."""
-    if starter == "mpirun":
+    if launcher == "mpirun":
         from .engines import mpi
 
         return mpi.environment(settings)
-    if starter == "deepspeed":
+    if launcher == "deepspeed":
         from .engines import deepspeed
 
         return deepspeed.environment(settings)
@@ -255,19 +254,19 @@ def _met_at(settings: LaunchSettings, starter: str) -> dict[str, str]:
     return {name: str(value) for name, value in given.items() if value is not None}
 
 
-def _on_sagemaker(settings: LaunchSettings) -> dict[str, str]:
+def _sagemaker_environment(settings: LaunchSettings) -> dict[str, str]:
     """What a job on Amazon SageMaker finds in its environment beside what every run does."""
     added = {"ACCELERATE_USE_SAGEMAKER": "true"}
     if settings.sagemaker.distributed != SageMakerDistributedType.NO.value:
         added["ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE"] = settings.sagemaker.distributed
     if settings.cpu:
         added["ACCELERATE_USE_CPU"] = "True"
-    added |= _options(settings, "dynamo")
+    added |= _option_variables(settings, "dynamo")
     added["ACCELERATE_DYNAMO_BACKEND"] = settings.dynamo.backend.upper()
-    return {**added, **_paradigms(settings)}
+    return {**added, **_section_variables(settings)}
 
 
-def _paradigms(settings: LaunchSettings) -> dict[str, str]:
+def _section_variables(settings: LaunchSettings) -> dict[str, str]:
     """The variables of the sections that are in use."""
     added: dict[str, str] = {}
     if settings.deepspeed.gradient_accumulation_steps is not None:
@@ -275,21 +274,21 @@ def _paradigms(settings: LaunchSettings) -> dict[str, str]:
     if settings.use_deepspeed:
         added["ACCELERATE_USE_DEEPSPEED"] = "true"
         added["ACCELERATE_CONFIG_DS_FIELDS"] = ",".join(settings.deepspeed_fields)
-        added |= _options(settings, "deepspeed")
+        added |= _option_variables(settings, "deepspeed")
     if settings.use_fsdp:
-        added |= {"ACCELERATE_USE_FSDP": "true", **_options(settings, "fsdp")}
+        added |= {"ACCELERATE_USE_FSDP": "true", **_option_variables(settings, "fsdp")}
     if settings.use_megatron_lm:
-        added |= {"ACCELERATE_USE_MEGATRON_LM": "true", **_options(settings, "megatron")}
+        added |= {"ACCELERATE_USE_MEGATRON_LM": "true", **_option_variables(settings, "megatron")}
     if settings.use_parallelism_config:
-        added |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **_mesh(settings)}
+        added |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **_mesh_variables(settings)}
     if settings.mixed_precision == "fp8" or settings.fp8.backend is not None:
-        added |= _options(settings, "fp8")
+        added |= _option_variables(settings, "fp8")
         for gemm, higher in zip(("FPROP", "DGRAD", "WGRAD"), settings.fp8.override_linear_precision, strict=True):
             added[f"ACCELERATE_FP8_OVERRIDE_{gemm}"] = "true" if higher else "false"
     return added
 
 
-def _options(settings: LaunchSettings, section: str) -> dict[str, str]:
+def _option_variables(settings: LaunchSettings, section: str) -> dict[str, str]:
     """The variables of one section's options; an option without a value has none."""
     return {
         entry.variable: entry.render(value)
@@ -298,9 +297,9 @@ def _options(settings: LaunchSettings, section: str) -> dict[str, str]:
     }
 
 
-def _mesh(settings: LaunchSettings) -> dict[str, str]:
+def _mesh_variables(settings: LaunchSettings) -> dict[str, str]:
     """The mesh's variables: details of a dimension only where it has more than one rank."""
-    added = _options(settings, "parallelism")
+    added = _option_variables(settings, "parallelism")
     details: dict[str, tuple[int, tuple[str, ...]]] = {"CP": (settings.parallelism.cp_size, ("COMM_STRATEGY",))}
     details["SP"] = (settings.parallelism.sp_size, ("SEQ_LENGTH", "SEQ_LENGTH_IS_VARIABLE", "ATTN_IMPLEMENTATION"))
     for dimension, (size, names) in details.items():
@@ -314,7 +313,7 @@ def _mesh(settings: LaunchSettings) -> dict[str, str]:
 # Commands ------------------------------------------------------------------------------------------------------------
 
 
-def _worker(settings: LaunchSettings, unbuffered: bool) -> tuple[str, ...]:
+def _worker_command(settings: LaunchSettings, unbuffered: bool) -> tuple[str, ...]:
     """The command of one process."""
     if settings.no_python:
         return (settings.script, *settings.script_args)
@@ -324,7 +323,7 @@ def _worker(settings: LaunchSettings, unbuffered: bool) -> tuple[str, ...]:
     return (*settings.python, *options, *module, settings.script, *settings.script_args)
 
 
-def _agent_arguments(settings: LaunchSettings) -> list[str]:
+def _torchrun_arguments(settings: LaunchSettings) -> list[str]:
     """Arguments of torch.distributed.run."""
     port = DEFAULT_PORT if settings.main_process_port is None else settings.main_process_port
     arguments = ["--nnodes", str(settings.machines), "--nproc_per_node", str(settings.processes_here)]
@@ -340,7 +339,7 @@ def _agent_arguments(settings: LaunchSettings) -> list[str]:
             address = str(settings.main_process_ip)
             arguments += ["--rdzv_endpoint", f"[{address}]:{port}" if ":" in address else f"{address}:{port}"]
     for entry in option_specs(LaunchSettings):
-        if entry.dest in _AGENT_OPTIONS and (value := entry.get(settings)) != entry.option.default:
+        if entry.dest in _TORCHRUN_OPTIONS and (value := entry.get(settings)) != entry.option.default:
             arguments += [f"--{entry.dest}", str(value)]
     if settings.module:
         arguments.append("--module")
@@ -349,10 +348,10 @@ def _agent_arguments(settings: LaunchSettings) -> list[str]:
     return [*arguments, settings.script, *settings.script_args]
 
 
-def _notes(settings: LaunchSettings) -> tuple[str, ...]:
-    notes = []
+def _notices(settings: LaunchSettings) -> tuple[str, ...]:
+    notices = []
     if settings.ipex or settings.use_xpu:
-        notes.append(
+        notices.append(
             "--ipex and --use_xpu have no effect: Intel's extension has ended, and PyTorch itself has what it did."
         )
-    return tuple(notes)
+    return tuple(notices)

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from ..settings import env
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
-from .console import say
-from .exec_program import Starter, become, run_beside, start_deepspeed, start_mpirun
-from .host import Machine, look, remarks, resolve
-from .plan import LaunchPlan, build, check_named, choose
+from .console import log_line
+from .exec_program import Runner, exec_program, run_subprocess, start_deepspeed, start_mpirun
+from .host import HostInfo, detect_host, host_warnings, resolve_settings
+from .plan import LaunchPlan, build_plan, require_script
 
 _NOT_YET = "this version cannot train with it even where it is"
 _FP8_PACKAGES = {"te": "transformer_engine", "ao": "torchao", "msamp": "msamp"}
@@ -36,51 +36,56 @@ def launch(settings: LaunchSettings, file: str | None = None, *, replace: bool =
     Raises:
         SettingsError: when the settings cannot be used here.
     """
-    check_named(settings)  # which has nothing to do with the file
+    require_script(settings)  # which has nothing to do with the file
     try:
-        machine = look(settings)
-        resolved = resolve(settings, machine)
-        plan = build(resolved)
+        machine = detect_host(settings)
+        resolved = resolve_settings(settings, machine)
+        plan = build_plan(resolved)
     except SettingsError as error:
         raise SettingsError(f"{error} (configuration file {file})" if file is not None else str(error)) from None
-    check_script(resolved)
+    check_script(plan, resolved)
     if resolved.dry_run:
-        return _print(plan, resolved)
+        return _print_plan(plan, resolved)
     check_engines(resolved)
-    check_packages(resolved)
-    chosen = _choices(settings, resolved, machine) if file is None else []
-    for line in (*plan.notes, *remarks(settings, machine), *_absent(settings, machine, plan), *chosen):
-        say(line, resolved.quiet)
-    return _STARTERS[plan.starter](plan, resolved, become if replace else run_beside)
+    check_packages(plan, resolved)
+    chosen = _defaults_notice(settings, resolved, machine) if file is None else []
+    for line in (
+        *plan.notices,
+        *host_warnings(settings, machine),
+        *_missing_device_notice(settings, machine, plan),
+        *chosen,
+    ):
+        log_line(line, resolved.quiet)
+    return _LAUNCHERS[plan.launcher](plan, resolved, exec_program if replace else run_subprocess)
 
 
-def _print(plan: LaunchPlan, settings: LaunchSettings) -> int:
+def _print_plan(plan: LaunchPlan, settings: LaunchSettings) -> int:
     """Prints what would be started, for a shell: its packages and devices may be on another machine."""
-    from .dry_run import as_typed
+    from .dry_run import format_plan
 
-    text = as_typed(plan, settings, env.snapshot()) + "\n"
+    text = format_plan(plan, settings, env.snapshot()) + "\n"
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode(errors="surrogateescape"))  # file names need not be valid text
     sys.stdout.flush()
     return 0
 
 
-def check_script(settings: LaunchSettings) -> None:
+def check_script(plan: LaunchPlan, settings: LaunchSettings) -> None:
     """Looks whether there is something to run, before anything is started.
 
     Raises:
         SettingsError: when there is not.
     """
-    if settings.module or choose(settings) == "tpu-pod":
+    if settings.module or plan.launcher == "tpu-pod":
         return  # python finds modules, or says why not; what a pod holds is seen there
     if settings.no_python:
-        _program(settings.script)
+        _find_program(settings.script)
     elif not os.path.exists(settings.script):
         words = settings.script.removesuffix(".py").split(".")
         dotted = len(words) > 1 and all(map(str.isidentifier, words))
         hint = "; to run a module, put -m before its name" if dotted else ""
         raise SettingsError(f"script {settings.script} does not exist (looked in {os.getcwd()}{hint}).")
-    elif choose(settings) == "tpu":
+    elif plan.launcher == "tpu":
         from .engines.tpu import check_function
 
         check_function(settings)
@@ -97,17 +102,17 @@ def check_engines(settings: LaunchSettings) -> None:
         raise SettingsError(f"{' and '.join(asked)} contradict each other: choose one of them.")
 
 
-def check_packages(settings: LaunchSettings) -> None:
+def check_packages(plan: LaunchPlan, settings: LaunchSettings) -> None:
     """Looks whether the libraries that the settings ask for are installed, without importing them.
 
     Raises:
         SettingsError: when one is not.
     """
-    if choose(settings) == "tpu" and find_spec("torch_xla") is None:
+    if plan.launcher == "tpu" and find_spec("torch_xla") is None:
         from .engines.tpu import INSTALL
 
         raise SettingsError(INSTALL)
-    if choose(settings) == "sagemaker" and find_spec("sagemaker") is None:
+    if plan.launcher == "sagemaker" and find_spec("sagemaker") is None:
         from .engines.sagemaker import INSTALL
 
         raise SettingsError(INSTALL)
@@ -123,7 +128,7 @@ def check_packages(settings: LaunchSettings) -> None:
             raise SettingsError(f"mixed precision fp8 needs {libraries} is not installed; and {_NOT_YET}: use bf16.")
 
 
-def _program(name: str) -> str:
+def _find_program(name: str) -> str:
     import shutil
 
     path = shutil.which(name)
@@ -132,14 +137,14 @@ def _program(name: str) -> str:
     return path
 
 
-def _absent(asked: LaunchSettings, machine: Machine, plan: LaunchPlan) -> list[str]:
+def _missing_device_notice(asked: LaunchSettings, machine: HostInfo, plan: LaunchPlan) -> list[str]:
     """That processes on this machine will not find the devices that they were asked to use."""
-    if plan.starter not in ("python", "torch") or not asked.multi_gpu or machine.device != "cpu":
+    if plan.launcher not in ("python", "torch") or not asked.multi_gpu or machine.device != "cpu":
         return []
     return [f"found no {asked.device} device: without one, processes use the CPU"]
 
 
-def _choices(asked: LaunchSettings, resolved: LaunchSettings, machine: Machine) -> list[str]:
+def _defaults_notice(asked: LaunchSettings, resolved: LaunchSettings, machine: HostInfo) -> list[str]:
     """What was chosen where nobody chose: one line, not one warning a value."""
     if asked.num_processes is not None or resolved.placed_by or resolved.num_processes is None:
         return []
@@ -148,37 +153,37 @@ def _choices(asked: LaunchSettings, resolved: LaunchSettings, machine: Machine) 
     return [f"{processes} on {where}, mixed precision {resolved.mixed_precision or 'no'} (see -h to change)"]
 
 
-def _alone(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+def _run_single(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
     """Runs the script; where this process becomes it, its signals, its exit code and its last words are its own."""
-    environment = plan.environment_over(env.snapshot())
-    program = _program(plan.command[0]) if settings.no_python else plan.command[0]
+    environment = plan.merged_environment(env.snapshot())
+    program = _find_program(plan.command[0]) if settings.no_python else plan.command[0]
     return start(program, plan.command, environment)
 
 
-def _ranks(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+def _run_workers(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
     from .local.worker_group import run
 
     return run(plan, settings)
 
 
-def _pod(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+def _pod(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
     from .engines.tpu import start_pod
 
     return start_pod(plan, settings)
 
 
-def _sagemaker(plan: LaunchPlan, settings: LaunchSettings, start: Starter) -> int:
+def _sagemaker(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
     from .engines.sagemaker import start as start_job
 
     return start_job(plan, settings)
 
 
-_STARTERS: dict[str, Callable[[LaunchPlan, LaunchSettings, Starter], int]] = {
-    "python": _alone,
-    "torch": _ranks,
+_LAUNCHERS: dict[str, Callable[[LaunchPlan, LaunchSettings, Runner], int]] = {
+    "python": _run_single,
+    "torch": _run_workers,
     "mpirun": start_mpirun,
     "deepspeed": start_deepspeed,
-    "tpu": _alone,
+    "tpu": _run_single,
     "tpu-pod": _pod,
     "sagemaker": _sagemaker,
 }

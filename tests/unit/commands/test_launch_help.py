@@ -7,7 +7,7 @@ import os
 import pytest
 
 from accelerate.commands.launch_help import format_help
-from accelerate.launch.parse import split
+from accelerate.launch.parse import split_args
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import option_specs
 
@@ -31,7 +31,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown(line: str) -> str:
-    words = split([*line.split(), "-h"])
+    words = split_args([*line.split(), "-h"])
     assert words.help
     return format_help(words.flags)
 
@@ -63,7 +63,7 @@ def test_it_fits_80_columns(line: str) -> None:
 def test_flags_that_turn_groups_on_are_shown_as_one_types_them() -> None:
     for text in shown("").partition("turns it on:")[2].split("\n\n")[0].strip().splitlines():
         typed = text.strip()[:26]
-        assert split([*typed.replace("FILE", "f").replace("WORD", "w").split(), "s.py"]).script == "s.py", typed
+        assert split_args([*typed.replace("FILE", "f").replace("WORD", "w").split(), "s.py"]).script == "s.py", typed
 
 
 def test_defaults_are_spelt_as_one_types_them() -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from accelerate.launch.engines.sagemaker import credentials
-from accelerate.launch.host import Machine, resolve
+from accelerate.launch.host import HostInfo, resolve_settings
 from accelerate.launch.plan import LaunchPlan
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.runtime import world
@@ -78,7 +78,7 @@ def has(word: str, *around: str, **rest: Any) -> Row:
 
 def note(word: str) -> Row:
     """Whether the plan's notes say something about it: that it has no effect any more."""
-    return Row(lambda end: any(word in line for line in end.plan.notes))
+    return Row(lambda end: any(word in line for line in end.plan.notices))
 
 
 def word_after(words: list[str], flag: str) -> str | None:
@@ -179,10 +179,10 @@ ROWS: dict[str, Row] = {
     "debug": Row(debug),
     "cpu": Row(lambda _: env.flag("ACCELERATE_USE_CPU"), file={"distributed_type": "NO"}),
     "multi_gpu": Row(
-        lambda end: resolve(end.settings, Machine("cpu", 0, 2, None, "", ("python",))).device == "cuda",
+        lambda end: resolve_settings(end.settings, HostInfo("cpu", 0, 2, None, "", ("python",))).device == "cuda",
         file={"distributed_type": "NO"},
     ),
-    "tpu": Row(lambda end: end.plan.starter == "tpu", around=("--main_training_function", "main")),
+    "tpu": Row(lambda end: end.plan.launcher == "tpu", around=("--main_training_function", "main")),
     "ipex": note("--ipex"),
     "use_xpu": note("--use_xpu"),
     "mixed_precision": Row(lambda _: precision(), "bf16"),
@@ -215,7 +215,7 @@ ROWS: dict[str, Row] = {
     "dynamo_use_dynamic": field(TorchDynamoPlugin, "dynamic"),
     "dynamo_use_regional_compilation": field(TorchDynamoPlugin, "use_regional_compilation"),
     # TPUs
-    "tpu_use_cluster": Row(lambda end: end.plan.starter == "tpu-pod", around=("--tpu",), file=_POD),
+    "tpu_use_cluster": Row(lambda end: end.plan.launcher == "tpu-pod", around=("--tpu",), file=_POD),
     "tpu_use_sudo": Row(lambda end: "sudo" in " ".join(end.plan.command), around=_AROUND_POD, file=_POD),
     "vm": Row(lambda end: "a-vm" in end.plan.command, "a-vm", True, _AROUND_POD, _POD, ["b-vm"]),
     "env": Row(lambda end: "A=1" in " ".join(end.plan.command), "A=1", True, _AROUND_POD, _POD, ["B=2"]),

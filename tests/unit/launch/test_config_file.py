@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from accelerate.commands.config import ClusterConfig, SageMakerConfig, load_config_from_file
 from accelerate.launch import config_file
-from accelerate.launch.parse import assemble, parse
-from accelerate.launch.plan import build
+from accelerate.launch.parse import merge_settings, parse
+from accelerate.launch.plan import build_plan
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import OptionSpec, SettingsError, option_specs
 from tests.unit.launch.test_parse import other_value
@@ -166,7 +166,7 @@ def test_keys_of_earlier_releases(tmp_path: Path) -> None:
 def test_the_fields_that_deepspeed_got_from_the_file_are_told(tmp_path: Path) -> None:
     section = {"zero_stage": 3, "gradient_accumulation_steps": 2, "deepspeed_config_file": "ds.json"}
     settings = launched(tmp_path, {"distributed_type": "DEEPSPEED", "num_processes": 2, "deepspeed_config": section})
-    environment = build(settings).environment
+    environment = build_plan(settings).environment
     fields = environment["ACCELERATE_CONFIG_DS_FIELDS"].split(",")
     assert sorted(fields) == ["gradient_accumulation_steps", "zero_stage"]
     assert environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == "ds.json"
@@ -237,8 +237,8 @@ kinds = st.fixed_dictionaries({"distributed_type": st.sampled_from(["NO", "FSDP"
 @given(st.dictionaries(keys | sections, values, max_size=5), kinds | st.just({}))
 def test_whatever_a_file_holds_is_settings_or_one_message(content: dict[str, Any], kind: dict[str, str]) -> None:
     try:
-        file = config_file.understand({**content, **kind}, "the/file.yaml")
-        assemble({}, file, "s.py", ())
+        file = config_file.parse_content({**content, **kind}, "the/file.yaml")
+        merge_settings({}, file, "s.py", ())
     except SettingsError as error:
         assert "the/file.yaml" in str(error)
 
@@ -255,7 +255,7 @@ def test_the_default_file_is_searched_where_documented(monkeypatch: pytest.Monke
     assert config_file.default_path() == str(tmp_path / "xdg/huggingface/accelerate/default_config.yaml")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     assert config_file.default_path() == str(tmp_path / "hf/accelerate/default_config.yaml")
-    assert config_file.find(None) is None
+    assert config_file.load_config(None) is None
     (tmp_path / "hf/accelerate").mkdir(parents=True)
     Path(config_file.default_path()).write_text("distributed_type: MULTI_CPU\nnum_processes: 5\n")
     assert parse(["s.py"]).num_processes == 5

@@ -21,16 +21,16 @@ from accelerate.commands.config import ClusterConfig, SageMakerConfig, load_conf
 from accelerate.commands.config.rewrite import rewritten
 from accelerate.commands.config.update import migrate
 from accelerate.commands.to_fsdp2 import convert
-from accelerate.launch.config_file import tables
+from accelerate.launch.config_file import key_tables
 from accelerate.launch.config_io import load, read
 from accelerate.launch.config_io import parse as parse_text
 from accelerate.launch.parse import parse
-from accelerate.launch.plan import build
+from accelerate.launch.plan import build_plan
 from accelerate.settings.enums import DistributedType
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import SettingsError, option_specs
 
-TOP, INSIDE = tables()
+TOP, INSIDE = key_tables()
 KNOWN = [*TOP, *INSIDE, "distributed_type", "compute_environment"]
 
 scalars = (
@@ -171,7 +171,7 @@ def check(data: bytes, name: str, folder: Path) -> None:
 
 def launched(path: str) -> None:
     settings = parse(["--config_file", path, "s.py"])
-    plan = build(settings)
+    plan = build_plan(settings)
     for text in (*plan.command, *plan.environment, *plan.environment.values()):
         assert b"\0" not in os.fsencode(text)
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accelerate.launch.dry_run import as_typed
+from accelerate.launch.dry_run import format_plan
 from accelerate.launch.parse import parse
-from accelerate.launch.plan import LaunchPlan, build
+from accelerate.launch.plan import LaunchPlan, build_plan
 from accelerate.settings.launcher import LaunchSettings
 
 SAY = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('X')]))"
@@ -34,12 +34,12 @@ def in_bash(text: str) -> Any:
 @settings(max_examples=25, deadline=None)
 def test_bash_reads_what_was_meant(words: list[str], value: str) -> None:
     plan = LaunchPlan("python", [sys.executable, "-Ic", SAY, *words], {"X": value})
-    assert in_bash(as_typed(plan, LaunchSettings(), {})) == [words, value]
+    assert in_bash(format_plan(plan, LaunchSettings(), {})) == [words, value]
 
 
 def test_variables_come_first_one_on_a_line() -> None:
     plan = LaunchPlan("python", ["python", "a b.py"], {"B": "1", "A": "x y", "OMP": "2"}, frozenset({"OMP", "B"}))
-    assert as_typed(plan, LaunchSettings(), {"OMP": "7", "A": "old"}) == "A='x y' \\\nB=1 \\\npython 'a b.py'"
+    assert format_plan(plan, LaunchSettings(), {"OMP": "7", "A": "old"}) == "A='x y' \\\nB=1 \\\npython 'a b.py'"
 
 
 @pytest.mark.parametrize("flags", [[], ["--no_python"], ["--module"]])
@@ -48,6 +48,6 @@ def test_the_agents_macros_are_not_the_scripts(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     asked = parse(["--cpu", "--num_processes", "2", *flags, "s$x", "$HOME", "${local_rank}", "--role", "$$"])
-    typed = as_typed(build(asked), asked, {})
+    typed = format_plan(build_plan(asked), asked, {})
     script = "'s$x'" if "--no_python" in flags else "'s$$x'"  # the agent takes a program's name as it is
     assert typed.endswith(f"{script} '$$HOME' '$${{local_rank}}' --role '$$$$'")

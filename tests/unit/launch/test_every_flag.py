@@ -15,7 +15,7 @@ import yaml
 
 import accelerate
 from accelerate.launch.parse import parse
-from accelerate.launch.plan import build
+from accelerate.launch.plan import build_plan
 from accelerate.settings import env
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import OptionSpec, SettingsError, option_specs
@@ -55,7 +55,7 @@ def in_the_file(entry: OptionSpec, value: Any, row: Row) -> dict[str, Any]:
 def read(words: list[str], row: Row, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is read at the far end of a command line."""
     settings = parse(words)
-    end = End(settings, build(settings))
+    end = End(settings, build_plan(settings))
     with env.clear_environment(), monkeypatch.context() as patch:
         for name, value in end.plan.environment.items():
             patch.setenv(name, value)
@@ -154,7 +154,7 @@ def test_where_there_is_one_choice_it_is_read_and_others_are_refused(dest, monke
     make, name = ONE_CHOICE[dest]
     entry = OPTIONS[dest]
     settings = parse(["--use_parallelism_config", *on_the_line(entry, entry.option.choices[0]), "train.py"])
-    monkeypatch.setenv(entry.variable, build(settings).environment[entry.variable])
+    monkeypatch.setenv(entry.variable, build_plan(settings).environment[entry.variable])
     assert getattr(make(), name) == entry.option.choices[0]
     monkeypatch.setenv(entry.variable, "another")
     with pytest.raises(ValueError, match=f"{entry.variable}: expected one of"):

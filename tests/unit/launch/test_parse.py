@@ -77,9 +77,9 @@ def test_the_last_of_two_flags_counts_and_lists_grow() -> None:
 
 @given(st.lists(st.text()))
 def test_what_follows_the_script_is_the_scripts(words: list[str]) -> None:
-    split = parse.split(["--cpu", "script.py", *words])
+    split = parse.split_args(["--cpu", "script.py", *words])
     assert (split.script, split.script_args) == ("script.py", tuple(words))
-    split = parse.split(["--cpu", "--", "script.py", *words])
+    split = parse.split_args(["--cpu", "--", "script.py", *words])
     assert (split.script, split.script_args) == ("script.py", tuple(words))
 
 
@@ -139,25 +139,25 @@ def test_the_parser_gives_what_the_command_line_gives() -> None:
     assert (namespace.num_processes, namespace.vm, namespace.fsdp_version) == (2, ("a",), 2)
     assert (namespace.training_script, namespace.training_script_args) == ("s.py", ["--num_processes", "9"])
     assert namespace.main_process_port is None and namespace.tee == "0"
-    assert parse.of_namespace(namespace) == parse.split(words)
+    assert parse.from_namespace(namespace) == parse.split_args(words)
 
 
 def test_a_flag_with_the_defaults_value_was_given_nevertheless() -> None:
     namespace = launch_command_parser().parse_args(["--fsdp_version", "1", "s.py"])
-    assert parse.of_namespace(namespace).flags == {"fsdp_version": 1}
+    assert parse.from_namespace(namespace).flags == {"fsdp_version": 1}
 
 
 def test_a_changed_namespace_is_followed() -> None:
     namespace = launch_command_parser().parse_args(["s.py"])
     namespace.num_processes = 4
-    assert parse.of_namespace(namespace).flags == {"num_processes": 4}
+    assert parse.from_namespace(namespace).flags == {"num_processes": 4}
 
 
 def test_the_parser_can_be_one_of_several() -> None:
     whole = argparse.ArgumentParser()
     launch_command_parser(whole.add_subparsers())
     namespace = whole.parse_args(["launch", "--num-processes", "2", "--vm", "a", "s.py", "--x"])
-    assert parse.of_namespace(namespace).flags == {"num_processes": 2, "vm": ("a",)}
+    assert parse.from_namespace(namespace).flags == {"num_processes": 2, "vm": ("a",)}
     assert (namespace.training_script, namespace.training_script_args) == ("s.py", ["--x"])
 
 

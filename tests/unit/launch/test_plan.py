@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accelerate.launch.parse import parse, split
-from accelerate.launch.plan import LaunchPlan, build, choose, plan
+from accelerate.launch.parse import parse, split_args
+from accelerate.launch.plan import LaunchPlan, build_plan, plan, select_launcher
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import OptionSpec, SettingsError, option_specs
 from tests.unit.launch.test_parse import as_flags, other_value
@@ -116,7 +116,7 @@ def test_a_flag_changes_the_plan(entry: OptionSpec) -> None:
 
 
 def _essence(made: LaunchPlan) -> tuple[Any, ...]:
-    return made.starter, made.command, made.environment, made.beside
+    return made.launcher, made.command, made.environment, made.parallel_commands
 
 
 @pytest.mark.parametrize(
@@ -180,26 +180,26 @@ def _essence(made: LaunchPlan) -> tuple[Any, ...]:
     ],
 )
 def test_commands(flags: str, starter: str, command: str) -> None:
-    made = build(parse([*flags.split(), "s.py", "a"]).replace(python=("PY",)))
-    assert (made.starter, " ".join(made.command)) == (starter, command)
+    made = build_plan(parse([*flags.split(), "s.py", "a"]).replace(python=("PY",)))
+    assert (made.launcher, " ".join(made.command)) == (starter, command)
 
 
 def test_ranks_print_without_a_buffer_and_take_the_interpreters_options() -> None:
     settings = parse(["--num_processes", "2", "s.py", "a"]).replace(python=("PY", "-X", "dev"))
-    assert build(settings).worker == ("PY", "-X", "dev", "-u", "s.py", "a")
-    assert build(settings.replace(num_processes=1)).worker == ("PY", "-X", "dev", "s.py", "a")
+    assert build_plan(settings).worker == ("PY", "-X", "dev", "-u", "s.py", "a")
+    assert build_plan(settings.replace(num_processes=1)).worker == ("PY", "-X", "dev", "s.py", "a")
 
 
 def test_several_cpu_processes_meet_on_the_loopback() -> None:
     settings = parse(["--cpu", "--num_processes", "2", "s.py"]).replace(interface="lo", threads=4)
-    made = build(settings)
+    made = build_plan(settings)
     assert made.environment["ACCELERATE_USE_CPU"] == "True"
     assert made.environment["GLOO_SOCKET_IFNAME"] == "lo" and "KMP_AFFINITY" not in made.environment
-    assert made.yields >= {"GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"}
-    assert "GLOO_SOCKET_IFNAME" not in build(settings.replace(num_processes=1)).environment
-    gpus = build(settings.replace(cpu=False, device="cuda")).environment
+    assert made.overridable >= {"GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"}
+    assert "GLOO_SOCKET_IFNAME" not in build_plan(settings.replace(num_processes=1)).environment
+    gpus = build_plan(settings.replace(cpu=False, device="cuda")).environment
     assert gpus["GLOO_SOCKET_IFNAME"] == gpus["NCCL_SOCKET_IFNAME"] == "lo"
-    far = build(
+    far = build_plan(
         settings.replace(num_machines=2, main_process_ip="10.0.0.1", interface="eth1", device="cuda", cpu=False)
     )
     assert far.environment["GLOO_SOCKET_IFNAME"] == "eth1" and "NCCL_SOCKET_IFNAME" not in far.environment
@@ -214,10 +214,10 @@ def test_a_rendezvous_that_was_named_counts_on_one_machine_too() -> None:
 
 def test_a_value_that_is_there_wins_over_a_default_only() -> None:
     settings = parse(["--num_processes", "1", "s.py"]).replace(threads=4)
-    assert build(settings).environment_over({"OMP_NUM_THREADS": "9"})["OMP_NUM_THREADS"] == "9"
-    assert build(settings).environment_over({"A": "1"}) == {"A": "1", **build(settings).environment}
+    assert build_plan(settings).merged_environment({"OMP_NUM_THREADS": "9"})["OMP_NUM_THREADS"] == "9"
+    assert build_plan(settings).merged_environment({"A": "1"}) == {"A": "1", **build_plan(settings).environment}
     chosen = settings.replace(num_cpu_threads_per_process=2)
-    assert build(chosen).environment_over({"OMP_NUM_THREADS": "9"})["OMP_NUM_THREADS"] == "2"
+    assert build_plan(chosen).merged_environment({"OMP_NUM_THREADS": "9"})["OMP_NUM_THREADS"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,8 @@ def test_a_value_that_is_there_wins_over_a_default_only() -> None:
 )
 def test_devices_are_hidden_by_their_own_variable(device: str, variable: str) -> None:
     settings = parse(["--gpu_ids", "1,3", "s.py"]).replace(device=device)
-    assert build(settings).environment[variable] == "1,3"
-    assert variable not in build(settings.replace(gpu_ids="all")).environment
+    assert build_plan(settings).environment[variable] == "1,3"
+    assert variable not in build_plan(settings.replace(gpu_ids="all")).environment
 
 
 def test_fp8_variables_only_where_fp8_is_used() -> None:
@@ -260,12 +260,12 @@ def test_contradictions_are_refused(words: str, message: str) -> None:
 
 @given(st.lists(st.sampled_from(["--cpu", "--debug", "--use_fsdp", "--num_processes=2", "--mixed_precision=bf16"])))
 def test_building_is_a_function_of_the_settings(flags: list[str]) -> None:
-    words = split([*flags, "s.py"])
+    words = split_args([*flags, "s.py"])
     settings = LaunchSettings(script=words.script)
     before = repr(settings)
-    assert build(settings) == build(LaunchSettings(script=words.script))
+    assert build_plan(settings) == build_plan(LaunchSettings(script=words.script))
     assert repr(settings) == before
-    assert choose(settings) == "python"
+    assert select_launcher(settings) == "python"
 
 
 def test_an_address_of_version_6_stands_in_brackets() -> None:
@@ -285,4 +285,4 @@ def test_an_address_of_version_6_stands_in_brackets() -> None:
     ],
 )
 def test_who_starts_a_single_process(words, starter):
-    assert plan([*words, "train.py"]).starter == starter
+    assert plan([*words, "train.py"]).launcher == starter

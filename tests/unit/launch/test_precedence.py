@@ -9,13 +9,15 @@ import pytest
 import yaml
 
 from accelerate.launch import config_file
-from accelerate.launch.parse import Chosen, choose, parse, split
+from accelerate.launch.parse import SourcedValue, merge_values, parse, split_args
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import OptionSpec, option_specs
 from tests.unit.launch.test_parse import as_flags, other_value
 
 IN_FILES = {
-    entry.dest for table in (config_file.tables()[0], *config_file.tables()[1].values()) for entry in table.values()
+    entry.dest
+    for table in (config_file.key_tables()[0], *config_file.key_tables()[1].values())
+    for entry in table.values()
 }
 OPTIONS = [entry for entry in option_specs(LaunchSettings) if entry.dest in IN_FILES]
 # What a file says of the kind of run, so that nothing else is implied.
@@ -55,11 +57,11 @@ def test_of_both_the_flag_wins_and_is_named(entry: OptionSpec, tmp_path: Path) -
     assert entry.get(parse(["--config_file", file, "s.py"])) == other or entry.dest == "multi_gpu"
     words = ["--config_file", file, *as_flags(entry, value), "s.py"]
     assert entry.get(parse(words)) == value
-    found = config_file.find(file)
+    found = config_file.load_config(file)
     where = entry.key if entry.section is None or entry.section.key is None else f"{entry.section.key}.{entry.key}"
     if entry.dest != "multi_gpu":  # which the kind of run implies
-        assert choose({}, found)[entry.dest] == Chosen(other, "file", where)
-    assert choose(split(words).flags, found)[entry.dest] == Chosen(value, "flag")
+        assert merge_values({}, found)[entry.dest] == SourcedValue(other, "file", where)
+    assert merge_values(split_args(words).flags, found)[entry.dest] == SourcedValue(value, "flag")
 
 
 @pytest.mark.parametrize("entry", OPTIONS, ids=lambda entry: entry.dest)

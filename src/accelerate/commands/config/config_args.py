@@ -103,7 +103,7 @@ class BaseConfig:
 
     @classmethod
     def _from_content(cls: type[_C], content: Mapping[str, Any], path: str) -> _C:
-        understood = files.understand(content, path)
+        understood = files.parse_content(content, path)
         values = cls.process_config(content)
         values["distributed_type"] = understood.distributed_type or "NO"
         for entry in (*option_specs(LaunchSettings), *option_specs(SageMakerSettings)):

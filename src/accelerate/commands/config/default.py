@@ -40,10 +40,10 @@ def write_basic_config(
     if path.exists():
         print(f"{path} exists already and is left as it is. Remove it, or name another file.")
         return False
-    from ...launch.host import look  # the command's help does without: dataclasses, a look at the network
+    from ...launch.host import detect_host  # the command's help does without: dataclasses, a detect_host at the network
     from .config_args import ClusterConfig
 
-    machine = look(LaunchSettings())
+    machine = detect_host(LaunchSettings())
     on_cpu = machine.device == "cpu" or (machine.devices == 0 and machine.device != "mps")
     count = 1 if on_cpu or machine.device == "mps" else machine.devices
     ClusterConfig(

@@ -15,7 +15,7 @@ from ...settings.launcher import LaunchSettings
 from ...settings.option import OptionSpec, SettingsError, format_value, option_specs
 
 if TYPE_CHECKING:
-    from ...launch.host import Machine
+    from ...launch.host import HostInfo
     from ...launch.plan import LaunchPlan
 
 description = "Shows what a launch with these flags would use, and where each value comes from; starts nothing."
@@ -71,15 +71,15 @@ def explain(argv: Sequence[str]) -> Explanation:
     Raises:
         SettingsError: when they cannot be used.
     """
-    from ...launch.host import look, resolve
-    from ...launch.plan import build
+    from ...launch.host import detect_host, resolve_settings
+    from ...launch.plan import build_plan
 
-    words = parse.split(argv)
-    asked, file = parse.of_words(words)
-    chosen = parse.choose(words.flags, file)
-    machine = look(asked)
-    resolved = resolve(asked, machine)
-    plan = build(resolved if words.script else resolved.replace(script="script.py"))
+    words = parse.split_args(argv)
+    asked, file = parse.resolve_args(words)
+    chosen = parse.merge_values(words.flags, file)
+    machine = detect_host(asked)
+    resolved = resolve_settings(asked, machine)
+    plan = build_plan(resolved if words.script else resolved.replace(script="script.py"))
     here = env.snapshot()
     rows = [_row(entry, asked, resolved, chosen, plan, here) for entry in option_specs(LaunchSettings)]
     rows += _cloud_rows(resolved, chosen)
@@ -88,18 +88,18 @@ def explain(argv: Sequence[str]) -> Explanation:
     return Explanation(tuple(rows), resolved, plan, file, machine.device)
 
 
-def _scheduler(machine: Machine) -> str | None:
+def _scheduler(machine: HostInfo) -> str | None:
     """Who has started this process as one of several, and says where it stands."""
-    if machine.place is not None:
-        return machine.place.source
-    return "SLURM" if machine.step is not None else None
+    if machine.rank_info is not None:
+        return machine.rank_info.source
+    return "SLURM" if machine.slurm_step is not None else None
 
 
 def _row(
     entry: OptionSpec,
     asked: LaunchSettings,
     resolved: LaunchSettings,
-    chosen: Mapping[str, parse.Chosen],
+    chosen: Mapping[str, parse.SourcedValue],
     plan: LaunchPlan,
     here: Mapping[str, str],
 ) -> Row:
@@ -109,20 +109,20 @@ def _row(
     if entry.dest in chosen:
         return Row(entry, value, chosen[entry.dest].source, chosen[entry.dest].detail)
     name = entry.variable
-    if name is not None and name in here and (name in plan.yields or name not in plan.environment):
+    if name is not None and name in here and (name in plan.overridable or name not in plan.environment):
         return Row(entry, here[name], "variable", name)
-    if name is not None and name in plan.yields:
+    if name is not None and name in plan.overridable:
         return Row(entry, entry.convert(plan.environment[name], name), "machine")
     return Row(entry, value, _NOBODY)
 
 
-def _cloud_rows(settings: LaunchSettings, chosen: Mapping[str, parse.Chosen]) -> Iterator[Row]:
+def _cloud_rows(settings: LaunchSettings, chosen: Mapping[str, parse.SourcedValue]) -> Iterator[Row]:
     """What the file says about Amazon SageMaker, or else about a pod of TPUs: keys that no flag stands for."""
     on_sagemaker = settings.compute_environment == "AMAZON_SAGEMAKER"
     values = settings.sagemaker if on_sagemaker else settings.pod
     for entry in option_specs(type(values)):
         if on_sagemaker or entry.dest in chosen:
-            source = chosen.get(entry.dest, parse.Chosen(None, _NOBODY))
+            source = chosen.get(entry.dest, parse.SourcedValue(None, _NOBODY))
             titled = entry._replace(group="Amazon SageMaker" if on_sagemaker else "TPU")
             yield Row(titled, entry.get(values), source.source, source.detail)
 
@@ -147,18 +147,18 @@ def _table(found: Explanation, everything: bool) -> Iterator[str]:
 
 def _summary(settings: LaunchSettings, plan: LaunchPlan, device: str) -> str:
     count = f"{settings.processes} process{'' if settings.processes == 1 else 'es'}"
-    if plan.starter == "sagemaker":
+    if plan.launcher == "sagemaker":
         instances = f"{settings.machines} instance{'' if settings.machines == 1 else 's'}"
         return f"{instances} of {settings.sagemaker.ec2_instance_type} on Amazon SageMaker"
-    if plan.starter in ("tpu", "tpu-pod"):
+    if plan.launcher in ("tpu", "tpu-pod"):
         count = "a process for each device" if settings.num_processes is None else count
-        return f"{count} on {'a pod of TPUs' if plan.starter == 'tpu-pod' else 'TPUs'}"
+        return f"{count} on {'a pod of TPUs' if plan.launcher == 'tpu-pod' else 'TPUs'}"
     machines = "" if settings.machines == 1 else f" on {settings.machines} machines"
     where = "cpu" if settings.on_cpu else settings.device
     if where != "cpu" and device == "cpu" and settings.machines == 1:
         where = f"cpu (this machine has no {where} device)"
     how = {"python": "in the launcher's place", "torch": "through torch.distributed.run"}
-    return f"{count}{machines} on {where}, {how.get(plan.starter, f'through {plan.starter}')}"
+    return f"{count}{machines} on {where}, {how.get(plan.launcher, f'through {plan.launcher}')}"
 
 
 def _cells(row: Row) -> Iterator[str]:
@@ -195,10 +195,10 @@ def _as_json(found: Explanation, everything: bool) -> str:
         for row in found.rows
         if everything or row.source != _NOBODY
     }
-    there = found.plan.environment_over(env.snapshot())
+    there = found.plan.merged_environment(env.snapshot())
     facts = {
         "config_file": found.file.path if found.file is not None else None,
-        "starter": found.plan.starter,
+        "starter": found.plan.launcher,
         "command": found.plan.command,
         "environment": {name: there[name] for name in found.plan.environment},
         "values": values,

@@ -48,7 +48,7 @@ def rewritten(
 
 def _options() -> dict[str, str]:
     """The option that each key spells."""
-    top, inside = config_file.tables()
+    top, inside = config_file.key_tables()
     return {key: entry.dest for table in (*inside.values(), top) for key, entry in table.items()}
 
 

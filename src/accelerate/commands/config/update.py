@@ -49,15 +49,15 @@ def migrate(content: Mapping[str, Any], path: str) -> Update:
     Raises:
         SettingsError: when the content cannot be understood: unknown keys, values of the wrong kind.
     """
-    understood = config_file.understand(content, path)
-    top, inside = config_file.tables()
+    understood = config_file.parse_content(content, path)
+    top, inside = config_file.key_tables()
     made: dict[str, Any] = {}
     changes: list[str] = []
     for key, value in content.items():
         if key in _WITHOUT_EFFECT:
             changes.append(f"{key}: removed, it has no effect any more: {_WITHOUT_EFFECT[key]}")
-        elif key == "distributed_type" and value in config_file.OLD_KINDS:
-            made[key] = config_file.OLD_KINDS[value]
+        elif key == "distributed_type" and value in config_file.LEGACY_DISTRIBUTED_TYPES:
+            made[key] = config_file.LEGACY_DISTRIBUTED_TYPES[value]
             changes.append(f"{key}: {value} is {made[key]} today")
         elif key in inside and isinstance(value, Mapping):
             made[key] = made.get(key) or {}

@@ -114,8 +114,8 @@ def parse_settings(args: argparse.Namespace) -> LaunchSettings | None:
     if any(name.startswith("parallelism_config_") for name in flags):
         flags["use_parallelism_config"] = True
     try:
-        file = config_file.find(flags["config_file"]) if "config_file" in flags else None
-        return parse.assemble(flags, file, "", ())
+        file = config_file.load_config(flags["config_file"]) if "config_file" in flags else None
+        return parse.merge_settings(flags, file, "", ())
     except SettingsError as error:
         raise EstimateError(str(error)) from error
 

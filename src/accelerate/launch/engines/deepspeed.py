@@ -15,7 +15,7 @@ from ...settings.option import SettingsError
 from . import mpi
 
 
-class Launcher(NamedTuple):
+class MultinodeLauncher(NamedTuple):
     """One of DeepSpeed's ways to reach other machines.
 
     Attributes:
@@ -32,28 +32,44 @@ class Launcher(NamedTuple):
     flags: tuple[str, ...]
     program: str | None = None
     package: str = ""
-    chooses: bool = False
-    carries: bool = False
-    splits: bool = False
-    meets: bool = False
-    modules: bool = True
+    filters_hosts: bool = False
+    forwards_environment: bool = False
+    reparses_arguments: bool = False
+    sets_rendezvous: bool = False
+    runs_modules: bool = True
 
 
-LAUNCHERS: dict[str, Launcher] = {
-    "pdsh": Launcher(("--launcher", "pdsh"), "pdsh", "pdsh (apt install pdsh)", chooses=True, splits=True, meets=True),
-    "openmpi": Launcher(("--launcher", "openmpi"), "ompi_info", "Open MPI (apt install openmpi-bin)"),
-    "mvapich": Launcher(("--launcher", "mvapich"), "mpiname", "MVAPICH2-GDR"),
-    "mpich": Launcher(("--launcher", "mpich"), "mpirun", "MPICH (apt install mpich)", carries=True),
-    "slurm": Launcher(("--launcher", "slurm"), "sinfo", "SLURM's commands", chooses=True, carries=True, modules=False),
-    "nossh": Launcher(("--no_ssh",), chooses=True, carries=True, meets=True),
+LAUNCHERS: dict[str, MultinodeLauncher] = {
+    "pdsh": MultinodeLauncher(
+        ("--launcher", "pdsh"),
+        "pdsh",
+        "pdsh (apt install pdsh)",
+        filters_hosts=True,
+        reparses_arguments=True,
+        sets_rendezvous=True,
+    ),
+    "openmpi": MultinodeLauncher(("--launcher", "openmpi"), "ompi_info", "Open MPI (apt install openmpi-bin)"),
+    "mvapich": MultinodeLauncher(("--launcher", "mvapich"), "mpiname", "MVAPICH2-GDR"),
+    "mpich": MultinodeLauncher(
+        ("--launcher", "mpich"), "mpirun", "MPICH (apt install mpich)", forwards_environment=True
+    ),
+    "slurm": MultinodeLauncher(
+        ("--launcher", "slurm"),
+        "sinfo",
+        "SLURM's commands",
+        filters_hosts=True,
+        forwards_environment=True,
+        runs_modules=False,
+    ),
+    "nossh": MultinodeLauncher(("--no_ssh",), filters_hosts=True, forwards_environment=True, sets_rendezvous=True),
 }
 # What DeepSpeed leaves as it is in a variable's value; it puts others between quotes, which not every way takes off again.
-_UNTOUCHED = "_@%+=:,./-"
+_UNQUOTED = "_@%+=:,./-"
 # What a shell would not leave as it is, the blank aside: DeepSpeed puts arguments with blanks between quotes.
-_SHELL = frozenset("$`\"'\\;|&<>()*?[]{}~#!\n\t")
+_SHELL_SPECIAL = frozenset("$`\"'\\;|&<>()*?[]{}~#!\n\t")
 
 
-def launcher_of(settings: LaunchSettings) -> Launcher:
+def multinode_launcher(settings: LaunchSettings) -> MultinodeLauncher:
     """The row of the launcher asked for."""
     return LAUNCHERS[settings.deepspeed.deepspeed_multinode_launcher or "pdsh"]
 
@@ -64,7 +80,7 @@ def check(settings: LaunchSettings) -> None:
     Raises:
         SettingsError: when they cannot.
     """
-    options, launcher = settings.deepspeed, launcher_of(settings)
+    options, launcher = settings.deepspeed, multinode_launcher(settings)
     name = options.deepspeed_multinode_launcher or "pdsh"
     chosen = options.deepspeed_inclusion_filter or options.deepspeed_exclusion_filter
     if options.deepspeed_hostfile is None:
@@ -74,7 +90,7 @@ def check(settings: LaunchSettings) -> None:
         )
     if options.deepspeed_inclusion_filter and options.deepspeed_exclusion_filter:
         raise SettingsError("--deepspeed_inclusion_filter and --deepspeed_exclusion_filter: give one of them.")
-    if chosen and not launcher.chooses:
+    if chosen and not launcher.filters_hosts:
         raise SettingsError(
             f"DeepSpeed's launcher {name} uses every host of the hostfile, so {chosen!r} cannot be chosen or left out: "
             "write another hostfile."
@@ -86,10 +102,10 @@ def check(settings: LaunchSettings) -> None:
         )
     if name == "nossh" and settings.main_process_ip is None:
         raise SettingsError("DeepSpeed's launcher nossh needs the address of machine 0: give --main_process_ip.")
-    if (settings.module or settings.no_python) and not launcher.modules:
+    if (settings.module or settings.no_python) and not launcher.runs_modules:
         raise SettingsError(f"DeepSpeed's launcher {name} runs Python files only: leave --module and --no_python out.")
-    for word in settings.script_args if launcher.splits else ():
-        if _SHELL & set(word):
+    for word in settings.script_args if launcher.reparses_arguments else ():
+        if _SHELL_SPECIAL & set(word):
             raise SettingsError(
                 f"DeepSpeed's launcher {name} would let a shell on each machine read the script's argument {word!r}. "
                 "Use --deepspeed_multinode_launcher standard, or have the script read it from a file."
@@ -98,7 +114,7 @@ def check(settings: LaunchSettings) -> None:
 
 def command(settings: LaunchSettings) -> list[str]:
     """``deepspeed`` with all its arguments."""
-    options, launcher = settings.deepspeed, launcher_of(settings)
+    options, launcher = settings.deepspeed, multinode_launcher(settings)
     words = ["deepspeed", "--hostfile", str(options.deepspeed_hostfile), "--no_local_rank", *launcher.flags]
     if launcher.flags == ("--no_ssh",):
         words += ["--node_rank", str(settings.machine_rank or 0)]
@@ -106,7 +122,7 @@ def command(settings: LaunchSettings) -> list[str]:
         words += ["--exclude", options.deepspeed_exclusion_filter]
     elif options.deepspeed_inclusion_filter is not None:
         words += ["--include", options.deepspeed_inclusion_filter]
-    elif launcher.chooses:
+    elif launcher.filters_hosts:
         words += ["--num_gpus", str(settings.processes_here)]
     if settings.main_process_ip is not None:
         words += ["--master_addr", settings.main_process_ip]
@@ -117,7 +133,7 @@ def command(settings: LaunchSettings) -> list[str]:
 
 def environment(settings: LaunchSettings) -> dict[str, str]:
     """Where processes meet that an MPI or SLURM starts for DeepSpeed."""
-    if launcher_of(settings).meets:
+    if multinode_launcher(settings).sets_rendezvous:
         return {}
     address = {} if settings.main_process_ip is None else {"MASTER_ADDR": settings.main_process_ip}
     return {**address, "MASTER_PORT": str(settings.main_process_port or DEFAULT_PORT)}
@@ -126,7 +142,7 @@ def environment(settings: LaunchSettings) -> dict[str, str]:
 # Looks at the machine ------------------------------------------------------------------------------------------------
 
 
-def check_here(settings: LaunchSettings, root: bool, variables: Mapping[str, str]) -> None:
+def check_host(settings: LaunchSettings, root: bool, variables: Mapping[str, str]) -> None:
     """Looks whether DeepSpeed can do here what it is about to be told.
 
     Args:
@@ -139,7 +155,7 @@ def check_here(settings: LaunchSettings, root: bool, variables: Mapping[str, str
     """
     import shutil
 
-    path, launcher = str(settings.deepspeed.deepspeed_hostfile), launcher_of(settings)
+    path, launcher = str(settings.deepspeed.deepspeed_hostfile), multinode_launcher(settings)
     if not os.path.isfile(path):
         raise SettingsError(
             f"deepspeed_hostfile: {path} does not exist. Write a host on each line, as in: HOST slots=N"
@@ -161,7 +177,7 @@ def check_here(settings: LaunchSettings, root: bool, variables: Mapping[str, str
         mpi.check_root(root, variables)
 
 
-def for_other_machines(added: Mapping[str, str], here: Mapping[str, str]) -> str:
+def environment_file(added: Mapping[str, str], here: Mapping[str, str]) -> str:
     """The content of the file from which DeepSpeed takes variables for other machines: a person's own, then ours.
 
     Args:
@@ -180,10 +196,10 @@ def for_other_machines(added: Mapping[str, str], here: Mapping[str, str]) -> str
     for variable, value in added.items():
         if variable.startswith("PYTHON"):  # DeepSpeed hands these on by itself
             continue
-        if not all(character.isalnum() or character in _UNTOUCHED for character in value):
+        if not all(character.isalnum() or character in _UNQUOTED for character in value):
             raise SettingsError(
                 f"DeepSpeed's launcher cannot hand {variable}={value!r} to other machines: only letters, digits and "
-                f"{_UNTOUCHED} reach them unchanged. Use --deepspeed_multinode_launcher standard, or another value."
+                f"{_UNQUOTED} reach them unchanged. Use --deepspeed_multinode_launcher standard, or another value."
             )
         lines.append(f"{variable}={value}")
     return "".join(f"{line}\n" for line in lines)

@@ -14,7 +14,7 @@ from ...settings.launcher import LaunchSettings
 from ...settings.option import SettingsError
 
 
-class Mpi(NamedTuple):
+class MpiFlavor(NamedTuple):
     """How one MPI's ``mpirun`` is told things.
 
     Attributes:
@@ -28,21 +28,21 @@ class Mpi(NamedTuple):
     """
 
     title: str
-    sign: str
+    version_marker: str
     hostfile: str
     per_host: str
     binding: tuple[str, ...]
     export: str
-    slots: str
+    hostfile_format: str
 
 
 _HYDRA = ("-f", "-ppn")
 # Looked through in this order: the process manager of the first two calls itself HYDRA, as that of MPICH does.
-MPIS: dict[str, Mpi] = {
-    "intel": Mpi("Intel MPI", "Intel(R) MPI", *_HYDRA, ("-genv", "I_MPI_PIN_DOMAIN", "socket"), "", "HOST:N"),
-    "mvapich": Mpi("MVAPICH", "MVAPICH", *_HYDRA, ("-bind-to", "socket"), "", "HOST:N"),
-    "mpich": Mpi("MPICH", "HYDRA", *_HYDRA, ("-bind-to", "socket"), "", "HOST:N"),
-    "openmpi": Mpi("Open MPI", "Open", "--hostfile", "--npernode", ("--bind-to", "socket"), "-x", "HOST slots=N"),
+MPI_FLAVORS: dict[str, MpiFlavor] = {
+    "intel": MpiFlavor("Intel MPI", "Intel(R) MPI", *_HYDRA, ("-genv", "I_MPI_PIN_DOMAIN", "socket"), "", "HOST:N"),
+    "mvapich": MpiFlavor("MVAPICH", "MVAPICH", *_HYDRA, ("-bind-to", "socket"), "", "HOST:N"),
+    "mpich": MpiFlavor("MPICH", "HYDRA", *_HYDRA, ("-bind-to", "socket"), "", "HOST:N"),
+    "openmpi": MpiFlavor("Open MPI", "Open", "--hostfile", "--npernode", ("--bind-to", "socket"), "-x", "HOST slots=N"),
 }
 
 
@@ -53,7 +53,7 @@ def command(settings: LaunchSettings, variables: Collection[str]) -> list[str]:
         settings: What was asked for.
         variables: Names of variables that the processes need.
     """
-    mpi = MPIS[settings.mpi]
+    mpi = MPI_FLAVORS[settings.mpi]
     words = ["mpirun", mpi.hostfile, str(settings.mpirun.hostfile), mpi.per_host, str(settings.processes_here)]
     words += ["-n", str(settings.processes)]
     crowded = settings.cores is not None and settings.processes_here > settings.cores
@@ -94,8 +94,8 @@ def check(settings: LaunchSettings) -> None:
 # Looks at the machine ------------------------------------------------------------------------------------------------
 
 
-def installed() -> str:
-    """Whose ``mpirun`` is found first, a key of `MPIS`; Open MPI's if there is none, or one that nobody knows."""
+def detect_flavor() -> str:
+    """Whose ``mpirun`` is found first, a key of `MPI_FLAVORS`; Open MPI's if there is none, or one that nobody knows."""
     import shutil
     import subprocess
 
@@ -106,12 +106,12 @@ def installed() -> str:
     except (OSError, subprocess.TimeoutExpired):  # starting it will say more
         return "openmpi"
     said = asked.stdout + asked.stderr
-    found = next((name for name, mpi in MPIS.items() if mpi.sign in said), "openmpi")
+    found = next((name for name, mpi in MPI_FLAVORS.items() if mpi.version_marker in said), "openmpi")
     # MVAPICH's own starter lies beside; what its mpirun says does not always name it.
     return "mvapich" if found == "mpich" and shutil.which("mpirun_rsh") is not None else found
 
 
-def hosts(path: str) -> tuple[str, ...]:
+def read_hostfile(path: str) -> tuple[str, ...]:
     """The hosts of a file for mpirun, each once; none where there is no such file."""
     if not os.path.isfile(path):
         return ()
@@ -120,18 +120,18 @@ def hosts(path: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_host(words[0]) for words in lines if words))
 
 
-def are_elsewhere(names: Iterable[str]) -> bool:
+def any_remote(names: Iterable[str]) -> bool:
     """Whether any of the hosts may be another machine: its name is none of those that are certainly this one's."""
     own = os.uname().nodename if hasattr(os, "uname") else ""
     return any(name not in ("localhost", own, own.partition(".")[0]) and name[:4] != "127." for name in names)
 
 
 def _host(word: str) -> str:
-    name, colon, slots = word.rpartition(":")
-    return name if colon and slots.isdecimal() and ":" not in name else word
+    name, colon, hostfile_format = word.rpartition(":")
+    return name if colon and hostfile_format.isdecimal() and ":" not in name else word
 
 
-def check_here(settings: LaunchSettings, root: bool, variables: Collection[str]) -> None:
+def check_host(settings: LaunchSettings, root: bool, variables: Collection[str]) -> None:
     """Looks whether ``mpirun`` can do here what it is about to be told.
 
     Args:
@@ -142,16 +142,20 @@ def check_here(settings: LaunchSettings, root: bool, variables: Collection[str])
     Raises:
         SettingsError: when it cannot.
     """
-    mpi, path = MPIS[settings.mpi], str(settings.mpirun.hostfile)
+    mpi, path = MPI_FLAVORS[settings.mpi], str(settings.mpirun.hostfile)
     if not os.path.isfile(path):
-        raise SettingsError(f"mpirun_hostfile: {path} does not exist. Write a host on each line, as in: {mpi.slots}")
+        raise SettingsError(
+            f"mpirun_hostfile: {path} does not exist. Write a host on each line, as in: {mpi.hostfile_format}"
+        )
     with open(path, encoding="utf-8", errors="replace") as file:
         text = "".join(line.partition("#")[0] for line in file)
     if not text.strip():
-        raise SettingsError(f"mpirun_hostfile: {path} names no host. Write a host on each line, as in: {mpi.slots}")
+        raise SettingsError(
+            f"mpirun_hostfile: {path} names no host. Write a host on each line, as in: {mpi.hostfile_format}"
+        )
     if not mpi.export and "slots=" in text:
         raise SettingsError(
-            f"mpirun_hostfile: {path} is written for Open MPI, but mpirun is {mpi.title}'s: write {mpi.slots}"
+            f"mpirun_hostfile: {path} is written for Open MPI, but mpirun is {mpi.title}'s: write {mpi.hostfile_format}"
         )
     if mpi.export:
         check_root(root, variables)

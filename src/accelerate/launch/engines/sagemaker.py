@@ -1,6 +1,6 @@
 """A training job on Amazon SageMaker: settings to the estimator's arguments, and one function that hands them over.
 
-`plan_job` is pure; `prepare` reads the tables that the settings name; `start` needs the SDK (``accelerate[sagemaker]``).
+`build_job` is pure; `prepare_job` reads the tables that the settings name; `start` needs the SDK.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from ...settings import env
 from ...settings.enums import SageMakerDistributedType
 from ...settings.launcher import LaunchSettings
 from ...settings.option import SettingsError
-from ..console import say
+from ..console import log_line
 
 if TYPE_CHECKING:
     from ..plan import LaunchPlan
 
 INSTALL = 'Amazon SageMaker needs its SDK: pip install "accelerate[sagemaker]".'
-_WHO = "set `profile` in the configuration file, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give them as flags"
+_CREDENTIALS_HINT = (
+    "set `profile` in the configuration file, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give them as flags"
+)
 _SCRIPT_MODE = "https://sagemaker.readthedocs.io/en/stable/frameworks/pytorch/using_pytorch.html"
 # How long a job may run when additional_args does not say: the estimator's own default, in seconds.
 _MAX_RUN = 86400
@@ -29,7 +31,7 @@ _INTEGER = re.compile(r"-?(0|[1-9]\d*)")
 _SMALL_NUMBER = re.compile(r"-?\d+(\.\d+)?[eE]-\d+")
 
 
-class Job(NamedTuple):
+class TrainingJob(NamedTuple):
     """A training job as a value.
 
     Attributes:
@@ -41,7 +43,7 @@ class Job(NamedTuple):
     inputs: dict[str, str] | None = None
 
 
-class Tables(NamedTuple):
+class JobTables(NamedTuple):
     """What the files that the settings name hold.
 
     Attributes:
@@ -53,7 +55,7 @@ class Tables(NamedTuple):
     metrics: dict[str, str] | None = None
 
 
-def prepare(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
+def prepare_job(settings: LaunchSettings, environment: Mapping[str, str]) -> TrainingJob:
     """The job for `settings`, whose tables are read.
 
     Raises:
@@ -62,10 +64,10 @@ def prepare(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
     there = settings.sagemaker
     inputs = read_table(there.sagemaker_inputs_file, ("channel_name", "data_location"))
     metrics = read_table(there.sagemaker_metrics_file, ("metric_name", "metric_regex"))
-    return plan_job(settings, environment, Tables(inputs, metrics))
+    return build_job(settings, environment, JobTables(inputs, metrics))
 
 
-def plan_job(settings: LaunchSettings, environment: Mapping[str, str], tables: Tables | None = None) -> Job:
+def build_job(settings: LaunchSettings, environment: Mapping[str, str], tables: JobTables | None = None) -> TrainingJob:
     """The job for `settings`.
 
     Args:
@@ -77,11 +79,11 @@ def plan_job(settings: LaunchSettings, environment: Mapping[str, str], tables: T
         SettingsError: when settings contradict each other, or the script's arguments cannot be handed on.
     """
     check(settings)
-    tables = tables or Tables()
+    tables = tables or JobTables()
     there = settings.sagemaker
     more = dict(there.additional_args or {})
     folder, script = os.path.split(settings.script)
-    hyperparameters = to_hyperparameters(settings.script_args)
+    hyperparameters = parse_hyperparameters(settings.script_args)
     estimator: dict[str, Any] = {
         "image_uri": there.image_uri,
         "entry_point": script,
@@ -101,7 +103,9 @@ def plan_job(settings: LaunchSettings, environment: Mapping[str, str], tables: T
         "environment": {**environment, **_words(_mapping(more.pop("environment", None), "environment"))},
     }
     inputs = more.pop("inputs", None) or tables.inputs
-    return Job({name: value for name, value in {**estimator, **more}.items() if value not in (None, [])}, inputs)
+    return TrainingJob(
+        {name: value for name, value in {**estimator, **more}.items() if value not in (None, [])}, inputs
+    )
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def _distribution(distributed: str) -> dict[str, Any] | None:
 # The script's arguments ----------------------------------------------------------------------------------------------
 
 
-def to_hyperparameters(words: Sequence[str]) -> dict[str, Any]:
+def parse_hyperparameters(words: Sequence[str]) -> dict[str, Any]:
     """The script's arguments by name, as SageMaker takes them; there the script gets ``--name value`` of each.
 
     A number or True or False becomes one where the script gets back the same word (or a small number in another
@@ -260,7 +264,7 @@ def read_table(path: str | None, columns: tuple[str, str]) -> dict[str, str] | N
     return table
 
 
-def as_text(job: Job) -> str:
+def format_job(job: TrainingJob) -> str:
     """The job as the Python that would start it."""
     arguments = "".join(f"    {name}={value!r},\n" for name, value in job.estimator.items())
     inputs = f"inputs={job.inputs!r}" if job.inputs else ""
@@ -298,7 +302,7 @@ def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
         if not settings.quiet:
             print(line, flush=True)
 
-    job = prepare(settings, plan.environment)
+    job = prepare_job(settings, plan.environment)
     tell("Configuring Amazon SageMaker environment")
     env.publish({**credentials(settings), "SAGEMAKER_SUPPRESS_V2_WARNING": "1"})
     tell("Converting Arguments to Hyperparameters")
@@ -307,13 +311,13 @@ def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
         from botocore.exceptions import BotoCoreError, ClientError
 
         if boto3.Session().get_credentials() is None:
-            raise SettingsError(f"nobody said who is asking AWS: {_WHO}")
+            raise SettingsError(f"nobody said who is asking AWS: {_CREDENTIALS_HINT}")
         from sagemaker.exceptions import UnexpectedStatusException
         from sagemaker.huggingface import HuggingFace
     except ImportError as error:
         raise SettingsError(f"{INSTALL} ({error})") from None
     except BotoCoreError as error:  # a profile that does not exist, for instance
-        raise SettingsError(f"AWS: {_first_line(error)} ({_WHO})") from None
+        raise SettingsError(f"AWS: {_first_line(error)} ({_CREDENTIALS_HINT})") from None
     _check_names(job, HuggingFace)
     tell("Creating Estimator")
     estimator: Any = None
@@ -325,20 +329,22 @@ def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
             raise KeyboardInterrupt
         estimator.latest_training_job.wait()
     except UnexpectedStatusException as error:
-        say(f"the job did not end well: {_first_line(error)}")
+        log_line(f"the job did not end well: {_first_line(error)}")
         return 1
     except (BotoCoreError, ClientError, ValueError, ImportError, OSError) as error:
         raise SettingsError(f"Amazon SageMaker: {_first_line(error)}") from None
     except KeyboardInterrupt:
         started = getattr(estimator, "latest_training_job", None)
         stop = f"`aws sagemaker stop-training-job --training-job-name {started.name}` ends it" if started else ""
-        say(f"no longer watching, but the job goes on: {stop}" if started else "interrupted before a job was started")
+        log_line(
+            f"no longer watching, but the job goes on: {stop}" if started else "interrupted before a job was started"
+        )
         return 130
     tell(f"\nYou can find your model data at: {estimator.model_data}")
     return 0
 
 
-def _check_names(job: Job, kind: type) -> None:
+def _check_names(job: TrainingJob, kind: type) -> None:
     """The SDK takes no notice of an argument that it does not know: a misspelt one would be lost."""
     import difflib
     import inspect

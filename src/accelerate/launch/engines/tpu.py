@@ -88,7 +88,7 @@ def check_function(settings: LaunchSettings) -> None:
 # Pods ----------------------------------------------------------------------------------------------------------------
 
 
-def tpu_command(name: str | None, zone: str | None, script: str, alpha: bool = False) -> list[str]:
+def ssh_command(name: str | None, zone: str | None, script: str, alpha: bool = False) -> list[str]:
     """gcloud's command that runs a shell's text on all workers of a TPU.
 
     Raises:
@@ -125,7 +125,7 @@ def pod_commands(settings: LaunchSettings, environment: Mapping[str, str]) -> li
     script = shlex.join([*sudo, "env", *variables, *host_command(settings, ("python3",))])
     pod = settings.pod
     if not settings.tpus.vm:
-        return [tpu_command(pod.tpu_name, pod.tpu_zone, script)]
+        return [ssh_command(pod.tpu_name, pod.tpu_zone, script)]
     zone = ["--zone", pod.tpu_zone] if pod.tpu_zone else []
     return [["gcloud", "compute", "ssh", vm, *zone, "--command", script] for vm in settings.tpus.vm]
 
@@ -242,4 +242,4 @@ def run_remotely(commands: Sequence[Sequence[str]]) -> int:
 
 def start_pod(plan: LaunchPlan, settings: LaunchSettings) -> int:
     """Starts the script on a pod; see `run_remotely`."""
-    return run_remotely([plan.command, *plan.beside])
+    return run_remotely([plan.command, *plan.parallel_commands])

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 
-class Rank(NamedTuple):
+class TpuWorker(NamedTuple):
     """The body of a process: torch_xla pickles it, and calls it with the process's number on this host.
 
     Attributes:
@@ -69,7 +69,7 @@ class Rank(NamedTuple):
         return loaded
 
 
-def parse(words: Sequence[str]) -> Rank:
+def parse(words: Sequence[str]) -> TpuWorker:
     """The rank that the command line describes; the script's own words stay as they are."""
     rest = list(words)
     options = {"--function": "main", "--processes": ""}
@@ -79,7 +79,7 @@ def parse(words: Sequence[str]) -> Rank:
     module = rest[:1] == ["-m"]
     script, *arguments = rest[1:] if module else rest
     count = options["--processes"]
-    return Rank(script, module, options["--function"], int(count) if count else None, tuple(arguments))
+    return TpuWorker(script, module, options["--function"], int(count) if count else None, tuple(arguments))
 
 
 def main(words: Sequence[str]) -> None:

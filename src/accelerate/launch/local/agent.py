@@ -1,6 +1,6 @@
-"""torch's elastic agent: what it is told, and where ours differs. Everything that depends on its insides is here.
+"""torch's elastic agent: its configuration, and a subclass. All that depends on torch's internals is in this module.
 
-Ours says who was started, ends ranks sooner, and keeps an eye on the other machines.
+The subclass reports the processes it has started, ends ranks sooner once one has failed, and monitors the other machines.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...settings.option import SettingsError
-from ..console import say
-from ..multinode.heartbeat import Elsewhere, Neighbours
-from ..multinode.static_rendezvous import Meeting, number
+from ..console import log_line
+from ..multinode.heartbeat import PeerExitError, PeerMonitor
+from ..multinode.static_rendezvous import StaticRendezvous, float_option
 from ..plan import LaunchPlan
-from .failure_report import STOPPED
-from .reaper import kill
+from .failure_report import SAVED_EXIT_CODE
+from .reaper import kill_groups
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -36,42 +36,43 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# How long ranks may take to end once another has failed: time to close files, not to wait for the one that is gone.
+# How long ranks may take to end once another has failed: enough to close files, not to wait for the one that is gone.
 GRACE_SECONDS = 5
-# How long when somebody asked them to stop, or has asked another one that has saved by now: they save.
-SAVING_SECONDS = 60.0
-# How long after a second Ctrl-C; and how soon one counts as the same, sent by the terminal and by a program in between.
-_HURRY_SECONDS = 1.0
-_SAME_SECONDS = 0.5
-# torch's own names and, where ours is longer, why: a machine must not count as gone for being slow.
-_SILENCE = {"keep_alive_interval": 5, "keep_alive_max_attempt": 12}
+# How long they may take to save a checkpoint, after a signal or once another rank has saved.
+SAVE_SECONDS = 60.0
+# How long they may take after a second Ctrl-C; and how soon it counts as the first, sent by the terminal and by a program.
+_KILL_DELAY_SECONDS = 1.0
+_DEBOUNCE_SECONDS = 0.5
+# Options of torch's dynamic rendezvous, whose product is the heartbeat timeout. The default is longer than torch's, so
+# that a slow machine does not count as gone.
+_KEEP_ALIVE = {"keep_alive_interval": 5, "keep_alive_max_attempt": 12}
 
 
-class Observer(Protocol):
-    """Who is told what the agent does."""
+class AgentObserver(Protocol):
+    """Receives the events of an agent."""
 
     quiet: bool
-    neighbours: Neighbours | None
+    peers: PeerMonitor | None
 
-    def started(self, pids: Mapping[int, int]) -> None:
-        """All ranks have been started (again); rank -> process id."""
+    def workers_started(self, pids: Mapping[int, int]) -> None:
+        """Called when all ranks have been started or restarted; rank -> process id."""
 
-    def before_ending(self, error_files: Mapping[int, str]) -> None:
-        """A rank has ended badly, and the others are about to be ended; process id -> where it notes its error."""
+    def before_termination(self, error_files: Mapping[int, str]) -> None:
+        """Called when a rank has failed, before the others are terminated; process id -> error file."""
 
-    def met(self, neighbours: Neighbours) -> None:
-        """A round with other machines begins."""
+    def rendezvous_completed(self, peers: PeerMonitor) -> None:
+        """Called when a round with other machines begins."""
 
 
-def configuration(plan: LaunchPlan, log_dir: str) -> LaunchConfig:
-    """What torch.distributed.run makes of the plan's command.
+def launch_config(plan: LaunchPlan, log_dir: str) -> LaunchConfig:
+    """Parses the plan's command as torch.distributed.run does.
 
     Args:
         plan: A plan for torch.
-        log_dir: Where ranks note errors and logs unless the plan says where.
+        log_dir: Folder of logs and error files, unless the plan names one.
 
     Raises:
-        SettingsError: when it can make nothing of an option.
+        SettingsError: if torch rejects an option.
     """
     from torch.distributed.run import config_from_args, parse_args
 
@@ -87,11 +88,11 @@ def configuration(plan: LaunchPlan, log_dir: str) -> LaunchConfig:
     return config
 
 
-def specification(plan: LaunchPlan, config: LaunchConfig, handler: Any) -> WorkerSpec:
-    """What the agent starts, and how its ranks meet."""
+def worker_spec(plan: LaunchPlan, config: LaunchConfig, handler: Any) -> WorkerSpec:
+    """Returns the command of each rank and the rendezvous handler, for the agent."""
     from torch.distributed.elastic.agent.server.api import WorkerSpec
 
-    # The agent replaces $-macros in arguments; ours are for the script as they are.
+    # The agent replaces $-macros in arguments; the script must receive its arguments unchanged.
     entrypoint, *arguments = [word.replace("$", "$$") for word in _rank_command(plan)]
     return WorkerSpec(
         role=config.role,
@@ -111,100 +112,117 @@ def _rank_command(plan: LaunchPlan) -> tuple[str, ...]:
     return (sys.executable, "-I", "-S", shim, str(os.getpid()), *plan.worker)
 
 
-def make(spec: WorkerSpec, config: LaunchConfig, observer: Observer, meeting: Meeting | None) -> LocalElasticAgent:
-    """The agent of this machine.
+def create_agent(
+    spec: WorkerSpec, config: LaunchConfig, observer: AgentObserver, rendezvous: StaticRendezvous | None
+) -> LocalElasticAgent:
+    """Creates the agent of this machine.
 
     Args:
-        spec: What it starts.
-        config: More of what it was told.
-        observer: Who is told.
-        meeting: Where the machines have met; None for a single one.
+        spec: From `worker_spec`.
+        config: From `launch_config`.
+        observer: Receives the agent's events.
+        rendezvous: The completed rendezvous of several machines; None for one machine.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-    class Agent(_Ours, LocalElasticAgent):
+    class Agent(AccelerateElasticAgent, LocalElasticAgent):
         pass
 
-    made = Agent(spec=spec, logs_specs=config.logs_specs, start_method=config.start_method)  # type: ignore[arg-type]  # made by config_from_args
-    made.observer, made.meeting = observer, meeting
-    for name, default in _SILENCE.items():
-        made.silence *= number(config.rdzv_configs, name, default=default)
-    return made
+    agent = Agent(spec=spec, logs_specs=config.logs_specs, start_method=config.start_method)  # type: ignore[arg-type]  # made by config_from_args
+    agent.observer, agent.rendezvous = observer, rendezvous
+    if rendezvous is not None:
+        for name, default in _KEEP_ALIVE.items():
+            agent.heartbeat_timeout *= float_option(config.rdzv_configs, name, default=default)
+    return agent
 
 
-class _Ours(_Base):
-    """Where our agent differs from torch's, which `make` puts behind it, as importing it imports torch."""
+class AccelerateElasticAgent(_Base):
+    """Overrides of torch's agent; `create_agent` adds the base class, as importing it imports torch.
 
-    observer: Observer
-    meeting: Meeting | None
-    silence = 1.0
-    exit_codes: Sequence[int | None] = ()  # of the ranks, after the last shutdown
-    signaled_too_late = False  # all ranks had ended before it
-    _patient: float | None = None  # how long ranks may take to end once the agent shuts down, in seconds
-    _since = 0.0  # when another machine ended
+    Attributes:
+        observer: Receives the agent's events.
+        rendezvous: The completed rendezvous of several machines; None for one machine.
+        heartbeat_timeout: Seconds without a heartbeat after which a machine counts as gone.
+        exit_codes: Exit codes of the ranks after the last shutdown.
+        signaled_too_late: Whether all ranks had ended before that.
+    """
+
+    observer: AgentObserver
+    rendezvous: StaticRendezvous | None
+    heartbeat_timeout = 1.0
+    exit_codes: Sequence[int | None] = ()
+    signaled_too_late = False
+    _stop_timeout: float | None = None  # seconds that ranks may take to end once the agent shuts down
+    _remote_exit_time = 0.0  # when another machine ended
 
     def _rendezvous(self, worker_group: Any) -> None:
         super()._rendezvous(worker_group)
-        meeting = self.meeting
-        if meeting is None:
+        rendezvous = self.rendezvous
+        if rendezvous is None:
             return
         rank, count = worker_group.group_rank, worker_group.group_world_size
-        restarts = worker_group.spec.max_restarts
-        name, begun = _agree(worker_group.store, rank, count, restarts - self._remaining_restarts)
-        # A restart counts on all machines, or their ranks would look for each other in different places.
-        self._remaining_restarts = max(0, restarts - begun)
-        connect = functools.partial(_prefixed, name, meeting)
-        self.observer.met(Neighbours(connect, rank, count, meeting.me, meeting.holder, self.silence))
+        max_restarts = worker_group.spec.max_restarts
+        name, restarts = _sync_round(worker_group.store, rank, count, max_restarts - self._remaining_restarts)
+        # All machines count the same restarts, since the keys of the ranks' stores contain the number.
+        self._remaining_restarts = max(0, max_restarts - restarts)
+        connect = functools.partial(_connect_round, name, rendezvous)
+        self.observer.rendezvous_completed(
+            PeerMonitor(connect, rank, count, rendezvous.node_name, rendezvous.store_host, self.heartbeat_timeout)
+        )
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        if result.failures and all(failure.exitcode == STOPPED for failure in result.failures.values()):
-            self._remaining_restarts = 0  # it did what it was asked to
-        # Where torch may wait for another machine in the place of one that is gone, it shall.
-        replaceable = self.meeting is not None and self.meeting.terms.backend == "c10d" and self._remaining_restarts > 0
-        if self.observer.neighbours is not None and _is_healthy(result) and not replaceable:
-            self._look_around(self.observer.neighbours)
+        if result.failures and all(failure.exitcode == SAVED_EXIT_CODE for failure in result.failures.values()):
+            self._remaining_restarts = 0  # it was stopped, and has saved
+        # With c10d, torch may wait for another machine that replaces the one that is gone.
+        replaceable = (
+            self.rendezvous is not None and self.rendezvous.config.backend == "c10d" and self._remaining_restarts > 0
+        )
+        if self.observer.peers is not None and _is_healthy(result) and not replaceable:
+            self._check_peers(self.observer.peers)
         return result
 
-    def _look_around(self, neighbours: Neighbours) -> None:
+    def _check_peers(self, peers: PeerMonitor) -> None:
         try:
-            neighbours.look()
-        except Elsewhere as elsewhere:
-            self._since = self._since or time.monotonic()
-            saving = elsewhere.end.code == STOPPED and time.monotonic() - self._since < SAVING_SECONDS
+            peers.check()
+        except PeerExitError as error:
+            self._remote_exit_time = self._remote_exit_time or time.monotonic()
+            saving = error.end.code == SAVED_EXIT_CODE and time.monotonic() - self._remote_exit_time < SAVE_SECONDS
             if not saving:
                 raise
 
     def _exit_barrier(self) -> None:
-        if self.observer.neighbours is not None:
-            self.observer.neighbours.finish()
+        if self.observer.peers is not None:
+            self.observer.peers.exit_barrier()
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         ids: dict[int, Any] = super()._start_workers(worker_group)
-        self.observer.started({worker.global_rank: ids[worker.local_rank] for worker in worker_group.workers})
+        self.observer.workers_started({worker.global_rank: ids[worker.local_rank] for worker in worker_group.workers})
         context: Any = self._pcontext
         close: Callable[..., None] = context._close
-        context.error_files = _ReadableFiles(context.error_files)
+        context.error_files = _ErrorFiles(context.error_files)
         files = {pid: context.error_files.get(local_rank) for local_rank, pid in ids.items()}
 
         def close_soon(death_sig: signal.Signals, timeout: int = 30) -> None:
-            if self._patient is None:
-                self.observer.before_ending(files)
-            patience = min(timeout, GRACE_SECONDS) if self._patient is None else int(self._patient)
-            close(death_sig=death_sig, timeout=patience)
-            if self._patient is None:
-                _report_ended(context)
+            if self._stop_timeout is None:
+                self.observer.before_termination(files)
+            limit = min(timeout, GRACE_SECONDS) if self._stop_timeout is None else int(self._stop_timeout)
+            close(death_sig=death_sig, timeout=limit)
+            if self._stop_timeout is None:
+                _add_later_failures(context)
 
         context._close = close_soon
         return ids
 
     def _shutdown(self, death_sig: signal.Signals | None = None, timeout: float = 30, **options: Any) -> None:
-        # Told to stop by somebody: ranks may take their time, to save a checkpoint for instance.
+        # Stopped from outside: ranks may take the time to save a checkpoint.
         if death_sig is signal.SIGTERM:
-            timeout = max(timeout, SAVING_SECONDS)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it twice: to us, and to our process group
+            timeout = max(timeout, SAVE_SECONDS)
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # schedulers may send it twice: to us, and to our process group
         # Not passed to torch: 2.6 takes no timeout. Its own argument, whether ranks are started again, is in options.
-        self._patient = timeout
+        self._stop_timeout = timeout
         self.signaled_too_late = all(code is not None for code in self._exit_codes())
         with self._second_interrupt_kills() if death_sig is not None else contextlib.nullcontext():
             super()._shutdown(death_sig or signal.SIGTERM, **options)
@@ -217,39 +235,41 @@ class _Ours(_Base):
 
     @contextlib.contextmanager
     def _second_interrupt_kills(self) -> Iterator[None]:
-        """Within the block, Ctrl-C leaves ranks a second to end, instead of interrupting the wait for them."""
+        """Within the block, Ctrl-C kills the ranks after a second, instead of interrupting the wait for them."""
         context: Any = self._pcontext
-        begun = time.monotonic()
-        killing: list[threading.Timer] = []
+        start = time.monotonic()
+        timers: list[threading.Timer] = []
 
-        def hurry(*_: object) -> None:
-            if time.monotonic() - begun < _SAME_SECONDS or killing or context is None:
+        def kill_soon(*_: object) -> None:
+            if time.monotonic() - start < _DEBOUNCE_SECONDS or timers or context is None:
                 return
             alive = [
                 handler.proc.pid for handler in context.subprocess_handlers.values() if handler.proc.poll() is None
             ]
-            killing.append(threading.Timer(_HURRY_SECONDS, kill, [alive]))
-            killing[0].start()
+            timers.append(threading.Timer(_KILL_DELAY_SECONDS, kill_groups, [alive]))
+            timers[0].start()
 
-        previous = signal.signal(signal.SIGINT, hurry)
+        previous = signal.signal(signal.SIGINT, kill_soon)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, previous)
-            for timer in killing:
+            for timer in timers:
                 timer.cancel()
 
     def _restart_workers(self, worker_group: Any) -> None:
-        elsewhere = _is_healthy(worker_group)
-        which = "a rank on another machine failed" if elsewhere else "a rank failed"
-        left = self._remaining_restarts - elsewhere
-        say(f"{which}; starting all ranks again ({left} more restart{'' if left == 1 else 's'})", self.observer.quiet)
+        remote = _is_healthy(worker_group)
+        which = "a rank on another machine failed" if remote else "a rank failed"
+        left = self._remaining_restarts - remote
+        log_line(
+            f"{which}; starting all ranks again ({left} more restart{'' if left == 1 else 's'})", self.observer.quiet
+        )
         super()._restart_workers(worker_group)
-        self._patient = None
+        self._stop_timeout = None
 
 
-class _ReadableFiles(dict[int, str]):
-    """Error files by local rank, as torch looks them up; it raises on one that its writer had no time to complete."""
+class _ErrorFiles(dict[int, str]):
+    """Error files by local rank; moves a file aside that is incomplete, on which torch would raise."""
 
     def __getitem__(self, local_rank: int) -> str:
         from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -257,12 +277,12 @@ class _ReadableFiles(dict[int, str]):
         file = super().__getitem__(local_rank)
         try:
             ProcessFailure(local_rank, 0, 1, file)
-        except (ValueError, TypeError, LookupError, AttributeError):  # no JSON, or other than torch expects
+        except (ValueError, TypeError, LookupError, AttributeError):  # not JSON, or not the fields that torch expects
             os.replace(file, f"{file}.damaged")
         return file
 
 
-def _report_ended(context: Any) -> None:
+def _add_later_failures(context: Any) -> None:
     """Adds the ranks that have failed since the first did: torch 2.6 leaves them out, newer releases add them."""
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -276,15 +296,15 @@ def _is_healthy(group: Any) -> bool:
     return str(group.state.name) == "HEALTHY"
 
 
-def _agree(store: Store, rank: int, count: int, begun: int) -> tuple[str, int]:
-    """A name for the round, and how often ranks have been started again: the highest number of any machine."""
+def _sync_round(store: Store, rank: int, count: int, restarts: int) -> tuple[str, int]:
+    """Returns a name for the round, equal on all machines, and the maximum over them of the restarts so far."""
     name = uuid.uuid4().hex
-    store.set(f"accelerate/round/{rank}", json.dumps([name, begun]))
-    told = [json.loads(store.get(f"accelerate/round/{other}")) for other in range(count)]
-    return str(told[0][0]), max(number for _, number in told)
+    store.set(f"accelerate/round/{rank}", json.dumps([name, restarts]))
+    nodes = [json.loads(store.get(f"accelerate/round/{other}")) for other in range(count)]
+    return str(nodes[0][0]), max(number for _, number in nodes)
 
 
-def _prefixed(name: str, meeting: Meeting) -> Store:
+def _connect_round(name: str, rendezvous: StaticRendezvous) -> Store:
     import torch.distributed as dist
 
-    return dist.PrefixStore(f"accelerate/{name}", meeting.connect())
+    return dist.PrefixStore(f"accelerate/{name}", rendezvous.connect())

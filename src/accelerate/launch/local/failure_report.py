@@ -1,6 +1,7 @@
-"""Which rank is to blame, and what to say of it. Pure, save that it reads what ranks have noted of their errors.
+"""Determines the rank that failed first, and the line that reports it. Pure, except that it reads ranks' error files.
 
-When one rank fails, others often fail a moment later because it is gone. The first to fail of itself is the one to name.
+If one rank fails, others often fail a moment later because they lost it. The first failure with a cause of its own is
+reported: failures after the launcher began to terminate ranks, lost connections and timeouts rank behind it.
 """
 
 from __future__ import annotations
@@ -12,152 +13,154 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .reaper import lost_a_peer, timed_out
+from .reaper import lost_peer, timed_out
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-# What a script exits with when it has saved because it was asked to stop (`accelerate.checkpointing.EXIT_CODE`).
-STOPPED = 75
-_SAVED = " (it was asked to stop and has saved: start it again)"
+# Exit code of a script that was stopped and has saved (`accelerate.checkpointing.EXIT_CODE`).
+SAVED_EXIT_CODE = 75
+_SAVED_HINT = " (it was stopped and has saved: start it again)"
 
-_LIKELY: dict[int, str] = {
+_LIKELY_CAUSES: dict[int, str] = {
     signal.SIGKILL: " (by a person, or for want of memory)",
     signal.SIGABRT: (
         " (gloo does so when ranks take part with tensors of different sizes: --debug compares them first; NCCL's watchdog"
         " when a rank does not take part in time)"
     ),
 }
-# States of a process in /proc that it does not leave by itself: stopped by a signal, or by a debugger.
-HALTED = ("T", "t")
+# States of a process in /proc that another process must end: stopped by a signal, or by a debugger.
+HALTED_STATES = ("T", "t")
 
 
-class Verdict(NamedTuple):
-    """How a machine's part of a launch ended.
+class ExitReport(NamedTuple):
+    """How a machine's part of a launch has ended.
 
     Attributes:
-        line: What to say, or "".
+        line: The line to print, or "".
         code: The launcher's exit code.
-        lost_a_peer: Whether its ranks failed only because another was gone.
+        lost_peer: Whether its ranks failed only because another was gone.
     """
 
     line: str
     code: int
-    lost_a_peer: bool = False
+    lost_peer: bool = False
 
 
-def of_failures(
+def report_failures(
     failures: Mapping[int, ProcessFailure],
-    deaths: Mapping[int, int],
-    ending_since: int,
-    left: Mapping[int, int] | None = None,
-    alive: Mapping[int, tuple[int, str]] | None = None,
-) -> Verdict:
-    """The verdict on ranks that have failed.
+    exit_times: Mapping[int, int],
+    terminating_since: int,
+    exited: Mapping[int, int] | None = None,
+    still_running: Mapping[int, tuple[int, str]] | None = None,
+) -> ExitReport:
+    """Reports ranks that have failed.
 
     Args:
         failures: The failures by rank, at least one.
-        deaths: When processes ended: process id -> nanoseconds since the epoch.
-        ending_since: When the launcher began to end the ranks, in nanoseconds; 0 when it has not.
-        left: Ranks that had left with code 0 by then: rank -> process id.
-        alive: Ranks that had not ended by then: rank -> process id and state (`guard.state_of`).
+        exit_times: Process id -> when it ended, in nanoseconds since the epoch.
+        terminating_since: When the launcher began to terminate the ranks, in nanoseconds; 0 if it has not.
+        exited: Ranks that had exited with code 0 by then: rank -> process id.
+        still_running: Ranks that were running by then: rank -> process id and state (`reaper.process_state`).
     """
 
-    def guilt(failure: ProcessFailure) -> tuple[bool, bool, bool, int]:
-        """Sorts the rank that failed first, and of itself, before the others; one that timed out makes others lose it."""
-        moment, why = _moment(failure, deaths), noted(failure.error_file)
-        return moment > ending_since > 0, is_symptom(why), lost_a_peer(why), moment
+    def blame_key(failure: ProcessFailure) -> tuple[bool, bool, bool, int]:
+        """Sorts causes before symptoms, timeouts before the lost connections that they lead to, then by time."""
+        moment, why = _failure_time(failure, exit_times), read_error_file(failure.error_file)
+        return moment > terminating_since > 0, is_symptom(why), lost_peer(why), moment
 
-    rank, failure = min(failures.items(), key=lambda item: guilt(item[1]))
-    why = noted(failure.error_file)
-    how, code = _how(failure.exitcode), failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    # It had noted its error, and the launcher's signal came before it was gone.
-    if why and -failure.exitcode in (signal.SIGTERM, signal.SIGKILL) and deaths.get(failure.pid, 0) > ending_since > 0:
+    rank, failure = min(failures.items(), key=lambda item: blame_key(item[1]))
+    why = read_error_file(failure.error_file)
+    how, code = _describe_exit(failure.exitcode), failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    # It wrote its error file, and the launcher's signal came before it had exited.
+    terminated = -failure.exitcode in (signal.SIGTERM, signal.SIGKILL)
+    if why and terminated and exit_times.get(failure.pid, 0) > terminating_since > 0:
         how, code = "failed", 1
     line = f"rank {rank} (pid {failure.pid}) {how}{f': {why}' if why else ''}"
-    # NCCL's watchdog aborts the process, and only its stderr has the reason.
+    # NCCL's watchdog aborts the process, and writes the reason to stderr only.
     aborted = failure.exitcode == -signal.SIGABRT and not why
     if is_symptom(why) or aborted:
-        cause = _missing(left or {}, alive or {}, only_known=not timed_out(why))
+        cause = _describe_absent_ranks(exited or {}, still_running or {}, only_certain=not timed_out(why))
         line = f"{cause}; {line}" if cause else line
-    return Verdict(line, code, lost_a_peer(why))
+    return ExitReport(line, code, lost_peer(why))
 
 
 def is_symptom(why: str) -> bool:
     """Returns whether a rank's error is the effect of a peer that is gone, or that did not take part."""
-    return lost_a_peer(why) or timed_out(why)
+    return lost_peer(why) or timed_out(why)
 
 
-def _missing(left: Mapping[int, int], alive: Mapping[int, tuple[int, str]], only_known: bool) -> str:
-    """The ranks that the others have missed, or "".
+def _describe_absent_ranks(
+    exited: Mapping[int, int], still_running: Mapping[int, tuple[int, str]], only_certain: bool
+) -> str:
+    """Describes the ranks for which others waited, or returns "".
 
     Args:
-        left: As for `of_failures`.
-        alive: As for `of_failures`.
-        only_known: Leave out ranks that were running: nothing says that they were waited for.
+        exited: As for `report_failures`.
+        still_running: As for `report_failures`.
+        only_certain: Leave out ranks that were running, since others may not have waited for them.
     """
-    stopped = {rank: pid for rank, (pid, state) in alive.items() if state in HALTED}
+    stopped = {rank: pid for rank, (pid, state) in still_running.items() if state in HALTED_STATES}
     if stopped:
-        return f"{_names(stopped)} {'is' if len(stopped) == 1 else 'are'} stopped (SIGSTOP)"
-    if left:
-        return f"{_names(left)} left early with code 0"
-    if not alive or only_known:
+        return f"{_format_ranks(stopped)} {'is' if len(stopped) == 1 else 'are'} stopped (SIGSTOP)"
+    if exited:
+        return f"{_format_ranks(exited)} left early with code 0"
+    if not still_running or only_certain:
         return ""
-    running = _names({rank: pid for rank, (pid, _) in alive.items()})
-    if len(alive) == 1:
+    running = _format_ranks({rank: pid for rank, (pid, _) in still_running.items()})
+    if len(still_running) == 1:
         return f"{running} did not take part: it was still running"
     return f"one of {running} did not take part: they were still running"
 
 
-def _names(ranks: Mapping[int, int]) -> str:
+def _format_ranks(ranks: Mapping[int, int]) -> str:
     return ", ".join(f"rank {rank} (pid {pid})" for rank, pid in sorted(ranks.items()))
 
 
-def of_signal(number: signal.Signals, codes: Sequence[int | None] = (), too_late: bool = False) -> Verdict:
-    """The verdict when the launcher was told to end.
+def report_signal(number: signal.Signals, codes: Sequence[int | None] = (), too_late: bool = False) -> ExitReport:
+    """Reports the end of a launcher that received a signal.
 
     Args:
         number: The signal.
-        codes: The ranks' exit codes.
+        codes: Exit codes of the ranks.
         too_late: Whether all ranks had ended before the signal could reach them.
     """
-    if STOPPED in codes and all(code in (0, STOPPED) for code in codes):
-        return Verdict(f"stopped by {number.name}; all ranks have saved: start it again", STOPPED)
+    if SAVED_EXIT_CODE in codes and all(code in (0, SAVED_EXIT_CODE) for code in codes):
+        return ExitReport(f"stopped by {number.name}; all ranks have saved: start it again", SAVED_EXIT_CODE)
     if codes and all(code == 0 for code in codes):
         after = f"all ranks ended with code 0 after {number.name}"
-        return Verdict(f"{number.name} came too late: all ranks had ended well" if too_late else after, 0)
-    return Verdict("interrupted" if number == signal.SIGINT else f"stopped by {number.name}", 128 + int(number))
+        return ExitReport(f"{number.name} came too late: all ranks had ended well" if too_late else after, 0)
+    return ExitReport("interrupted" if number == signal.SIGINT else f"stopped by {number.name}", 128 + int(number))
 
 
-def noted(error_file: str) -> str:
-    """The error that a rank noted, on one line; "" when it noted none."""
+def read_error_file(error_file: str) -> str:
+    """Returns the first line of the error that a rank recorded, or ""."""
     try:
         found = json.loads(Path(error_file).read_text())["message"]
-    except (OSError, ValueError, KeyError, TypeError):  # the rank did not get as far, or is not ours
+    except (OSError, ValueError, KeyError, TypeError):  # the rank did not get as far, or another program wrote it
         return ""
     text = str(found["message"] if isinstance(found, dict) and "message" in found else found).strip()
     first = text.splitlines()[0] if text else ""
     return first[:400]
 
 
-def _moment(failure: ProcessFailure, deaths: Mapping[int, int]) -> int:
-    """When a rank failed, in nanoseconds since the epoch: it notes its error before its peers can see it go.
+def _failure_time(failure: ProcessFailure, exit_times: Mapping[int, int]) -> int:
+    """Returns when a rank failed, in nanoseconds since the epoch: it writes its error before its peers can lose it.
 
-    Integers throughout: a float holds moments of today only to 256 ns.
+    Integers throughout: a float holds today's times to 256 ns only.
     """
     rounded_up = failure.timestamp + 1  # from whole seconds, rounded down
-    moments = [deaths.get(failure.pid, rounded_up * 10**9)]
+    moments = [exit_times.get(failure.pid, rounded_up * 10**9)]
     if os.path.isfile(failure.error_file):
         moments.append(os.stat(failure.error_file).st_mtime_ns)
     return min(moments)
 
 
-def _how(exitcode: int) -> str:
+def _describe_exit(exitcode: int) -> str:
     if exitcode >= 0:
-        stopped = _SAVED if exitcode == STOPPED else ""
-        return f"exited with code {exitcode}{stopped}"
+        return f"exited with code {exitcode}{_SAVED_HINT if exitcode == SAVED_EXIT_CODE else ''}"
     try:
         name = signal.Signals(-exitcode).name
     except ValueError:
         name = f"signal {-exitcode}"
-    return f"was killed by {name}{_LIKELY.get(-exitcode, '')}"
+    return f"was killed by {name}{_LIKELY_CAUSES.get(-exitcode, '')}"

@@ -1,33 +1,29 @@
-"""The meeting point of ranks on one machine: a store that listens on 127.0.0.1, out of reach of other machines.
+"""Rendezvous of the ranks of one machine: a store on 127.0.0.1, which other machines cannot reach.
 
-torch's own rendezvous listens on every interface. Here the port is bound first and handed to the store, so that nobody
-can take it in between either.
+torch's own rendezvous listens on every interface. Here the port is bound first and handed to the store, so that no other
+program can take it in between.
 """
 
 from __future__ import annotations
 
 import datetime
+import socket
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.cluster.cluster_env import LOOPBACK
-from ...runtime.cluster.network import listen
 
 if TYPE_CHECKING:
-    import socket
-
     from torch.distributed.elastic.rendezvous import RendezvousInfo
 
-ADDRESS = LOOPBACK
 
-
-class Loopback:
-    """A rendezvous of one machine; one of torch's `RendezvousHandler` by its methods, as the base class imports torch.
+class LoopbackRendezvous:
+    """A rendezvous handler for one machine; duck-typed, as torch's `RendezvousHandler` imports torch.
 
     Args:
-        port: The port wanted; 0, or one that is taken, means any free one.
+        port: The preferred port; 0, or one that is taken, selects any free port.
 
     Attributes:
-        port: The port that ranks connect to.
+        port: The port to which ranks connect.
     """
 
     use_agent_store = True
@@ -37,34 +33,36 @@ class Loopback:
         self._store: Any = None
 
     def _listen(self, port: int) -> None:
-        self._socket = _bound(port) or _bound(0)
-        assert self._socket is not None
+        try:
+            self._socket: socket.socket | None = listen_on_loopback(port)
+        except OSError:  # taken
+            self._socket = listen_on_loopback(0)
         self.port: int = self._socket.getsockname()[1]
 
     def serve(self) -> Any:
-        """Opens the store (a new one each time: ranks that start again find nothing of those before them)."""
+        """Opens a new store; restarted ranks find no keys of those before them."""
         import torch.distributed as dist
 
         if self._socket is None:
             self._listen(0)
         assert self._socket is not None
         self._store = dist.TCPStore(  # type: ignore[attr-defined, unused-ignore]  # there, if not declared
-            ADDRESS,
+            LOOPBACK,
             self.port,
             is_master=True,
             timeout=datetime.timedelta(seconds=60),
             wait_for_workers=False,
             master_listen_fd=self._socket.detach(),  # the store closes it
-            use_libuv=False,  # before torch 2.7, libuv's store takes no socket
+            use_libuv=False,  # before torch 2.7, libuv's store does not accept a socket
         )
         self._socket = None
         return self._store
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """The place of this machine's agent: the only one."""
+        """Returns group rank 0 of 1: this agent is the only one."""
         from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
 
-        return RendezvousInfo(self.serve(), 0, 1, RendezvousStoreInfo(ADDRESS, self.port))
+        return RendezvousInfo(self.serve(), 0, 1, RendezvousStoreInfo(LOOPBACK, self.port))
 
     def get_backend(self) -> str:
         return "loopback"
@@ -79,7 +77,7 @@ class Loopback:
         return False
 
     def set_closed(self) -> None:
-        """Nobody else waits for it."""
+        """Does nothing: there are no other agents."""
 
     def shutdown(self) -> bool:
         """Closes the store."""
@@ -87,8 +85,10 @@ class Loopback:
         return True
 
 
-def _bound(port: int) -> socket.socket | None:
-    try:
-        return listen(ADDRESS, port)
-    except OSError:  # taken
-        return None
+def listen_on_loopback(port: int) -> socket.socket:
+    """Returns a socket that listens on 127.0.0.1; port 0 selects any free port.
+
+    Raises:
+        OSError: if the port is taken.
+    """
+    return socket.create_server((LOOPBACK, port), backlog=2048)

@@ -1,8 +1,8 @@
-"""Ends what the launcher would leave behind: a small process that outlives it by a moment; and notes who died when.
+"""Kills orphaned ranks if the launcher dies, and records when each rank exits.
 
-`Guard` is forked before torch is imported and holds one end of a pipe. However the launcher ends, the pipe closes, and
-the process groups it was told of are killed: the ranks and what they started. `Deaths` is how the launcher knows which
-rank failed first: the others often fail a moment later, because the first is gone.
+`OrphanReaper` is a process forked before torch is imported that holds one end of a pipe. However the launcher ends, the pipe
+closes, and the reaper kills the process groups that it watches: the ranks and their children. `ExitWatcher` records exit
+times, from which the launcher determines the rank that failed first: others often fail a moment later, because it is gone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 # How long to wait, when a rank has failed because of a peer, for that peer to end as well.
 SETTLE_SECONDS = 2.0
-_LOST_A_PEER = (
+_LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -25,25 +25,25 @@ _LOST_A_PEER = (
     "ncclRemoteError",
     "NCCL communicator was aborted",
 )
-# gloo, NCCL's watchdog, torch's stores and its monitored barrier, and `runtime.rendezvous.init_store`.
+# gloo, NCCL's watchdog, torch's stores and its monitored barrier, and `runtime.cluster.rendezvous.init_store`.
 _TIMED_OUT = re.compile(
     r"Timed out waiting \d+ms for|collective operation timeout|wait timeout after \d+ms|seconds waiting for clients"
     r"|failed to pass monitoredBarrier|to join and gave up"
 )
 
 
-def lost_a_peer(error: str) -> bool:
-    """Returns whether a rank's error states that another rank is gone: such a rank is not the cause."""
-    return any(words in error for words in _LOST_A_PEER)
+def lost_peer(error: str) -> bool:
+    """Returns whether a rank's error states that another rank is gone: such a rank is not the root cause."""
+    return any(words in error for words in _LOST_PEER)
 
 
 def timed_out(error: str) -> bool:
-    """Returns whether a rank's error states that another rank did not take part in time: it is not the cause either."""
+    """Returns whether a rank's error states that a collective timed out: such a rank is not the root cause either."""
     return _TIMED_OUT.search(error) is not None
 
 
-def state_of(pid: int) -> str:
-    """Returns the letter for the state of a process in /proc (R, S, D, T, t, Z, …), or "" where it cannot be read."""
+def process_state(pid: int) -> str:
+    """Returns the letter for the state of a process in /proc (R, S, D, T, t, Z, …), or "" if it cannot be read."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return chr(file.read().rpartition(b")")[2].split()[0][0])
@@ -51,40 +51,40 @@ def state_of(pid: int) -> str:
         return ""
 
 
-class Guard:
-    """Watches over process groups until `release`; does nothing on a system without fork."""
+class OrphanReaper:
+    """Watches process groups until `release`; does nothing on a system without fork."""
 
     def __init__(self) -> None:
-        self._writing = -1
+        self._pipe = -1
         if not hasattr(os, "fork"):
             return
-        reading, self._writing = map(_out_of_the_way, os.pipe())
+        reading, self._pipe = map(_avoid_standard_streams, os.pipe())
         self._pid = os.fork()
         if self._pid == 0:
-            _guard(reading)
+            _reap_on_close(reading)
         os.close(reading)
 
     def watch(self, groups: Iterable[int]) -> None:
-        """Kills these process groups when the launcher ends."""
-        self._tell("+", groups)
+        """Adds process groups to those that are killed when the launcher ends."""
+        self._send("+", groups)
 
     def forget(self, groups: Iterable[int]) -> None:
-        """Lets these process groups live."""
-        self._tell("-", groups)
+        """Removes process groups from those that are killed."""
+        self._send("-", groups)
 
     def release(self) -> None:
-        """Ends the guard; groups it still watches are killed."""
-        if self._writing >= 0:
-            os.close(self._writing)
+        """Ends the reaper, which kills the groups that it still watches."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
             os.waitpid(self._pid, 0)
 
-    def _tell(self, what: str, groups: Iterable[int]) -> None:
-        if self._writing >= 0:
-            os.write(self._writing, "".join(f"{what}{group}\n" for group in groups).encode())
+    def _send(self, sign: str, groups: Iterable[int]) -> None:
+        if self._pipe >= 0:
+            os.write(self._pipe, "".join(f"{sign}{group}\n" for group in groups).encode())
 
 
-def _out_of_the_way(descriptor: int) -> int:
-    """Moves a descriptor off the numbers of the standard streams, which may be free because they were closed."""
+def _avoid_standard_streams(descriptor: int) -> int:
+    """Moves a descriptor above those of the standard streams, which are free if these were closed."""
     if descriptor > 2:
         return descriptor
     import fcntl
@@ -94,45 +94,45 @@ def _out_of_the_way(descriptor: int) -> int:
     return moved
 
 
-def _guard(pipe: int) -> None:
-    """The guard's whole life; never returns."""
-    os.setsid()  # Ctrl-C and signals to the launcher's group are not for the guard
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):  # nobody shall wait for the end of a stream because the guard holds it
-        os.dup2(nowhere, stream)
+def _reap_on_close(pipe: int) -> None:
+    """Runs the reaper's process; never returns."""
+    os.setsid()  # Ctrl-C and signals to the launcher's group are not for the reaper
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # readers of the launcher's streams must see their end without waiting for the reaper
+        os.dup2(null, stream)
     os.dup2(pipe, 3)
     os.closerange(4, os.sysconf("SC_OPEN_MAX"))
     groups: set[int] = set()
-    with os.fdopen(3) as told:
-        for line in told:
+    with os.fdopen(3) as lines:
+        for line in lines:
             (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
-    kill(groups)
+    kill_groups(groups)
     os._exit(0)
 
 
-def kill(groups: Iterable[int]) -> None:
-    """Kills process groups; one that is gone already is fine."""
+def kill_groups(groups: Iterable[int]) -> None:
+    """Kills process groups; skips those that are gone."""
     for group in groups:
         try:
             os.killpg(group, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # gone; or its number belongs to somebody else by now
+        except (ProcessLookupError, PermissionError):  # gone; or another user's process has the number by now
             continue
 
 
-class Deaths(threading.Thread):
-    """Notes when each process of a set ends, without reaping it.
+class ExitWatcher(threading.Thread):
+    """Records when each of several processes ends, without reaping it.
 
     Args:
         processes: Process ids.
-        ended: Called with the process id and its exit status (negative: a signal) in this thread.
+        ended: Called in this thread with the process id and the exit status (negative: a signal).
 
     Attributes:
         times: Process id -> nanoseconds since the epoch.
-        able: False where the system has no process descriptors: `times` stays empty.
+        supported: False if the system has no process descriptors; `times` stays empty.
     """
 
     def __init__(self, processes: Iterable[int], ended: Callable[[int, int], None]) -> None:
-        super().__init__(name="accelerate-deaths", daemon=True)
+        super().__init__(name="accelerate-exits", daemon=True)
         self.times: dict[int, int] = {}
         self._ended = ended
         self._open: dict[int, int] = {}
@@ -141,7 +141,7 @@ class Deaths(threading.Thread):
                 self._open[os.pidfd_open(pid)] = pid
             except (AttributeError, OSError):  # not Linux, or an old one
                 continue
-        self.able = bool(self._open)
+        self.supported = bool(self._open)
         self.start()
 
     def run(self) -> None:
@@ -153,14 +153,14 @@ class Deaths(threading.Thread):
                 now = time.time_ns()
                 pid = self._open.pop(descriptor)
                 waiting.unregister(descriptor)
-                self._report(pid, descriptor)  # the status first: who sees the time may rely on it
+                self._report(pid, descriptor)  # before the time is set: its readers rely on the status
                 self.times[pid] = now
                 os.close(descriptor)
 
     def _report(self, pid: int, descriptor: int) -> None:
         try:
             found = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:  # reaped by whoever started it
+        except ChildProcessError:  # reaped by its parent
             return
         if found is not None:
             self._ended(pid, found.si_status if found.si_code == os.CLD_EXITED else -found.si_status)

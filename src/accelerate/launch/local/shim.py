@@ -1,6 +1,6 @@
-"""What a rank is before it is the script: asks Linux to kill it with its launcher, then becomes the script.
+"""Starts a rank: ties its lifetime to the launcher's, then replaces itself with the script.
 
-Run as ``python -I -S shim.py LAUNCHER_PID COMMAND…``; knows the standard library only, so that it costs little.
+Run as ``python -I -S shim.py LAUNCHER_PID COMMAND…``; imports the standard library only, to start fast.
 """
 
 import ctypes
@@ -11,16 +11,16 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with(parent: int) -> None:
-    """Has the kernel kill this process when `parent`, its parent process, ends in whatever way; kept over exec."""
+def set_parent_death_signal(parent: int) -> None:
+    """Has the kernel kill this process when `parent`, its parent process, ends; survives exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before we could ask
+    if os.getppid() != parent:  # it ended before the call
         os._exit(128 + signal.SIGKILL)
 
 
 def main(launcher: str, *command: str) -> None:
-    """Becomes `command`, in a process group of its own."""
-    die_with(int(launcher))
+    """Replaces this process with `command`, in a process group of its own."""
+    set_parent_death_signal(int(launcher))
     if os.getpgid(0) != os.getpid():
         os.setsid()
     try:

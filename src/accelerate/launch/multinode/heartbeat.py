@@ -1,7 +1,7 @@
-"""What the launchers of several machines tell each other while ranks run: that they live, and how they ended.
+"""Heartbeats between the launchers of several machines, and how the ranks of each have ended.
 
-A thread with a connection of its own does all that touches the store, since a machine that loses its power leaves others
-waiting for an answer. The machine with group rank 0 watches all; the others watch it, and read what is told.
+A thread with a connection of its own makes all requests to the store, because requests to a machine that has lost its power
+block. The machine with group rank 0 monitors all others; they monitor it, and read the failures that are published.
 """
 
 from __future__ import annotations
@@ -17,167 +17,169 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _BEAT_SECONDS = 1.0
-_QUICK_SECONDS = 0.1
-# For how long a machine may be silent when ranks here have lost a peer already, and how long to look for the reason.
+_FAST_BEAT_SECONDS = 0.1
+# Heartbeat timeout once ranks here have lost a peer, and how long to search for the root cause.
 _SUSPECT_SECONDS = 5.0
-_EXPLAIN_SECONDS = 12.0
+_ROOT_CAUSE_SECONDS = 12.0
 _LEAVE_SECONDS = 15.0
 
 
-class End(NamedTuple):
-    """How the ranks on one machine ended.
+class NodeExit(NamedTuple):
+    """How the ranks on one machine have ended.
 
     Attributes:
-        machine: The machine, in words.
-        line: What to say on the others.
-        code: The exit code; 0 when all went well.
-        innocent: Whether the reason lies on another machine.
+        node_name: The machine, for messages.
+        line: The line that the other launchers print.
+        code: The exit code; 0 if all ranks succeeded.
+        is_symptom: Whether the root cause is on another machine.
     """
 
-    machine: str
+    node_name: str
     line: str = ""
     code: int = 0
-    innocent: bool = False
+    is_symptom: bool = False
 
 
-class Elsewhere(Exception):
-    """The ranks here must end because of what has happened on another machine.
+class PeerExitError(Exception):
+    """The ranks here must end because those of another machine have failed.
 
     Attributes:
-        end: What happened.
+        end: The exit of that machine.
     """
 
-    def __init__(self, end: End) -> None:
+    def __init__(self, end: NodeExit) -> None:
         super().__init__(end.line)
         self.end = end
 
 
-class Neighbours(threading.Thread):
-    """The other machines, during one round.
+class PeerMonitor(threading.Thread):
+    """Monitors the other machines during one round.
 
     Args:
         connect: Opens a connection to the store, with keys of this round.
-        rank: This machine's place in the round.
-        count: How many machines are in it.
-        machine: This machine, in words.
-        holder: The machine that holds the store, in words.
-        silence: After how many seconds without a sign of life a machine counts as gone.
+        rank: Group rank of this machine.
+        count: Number of machines in the round.
+        node_name: This machine, for messages.
+        store_host: The machine that hosts the store, for messages.
+        timeout: Seconds without a heartbeat after which a machine counts as gone.
 
     Attributes:
-        again: Whether a machine has called all to start their ranks again.
+        restart_requested: Whether a machine has requested that all restart their ranks.
     """
 
     def __init__(
-        self, connect: Callable[[], Store], rank: int, count: int, machine: str, holder: str, silence: float
+        self, connect: Callable[[], Store], rank: int, count: int, node_name: str, store_host: str, timeout: float
     ) -> None:
-        super().__init__(name="accelerate-neighbours", daemon=True)
-        self.again = False
-        self.machine = machine
-        self._holder = holder
-        self._connect, self._rank, self._count, self._silence = connect, rank, count, silence
-        self._post: deque[Callable[[Store], Any]] = deque()
+        super().__init__(name="accelerate-peers", daemon=True)
+        self.restart_requested = False
+        self.node_name = node_name
+        self._store_host = store_host
+        self._connect, self._rank, self._count, self._timeout = connect, rank, count, timeout
+        self._outbox: deque[Callable[[Store], Any]] = deque()
         self._wake, self._stopped = threading.Event(), threading.Event()
-        self._pause = _BEAT_SECONDS
+        self._interval = _BEAT_SECONDS
         self._beats = 0
-        self._last = time.monotonic()
-        self._cut = False
-        self._ended = self._left = 0  # how many machines
-        self._ends: dict[int, End] = {}  # those that ended badly
-        self._signs: dict[int, tuple[str, float]] = {}  # machine -> its last sign of life, and when it came
-        self._names: dict[int, str] = {}
+        self._last_exchange = time.monotonic()
+        self._connection_lost = False
+        self._ended = self._left = 0  # numbers of machines
+        self._failed: dict[int, NodeExit] = {}
+        self._heartbeats: dict[int, tuple[str, float]] = {}  # rank -> the last heartbeat, and when it arrived
+        self._node_names: dict[int, str] = {}
         self.start()
 
-    # What the launcher says and asks: none of it waits for the network -------------------------------------------------
+    # Called by the launcher; none of it blocks on the network ----------------------------------------------------------
 
-    def look(self) -> None:
-        """Raises:
-        Elsewhere: when a machine has ended badly, or gives no sign of life.
-        """
-        end = self._trouble(self._silence)
-        if end is not None:
-            raise Elsewhere(end)
-
-    def explain(self) -> End | None:
-        """Why ranks here have lost a peer: what happened on another machine, if that comes out within some seconds."""
-        self._hurry()
-        deadline = time.monotonic() + _EXPLAIN_SECONDS
-        while time.monotonic() < deadline and self._ended < self._count - 1:
-            end = self._trouble(min(self._silence, _SUSPECT_SECONDS))
-            if end is not None and not end.innocent:
-                return end
-            time.sleep(_QUICK_SECONDS)
-        end = self._trouble(self._silence)
-        return None if end is None or end.innocent else end
-
-    def call_again(self) -> None:
-        """Calls all machines to start their ranks again."""
-        self._send(lambda store: store.set("again", "1"))
-
-    def finish(self) -> None:
-        """Says that the ranks here have ended well, and waits until all have.
+    def check(self) -> None:
+        """Checks that all peers are alive and none has failed.
 
         Raises:
-            Elsewhere: when those of another machine have not.
+            PeerExitError: if one has failed, or its heartbeat timed out.
         """
-        self.tell(End(self.machine))
-        while self._ended < self._count:
-            self.look()
-            time.sleep(_QUICK_SECONDS)
-        self.look()
+        end = self._peer_failure(self._timeout)
+        if end is not None:
+            raise PeerExitError(end)
 
-    def tell(self, end: End) -> None:
-        """Tells the others how the ranks here ended."""
+    def find_root_cause(self) -> NodeExit | None:
+        """Waits some seconds for the failure of another machine that explains why ranks here lost a peer."""
+        self._wake_up()
+        deadline = time.monotonic() + _ROOT_CAUSE_SECONDS
+        while time.monotonic() < deadline and self._ended < self._count - 1:
+            end = self._peer_failure(min(self._timeout, _SUSPECT_SECONDS))
+            if end is not None and not end.is_symptom:
+                return end
+            time.sleep(_FAST_BEAT_SECONDS)
+        end = self._peer_failure(self._timeout)
+        return None if end is None or end.is_symptom else end
+
+    def request_restart(self) -> None:
+        """Requests that all machines restart their ranks."""
+        self._send(lambda store: store.set("restart", "1"))
+
+    def exit_barrier(self) -> None:
+        """Publishes that the ranks here have succeeded, and waits until all have.
+
+        Raises:
+            PeerExitError: if those of another machine have failed.
+        """
+        self.publish_exit(NodeExit(self.node_name))
+        while self._ended < self._count:
+            self.check()
+            time.sleep(_FAST_BEAT_SECONDS)
+        self.check()
+
+    def publish_exit(self, end: NodeExit) -> None:
+        """Publishes how the ranks here have ended."""
 
         def send(store: Store) -> None:
             store.set(f"end/{self._rank}", json.dumps(end))
             if end.code:
-                store.add("bad", 1)
+                store.add("failed", 1)
             store.add("ended", 1)
 
         self._send(send)
 
     def leave(self, last: bool) -> None:
-        """Stops.
+        """Sends what is pending, and stops.
 
         Args:
-            last: Whether the others need this machine's store, and go first: those of them that still live.
+            last: Whether this machine hosts the store, and so waits until the machines that are alive have left.
         """
         self._send(lambda store: store.add("left", 1))
         deadline = time.monotonic() + (_LEAVE_SECONDS if last else 2.0)
         while self.is_alive() and time.monotonic() < deadline:
-            if not self._post and (not last or self._left + len(self._silent(_SUSPECT_SECONDS)) >= self._count):
+            if not self._outbox and (not last or self._left + len(self._silent_peers(_SUSPECT_SECONDS)) >= self._count):
                 break
-            time.sleep(_QUICK_SECONDS)
+            time.sleep(_FAST_BEAT_SECONDS)
         self.stop()
 
     def stop(self) -> None:
-        """Stops without a word."""
+        """Stops without sending what is pending."""
         self._stopped.set()
         self._wake.set()
         self.join(timeout=2.0)
 
-    def _send(self, message: Callable[[Store], Any]) -> None:
-        self._post.append(message)
-        self._hurry()
+    def _send(self, request: Callable[[Store], Any]) -> None:
+        self._outbox.append(request)
+        self._wake_up()
 
-    def _hurry(self) -> None:
-        self._pause = _QUICK_SECONDS
+    def _wake_up(self) -> None:
+        self._interval = _FAST_BEAT_SECONDS
         self._wake.set()
 
-    def _trouble(self, limit: float) -> End | None:
-        bad = [end for rank, end in sorted(self._ends.items()) if rank != self._rank]
-        if bad:
-            return min(bad, key=lambda end: end.innocent)
-        silent = self._silent(limit)
+    def _peer_failure(self, timeout: float) -> NodeExit | None:
+        failed = [end for rank, end in sorted(self._failed.items()) if rank != self._rank]
+        if failed:
+            return min(failed, key=lambda end: end.is_symptom)
+        silent = self._silent_peers(timeout)
         if silent:
-            return _gone(self._names[min(silent)], f"no sign of life for {limit:g} s")
-        if self._cut or time.monotonic() - self._last > limit:
-            return _gone(self._holder, "the connection to it is lost")
+            return _lost_node(self._node_names[min(silent)], f"no heartbeat for {timeout:g} s")
+        if self._connection_lost or time.monotonic() - self._last_exchange > timeout:
+            return _lost_node(self._store_host, "the connection to it is lost")
         return None
 
-    def _silent(self, limit: float) -> list[int]:
+    def _silent_peers(self, timeout: float) -> list[int]:
         now = time.monotonic()
-        return [rank for rank, (_, since) in self._signs.copy().items() if now - since > limit]
+        return [rank for rank, (_, since) in self._heartbeats.copy().items() if now - since > timeout]
 
     # The thread --------------------------------------------------------------------------------------------------------
 
@@ -188,39 +190,43 @@ class Neighbours(threading.Thread):
             store = self._connect()
             while not self._stopped.is_set():
                 self._exchange(store)
-                self._last = time.monotonic()
-                self._wake.wait(self._pause)
+                self._last_exchange = time.monotonic()
+                self._wake.wait(self._interval)
                 self._wake.clear()
-        except DistError:  # whoever holds the store has gone
-            self._cut = True
+        except DistError:  # the machine that hosts the store is gone
+            self._connection_lost = True
 
     def _exchange(self, store: Store) -> None:
         self._beats += 1
-        store.set(f"sign/{self._rank}", f"{self._beats} {self.machine}")
-        while self._post:
-            self._post[0](store)
-            self._post.popleft()
-        self.again = self.again or store.check(["again"])
+        store.set(f"heartbeat/{self._rank}", f"{self._beats} {self.node_name}")
+        while self._outbox:
+            self._outbox[0](store)
+            self._outbox.popleft()
+        self.restart_requested = self.restart_requested or store.check(["restart"])
         ended, self._left = store.add("ended", 0), store.add("left", 0)
-        if store.check(["bad"]):
+        if store.check(["failed"]):
             for rank in range(self._count):
-                if rank not in self._ends and store.check([f"end/{rank}"]):
-                    end = End(*json.loads(store.get(f"end/{rank}")))
-                    self._ends = {**self._ends, **({rank: end} if end.code else {})}  # others read it meanwhile
-        self._ended = ended  # only now: how they ended is known
+                if rank not in self._failed and store.check([f"end/{rank}"]):
+                    end = NodeExit(*json.loads(store.get(f"end/{rank}")))
+                    self._failed = {
+                        **self._failed,
+                        **({rank: end} if end.code else {}),
+                    }  # the launcher reads it meanwhile
+        self._ended = ended  # last, as the launcher relies on the failures once it is set
         for rank in range(1, self._count if self._rank == 0 else 1):
-            self._watch(store, rank)
+            self._read_heartbeat(store, rank)
 
-    def _watch(self, store: Store, rank: int) -> None:
-        if not store.check([f"sign/{rank}"]):
+    def _read_heartbeat(self, store: Store, rank: int) -> None:
+        if not store.check([f"heartbeat/{rank}"]):
             return
-        sign = store.get(f"sign/{rank}").decode()
-        self._names[rank] = sign.partition(" ")[2]
-        if self._signs.get(rank, ("", 0.0))[0] != sign:
-            self._signs[rank] = (sign, time.monotonic())
-        elif self._ended and store.check([f"end/{rank}"]):  # it has said why it is silent
-            self._signs.pop(rank)
+        beat = store.get(f"heartbeat/{rank}").decode()
+        self._node_names[rank] = beat.partition(" ")[2]
+        if self._heartbeats.get(rank, ("", 0.0))[0] != beat:
+            self._heartbeats[rank] = (beat, time.monotonic())
+        elif self._ended and store.check([f"end/{rank}"]):  # it has ended, so its heartbeats have
+            self._heartbeats.pop(rank)
 
 
-def _gone(machine: str, how: str) -> End:
-    return End(machine, f"{machine} is gone: {how}. Its launcher was killed, it stopped, or the network failed", 1)
+def _lost_node(node_name: str, reason: str) -> NodeExit:
+    line = f"{node_name} is gone: {reason}. Its launcher was killed, it stopped, or the network failed"
+    return NodeExit(node_name, line, 1)

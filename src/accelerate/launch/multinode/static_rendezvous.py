@@ -1,7 +1,8 @@
-"""Several machines meet: a store on machine 0, at which each checks in under its rank with what it was told.
+"""Static rendezvous of several machines: a TCPStore on machine 0, where each machine registers under its rank.
 
-`gather` comes back once all are there. Who is missing, came twice or was told something else is named, and so is what was
-tried to reach machine 0. The store listens on the main address only, if that is machine 0's own.
+`join` returns when all machines have registered. Errors name the missing machine, the rank given twice, or the option
+that differs, and how machine 0 was contacted. The store listens on the main address only, if that belongs to machine 0.
+`StaticRendezvousHandler` adapts the result to torch's elastic agent: each start of the ranks is a round with own keys.
 """
 
 from __future__ import annotations
@@ -20,29 +21,32 @@ from ... import __version__
 from ...runtime.cluster import network
 from ...runtime.cluster.cluster_env import LOOPBACK
 from ...settings.option import SettingsError
-from ..console import say
+from ..console import log_line
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousInfo
 
-# After this long a line says what is being waited for.
-_PATIENCE_SECONDS = 10.0
-_KNOCK_SECONDS = 5.0
-POLL_SECONDS = 0.2
+    from .heartbeat import PeerMonitor
+
+# After this long, a line states what is being waited for.
+_LOG_AFTER_SECONDS = 10.0
+_PROBE_SECONDS = 5.0
+_POLL_SECONDS = 0.2
 _STORE_SECONDS = 60.0
-# How long the store stays open for those who have not yet read why there will be no meeting.
+# How long the store stays open after a failure, for machines that have not read the reason yet.
 _LINGER_SECONDS = 5.0
-KEY = "accelerate"
-_COMPLETE = "complete"  # the outcome of a meeting; any other says why there was none
-# What must be the same on all machines: field of Terms -> how it is given.
-_COMMON = {"machines": "--num_machines", "processes": "--num_processes", "backend": "--rdzv_backend"}
+_KEY = "accelerate"
+_COMPLETE = "complete"  # the outcome of a rendezvous; any other value is the reason why it failed
+# Options that must be equal on all machines: field of RendezvousConfig -> flag.
+_SHARED_OPTIONS = {"machines": "--num_machines", "processes": "--num_processes", "backend": "--rdzv_backend"}
 
 
-def options(text: str) -> dict[str, str]:
-    """What --rdzv_conf, ``key=value,key=value``, says.
+def parse_rdzv_conf(text: str) -> dict[str, str]:
+    """Parses --rdzv_conf, ``key=value,key=value``.
 
     Raises:
-        SettingsError: when it says nothing that can be understood.
+        SettingsError: if a pair lacks its key or its value.
     """
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
     for key, equals, value in pairs:
@@ -51,11 +55,11 @@ def options(text: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def number(found: Mapping[str, Any], *names: str, default: float) -> float:
-    """The first of these keys that is in `found`, the options of --rdzv_conf, as a number.
+def float_option(found: Mapping[str, Any], *names: str, default: float) -> float:
+    """Returns the first of these keys of --rdzv_conf that is set, as a number.
 
     Raises:
-        SettingsError: when it is none.
+        SettingsError: if it is not a number.
     """
     for name in names:
         if name in found:
@@ -66,23 +70,23 @@ def number(found: Mapping[str, Any], *names: str, default: float) -> float:
     return default
 
 
-class NoMeeting(RuntimeError):
-    """The machines did not find each other; the message says who waited for whom, and what was tried."""
+class RendezvousError(RuntimeError):
+    """The machines did not find each other; the message names who waited for whom, and what was tried."""
 
 
-class Terms(NamedTuple):
-    """What this machine was told.
+class RendezvousConfig(NamedTuple):
+    """Options of this machine for the rendezvous.
 
     Attributes:
-        rank: Its number; None when nobody said.
-        machines: How many machines take part.
-        processes: How many processes, over all of them.
-        address: The main address: a name or a number.
+        rank: Its rank among the machines; None if not given.
+        machines: Number of machines.
+        processes: Number of processes over all machines.
+        address: The main address, a host name or an IP address.
         port: The port there.
-        backend: ``static``, or ``c10d``: machines need no number then, and may be replaced.
-        timeout: For how many seconds to wait for the others.
-        serves: Whether this machine holds the store; None: if it is machine 0.
-        quiet: Whether to keep quiet while waiting.
+        backend: ``static``, or ``c10d``, whose machines need no rank and may be replaced.
+        timeout: Seconds to wait for the other machines.
+        hosts_store: Whether this machine hosts the store; None: if it is machine 0.
+        quiet: Whether to print nothing while waiting.
     """
 
     rank: int | None
@@ -92,278 +96,374 @@ class Terms(NamedTuple):
     port: int
     backend: str = "static"
     timeout: float = 900.0
-    serves: bool | None = None
+    hosts_store: bool | None = None
     quiet: bool = False
 
 
-def gather(terms: Terms) -> Meeting:
-    """Meets the other machines.
+def join(config: RendezvousConfig) -> StaticRendezvous:
+    """Joins the rendezvous and waits for the other machines.
 
     Raises:
-        SettingsError: when what this machine was told cannot be right: at once.
-        NoMeeting: when the others do not come, machine 0 is not reached in time, or another machine has given up.
+        SettingsError: at once, if the options of this machine cannot be right.
+        RendezvousError: if a machine does not come in time, machine 0 cannot be reached, or another machine has failed.
     """
-    meeting = Meeting(terms)
+    rendezvous = StaticRendezvous(config)
     try:
-        meeting.open()
-        meeting.check_in()
+        rendezvous.open()
+        rendezvous.register()
     except KeyboardInterrupt:
-        meeting.call_off(f"{meeting.me} was interrupted")
+        rendezvous.cancel(f"{rendezvous.node_name} was interrupted")
         raise
-    return meeting
+    return rendezvous
 
 
-class Meeting:
-    """The meeting of one launch.
+class StaticRendezvous:
+    """The rendezvous of one launch.
 
     Attributes:
-        me: This machine, in words.
-        serves: Whether the store is here.
+        config: The options.
+        node_name: This machine, for messages: ``machine 0 (host)``.
+        endpoint: The main address and port, for messages.
+        hosts_store: Whether this machine hosts the store.
         store: The store, once it is open.
-        address: The main address as a number.
-        holder: The machine that holds the store, in words.
+        address: The main address as an IP address.
+        owns_address: Whether that is an address of this machine.
+        store_host: The machine that hosts the store, for messages.
     """
 
-    def __init__(self, terms: Terms) -> None:
-        self.terms = terms
+    def __init__(self, config: RendezvousConfig) -> None:
+        self.config = config
         self.host = socket.gethostname()
-        self.me = f"this machine ({self.host})" if terms.rank is None else f"machine {terms.rank} ({self.host})"
-        self.where = f"[{terms.address}]:{terms.port}" if ":" in terms.address else f"{terms.address}:{terms.port}"
-        self._waits = False  # among those who wait for the outcome
-        self.holder = "machine 0"
+        self.node_name = (
+            f"this machine ({self.host})" if config.rank is None else f"machine {config.rank} ({self.host})"
+        )
+        self.endpoint = (
+            f"[{config.address}]:{config.port}" if ":" in config.address else f"{config.address}:{config.port}"
+        )
+        self._registered = False
+        self.store_host = "machine 0"
         self.token = uuid.uuid4().hex
         self.store: TCPStore | None = None
         try:
-            self.address = network.resolve(terms.address)
+            self.address = network.resolve(config.address)
         except network.HostNotFoundError as error:
-            raise SettingsError(f"{self.me} cannot look up the main address: {error}. See --main_process_ip.") from None
-        self.own = network.is_local_address(self.address)
-        self.serves = (
-            (terms.rank == 0 if terms.rank is not None else self.own) if terms.serves is None else terms.serves
-        )
-        self._deadline = time.monotonic() + terms.timeout
-        self._reminder = time.monotonic() + _PATIENCE_SECONDS
+            raise SettingsError(
+                f"{self.node_name} cannot look up the main address: {error}. See --main_process_ip."
+            ) from None
+        self.owns_address = network.is_local_address(self.address)
+        by_default = self.owns_address if config.rank is None else config.rank == 0
+        self.hosts_store = by_default if config.hosts_store is None else config.hosts_store
+        self._deadline = time.monotonic() + config.timeout
+        self._log_at = time.monotonic() + _LOG_AFTER_SECONDS
 
     # The store ---------------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Opens the store, here or at the main address."""
-        self.store = self._serve() if self.serves else self._reach()
+        self.store = self._host_store() if self.hosts_store else self._connect_store()
 
     def connect(self) -> TCPStore:
-        """Another connection to the store, for another thread."""
-        here = self.serves and not self.own
+        """Opens another connection to the store, for another thread."""
+        here = self.hosts_store and not self.owns_address
         loopback = "::1" if ":" in self.address else LOOPBACK
-        return _tcp_store(loopback if here else self.address, self.terms.port, _STORE_SECONDS)
+        return _tcp_store(loopback if here else self.address, self.config.port, _STORE_SECONDS)
 
-    def _serve(self) -> TCPStore:
-        if not self.own:  # behind an address translation, perhaps; or this is not machine 0
-            self._knock(_KNOCK_SECONDS)
-            say(f"{self.address} is no address of {self.me}, which listens on all it has", self.terms.quiet)
+    def _host_store(self) -> TCPStore:
+        if not self.owns_address:  # behind address translation, perhaps; or this is not machine 0
+            self._probe_host(_PROBE_SECONDS)
+            log_line(
+                f"{self.address} is no address of {self.node_name}, which listens on all it has", self.config.quiet
+            )
         try:
-            listening = network.listen(self.address, self.terms.port, everywhere=not self.own)
+            listening = network.listen(self.address, self.config.port, everywhere=not self.owns_address)
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             reason = "another program has taken the port" if taken else str(error.strerror).lower()
             raise SettingsError(
-                f"{self.me} cannot listen on {self.where}: {reason}. Choose another port with --main_process_port, the "
-                "same on all machines."
+                f"{self.node_name} cannot listen on {self.endpoint}: {reason}. Choose another port with"
+                " --main_process_port, the same on all machines."
             ) from None
-        address = self.address if self.own else ("::1" if ":" in self.address else LOOPBACK)
+        address = self.address if self.owns_address else ("::1" if ":" in self.address else LOOPBACK)
         fd = listening.detach()
-        # Before torch 2.7, libuv's store takes no socket.
+        # Before torch 2.7, libuv's store does not accept a socket.
         store = _tcp_store(
-            address, self.terms.port, _STORE_SECONDS, is_master=True, master_listen_fd=fd, use_libuv=False
+            address, self.config.port, _STORE_SECONDS, is_master=True, master_listen_fd=fd, use_libuv=False
         )
-        store.set(f"{KEY}/meeting", self._view())
+        store.set(f"{_KEY}/store_host", self._node_record())
         return store
 
-    def _reach(self) -> TCPStore:
+    def _connect_store(self) -> TCPStore:
         while True:
             left = self._deadline - time.monotonic()
-            reason = self._knock(min(left, _KNOCK_SECONDS))
+            reason = self._probe_host(min(left, _PROBE_SECONDS))
             if reason is None:
-                found = self._enter(min(max(left, 1.0), _KNOCK_SECONDS))
+                found = self._try_store(min(max(left, 1.0), _PROBE_SECONDS))
                 if not isinstance(found, str):
                     return found
                 reason = found
             if left <= 0:
-                raise NoMeeting(
-                    f"{self.me} tried for {self.terms.timeout:g} s to reach machine 0 at {self.where}: {reason}. Is "
-                    "machine 0 running, with the same --main_process_ip and --main_process_port?"
+                raise RendezvousError(
+                    f"{self.node_name} tried for {self.config.timeout:g} s to reach machine 0 at {self.endpoint}: {reason}."
+                    " Is machine 0 running, with the same --main_process_ip and --main_process_port?"
                 )
-            self._remind(f"machine 0 at {self.where} ({reason})")
-            time.sleep(POLL_SECONDS)
+            self._log_waiting(f"machine 0 at {self.endpoint} ({reason})")
+            time.sleep(_POLL_SECONDS)
 
-    def _knock(self, seconds: float) -> str | None:
+    def _probe_host(self, seconds: float) -> str | None:
         try:
-            return network.try_connect(self.address, self.terms.port, seconds)
+            return network.try_connect(self.address, self.config.port, seconds)
         except network.NoRouteError as error:
-            raise SettingsError(f"{self.me}: {error.strerror}. See --main_process_ip, {self.terms.address}.") from None
+            raise SettingsError(
+                f"{self.node_name}: {error.strerror}. See --main_process_ip, {self.config.address}."
+            ) from None
 
-    def _enter(self, seconds: float) -> TCPStore | str:
-        """A connection to the store, or why there is none."""
+    def _try_store(self, seconds: float) -> TCPStore | str:
+        """Returns a connection to the store, or the reason why there is none."""
         import torch.distributed as dist
 
-        entered: list[TCPStore] = []
+        connected: list[TCPStore] = []
 
-        def enter() -> None:
+        def connect() -> None:
             try:
-                store = _tcp_store(self.address, self.terms.port, seconds)
-                store.wait([f"{KEY}/meeting"], datetime.timedelta(seconds=seconds))
+                store = _tcp_store(self.address, self.config.port, seconds)
+                store.wait([f"{_KEY}/store_host"], datetime.timedelta(seconds=seconds))
             except (dist.DistError, ValueError, OSError):  # the list stays empty
                 return
             store.set_timeout(datetime.timedelta(seconds=_STORE_SECONDS))
-            entered.append(store)
+            connected.append(store)
 
-        # In a thread, as torch waits without end for a program that takes the connection and says nothing.
-        attempt = threading.Thread(target=enter, daemon=True)
+        # In a thread: torch blocks forever on a program that accepts the connection and does not answer.
+        attempt = threading.Thread(target=connect, daemon=True)
         attempt.start()
         attempt.join(seconds)
-        return entered[0] if entered else "something else than a meeting of `accelerate launch` answers on that port"
+        return connected[0] if connected else "something other than `accelerate launch` answers on that port"
 
-    # Checking in -------------------------------------------------------------------------------------------------------
+    # Registration ------------------------------------------------------------------------------------------------------
 
-    def check_in(self) -> None:
-        """Says that this machine is here, and waits until all are."""
+    def register(self) -> None:
+        """Registers this machine and waits until all have registered.
+
+        Raises:
+            SettingsError: if options differ between machines, or two machines have the same rank.
+            RendezvousError: if a machine is missing at the end of the timeout, or another machine has failed.
+        """
         import torch.distributed as dist
 
         assert self.store is not None
         try:
-            main = json.loads(self.store.get(f"{KEY}/meeting"))
-            self.holder = _words(main)
-            self._compare(main)
-            place = self.store.add(f"{KEY}/arrived", 1) - 1
-            if place >= self.terms.machines and self.terms.backend == "c10d":
-                return  # in the place of a machine that is gone: torch's rendezvous lets it in, or not
-            self._take_rank()
-            self.store.set(f"{KEY}/machine/{place}", self._view())
+            main = json.loads(self.store.get(f"{_KEY}/store_host"))
+            self.store_host = _node_name(main)
+            self._check_consistency(main)
+            index = self.store.add(f"{_KEY}/arrived", 1) - 1
+            if index >= self.config.machines and self.config.backend == "c10d":
+                return  # it replaces a machine that is gone: torch's rendezvous admits it, or does not
+            self._claim_rank()
+            self.store.set(f"{_KEY}/machine/{index}", self._node_record())
             self._wait_for_all()
         except dist.DistError:
-            raise NoMeeting(
-                f"{self.me} has lost machine 0 at {self.where} while machines were still missing: look at what "
+            raise RendezvousError(
+                f"{self.node_name} has lost machine 0 at {self.endpoint} while machines were still missing: look at what "
                 "machine 0 has printed"
             ) from None
 
-    def _view(self) -> str:
-        shown = {name: getattr(self.terms, name) for name in ("rank", *_COMMON)}
-        return json.dumps({**shown, "host": self.host, "version": __version__, "token": self.token})
+    def _node_record(self) -> str:
+        shared = {name: getattr(self.config, name) for name in ("rank", *_SHARED_OPTIONS)}
+        return json.dumps({**shared, "host": self.host, "version": __version__, "token": self.token})
 
-    def _compare(self, main: Mapping[str, Any]) -> None:
-        """Compares what this machine was told with what the machine of the store was told."""
-        for name, flag in _COMMON.items():
-            here, there = getattr(self.terms, name), main[name]
+    def _check_consistency(self, main: Mapping[str, Any]) -> None:
+        """Compares the options of this machine with those of the machine that hosts the store."""
+        for name, flag in _SHARED_OPTIONS.items():
+            here, there = getattr(self.config, name), main[name]
             if here != there:
-                self._refuse(
-                    f"{self.me} was told {flag} {here}, and {_words(main)} {flag} {there}: it must be the same on all "
-                    "machines"
+                self._abort(
+                    f"{self.node_name} has {flag} {here}, but {_node_name(main)} has {flag} {there}: it must be the same "
+                    "on all machines"
                 )
         if main["version"] != __version__:
-            say(
-                f"accelerate {__version__} is installed on {self.me}, {main['version']} on {_words(main)}",
-                self.terms.quiet,
+            log_line(
+                f"accelerate {__version__} is installed on {self.node_name}, {main['version']} on {_node_name(main)}",
+                self.config.quiet,
             )
 
-    def _take_rank(self) -> None:
-        rank, store = self.terms.rank, self.store
+    def _claim_rank(self) -> None:
+        rank, store = self.config.rank, self.store
         if rank is None or store is None:
             return
-        if store.add(f"{KEY}/rank/{rank}", 1) > 1:
-            other = store.get(f"{KEY}/rank/{rank}/host").decode()
-            self._refuse(
+        if store.add(f"{_KEY}/rank/{rank}", 1) > 1:
+            other = store.get(f"{_KEY}/rank/{rank}/host").decode()
+            self._abort(
                 f"--machine_rank {rank} was given twice, on {other} and on {self.host}: each of the "
-                f"{self.terms.machines} machines needs a number of its own, from 0"
+                f"{self.config.machines} machines needs a rank of its own, from 0"
             )
-        store.set(f"{KEY}/rank/{rank}/host", self.host)
+        store.set(f"{_KEY}/rank/{rank}/host", self.host)
 
     def _wait_for_all(self) -> None:
-        store, machines = self.store, self.terms.machines
+        store, machines = self.store, self.config.machines
         assert store is not None
-        self._waits = True
-        if store.add(f"{KEY}/here", 1) == machines:
-            store.compare_set(f"{KEY}/outcome", "", _COMPLETE)
-        while not store.check([f"{KEY}/outcome"]):
-            if self.serves and not self.own:
-                self._look_for_another()
+        self._registered = True
+        if store.add(f"{_KEY}/here", 1) == machines:
+            store.compare_set(f"{_KEY}/outcome", "", _COMPLETE)
+        while not store.check([f"{_KEY}/outcome"]):
+            if self.hosts_store and not self.owns_address:
+                self._check_for_second_host()
             if time.monotonic() > self._deadline:
-                text = f"{self.me} waited {self.terms.timeout:g} s at {self.where}: {self._missing()}"
+                text = (
+                    f"{self.node_name} waited {self.config.timeout:g} s at {self.endpoint}: {self._describe_missing()}"
+                )
                 text += ". Look at what was printed there; --rdzv_conf timeout=SECONDS waits longer."
-                if self.call_off(text) == text:
-                    raise NoMeeting(text)
-            self._remind(f"the others at {self.where}: {self._missing()}")
-            time.sleep(POLL_SECONDS)
-        outcome = store.get(f"{KEY}/outcome").decode()
+                if self.cancel(text) == text:
+                    raise RendezvousError(text)
+            self._log_waiting(f"the others at {self.endpoint}: {self._describe_missing()}")
+            time.sleep(_POLL_SECONDS)
+        outcome = store.get(f"{_KEY}/outcome").decode()
         if outcome != _COMPLETE:
-            self._linger()
-            raise NoMeeting(outcome)
+            self._acknowledge_outcome()
+            raise RendezvousError(outcome)
 
-    def _look_for_another(self) -> None:
-        """Looks who answers at the main address, which is not this machine's own: it may lead here all the same."""
-        found = self._enter(_KNOCK_SECONDS) if self._knock(_KNOCK_SECONDS) is None else ""
+    def _check_for_second_host(self) -> None:
+        """Raises if another machine hosts a store at the main address, which this machine does not own.
+
+        Behind address translation, the address may still lead to the store of this machine: its token is the same then.
+        """
+        found = self._try_store(_PROBE_SECONDS) if self._probe_host(_PROBE_SECONDS) is None else ""
         if isinstance(found, str):
             return
-        other = json.loads(found.get(f"{KEY}/meeting"))
+        other = json.loads(found.get(f"{_KEY}/store_host"))
         if other["token"] != self.token:
             text = (
-                f"two machines want to hold the meeting at {self.where}: {_words(other)}, whose address that is, and "
-                f"{self.me}. Each machine needs a --machine_rank of its own"
+                f"two machines host the rendezvous at {self.endpoint}: {_node_name(other)}, which owns the address, and "
+                f"{self.node_name}. Each machine needs a --machine_rank of its own"
             )
-            found.compare_set(f"{KEY}/outcome", "", text)
-            self._refuse(text)
+            found.compare_set(f"{_KEY}/outcome", "", text)
+            self._abort(text)
 
-    def _missing(self) -> str:
-        """Which machines are not here yet, in words."""
-        store, machines = self.store, self.terms.machines
+    def _describe_missing(self) -> str:
+        store, machines = self.store, self.config.machines
         assert store is not None
-        keys = [f"{KEY}/machine/{place}" for place in range(machines)]
+        keys = [f"{_KEY}/machine/{index}" for index in range(machines)]
         here = [json.loads(store.get(key)) for key in keys if store.check([key])]
-        if any(view["rank"] is None for view in here):
-            return f"of {machines} machines, only {' and '.join(view['host'] for view in here)} came"
-        ranks = {view["rank"] for view in here}
+        if any(node["rank"] is None for node in here):
+            return f"of {machines} machines, only {' and '.join(node['host'] for node in here)} came"
+        ranks = {node["rank"] for node in here}
         missing = [str(rank) for rank in range(machines) if rank not in ranks]
         which = f"machine {missing[0]} has" if len(missing) == 1 else f"machines {', '.join(missing)} have"
         return f"of {machines} machines, {which} not come"
 
-    def _remind(self, of: str) -> None:
-        if time.monotonic() > self._reminder:
-            self._reminder = float("inf")
-            say(f"{self.me} waits for {of}, for {self.terms.timeout:g} s at most", self.terms.quiet)
+    def _log_waiting(self, reason: str) -> None:
+        if time.monotonic() > self._log_at:
+            self._log_at = float("inf")
+            log_line(f"{self.node_name} waits for {reason}, for {self.config.timeout:g} s at most", self.config.quiet)
 
-    def _refuse(self, text: str) -> NoReturn:
-        self.call_off(text)
+    def _abort(self, text: str) -> NoReturn:
+        self.cancel(text)
         raise SettingsError(text + ".")
 
-    def call_off(self, text: str) -> str:
-        """Tells the machines that are waiting that there will be no meeting, and why.
+    def cancel(self, text: str) -> str:
+        """Cancels the rendezvous on all machines.
+
+        Args:
+            text: The reason, which the machines that wait will raise.
 
         Returns:
-            The outcome of the meeting: `text`, unless there has been another before.
+            The outcome of the rendezvous: `text`, unless it had an outcome before.
         """
-        if self.store is None:  # torch may have been interrupted while it was imported: it bears no second time
+        if self.store is None:  # the import of torch may have been interrupted, and cannot be repeated
             return text
         import torch.distributed as dist
 
         try:
-            outcome = self.store.compare_set(f"{KEY}/outcome", "", text).decode()
-        except dist.DistError:  # it is called off already: the store has gone
+            outcome = self.store.compare_set(f"{_KEY}/outcome", "", text).decode()
+        except dist.DistError:  # canceled before: the store is closed
             return text
         if outcome != _COMPLETE:
-            self._linger()
+            self._acknowledge_outcome()
         return outcome
 
-    def _linger(self) -> None:
-        """Says that this machine knows the outcome; the one with the store keeps it open until all who wait do."""
+    def _acknowledge_outcome(self) -> None:
+        """Acknowledges the outcome; the machine that hosts the store keeps it open until all have acknowledged."""
         store, deadline = self.store, time.monotonic() + _LINGER_SECONDS
         assert store is not None
-        store.add(f"{KEY}/heard", int(self._waits))
-        while self.serves and time.monotonic() < deadline:
-            if store.add(f"{KEY}/heard", 0) >= store.add(f"{KEY}/here", 0):
+        store.add(f"{_KEY}/acknowledged", int(self._registered))
+        while self.hosts_store and time.monotonic() < deadline:
+            if store.add(f"{_KEY}/acknowledged", 0) >= store.add(f"{_KEY}/here", 0):
                 return
-            time.sleep(POLL_SECONDS / 2)
+            time.sleep(_POLL_SECONDS / 2)
 
 
-def _words(view: Mapping[str, Any]) -> str:
-    return f"machine {view['rank']} ({view['host']})" if view["rank"] is not None else f"machine {view['host']}"
+class StaticRendezvousHandler:
+    """A rendezvous handler for torch's elastic agent; duck-typed, as the base class imports torch.
+
+    A machine whose rank has failed requests a restart from all. No machine starts its ranks before all have entered the
+    next round.
+
+    Args:
+        rendezvous: The completed rendezvous.
+
+    Attributes:
+        peers: Set by the agent, round by round.
+    """
+
+    use_agent_store = True
+
+    def __init__(self, rendezvous: StaticRendezvous) -> None:
+        self.rendezvous = rendezvous
+        self.peers: PeerMonitor | None = None
+        self._round = -1
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Enters the next round and waits until all machines have."""
+        import torch.distributed as dist
+        from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousStoreInfo
+
+        config, store = self.rendezvous.config, self.rendezvous.store
+        assert store is not None and config.rank is not None
+        self._round += 1
+        if self._round > 0:
+            self._restart_barrier()
+        return RendezvousInfo(
+            dist.PrefixStore(f"{_KEY}/round/{self._round}", store),
+            config.rank,
+            config.machines,
+            RendezvousStoreInfo(config.address, config.port),
+        )
+
+    def _restart_barrier(self) -> None:
+        config, store, peers = self.rendezvous.config, self.rendezvous.store, self.peers
+        assert store is not None and peers is not None
+        peers.request_restart()
+        deadline = time.monotonic() + config.timeout
+        key = f"{_KEY}/restart/{self._round}"
+        store.add(key, 1)
+        while store.add(key, 0) < config.machines:
+            peers.check()
+            if time.monotonic() > deadline:
+                raise RendezvousError(
+                    f"{self.rendezvous.node_name} waited {config.timeout:g} s at {self.rendezvous.endpoint} for all "
+                    f"{config.machines} machines to start their ranks again, and {store.add(key, 0)} did"
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def num_nodes_waiting(self) -> int:
+        return int(self.peers is not None and self.peers.restart_requested)
+
+    def get_backend(self) -> str:
+        return "static"
+
+    def get_run_id(self) -> str:
+        return "accelerate"
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """Does nothing: the other machines learn of an exit from `PeerMonitor`."""
+
+    def shutdown(self) -> bool:
+        return True
+
+
+def _node_name(node: Mapping[str, Any]) -> str:
+    return f"machine {node['rank']} ({node['host']})" if node["rank"] is not None else f"machine {node['host']}"
 
 
 def _tcp_store(address: str, port: int, seconds: float, **options: Any) -> TCPStore:

@@ -16,8 +16,8 @@ from accelerate.commands.config.prompts import Prompt, answer
 from accelerate.commands.config.questionnaire import fill_in
 from accelerate.commands.config.routing_questions import ENTRIES, MACHINES, RoutingQuestions
 from accelerate.launch import config_file, config_io
-from accelerate.launch.parse import assemble
-from accelerate.launch.plan import build
+from accelerate.launch.parse import merge_settings
+from accelerate.launch.plan import build_plan
 from accelerate.settings.clouds import SageMakerSettings, TpuCommandSettings
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import SettingsError, option_specs
@@ -438,9 +438,9 @@ def test_every_path_gives_a_file_that_says_the_same_to_launch() -> None:
         asked |= some
         if seed % 10 == 0:
             assert config_io.parse(config_io.dump(content).encode()) == content
-        file = config_file.understand(content, "config.yaml")
-        settings = assemble({}, file, "script.py", ())
-        build(settings)
+        file = config_file.parse_content(content, "config.yaml")
+        settings = merge_settings({}, file, "script.py", ())
+        build_plan(settings)
         for entry in option_specs(LaunchSettings):
             if entry.dest in answers and not entry.option.secret:
                 said = answers[entry.dest]

@@ -8,9 +8,9 @@ import pytest
 
 from accelerate.launch import host
 from accelerate.launch.engines import deepspeed
-from accelerate.launch.host import Machine, resolve
+from accelerate.launch.host import HostInfo, resolve_settings
 from accelerate.launch.parse import parse
-from accelerate.launch.plan import build, plan
+from accelerate.launch.plan import build_plan, plan
 from accelerate.runtime.cluster.slurm import SlurmStep
 from accelerate.settings.enums import DEEPSPEED_MULTINODE_LAUNCHERS
 from accelerate.settings.option import SettingsError
@@ -41,15 +41,15 @@ def no_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_commands(flags: str, command: str) -> None:
     made = plan([*flags.split(), "s.py", "a"])
-    assert (made.starter, " ".join(made.command)) == ("deepspeed", f"deepspeed --hostfile H --no_local_rank {command}")
+    assert (made.launcher, " ".join(made.command)) == ("deepspeed", f"deepspeed --hostfile H --no_local_rank {command}")
 
 
 def test_every_launcher_has_a_row_and_standard_goes_through_torch() -> None:
     assert set(deepspeed.LAUNCHERS) == set(DEEPSPEED_MULTINODE_LAUNCHERS) - {"standard"}
     made = plan([*BASE.split(), "--deepspeed_multinode_launcher", "standard", "--machine_rank", "1", "s.py"])
-    assert made.starter == "torch"
+    assert made.launcher == "torch"
     assert "--nnodes 2 --nproc_per_node 2 --node_rank 1" in " ".join(made.command)
-    assert plan(["--use_deepspeed", "--num_processes", "2", "s.py"]).starter == "torch"
+    assert plan(["--use_deepspeed", "--num_processes", "2", "s.py"]).launcher == "torch"
 
 
 def test_processes_that_an_mpi_or_slurm_starts_learn_where_they_meet() -> None:
@@ -87,11 +87,11 @@ def test_arguments_that_a_shell_elsewhere_would_read_are_refused_not_mangled(wor
 
 
 def test_under_srun_each_node_has_a_launcher_of_its_own() -> None:
-    facts = Machine("cuda", 2, 8, "lo", "/here", ("PY",), step=SlurmStep(2, 2, 1, "n[1-2]", 12345))
+    facts = HostInfo("cuda", 2, 8, "lo", "/here", ("PY",), slurm_step=SlurmStep(2, 2, 1, "n[1-2]", 12345))
     asked = parse(["--use_deepspeed", "--deepspeed_hostfile", "H", "s.py"])
-    made = build(resolve(asked, facts))
-    assert made.starter == "torch" and "--node_rank 1" in " ".join(made.command)
-    assert host.remarks(asked, facts) == []
+    made = build_plan(resolve_settings(asked, facts))
+    assert made.launcher == "torch" and "--node_rank 1" in " ".join(made.command)
+    assert host.host_warnings(asked, facts) == []
 
 
 def test_what_is_looked_at_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_what_is_looked_at_beforehand(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def look(launcher: str, root: bool = False) -> None:
         words = [*BASE.split(), "--deepspeed_hostfile", str(hosts), "--deepspeed_multinode_launcher", launcher, "s.py"]
-        deepspeed.check_here(parse(words), root, {})
+        deepspeed.check_host(parse(words), root, {})
 
     def refused(message: str, launcher: str = "pdsh", root: bool = False) -> None:
         with pytest.raises(SettingsError, match=message):
@@ -132,8 +132,8 @@ def test_a_persons_own_variables_for_other_machines_are_kept(tmp_path: Path, mon
     monkeypatch.chdir(here)
     added = {"ACCELERATE_MIXED_PRECISION": "bf16", "EMPTY": "", "B": "x=y", "PYTHONPATH": "/two words"}
     expected = "NCCL_DEBUG=INFO\nA=1\nACCELERATE_MIXED_PRECISION=bf16\nEMPTY=\nB=x=y\n"
-    assert deepspeed.for_other_machines(added, {}) == expected
+    assert deepspeed.environment_file(added, {}) == expected
     (here / "mine").write_text("C=2\n")
-    assert deepspeed.for_other_machines({}, {"DS_ENV_FILE": str(here / "mine")}) == "C=2\n"
+    assert deepspeed.environment_file({}, {"DS_ENV_FILE": str(here / "mine")}) == "C=2\n"
     with pytest.raises(SettingsError, match="cannot hand FILE='/two words' to other machines"):
-        deepspeed.for_other_machines({"FILE": "/two words"}, {})
+        deepspeed.environment_file({"FILE": "/two words"}, {})

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from accelerate.launch.engines import mpi
-from accelerate.launch.host import Machine, remarks, resolve
+from accelerate.launch.host import HostInfo, host_warnings, resolve_settings
 from accelerate.launch.parse import parse
-from accelerate.launch.plan import build, plan
+from accelerate.launch.plan import build_plan, plan
 from accelerate.runtime.cluster.cluster_env import RankInfo
 from accelerate.settings.launcher import LaunchSettings
 from accelerate.settings.option import SettingsError
 from tests.helpers.programs import shebang
 
-HERE = Machine(device="cpu", devices=0, cores=8, interface="lo", directory="/here", python=("PY",))
+HERE = HostInfo(device="cpu", devices=0, cores=8, interface="lo", directory="/here", python=("PY",))
 FOUR = (
     "--cpu",
     "--num_processes",
@@ -62,8 +62,8 @@ def no_default_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_four_spellings(kind: str, one: str, two: str) -> None:
     settings = parse(["--num_processes", "2", "--mpirun_hostfile", "H", "s.py"]).replace(mpi=kind, python=("PY",))
-    assert " ".join(build(settings).command) == one
-    made = build(parse([*FOUR, "s.py"]).replace(mpi=kind, python=("PY",)))
+    assert " ".join(build_plan(settings).command) == one
+    made = build_plan(parse([*FOUR, "s.py"]).replace(mpi=kind, python=("PY",)))
     exported = "".join(f" -x {name}" for name in made.environment)
     assert " ".join(made.command) == two.replace(" -x A -x B", exported)
 
@@ -94,15 +94,15 @@ def test_the_guides_file(tmp_path: Path) -> None:
         "tpu_use_sudo: false\nuse_cpu: true\n"
     )
     asked = parse(["--config_file", str(path), "examples/nlp_example.py"])
-    made = build(resolve(asked, HERE._replace(mpi="intel")))
+    made = build_plan(resolve_settings(asked, HERE._replace(mpi="intel")))
     assert " ".join(made.command) == (
         "mpirun -f /home/user/hostfile -ppn 4 -n 16 -genv I_MPI_PIN_DOMAIN socket -genvall PY examples/nlp_example.py"
     )
     assert made.environment["MASTER_ADDR"] == "36.112.23.24" and made.environment["CCL_WORKER_COUNT"] == "1"
     # and under `mpirun -f hostfile -n 16 -ppn 4 accelerate launch`, with the same file on every machine
     place = mpi_place(rank=5)
-    inside = build(resolve(asked, HERE._replace(place=place)))
-    assert (inside.starter, inside.command) == ("python", ["PY", "examples/nlp_example.py"])
+    inside = build_plan(resolve_settings(asked, HERE._replace(rank_info=place)))
+    assert (inside.launcher, inside.command) == ("python", ["PY", "examples/nlp_example.py"])
     assert (inside.environment["MASTER_ADDR"], inside.environment["MASTER_PORT"]) == ("36.112.23.24", "29500")
 
 
@@ -113,13 +113,13 @@ def mpi_place(rank: int = 0, size: int = 16, local_size: int = 4) -> RankInfo:
 def test_a_launch_inside_of_mpirun_starts_its_one_process_whatever_the_settings_say() -> None:
     asked = LaunchSettings(script="s.py", num_processes=4, num_machines=2, machine_rank=1, use_fsdp=True)
     asked = asked.replace(mpirun=asked.mpirun.replace(hostfile="H"))
-    facts = HERE._replace(place=mpi_place(rank=3))
-    made = build(resolve(asked, facts))
-    assert (made.starter, made.command, made.processes, made.machines) == ("python", ["PY", "s.py"], 1, 1)
-    assert "KMP_AFFINITY" not in build(resolve(asked.replace(cpu=True), facts)).environment
-    assert "num_processes 4 is not used: Open MPI has started 16 processes" in remarks(asked, facts)[0]
-    assert remarks(asked.replace(num_processes=16), facts) == []
-    assert [resolve(asked, facts._replace(place=mpi_place(rank=rank))).quiet for rank in range(3)] == [
+    facts = HERE._replace(rank_info=mpi_place(rank=3))
+    made = build_plan(resolve_settings(asked, facts))
+    assert (made.launcher, made.command, made.processes, made.machines) == ("python", ["PY", "s.py"], 1, 1)
+    assert "KMP_AFFINITY" not in build_plan(resolve_settings(asked.replace(cpu=True), facts)).environment
+    assert "num_processes 4 is not used: Open MPI has started 16 processes" in host_warnings(asked, facts)[0]
+    assert host_warnings(asked.replace(num_processes=16), facts) == []
+    assert [resolve_settings(asked, facts._replace(rank_info=mpi_place(rank=rank))).quiet for rank in range(3)] == [
         False,
         True,
         True,
@@ -128,35 +128,37 @@ def test_a_launch_inside_of_mpirun_starts_its_one_process_whatever_the_settings_
 
 def test_machines_and_their_address_come_from_the_hostfile() -> None:
     asked = parse(["--num_processes", "4", "--mpirun_hostfile", "H", "s.py"])
-    resolved = resolve(asked, HERE._replace(hosts=("node0", "node1")))
+    resolved = resolve_settings(asked, HERE._replace(hosts=("node0", "node1")))
     assert (resolved.machines, resolved.processes_here, resolved.main_process_ip) == (2, 2, "node0")
-    given = resolve(asked.replace(num_machines=1, main_process_ip="h"), HERE._replace(hosts=("node0", "node1")))
+    given = resolve_settings(
+        asked.replace(num_machines=1, main_process_ip="h"), HERE._replace(hosts=("node0", "node1"))
+    )
     assert (given.machines, given.main_process_ip) == (1, "h")
-    itself = resolve(asked, HERE._replace(hosts=("localhost", "node1")))
+    itself = resolve_settings(asked, HERE._replace(hosts=("localhost", "node1")))
     with pytest.raises(SettingsError, match="2 machines need the address of machine 0"):
-        build(itself)
+        build_plan(itself)
 
 
 def test_the_hosts_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "hosts"
     path.write_text("# ours\nnode0 slots=4 # big\n\nnode1:8\nnode1:8\n10.0.0.1\nfd00::2\n")
-    assert mpi.hosts(str(path)) == ("node0", "node1", "10.0.0.1", "fd00::2")
-    assert mpi.hosts(str(tmp_path / "none")) == ()
+    assert mpi.read_hostfile(str(path)) == ("node0", "node1", "10.0.0.1", "fd00::2")
+    assert mpi.read_hostfile(str(tmp_path / "none")) == ()
 
 
 def test_a_single_host_may_be_another_machine(tmp_path: Path) -> None:
     own = os.uname().nodename
-    assert not mpi.are_elsewhere(("localhost", "127.0.0.1", own))
-    assert mpi.are_elsewhere((own, "node7")) and mpi.are_elsewhere(("10.0.0.9",))
+    assert not mpi.any_remote(("localhost", "127.0.0.1", own))
+    assert mpi.any_remote((own, "node7")) and mpi.any_remote(("10.0.0.9",))
     asked = parse(["--num_processes", "2", "--mpirun_hostfile", "H", "s.py"])
-    assert "-x" in build(resolve(asked, HERE._replace(hosts=("node7",), elsewhere=True))).command
-    assert "-x" not in build(resolve(asked, HERE._replace(hosts=("localhost",)))).command
+    assert "-x" in build_plan(resolve_settings(asked, HERE._replace(hosts=("node7",), elsewhere=True))).command
+    assert "-x" not in build_plan(resolve_settings(asked, HERE._replace(hosts=("localhost",)))).command
 
 
 def test_more_processes_than_cores_are_not_bound() -> None:
     asked = parse(["--num_processes", "9", "--mpirun_hostfile", "H", "s.py"])
-    assert build(resolve(asked, HERE)).command[7:9] == ["--bind-to", "none"]
-    assert "socket" in build(resolve(asked, HERE._replace(mpi="mpich"))).command
+    assert build_plan(resolve_settings(asked, HERE)).command[7:9] == ["--bind-to", "none"]
+    assert "socket" in build_plan(resolve_settings(asked, HERE._replace(mpi="mpich"))).command
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_which_mpi_is_installed(
             (tmp_path / name).write_text(f"{shebang()}print({says!r})\n")
             (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert mpi.installed() == kind
+    assert mpi.detect_flavor() == kind
 
 
 def test_what_is_looked_at_beforehand(tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_what_is_looked_at_beforehand(tmp_path: Path) -> None:
 
     def refused(message: str, root: bool = False, kind: str = "openmpi", **variables: str) -> None:
         with pytest.raises(SettingsError, match=message):
-            mpi.check_here(settings.replace(mpi=kind), root, variables)
+            mpi.check_host(settings.replace(mpi=kind), root, variables)
 
     refused("hosts does not exist.*HOST slots=N")
     hosts.write_text("# nobody\n")
@@ -198,7 +200,7 @@ def test_what_is_looked_at_beforehand(tmp_path: Path) -> None:
     refused("Open MPI refuses to run as root.*OMPI_ALLOW_RUN_AS_ROOT=1 and", root=True)
     refused("Open MPI refuses to run as root", root=True, OMPI_ALLOW_RUN_AS_ROOT="1")
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    mpi.check_here(settings, True, allowed)
-    mpi.check_here(settings, False, {})
+    mpi.check_host(settings, True, allowed)
+    mpi.check_host(settings, False, {})
     hosts.write_text(f"node0:4{os.linesep}")
-    mpi.check_here(settings.replace(mpi="mpich"), True, {})
+    mpi.check_host(settings.replace(mpi="mpich"), True, {})

@@ -13,7 +13,7 @@ from accelerate.commands.config import SageMakerConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.launch import parse
 from accelerate.launch.engines import sagemaker
-from accelerate.launch.plan import build
+from accelerate.launch.plan import build_plan
 from accelerate.settings.option import SettingsError
 from accelerate.utils import prepare_sagemager_args_inputs
 
@@ -36,11 +36,11 @@ use_cpu: false
 """
 
 
-def job(folder: Path, *words: str, flags: tuple[str, ...] = (), **changes: Any) -> sagemaker.Job:
+def job(folder: Path, *words: str, flags: tuple[str, ...] = (), **changes: Any) -> sagemaker.TrainingJob:
     path = folder / "aws.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(GUIDE), **changes}))
     settings = parse.parse(["--config_file", str(path), *flags, *(words or ("train.py",))])
-    return sagemaker.prepare(settings, build(settings).environment)
+    return sagemaker.prepare_job(settings, build_plan(settings).environment)
 
 
 class TestTheEstimator:
@@ -137,7 +137,7 @@ class TestTheEstimator:
             job(tmp_path, flags=(flag,))
 
     def test_as_text(self, tmp_path: Path) -> None:
-        text = sagemaker.as_text(job(tmp_path, "train.py", "--lr", "2"))
+        text = sagemaker.format_job(job(tmp_path, "train.py", "--lr", "2"))
         calls: list[dict[str, Any]] = []
 
         class Estimator:
@@ -157,9 +157,9 @@ class TestTheEstimator:
         class Estimator(Base):
             def __init__(self, entry_point: str, **others: Any) -> None: ...
 
-        sagemaker._check_names(sagemaker.Job({"entry_point": "x", "max_run": 1}), Estimator)
+        sagemaker._check_names(sagemaker.TrainingJob({"entry_point": "x", "max_run": 1}), Estimator)
         with pytest.raises(SettingsError, match="no argument max_runs. Did you mean max_run?"):
-            sagemaker._check_names(sagemaker.Job({"max_runs": 1}), Estimator)
+            sagemaker._check_names(sagemaker.TrainingJob({"max_runs": 1}), Estimator)
 
 
 class TestHyperparameters:
@@ -179,13 +179,13 @@ class TestHyperparameters:
         ],
     )  # fmt: skip
     def test_words_by_name(self, words: str, expected: dict[str, Any]) -> None:
-        found = sagemaker.to_hyperparameters(words.split())
+        found = sagemaker.parse_hyperparameters(words.split())
         assert found == expected and {name: type(value) for name, value in found.items()} == {
             name: type(value) for name, value in expected.items()
         }
 
     def test_spaces_stay_inside_a_word(self) -> None:
-        assert sagemaker.to_hyperparameters(["--text", "a b", "--q=c d"]) == {"text": "a b", "q": "c d"}
+        assert sagemaker.parse_hyperparameters(["--text", "a b", "--q=c d"]) == {"text": "a b", "q": "c d"}
 
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -202,7 +202,7 @@ class TestHyperparameters:
     )
     def test_what_sagemaker_cannot_hand_on(self, words: str, message: str) -> None:
         with pytest.raises(SettingsError, match=message):
-            sagemaker.to_hyperparameters(words.split())
+            sagemaker.parse_hyperparameters(words.split())
 
 
 class TestTables:
@@ -245,8 +245,12 @@ class TestSecrets:
             "AWS_ACCESS_KEY_ID": "AKIA123",
             "AWS_SECRET_ACCESS_KEY": "hush",
         }
-        plan = build(settings)
-        shown = [repr(settings), repr(plan), sagemaker.as_text(sagemaker.prepare(settings, plan.environment))]
+        plan = build_plan(settings)
+        shown = [
+            repr(settings),
+            repr(plan),
+            sagemaker.format_job(sagemaker.prepare_job(settings, plan.environment)),
+        ]
         assert not any("hush" in text or "AKIA123" in text for text in shown)
 
     def test_a_profile_or_nothing(self, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.launch import parse
 from accelerate.launch.engines import tpu, tpu_worker
-from accelerate.launch.plan import LaunchPlan, build
+from accelerate.launch.plan import LaunchPlan, build_plan
 from accelerate.settings.option import SettingsError
 from accelerate.utils import prepare_tpu
 
@@ -34,7 +34,7 @@ def planned(words: str, folder: Path | None = None, **content: object) -> Launch
     if folder is not None:
         (folder / "tpu.yaml").write_text(yaml.safe_dump({"distributed_type": "XLA", **content}))
         file = ["--config_file", str(folder / "tpu.yaml")]
-    return build(parse.parse([*file, *words.split()]).replace(python=("PY",)))
+    return build_plan(parse.parse([*file, *words.split()]).replace(python=("PY",)))
 
 
 class TestOneHost:
@@ -52,7 +52,7 @@ class TestOneHost:
     )
     def test_commands(self, words: str, command: str) -> None:
         plan = planned(words)
-        assert (plan.starter, plan.command) == ("tpu", command.split())
+        assert (plan.launcher, plan.command) == ("tpu", command.split())
 
     def test_from_a_file(self, tmp_path: Path) -> None:
         plan = planned(
@@ -115,7 +115,7 @@ class TestAPod:
             tpu_env=["A=b c"],
             mixed_precision="bf16",
         )
-        assert plan.starter == "tpu-pod" and plan.environment == {}
+        assert plan.launcher == "tpu-pod" and plan.environment == {}
         assert plan.command[:8] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--zone", "us-central1-a"]
         assert plan.command[8] == "--command" and plan.command[10:] == ["--worker", "all"]
         there = shlex.split(plan.command[9])
@@ -129,11 +129,11 @@ class TestAPod:
         plan = planned("--vm a --vm b train.py", tmp_path, **NAME, tpu_use_cluster=True)
         start = ["gcloud", "compute", "ssh"]
         zone = ["--zone", "us-central1-a", "--command"]
-        assert [plan.command[:-1], *(list(each[:-1]) for each in plan.beside)] == [
+        assert [plan.command[:-1], *(list(each[:-1]) for each in plan.parallel_commands)] == [
             [*start, "a", *zone],
             [*start, "b", *zone],
         ]
-        assert plan.beside[0][-1] == plan.command[-1]
+        assert plan.parallel_commands[0][-1] == plan.command[-1]
 
     def test_what_is_missing_is_said_at_once(self) -> None:
         with pytest.raises(SettingsError, match="Missing is tpu_name and tpu_zone"):
@@ -141,7 +141,7 @@ class TestAPod:
         with pytest.raises(SettingsError, match="--env: expected NAME=value, found 'A'"):
             planned("--tpu --tpu_cluster --env A --vm v s.py")
         with pytest.raises(SettingsError, match="--env: expected NAME=value, found 'a b=c'"):
-            build(parse.parse(["--tpu", "--tpu_cluster", "--env", "a b=c", "--vm", "v", "s.py"]))
+            build_plan(parse.parse(["--tpu", "--tpu_cluster", "--env", "a b=c", "--vm", "v", "s.py"]))
 
 
 def installed_from(origin: dict[str, Any] | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +205,8 @@ class TestRemoteScripts:
 class TestTheHostsProcess:
     def test_words(self) -> None:
         words = ["--function", "go", "--processes", "8", "s.py", "--function", "x", "-m"]
-        assert tpu_worker.parse(words) == tpu_worker.Rank("s.py", False, "go", 8, ("--function", "x", "-m"))
-        assert tpu_worker.parse(["-m", "package.s"]) == tpu_worker.Rank("package.s", True, "main", None, ())
+        assert tpu_worker.parse(words) == tpu_worker.TpuWorker("s.py", False, "go", 8, ("--function", "x", "-m"))
+        assert tpu_worker.parse(["-m", "package.s"]) == tpu_worker.TpuWorker("package.s", True, "main", None, ())
         rank = tpu_worker.parse(words)
         assert pickle.loads(pickle.dumps(rank)) == rank
 
@@ -216,7 +216,7 @@ class TestTheHostsProcess:
         script.write_text("from beside_it import value\nassert __name__ == 'a script'\nclass Kept: pass\n")
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.delitem(sys.modules, "a script", raising=False)
-        loaded = tpu_worker.Rank(str(script), False, "main", None, ()).load()
+        loaded = tpu_worker.TpuWorker(str(script), False, "main", None, ()).load()
         assert loaded.value == 3
         assert isinstance(pickle.loads(pickle.dumps(loaded.Kept())), loaded.Kept)
         del sys.modules["a script"], sys.modules["beside_it"]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from accelerate.launch.local.reaper import Deaths
+from accelerate.launch.local.reaper import ExitWatcher
 
 
 def test_all_deaths_are_noted_once_the_thread_has_ended() -> None:
@@ -18,7 +18,7 @@ def test_all_deaths_are_noted_once_the_thread_has_ended() -> None:
 
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     before = time.time_ns()
-    deaths = Deaths([process.pid], slowly)
+    deaths = ExitWatcher([process.pid], slowly)
     process.terminate()
     time.sleep(0.1)
     assert process.pid not in deaths.times

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import DistNetworkError, HashStore, Store
 
-from accelerate.launch.multinode.heartbeat import Elsewhere, End, Neighbours
+from accelerate.launch.multinode.heartbeat import NodeExit, PeerExitError, PeerMonitor
 
-Make = Callable[..., Neighbours]
+Make = Callable[..., PeerMonitor]
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def make() -> Iterator[Make]:
     """Makes machines `rank` of `count` at one store."""
     shared, made = HashStore(), []
 
-    def one(rank: int, count: int = 2, silence: float = 60.0, store: Store = shared) -> Neighbours:
-        made.append(Neighbours(lambda: store, rank, count, f"machine {rank}", "machine 0", silence))
+    def one(rank: int, count: int = 2, silence: float = 60.0, store: Store = shared) -> PeerMonitor:
+        made.append(PeerMonitor(lambda: store, rank, count, f"machine {rank}", "machine 0", silence))
         return made[-1]
 
     yield one
@@ -28,12 +28,12 @@ def make() -> Iterator[Make]:
         machine.stop()
 
 
-def wait_for_trouble(machine: Neighbours) -> End:
+def wait_for_trouble(machine: PeerMonitor) -> NodeExit:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
-            machine.look()
-        except Elsewhere as trouble:
+            machine.check()
+        except PeerExitError as trouble:
             return trouble.end
         time.sleep(0.02)
     raise AssertionError("nothing was noticed")
@@ -41,9 +41,9 @@ def wait_for_trouble(machine: Neighbours) -> End:
 
 def test_all_ended_well(make: Make) -> None:
     first, second = make(0), make(1)
-    second.tell(End("machine 1"))
-    first.finish()
-    second.finish()
+    second.publish_exit(NodeExit("machine 1"))
+    first.exit_barrier()
+    second.exit_barrier()
     second.leave(last=False)
     first.leave(last=True)
     assert not first.is_alive() and not second.is_alive()
@@ -51,38 +51,38 @@ def test_all_ended_well(make: Make) -> None:
 
 def test_a_failure_is_told(make: Make) -> None:
     first, second = make(0), make(1)
-    second.tell(End("machine 1", "machine 1: rank 1 exited with code 3", 3))
-    assert wait_for_trouble(first) == End("machine 1", "machine 1: rank 1 exited with code 3", 3)
-    with pytest.raises(Elsewhere, match="rank 1 exited with code 3"):
-        first.finish()
+    second.publish_exit(NodeExit("machine 1", "machine 1: rank 1 exited with code 3", 3))
+    assert wait_for_trouble(first) == NodeExit("machine 1", "machine 1: rank 1 exited with code 3", 3)
+    with pytest.raises(PeerExitError, match="rank 1 exited with code 3"):
+        first.exit_barrier()
 
 
 def test_the_last_to_end_may_end_badly(make: Make) -> None:
     first, second = make(0), make(1)
-    timer = threading.Timer(0.3, second.tell, [End("machine 1", "machine 1: exited with code 3", 3)])
+    timer = threading.Timer(0.3, second.publish_exit, [NodeExit("machine 1", "machine 1: exited with code 3", 3)])
     timer.start()
-    with pytest.raises(Elsewhere, match="exited with code 3"):
-        first.finish()
+    with pytest.raises(PeerExitError, match="exited with code 3"):
+        first.exit_barrier()
 
 
 def test_the_one_to_blame_is_found_behind_those_that_lost_a_peer(make: Make) -> None:
     first, second, third = make(0, 3), make(1, 3), make(2, 3)
-    second.tell(End("machine 1", "lost its peer", 1, innocent=True))
-    assert wait_for_trouble(first).innocent
-    third.tell(End("machine 2", "machine 2: out of memory", 137))
-    found = first.explain()
+    second.publish_exit(NodeExit("machine 1", "lost its peer", 1, is_symptom=True))
+    assert wait_for_trouble(first).is_symptom
+    third.publish_exit(NodeExit("machine 2", "machine 2: out of memory", 137))
+    found = first.find_root_cause()
     assert found is not None and found.code == 137
-    third.tell(End("machine 2"))  # nobody else to blame for machine 2: its own words stay
-    assert third.explain() is None
+    third.publish_exit(NodeExit("machine 2"))  # nobody else to blame for machine 2: its own words stay
+    assert third.find_root_cause() is None
 
 
 def test_silence(make: Make) -> None:
     first, second = make(0, silence=1.5), make(1)
     time.sleep(0.2)
-    first.look()
+    first.check()
     second.stop()
     end = wait_for_trouble(first)
-    assert end.code == 1 and end.line.startswith("machine 1 is gone: no sign of life for 1.5 s")
+    assert end.code == 1 and end.line.startswith("machine 1 is gone: no heartbeat for 1.5 s")
 
 
 def test_a_store_that_is_gone(make: Make) -> None:
@@ -96,8 +96,8 @@ def test_a_store_that_is_gone(make: Make) -> None:
 
 def test_a_call_to_start_again(make: Make) -> None:
     first, second = make(0), make(1)
-    second.call_again()
+    second.request_restart()
     deadline = time.monotonic() + 20
-    while not first.again and time.monotonic() < deadline:
+    while not first.restart_requested and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert first.again
+    assert first.restart_requested
