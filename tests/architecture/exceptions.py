@@ -16,7 +16,7 @@ DISTRIBUTED_TYPE = {
 HOW_SHARDED = {
     "accelerator.py: Accelerator._mesh_rank": "tells a person a rank's place on the mesh",
     "checkpointing/sharded/shard_layout.py: _dtensor_layout": "where a tensor of any mesh lies, not which mesh it is",
-    "data_loader/mesh.py: data_ranks_of_mesh": "turns a mesh into who reads which part, which is all that loaders know",
+    "data_loader/mesh.py: data_shard_of_mesh": "turns a mesh into who reads which part, which is all that loaders know",
     "data_loader/dispatch.py: DataLoaderDispatcher.ranks": "the documented argument torch_device_mesh",
     "data_loader/prepare.py: _ranks": "the documented argument torch_device_mesh",
 }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .dispatch import DataLoaderDispatcher
     from .gathering import gather_for_metrics, gather_items, gather_rows
     from .iterable import IterableDatasetShard
-    from .mesh import data_ranks_of_mesh
+    from .mesh import data_shard_of_mesh
     from .plan import DataPlan, DatasetKind, ReadMode, Shuffle, plan_data
     from .prepare import override_even_batches, prepare_data_loader
     from .sampling.samplers import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler, get_sampler
@@ -44,7 +44,7 @@ __all__ = [
     "SkipDataLoader",
     "StepSizes",
     "build_loader",
-    "data_ranks_of_mesh",
+    "data_shard_of_mesh",
     "gather_for_metrics",
     "gather_items",
     "gather_rows",
@@ -62,7 +62,7 @@ __getattr__ = lazy_exports(
         "BatchSamplerShard": "sampling.samplers",
         "build_loader": "build",
         "CannotDispatchError": "batches.batch_broadcast",
-        "data_ranks_of_mesh": "mesh",
+        "data_shard_of_mesh": "mesh",
         "DataLoaderAdapter": "base",
         "DataLoaderDispatcher": "dispatch",
         "DataLoaderShard": "shard",

@@ -17,7 +17,7 @@ from ..runtime.cpu_groups import cpu_group
 from ..runtime.world import DataShard
 from ..state import PartialState
 from .base import DataLoaderAdapter, make_transfer_fn
-from .mesh import data_ranks_of_mesh
+from .mesh import data_shard_of_mesh
 
 if TYPE_CHECKING:
     from .batches.batch_broadcast import BatchBroadcaster, DispatchedStep
@@ -94,7 +94,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         if self._plan is not None:
             return self._plan.ranks
         if self.torch_device_mesh is not None:
-            return data_ranks_of_mesh(self.torch_device_mesh)
+            return data_shard_of_mesh(self.torch_device_mesh)
         return DataShard(self.state.process_index, self.state.num_processes)
 
     @property

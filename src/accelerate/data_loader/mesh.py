@@ -10,7 +10,7 @@ DATA_DIMENSIONS = ("dp_replicate", "dp_shard")
 """Dimensions along which ranks read different data; along all others they hold shards of one model."""
 
 
-def data_ranks_of_mesh(mesh: Any) -> DataShard:
+def data_shard_of_mesh(mesh: Any) -> DataShard:
     """Returns which shard of the data this process reads.
 
     Args:

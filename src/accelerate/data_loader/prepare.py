@@ -17,7 +17,7 @@ from .base import DataLoaderAdapter
 from .build import build_loader, logger
 from .dispatch import DataLoaderDispatcher
 from .iterable import IterableDatasetShard
-from .mesh import data_ranks_of_mesh
+from .mesh import data_shard_of_mesh
 from .plan import ReadMode, plan_data
 from .sampling.samplers import BatchSamplerShard, SamplerShard, index_sampler, sampler_chain
 from .shard import DataLoaderShard
@@ -139,7 +139,7 @@ def override_even_batches(loaders: Iterable[Any], even_batches: bool | None) -> 
 
 def _ranks(num_processes: int | None, process_index: int | None, mesh: Any) -> DataShard:
     if mesh is not None and num_processes is None and process_index is None:
-        return data_ranks_of_mesh(mesh)
+        return data_shard_of_mesh(mesh)
     state = PartialState()
     return DataShard(
         state.process_index if process_index is None else process_index,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..data_loader.mesh import data_ranks_of_mesh
+from ..data_loader.mesh import data_shard_of_mesh
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.devices import with_index
 from ..runtime.system.lazy import loaded_classes
@@ -243,7 +243,7 @@ class Strategy:
     def data_ranks(self) -> DataShard:
         """Who reads which part of the data."""
         if self.settings.mesh is not None:
-            return data_ranks_of_mesh(self.settings.mesh)
+            return data_shard_of_mesh(self.settings.mesh)
         return DataShard(self.world.rank, self.world.size)
 
     def agree_on_random_states(self) -> None:

@@ -1,5 +1,7 @@
-"""All ranks of a prepared loader in one process: each rank's loop is run by itself, and what they would gather is put
-together step by step from the `StepSizes`s they saw."""
+"""Simulates all ranks of a prepared loader in one process.
+
+Each rank's loop runs by itself, and their batches are gathered step by step according to the `StepSizes` they saw.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,11 @@ class Seen:
     end: bool
     remainder: int
     step_sizes: StepSizes | None
+
+
+def plan(loader: Any, ranks: int = 2, put_on_device: bool = True, **settings: Any) -> DataPlan:
+    """The plan of rank 0."""
+    return plan_data(loader, DataLoaderConfiguration(**settings), DataShard(0, ranks), put_on_device=put_on_device)
 
 
 def plans(loader: DataLoader[Any], ranks: int, **settings: Any) -> list[DataPlan]:

@@ -22,7 +22,7 @@ from accelerate.runtime.collective_backend import Collectives
 from accelerate.state import GradientState
 
 
-def test_on_one_process_everything_is_what_it_was() -> None:
+def test_one_process_gathers_its_input_unchanged() -> None:
     state = GradientState()
     loader = prepare_data_loader(DataLoader(list(range(5)), batch_size=2))
     for batch in loader:
@@ -78,7 +78,7 @@ def _map(**options: Any) -> Any:
         lambda: skip_first_batches(DataLoader(Halves(19), batch_size=8), 1),
     ],
 )
-def test_what_is_repeated_to_a_full_batch_counts_as_the_last_one_does(make: Any) -> None:
+def test_a_value_repeated_to_a_full_batch_is_trimmed_like_the_batch(make: Any) -> None:
     loader, state = make(), GradientState()
     lengths = []
     for batch in loader:
@@ -116,7 +116,7 @@ class Foreign:
     remainder = 2
 
 
-def test_a_foreign_loaders_word_is_taken() -> None:
+def test_the_remainder_of_a_foreign_loader_is_used() -> None:
     state, loader = GradientState(), Foreign()
     state._add_dataloader(loader)
     assert gather_for_metrics((torch.arange(4),), state)[0].tolist() == [0, 1]
@@ -147,7 +147,7 @@ class Three(Collectives):
         (StepSizes((2, 0, 0), 2), [7, 8], ["a", "b"]),
     ],
 )
-def test_the_round_decides(step_sizes: StepSizes | None, rows: list[int], items: list[str]) -> None:
+def test_padding_is_dropped_by_step_sizes(step_sizes: StepSizes | None, rows: list[int], items: list[str]) -> None:
     assert gather_rows(torch.tensor([7, 8]), step_sizes, Three()).tolist() == rows
     assert gather_items(["a", "b"], step_sizes, Three()) == items
 

@@ -99,7 +99,7 @@ class Misleading(BatchSampler):
         return 100
 
 
-def test_the_last_batch_is_known_whatever_the_length_says() -> None:
+def test_the_last_batch_is_identified_with_a_wrong_length() -> None:
     sampler = Misleading(SequentialSampler(range(6)), 2, False)
     loader = prepare_data_loader(DataLoader(list(range(6)), batch_sampler=sampler))
     assert [loader.end_of_dataloader for _ in loader] == [False, False, True]
@@ -136,7 +136,7 @@ def test_loops_inside_loops() -> None:
     assert state.remainder == -1
 
 
-def test_a_loop_that_is_left_is_left() -> None:
+def test_leaving_a_loop_unregisters_the_loader() -> None:
     state = GradientState()
     loader = prepare_data_loader(DataLoader(list(range(4)), batch_size=2))
     for _ in loader:
@@ -149,7 +149,7 @@ def test_a_loop_that_is_left_is_left() -> None:
     assert loader.iteration == 0, "only what was gone through to the end counts as an epoch"
 
 
-def test_an_iterator_that_is_dropped_is_left() -> None:
+def test_dropping_an_iterator_unregisters_the_loader() -> None:
     state = GradientState()
     loader = prepare_data_loader(DataLoader(list(range(4)), batch_size=2))
     batches = iter(loader)
@@ -160,7 +160,7 @@ def test_an_iterator_that_is_dropped_is_left() -> None:
     assert not state.in_dataloader
 
 
-def test_a_dataset_that_raises_leaves_the_loop() -> None:
+def test_an_error_of_the_dataset_unregisters_the_loader() -> None:
     class Broken(Watched):
         def __getitem__(self, index: int) -> int:
             raise OSError("disk on fire")
@@ -194,7 +194,7 @@ class EpochSampler(SequentialSampler):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_samplers_are_told_the_epoch(ranks: int) -> None:
+def test_samplers_get_the_epoch(ranks: int) -> None:
     sampler = EpochSampler(range(8))
     loader = prepare_data_loader(
         DataLoader(list(range(8)), batch_size=2, sampler=sampler), num_processes=ranks, process_index=0
@@ -255,7 +255,7 @@ class RowsByEpoch(list):
 )
 @pytest.mark.parametrize("options", [{}, {"dispatch_batches": True}, {"use_stateful_dataloader": True}], ids=str)
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
-def test_state_that_is_made_of_the_epoch_is_there_from_the_first_on(make: Any, options: Any) -> None:
+def test_state_derived_from_the_epoch_exists_from_the_first_epoch(make: Any, options: Any) -> None:
     def orders(loader: Any, epochs: int) -> list[Any]:
         return [[row for batch in rows(loader) for row in batch] for _ in range(epochs)]
 
@@ -284,7 +284,7 @@ def test_a_sampler_that_was_used_before_starts_anew() -> None:
     assert sampler.epoch == 0
 
 
-def test_an_epoch_set_on_the_users_own_sampler_stands_when_batches_are_skipped() -> None:
+def test_an_epoch_set_by_the_user_is_kept_when_batches_are_skipped() -> None:
     sampler = DistributedSampler(range(8), num_replicas=1, rank=0, shuffle=True)
     loader = prepare_data_loader(DataLoader(list(range(8)), sampler=sampler))
     sampler.set_epoch(5)
@@ -298,7 +298,7 @@ def test_an_epoch_set_on_the_users_own_sampler_stands_when_batches_are_skipped()
     assert sampler.epoch == 4, "what the later start set is not taken for the user's"
 
 
-def test_batch_samplers_and_datasets_are_told_too() -> None:
+def test_batch_samplers_and_datasets_get_the_epoch() -> None:
     class Batches(BatchSampler):
         epoch = 0
 
@@ -320,7 +320,7 @@ def test_batch_samplers_and_datasets_are_told_too() -> None:
     assert batches.epoch == 5
 
 
-def test_streams_are_told_through_their_shard() -> None:
+def test_iterable_datasets_get_the_epoch_through_their_shard() -> None:
     class Epochs(Stream):
         epoch = 0
 
@@ -339,7 +339,7 @@ def test_streams_are_told_through_their_shard() -> None:
     assert dataset.epoch == 9, "the user's word counts"
 
 
-def test_an_epoch_set_on_the_users_own_sampler_stands() -> None:
+def test_an_epoch_set_by_the_user_is_kept() -> None:
     sampler = DistributedSampler(range(8), num_replicas=1, rank=0, shuffle=True)
     loader = prepare_data_loader(DataLoader(list(range(8)), sampler=sampler))
     for epoch in (5, 6):  # a run that was resumed, in the manner of plain DDP scripts
@@ -349,7 +349,7 @@ def test_an_epoch_set_on_the_users_own_sampler_stands() -> None:
         assert seen == [[index] for index in sampler]
 
 
-def test_a_shuffled_loader_gives_what_the_plain_one_gives() -> None:
+def test_a_shuffled_loader_yields_the_batches_of_the_plain_one() -> None:
     plain = DataLoader(list(range(20)), batch_size=3, shuffle=True)
     torch.manual_seed(5)
     expected = [rows(plain) for _ in range(2)]
@@ -477,7 +477,7 @@ def test_the_original_loader_stays_usable() -> None:
     assert rows(plain) == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_a_prepared_loader_is_given_back() -> None:
+def test_a_prepared_loader_is_returned_unchanged() -> None:
     plain = DataLoader(range(8), batch_size=2)
     loader = prepare_data_loader(plain, num_processes=2, process_index=0)
     assert prepare_data_loader(loader) is loader
@@ -584,7 +584,7 @@ def test_even_batches_can_be_overridden() -> None:
         assert rows(loader) == [[1], [3], [0]]
 
 
-def test_a_batch_of_none_is_refused_where_it_comes_from() -> None:
+def test_a_batch_of_none_is_rejected() -> None:
     def nothing(samples: list[int]) -> None:
         return None
 

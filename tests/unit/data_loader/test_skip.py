@@ -63,7 +63,7 @@ def test_skipping_twice_adds_up() -> None:
 
 @pytest.mark.parametrize("arguments", [{}, {"dispatch_batches": True, "put_on_device": True}])
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_streams_are_read_but_not_given_out(arguments: dict[str, Any], drop_last: bool) -> None:
+def test_skipped_batches_of_iterable_datasets_are_read(arguments: dict[str, Any], drop_last: bool) -> None:
     by_rank = []
     for rank in range(2):
         loader = prepare_data_loader(
@@ -86,14 +86,14 @@ def test_a_dispatcher_skips_steps_without_fetching() -> None:
     assert dataset.fetched == [8, 9, 10, 11]
 
 
-def test_more_than_there_are_leaves_nothing() -> None:
+def test_skipping_more_than_all_batches() -> None:
     for dataset in (list(range(4)), Stream()):
         loader = prepare_data_loader(DataLoader(dataset, batch_size=2))
         assert rows(skip_first_batches(loader, 99)) == []
         assert not GradientState().in_dataloader
 
 
-def test_going_back_goes_on_with_the_next_epoch() -> None:
+def test_the_original_continues_with_the_next_epoch() -> None:
     plain = DataLoader(list(range(8)), batch_size=2, shuffle=True)
     loader = prepare_data_loader(plain, use_seedable_sampler=True, data_seed=0)
     epochs = [rows(loader) for _ in range(3)]
@@ -104,7 +104,7 @@ def test_going_back_goes_on_with_the_next_epoch() -> None:
     assert rows(resumed) == epochs[2]
 
 
-def test_the_last_batch_is_still_known() -> None:
+def test_the_last_batch_is_still_identified() -> None:
     loader = prepare_data_loader(DataLoader(list(range(9)), batch_size=2), num_processes=2, process_index=0)
     later = skip_first_batches(loader, 1)
     assert [(later.end_of_dataloader, later.remainder) for _ in later] == [(False, 1), (True, 1)]

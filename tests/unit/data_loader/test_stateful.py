@@ -101,7 +101,7 @@ DATASETS: dict[str, Any] = {"map": lambda: list(range(23)), "stream": Stream, "r
 
 @pytest.mark.parametrize(("kind", "options"), CASES)
 @pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
-def test_a_saved_position_is_gone_on_from(kind: str, options: dict[str, Any], ranks: int, rank: int) -> None:
+def test_resuming_from_a_saved_position(kind: str, options: dict[str, Any], ranks: int, rank: int) -> None:
     torch.manual_seed(4)
     loader = make(DATASETS[kind](), ranks, rank, **options)
     rows(loader)  # positions in the second epoch, too, are positions
@@ -147,7 +147,7 @@ def test_a_position_that_others_saved() -> None:
     assert rows(resumed) == [[6, 7, 8], [9, 10, 11]]
 
 
-def test_they_are_torchdatas_loaders() -> None:
+def test_they_derive_from_torchdata() -> None:
     shard, dispatcher = make(list(range(4))), make(list(range(4)), dispatch_batches=True)
     assert isinstance(shard, StatefulDataLoader)
     assert isinstance(shard, DataLoaderShard)
@@ -168,7 +168,7 @@ def test_torchdatas_own_shuffling_is_kept() -> None:
     assert sorted(row for batch in by_rank[0] for row in batch) == list(range(10))
 
 
-def test_a_loader_without_a_position_says_so() -> None:
+def test_a_loader_without_a_position_raises() -> None:
     loader = prepare_data_loader(DataLoader(list(range(4))))
     with pytest.raises(TypeError, match="use_stateful_dataloader=True"):
         loader.state_dict()

@@ -52,7 +52,7 @@ def reading(
     return plan_data(loader, config, DataShard(0, ranks), lockstep=lockstep).read_mode
 
 
-def test_who_reads_shards_of_its_own() -> None:
+def test_own_shards() -> None:
     stream = Shards([1], [2], [3])
     assert reading(stream) is reading(stream, 3) is ReadMode.OWN_SHARDS
     assert reading(stream, split_batches=True) is ReadMode.OWN_SHARDS
@@ -66,7 +66,7 @@ def test_who_reads_shards_of_its_own() -> None:
     assert reading(Sized([1], [2], [3])) is ReadMode.SHARD, "its length is that of the present way"
 
 
-def test_what_has_shards() -> None:
+def test_has_shards() -> None:
     assert has_shards(Shards([], []), 2)
     assert not has_shards(object(), 1)
     counted = Shards([], [])
@@ -76,14 +76,14 @@ def test_what_has_shards() -> None:
     assert not has_shards(counted, 2), "a method of that name with other arguments"
 
 
-def test_a_process_on_its_own_has_nobody_to_agree_with() -> None:
+def test_a_single_process_has_no_lockstep() -> None:
     PartialState(cpu=True)
     assert not supports_lockstep(DataShard(0, 1))
     assert not supports_lockstep(DataShard(0, 2))
 
 
 @pytest.mark.parametrize(("numbers", "rows"), [([1, 2, 3, 4, 5], 2), ([1], 1), ([1, 2, 3], None), ([], None)])
-def test_the_last_batch_is_completed_from_the_start(numbers: list[int], rows: int | None) -> None:
+def test_the_last_batch_is_padded_from_the_start(numbers: list[int], rows: int | None) -> None:
     samples = list(StreamShard(Shards(numbers, [9]), 3, DataShard(0, 2)))
     marks = [sample for sample in samples if isinstance(sample, PaddingMarker)]
     assert [mark.step_sizes.rows for mark in marks] == ([] if rows is None else [rows])
@@ -92,7 +92,7 @@ def test_the_last_batch_is_completed_from_the_start(numbers: list[int], rows: in
     assert plain[len(numbers) :] == (numbers * 3)[: -len(numbers) % 3]
 
 
-def test_the_epoch_reaches_the_whole_and_the_part() -> None:
+def test_the_epoch_is_set_on_dataset_and_shard() -> None:
     whole = Shards([1], [2])
     shard = StreamShard(whole, 1, DataShard(1, 2))
     shard.set_epoch(4)

@@ -1,4 +1,4 @@
-"""Messages from rank 0 to the others, over a line inside this process."""
+"""Messages from rank 0 to another rank in the same process."""
 
 from __future__ import annotations
 
@@ -110,13 +110,13 @@ batches = st.recursive(
 
 
 @given(steps=st.lists(st.tuples(batches, batches), min_size=1, max_size=5), staged=st.booleans(), apart=st.booleans())
-def test_what_is_sent_arrives(steps: list[tuple[Any, Any]], staged: bool, apart: bool) -> None:
+def test_batches_arrive_unchanged(steps: list[tuple[Any, Any]], staged: bool, apart: bool) -> None:
     ends = Ends(staged, apart)
     for parts in steps:
         assert same(ends.carry(list(parts)).batch, parts[1])
 
 
-def test_what_comes_along() -> None:
+def test_step_sizes_and_end_arrive() -> None:
     ends = Ends()
     step_sizes = StepSizes((2, 1), 3)
     assert ends.carry([1, 2], 3, step_sizes, True) == DispatchedStep(2, 3, step_sizes, True)
@@ -125,7 +125,7 @@ def test_what_comes_along() -> None:
     assert ends.receiver.receive(1) is None
 
 
-def test_steps_of_one_layout_are_one_message_of_their_bytes() -> None:
+def test_steps_of_one_spec_are_one_message_each() -> None:
     ends = Ends()
     batch = {"x": torch.ones(64, 64), "y": torch.ones(64)}
     for _ in range(3):
@@ -137,7 +137,7 @@ def test_steps_of_one_layout_are_one_message_of_their_bytes() -> None:
     assert payload < third < payload + 512
 
 
-def test_a_changed_layout_needs_no_second_message_if_it_fits() -> None:
+def test_a_changed_spec_needs_no_second_message_if_it_fits() -> None:
     ends = Ends()
     ends.carry([torch.ones(100)] * 2)
     before = len(ends.line.sizes)
@@ -162,7 +162,7 @@ def test_received_tensors_do_not_share_memory_with_the_next() -> None:
     assert torch.equal(first, torch.zeros(4))
 
 
-def test_apart_from_words_only_bytes_of_tensors_are_sent() -> None:
+def test_headers_are_broadcast_on_the_host() -> None:
     ends = Ends(staged=True, apart=True)
     for _ in range(3):
         assert torch.equal(ends.carry([torch.zeros(32), torch.ones(32)], 2).batch, torch.ones(32))
@@ -188,7 +188,7 @@ def test_special_values() -> None:
     assert torch.equal(ends.carry([0, torch.nn.Parameter(torch.ones(2))]).batch, torch.ones(2))
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = 1
 
 
@@ -202,7 +202,7 @@ class Demanding(UserDict):
     [
         ({"x": {1, 2}}, r"batch\['x'\] is a builtins.set"),
         ([torch.ones(1), object()], r"batch\[1\] is a builtins.object"),
-        (Colour.RED, "Colour"),
+        (Color.RED, "Color"),
         (torch.ones(2, 2).to_sparse(), "layout torch.sparse_coo"),
         (np.array(["a", "b"]), "numpy array of dtype <U1"),
         (2**70, "more than 64 bits"),
@@ -212,7 +212,7 @@ class Demanding(UserDict):
         (namedtuple("Local", ["x"])(torch.ones(1)), "cannot be built"),
     ],
 )
-def test_what_cannot_be_sent_is_refused_before_anything_is(value: Any, found: str) -> None:
+def test_unsupported_objects_are_rejected_before_sending(value: Any, found: str) -> None:
     ends = Ends()
     with pytest.raises(CannotDispatchError, match=found) as caught:
         ends.sender.pack([value, value], None, None, False)
@@ -220,7 +220,7 @@ def test_what_cannot_be_sent_is_refused_before_anything_is(value: Any, found: st
     assert not ends.line.sent
 
 
-def test_a_failure_arrives_with_its_text() -> None:
+def test_an_error_arrives_with_its_text() -> None:
     ends = Ends()
     ends.carry([torch.ones(2)] * 2)
     try:

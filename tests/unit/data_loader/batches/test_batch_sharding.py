@@ -1,4 +1,4 @@
-"""Dealing batches to ranks: all ranks at once, over sizes, in one process."""
+"""Sharding of index batches: all ranks at once, in one process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _data(steps: list[ShardedStep]) -> list[int]:
     split=st.booleans(),
     even=st.booleans(),
 )
-def test_every_sample_is_dealt_once_in_order(
+def test_every_sample_is_sharded_once_in_order(
     n: int, ranks: int, rows_per_rank: int, drop_last: bool, split: bool, even: bool
 ) -> None:
     batch_size = rows_per_rank * ranks if split else rows_per_rank
@@ -72,9 +72,7 @@ def test_every_sample_is_dealt_once_in_order(
 
 
 @given(n=st.integers(1, 50), ranks=st.integers(2, 4), rows_per_rank=st.integers(1, 4), split=st.booleans())
-def test_what_completes_the_last_round_comes_from_the_start(
-    n: int, ranks: int, rows_per_rank: int, split: bool
-) -> None:
+def test_the_last_step_is_padded_from_the_start(n: int, ranks: int, rows_per_rank: int, split: bool) -> None:
     batch_size = rows_per_rank * ranks if split else rows_per_rank
     steps = list(shard_batches(_batches(n, batch_size), ranks, batch_size=batch_size, split=split))
     rows = [row for parts, _ in steps for part in parts for row in part]
@@ -89,7 +87,7 @@ def test_what_completes_the_last_round_comes_from_the_start(
     drop_last=st.booleans(),
     known=st.booleans(),
 )
-def test_batches_of_any_size_are_dealt_whole(
+def test_batches_of_varying_size_are_not_split(
     lengths: list[int], ranks: int, even: bool, drop_last: bool, known: bool
 ) -> None:
     numbers = iter(range(1000))
@@ -103,7 +101,7 @@ def test_batches_of_any_size_are_dealt_whole(
 
 
 @given(n=sizes, ranks=ranks, even=st.booleans(), drop_last=st.booleans())
-def test_items_are_dealt_in_turn(n: int, ranks: int, even: bool, drop_last: bool) -> None:
+def test_items_are_distributed_in_turn(n: int, ranks: int, even: bool, drop_last: bool) -> None:
     steps = list(shard_items(range(n), ranks, even=even, drop_last=drop_last))
     expected = n - n % ranks if drop_last else n
     assert _data(steps) == list(range(expected))
@@ -120,7 +118,7 @@ def test_items_are_dealt_in_turn(n: int, ranks: int, even: bool, drop_last: bool
     split=st.booleans(),
     even=st.booleans(),
 )
-def test_a_shard_is_its_rank_of_the_deal(
+def test_a_batch_sampler_shard_is_one_rank_of_the_step(
     n: int, ranks: int, rows_per_rank: int, drop_last: bool, split: bool, even: bool
 ) -> None:
     batch_size = rows_per_rank * ranks if split else rows_per_rank
@@ -137,14 +135,14 @@ def test_a_shard_is_its_rank_of_the_deal(
 
 
 @given(n=sizes, ranks=ranks, even=st.booleans())
-def test_a_sampler_shard_knows_its_length(n: int, ranks: int, even: bool) -> None:
+def test_length_of_a_sampler_shard(n: int, ranks: int, even: bool) -> None:
     for rank in range(ranks):
         shard = SamplerShard(SequentialSampler(range(n)), ranks, rank, even_batches=even)
         assert len(shard) == len(list(shard))
 
 
 @given(items=st.lists(st.integers()), size=st.integers(1, 5))
-def test_groups_say_which_is_the_last(items: list[int], size: int) -> None:
+def test_the_last_group_is_marked(items: list[int], size: int) -> None:
     groups = list(grouped(items, size))
     assert [item for group, _ in groups for item in group] == items
     assert [last for _, last in groups] == [False] * (len(groups) - 1) + [True] * bool(groups)
@@ -162,7 +160,7 @@ def test_grouping_reads_one_item_ahead() -> None:
     assert drawn == [0, 1, 2, 3]
 
 
-def test_a_round_tells_who_has_what() -> None:
+def test_step_sizes() -> None:
     assert irregular_sizes([2, 2], 4) is None
     uneven = irregular_sizes([2, 1, 0], 3)
     assert uneven is not None
@@ -172,12 +170,12 @@ def test_a_round_tells_who_has_what() -> None:
     assert (padded.active_ranks, padded.ragged, padded.padded) == (2, False, True)
 
 
-def test_filling_and_cutting() -> None:
+def test_padding_and_splitting() -> None:
     assert pad_cyclic([9], [0, 1], 4) == [9, 0, 1, 0]
     assert pad_cyclic([1, 2, 3], [0], 2) == [1, 2, 3]
     assert split_evenly([1, 2, 3, 4], 2) == [[1, 2], [3, 4]]
 
 
-def test_a_batch_larger_than_announced_is_refused_where_samples_would_be_lost() -> None:
+def test_a_batch_larger_than_batch_size_is_rejected() -> None:
     with pytest.raises(ValueError, match="batch_size=2 but returned a batch of 3"):
         list(shard_batches([[1, 2, 3]], 2, batch_size=2, split=True))

@@ -49,7 +49,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @given(rows=st.integers(1, 9), data=st.data())
-def test_a_cut_has_the_rows_of_all_columns(rows: int, data: st.DataObject) -> None:
+def test_a_slice_has_the_rows_of_all_columns(rows: int, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
     batch = _batch(0, rows)
@@ -58,7 +58,7 @@ def test_a_cut_has_the_rows_of_all_columns(rows: int, data: st.DataObject) -> No
 
 
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_joined_batches_have_all_rows(sizes: list[int]) -> None:
+def test_concatenated_batches_have_all_rows(sizes: list[int]) -> None:
     bounds = [0]
     for size in sizes:
         bounds.append(bounds[-1] + size)
@@ -72,7 +72,7 @@ def test_joined_batches_have_all_rows(sizes: list[int]) -> None:
     first=st.integers(1, 6),
     split=st.booleans(),
 )
-def test_a_step_is_dealt_to_the_last_row(sizes: list[int], ranks: int, first: int, split: bool) -> None:
+def test_a_step_is_sharded_to_the_last_row(sizes: list[int], ranks: int, first: int, split: bool) -> None:
     sizes = sizes[:1] if split else sizes[:ranks]
     bounds = [100]
     for size in sizes:
@@ -89,7 +89,7 @@ def test_a_step_is_dealt_to_the_last_row(sizes: list[int], ranks: int, first: in
     assert given[len(kept) :] == (list(range(min(first, ranks))) * ranks)[: len(given) - len(kept)]
 
 
-def test_rows_to_repeat_have_memory_of_their_own() -> None:
+def test_rows_to_repeat_are_copies() -> None:
     batch = {"x": torch.zeros(3, 2), "y": [1, 2, 3]}
     kept = BatchSlicer().clone_rows([batch, batch], 5)
     assert [batch_length(part) for part in kept] == [3, 2]
@@ -97,14 +97,14 @@ def test_rows_to_repeat_have_memory_of_their_own() -> None:
     assert all(part["x"].eq(0).all() for part in kept)
 
 
-def test_full_batches_are_given_out_as_they_are() -> None:
+def test_full_batches_are_not_sliced() -> None:
     batches = [{"x": torch.ones(2, 5)}, {"x": torch.ones(2, 9)}]  # padded to the longest of each
     parts, rows, step_sizes = BatchSlicer().shard(batches, 2, [], split=False)
     assert parts == batches
     assert (rows, step_sizes) == (4, None)
 
 
-def test_batches_that_cannot_be_joined_are_repeated_whole() -> None:
+def test_batches_that_cannot_be_concatenated_are_repeated() -> None:
     batches = [torch.ones(2, 5), torch.ones(1, 9)]
     parts, rows, step_sizes = BatchSlicer().shard(batches, 3, [], split=False)
     assert [tuple(part.shape) for part in parts] == [(2, 5), (1, 9), (2, 5)]
@@ -112,20 +112,20 @@ def test_batches_that_cannot_be_joined_are_repeated_whole() -> None:
     assert step_sizes == StepSizes((2, 1, 2), 3)
 
 
-def test_what_completes_a_batch_comes_from_itself_if_the_start_has_other_shapes() -> None:
+def test_padding_comes_from_the_batch_if_shapes_differ_at_the_start() -> None:
     parts, rows, step_sizes = BatchSlicer().shard([torch.ones(1, 9)], 2, [torch.ones(2, 5)], split=False)
     assert [tuple(part.shape) for part in parts] == [(1, 9), (1, 9)]
     assert (rows, step_sizes) == (1, StepSizes((1, 1), 1))
 
 
-def test_batches_without_rows_are_given_out_whole() -> None:
+def test_batches_without_rows_are_not_sliced() -> None:
     parts, rows, step_sizes = BatchSlicer().shard([{"a": 1}, {"a": 2}], 2, [], split=False)
     assert (parts, rows, step_sizes) == ([{"a": 1}, {"a": 2}], None, None)
     parts, rows, step_sizes = BatchSlicer().shard([{"a": 1}], 2, [], split=False)
     assert (parts, rows, step_sizes) == ([{"a": 1}, {"a": 1}], None, StepSizes((1, 1), 1, counts_batches=True))
 
 
-def test_lists_of_samples_are_cut_by_sample() -> None:
+def test_lists_of_samples_are_sliced_by_sample() -> None:
     samples = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "c", "answer": 3}]
     parts, rows, step_sizes = BatchSlicer().shard([samples[:2], samples[2:]], 3, [], split=False)
     assert parts == [samples[:1], samples[1:2], samples[2:]]
@@ -142,12 +142,12 @@ def test_lists_of_samples_are_cut_by_sample() -> None:
         ({"a": 1}, "type dict cannot be split"),
     ],
 )
-def test_what_cannot_be_split_is_refused(batch: Any, found: str) -> None:
+def test_batches_that_cannot_be_split_are_rejected(batch: Any, found: str) -> None:
     with pytest.raises(BatchSlicingError, match=found):
         BatchSlicer().shard([batch], 2, [], split=True)
 
 
-def test_a_slice_function_decides() -> None:
+def test_slice_fn() -> None:
     calls = []
 
     def by_columns(batch: Any, bounds: slice, process_index: int, num_processes: int) -> Any:

@@ -69,7 +69,7 @@ def test_each_sample_has_numbers_of_its_own_in_each_epoch(epochs: Any) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 1), (4, 0)])
-def test_they_do_not_depend_on_who_reads(epochs: Any, ranks: int, workers: int) -> None:
+def test_they_do_not_depend_on_the_reading_process(epochs: Any, ranks: int, workers: int) -> None:
     parts = [loader(ranks, rank, workers) for rank in range(ranks)]
     for wanted in epochs[:2]:
         found: dict[int, tuple[float, ...]] = {}
@@ -79,7 +79,7 @@ def test_they_do_not_depend_on_who_reads(epochs: Any, ranks: int, workers: int) 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_epoch_goes_on_with_them(epochs: Any, workers: int) -> None:
+def test_a_resumed_epoch_continues_with_them(epochs: Any, workers: int) -> None:
     whole = loader(workers=workers, total=4)
     list(whole)
     batches = iter(whole)
@@ -93,7 +93,7 @@ def test_a_resumed_epoch_goes_on_with_them(epochs: Any, workers: int) -> None:
     assert draws(resumed) == epochs[2]
 
 
-def test_persistent_workers_learn_of_the_next_epoch(epochs: Any) -> None:
+def test_persistent_workers_get_the_next_epoch(epochs: Any) -> None:
     config = DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=5)
     plain = DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=2, persistent_workers=True)
     prepared = build_loader(plan_data(plain, config, DataShard(0, 1)))
@@ -114,7 +114,7 @@ def test_the_training_process_keeps_its_own_numbers() -> None:
     assert states() == before
 
 
-def test_without_a_chosen_seed_it_is_torchs_default_and_part_of_the_position() -> None:
+def test_the_default_seed_is_torchs_and_part_of_the_position() -> None:
     torch.manual_seed(11)
     first = loader(data_seed=None)
     wanted = draws(first)
@@ -206,6 +206,6 @@ class Stopping(Augmented):
         return super().__getitem__(index)
 
 
-def test_workers_outlast_a_request_to_stop() -> None:
+def test_workers_survive_sigterm() -> None:
     prepared = loader(workers=2, data=Stopping(), total=4)
     assert len(draws(prepared)) == LENGTH

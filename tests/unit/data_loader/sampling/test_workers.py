@@ -46,7 +46,7 @@ kinds = pytest.mark.parametrize(
 
 
 @kinds
-def test_workers_outlast_a_signal_to_the_whole_run(stateful: bool, persistent: bool) -> None:
+def test_workers_survive_sigterm_to_all_processes(stateful: bool, persistent: bool) -> None:
     iterator, workers = begin(make(stateful, persistent))
     assert len(workers) == 2
     next(iterator)  # of the second worker, which is up by then as well

@@ -1,4 +1,4 @@
-"""The recorded behaviours that need no second process, against ours."""
+"""Recorded behavior of `prepare_data_loader` and samplers that needs no second process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from accelerate.data_loader import (
     skip_first_batches,
 )
 
-FACTS = json.loads((Path(__file__).parents[2] / "data" / "data_loader_behaviours.json").read_text())
+FACTS = json.loads((Path(__file__).parents[2] / "data" / "data_loader_behavior.json").read_text())
 
 
 def _facts(name: str) -> list[Any]:
@@ -124,7 +124,7 @@ def test_prepared_with_a_seedable_sampler() -> None:
         ("prepare_data_loader.split_mismatch", [1, 2, 3, 4], {"batch_size": 3}, {"split_batches": True}),
     ],
 )
-def test_what_cannot_be_prepared(
+def test_invalid_arguments_are_rejected(
     name: str, dataset: Any, loader_arguments: dict[str, Any], arguments: dict[str, Any]
 ) -> None:
     assert _facts(name)[0]["output"]["raises"] == "ValueError"

@@ -14,7 +14,7 @@ from accelerate.data_loader import gather_for_metrics, prepare_data_loader, skip
 from accelerate.state import GradientState, PartialState
 from tests.processes.data_loader_cases import observe
 
-FACTS = json.loads((Path(__file__).parents[1] / "data" / "data_loader_behaviours.json").read_text())
+FACTS = json.loads((Path(__file__).parents[1] / "data" / "data_loader_behavior.json").read_text())
 
 NAMES = ("prepare_dataloader.map", "prepare_dataloader.iterable")
 

@@ -1,4 +1,4 @@
-"""Acceptance: the length of every sampler, shard and loader is what iterating over it yields, whatever the options."""
+"""The length of every sampler, shard and loader is the number of items it yields, for all options."""
 
 from __future__ import annotations
 

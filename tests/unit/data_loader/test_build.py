@@ -1,4 +1,4 @@
-"""Acceptance: every sample is seen as often as documented, and gathered exactly once, in the order of the data.
+"""Built loaders: every sample is read as often as documented, and gathered exactly once, in the order of the data.
 
 The ranks are simulated in one process; tests/processes/test_data_loader_gathering.py does the same with real ones.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from accelerate.data_loader import build_loader
-from tests.unit.data_loader.simulate import Numbers, gathered, loop, plans
+from tests.unit.data_loader.simulate import Numbers, gathered, loop, plan, plans
 
 
 def _expected(n: int, full: int, drop_last: bool) -> list[int]:
@@ -123,10 +124,59 @@ class _Rows:
 
 
 @given(n=st.integers(0, 40), ranks=st.integers(1, 3), rows_per_rank=st.integers(1, 3), first=st.integers(0, 8))
-def test_a_sampler_that_draws_other_than_all(n: int, ranks: int, rows_per_rank: int, first: int) -> None:
+def test_a_sampler_of_another_length_than_the_dataset(n: int, ranks: int, rows_per_rank: int, first: int) -> None:
     chosen = list(range(min(first, n), n))
     loader: DataLoader[Any] = DataLoader(list(range(n)), batch_size=rows_per_rank, sampler=chosen)  # type: ignore[arg-type]
     by_rank = [loop(build_loader(plan)) for plan in plans(loader, ranks)]
     assert gathered(by_rank) == chosen
     for seen in by_rank:
         assert all(step.remainder == len(chosen) % (rows_per_rank * ranks) for step in seen)
+
+
+def test_a_custom_batch_sampler_is_kept() -> None:
+    class Own(BatchSampler):
+        pass
+
+    sampler = RandomSampler(range(8))
+    batches = Own(sampler, 2, False)
+    loader = build_loader(plan(DataLoader(range(8), batch_sampler=batches), use_seedable_sampler=True, data_seed=0))
+    assert loader.batch_sampler.batch_sampler is batches  # type: ignore[union-attr]
+    assert type(batches.sampler).__name__ == "SeedableRandomSampler"
+    drawing = Own(RandomSampler(range(8)), 2, False)
+    build_loader(plan(DataLoader(range(8), batch_sampler=drawing)))
+    assert type(drawing.sampler) is RandomSampler
+
+
+def test_a_custom_sampler_is_kept() -> None:
+    class Own(RandomSampler):
+        pass
+
+    sampler = Own(range(8))
+    made = plan(DataLoader(range(8), sampler=sampler))
+    loader = build_loader(made)
+    assert loader.sampler is sampler
+    assert loader.synchronized_generator is sampler.generator is not None  # type: ignore[attr-defined]
+
+
+def test_sequential_order_is_kept() -> None:
+    made = build_loader(plan(DataLoader(range(8), batch_size=2), ranks=1))
+    assert type(made.sampler) is SequentialSampler
+
+
+def test_arguments_of_torch_are_forwarded() -> None:
+    def initialize(worker: int) -> None: ...
+
+    options: dict[str, Any] = {
+        "num_workers": 1,
+        "persistent_workers": True,
+        "prefetch_factor": 5,
+        "timeout": 60,
+        "worker_init_fn": initialize,
+        "multiprocessing_context": "spawn",
+        "collate_fn": list,
+        "generator": torch.Generator(),
+    }
+    built = build_loader(plan(DataLoader(range(8), batch_size=2, **options)), "cpu")  # type: ignore[arg-type]
+    context = options.pop("multiprocessing_context")
+    assert built.multiprocessing_context.get_start_method() == context
+    assert {name: getattr(built, name) for name in options} == options
