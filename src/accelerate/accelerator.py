@@ -17,8 +17,8 @@ import torch
 from . import data_loader as loading
 from .checkpointing import CheckpointMixin
 from .optimizer import AcceleratedOptimizer
-from .parallelism_config import requested
-from .precision import choose as choose_precision
+from .parallelism_config import resolve_parallelism_config
+from .precision import select_precision
 from .runtime import collectives, world
 from .runtime.memory import release_memory
 from .runtime.process_control import ProcessControl
@@ -39,11 +39,10 @@ from .settings.handlers import (
     TorchDynamoPlugin,
 )
 from .state import AcceleratorState, GradientState, is_initialized
-from .strategies import Bundle, RunSettings, Strategy
-from .strategies import choose as choose_strategy
-from .strategies.accumulation import GlobalMean, MicroStep, StepCounter
+from .strategies import Bundle, Strategy, StrategyConfig, select_strategy
+from .strategies.accumulation import AccumulateContext, StepCounter, TokenWeightedMean
 from .strategies.base import is_dispatched
-from .strategies.bundle import classify
+from .strategies.bundle import sort_prepare_args
 from .tracking import GeneralTracker, TrackingMixin, filter_trackers
 
 if TYPE_CHECKING:
@@ -175,10 +174,10 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         self.device_placement = device_placement
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
 
-        precision = choose_precision(self.mixed_precision, self.device, self.autocast_handler, self.scaler_handler)
-        settings = RunSettings(
+        precision = select_precision(self.mixed_precision, self.device, self.autocast_handler, self.scaler_handler)
+        settings = StrategyConfig(
             precision=precision,
-            loading=resolve_args.data_loader_config(dataloader_config, split_batches),
+            dataloader_config=resolve_args.data_loader_config(dataloader_config, split_batches),
             rng_types=resolve_args.rng_types(rng_types),
             device_placement=device_placement,
             step_scheduler_with_optimizer=step_scheduler_with_optimizer,
@@ -187,15 +186,15 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
             dynamo=dynamo,
             fsdp=getattr(self.state, "fsdp_plugin", None),
             mesh=self.torch_device_mesh,
-            sizes=self.parallelism_config,
+            parallelism_config=self.parallelism_config,
         )
-        strategy = choose_strategy(self.distributed_type, self.parallelism_config, fsdp=settings.fsdp)
+        strategy = select_strategy(self.distributed_type, self.parallelism_config, fsdp=settings.fsdp)
         self.strategy: Strategy = strategy(world.current(), settings)
         self.precision = precision
         self.scaler = precision.scaler
         self.native_amp = self.mixed_precision in ("fp16", "bf16")
         self._counter = StepCounter(self.strategy)
-        self._global_mean = GlobalMean(self.strategy)
+        self._token_mean = TokenWeightedMean(self.strategy)
 
         self._models: list[nn.Module] = []
         self._optimizers: list[AcceleratedOptimizer] = []
@@ -352,20 +351,20 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
     @property
     def dataloader_config(self) -> DataLoaderConfiguration:
         """How data is shared between the processes; loaders prepared from now on follow it."""
-        return self.strategy.settings.loading
+        return self.strategy.config.dataloader_config
 
     @dataloader_config.setter
     def dataloader_config(self, config: DataLoaderConfiguration) -> None:
-        self.strategy.settings.loading = config
+        self.strategy.config.dataloader_config = config
 
     @property
     def rng_types(self) -> list[str]:
         """Random number generators that are synchronized at the start of each epoch."""
-        return self.strategy.settings.rng_types
+        return self.strategy.config.rng_types
 
     @rng_types.setter
     def rng_types(self, rng_types: list[str | RNGType] | None) -> None:
-        self.strategy.settings.rng_types = resolve_args.rng_types(rng_types)
+        self.strategy.config.rng_types = resolve_args.rng_types(rng_types)
 
     @property
     def split_batches(self) -> bool:
@@ -517,7 +516,9 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         moved = frozenset(
             place for place, wanted in enumerate(placement) if (self.device_placement if wanted is None else wanted)
         )
-        bundle = classify(args, on_device=moved, prepared=(*self._models, *self._optimizers, *self._schedulers))
+        bundle = sort_prepare_args(
+            args, on_device=moved, prepared=(*self._models, *self._optimizers, *self._schedulers)
+        )
         self.strategy.check(bundle)
         self._register(self.strategy.prepare(bundle))
         # Schedulers come last: they belong to the optimizers as prepared, this call's among them.
@@ -623,11 +624,11 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         elif num_items is None:
             self.strategy.backward(loss, steps=self.gradient_state.num_steps, **kwargs)
         else:
-            models = self._counter.window or self._models
-            self._global_mean.add(num_items, models)
+            models = self._counter.active_models or self._models
+            self._token_mean.add(num_items, models)
             self.strategy.backward(loss, steps=1, **kwargs)
-            if self.gradient_state.sync_gradients and not self._counter.held:
-                self._global_mean.divide(models)
+            if self.gradient_state.sync_gradients and not self._counter.no_sync_depth:
+                self._token_mean.divide(models)
 
     def lomo_backward(self, loss: torch.Tensor, learning_rate: float) -> None:
         """Backward and update in one, for LOMO optimizers, which never hold all gradients at once."""
@@ -644,24 +645,24 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         Args:
             *models: The models whose gradients are accumulated. One forward and backward belongs in the block.
         """
-        return MicroStep(self._counter, models)
+        return AccumulateContext(self._counter, models)
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """A context whose backward leaves the model's gradients local."""
-        self._counter.held += 1
+        self._counter.no_sync_depth += 1
         try:
             with self.strategy.no_sync(model):
                 yield
         finally:
-            self._counter.held -= 1
+            self._counter.no_sync_depth -= 1
 
     @staticmethod
     @contextmanager
     def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
         """A context whose backward synchronises gradients though its forwards ran under `no_sync`."""
         state = AcceleratorState()
-        strategy = choose_strategy(
+        strategy = select_strategy(
             state.distributed_type, state.parallelism_config, fsdp=getattr(state, "fsdp_plugin", None)
         )
         with strategy.sync_in_backward(model):
@@ -769,9 +770,9 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         Raises:
             ValueError: for other tensors of parts that are not the same on the ranks which share sequences: sums, say.
         """
-        together = self.strategy.put_together(input_data)
+        together = self.strategy.unshard_outputs(input_data)
         gathered: _T1 = loading.gather_for_metrics(
-            together, self.gradient_state, use_gather_object=use_gather_object, data_ranks=self.strategy.data_ranks
+            together, self.gradient_state, use_gather_object=use_gather_object, data_ranks=self.strategy.data_shard
         )
         return gathered
 
@@ -855,8 +856,8 @@ def _distribution(fsdp: Any, deepspeed: Any, megatron: Any, tensor_parallel: Any
     """
     plugins = resolve_args.plugins(fsdp, deepspeed, megatron, tensor_parallel, launched=not is_initialized())
     if not is_initialized():
-        sizes = requested(sizes, tensor_parallel)
-        choose_strategy(plugins.distributed_type or DistributedType.NO, sizes, plugins)
+        sizes = resolve_parallelism_config(sizes, tensor_parallel)
+        select_strategy(plugins.distributed_type or DistributedType.NO, sizes, plugins)
     return {
         "fsdp_plugin": plugins.fsdp,
         "deepspeed_plugin": plugins.deepspeed,

@@ -79,7 +79,7 @@ class LocalSGD:
         self.model_sync_obj: AbstractContextManager[None] | None = None
         self._trained: set[int] = set()
         self._averaged_at = 0
-        self._at_saving: RemovableHandle | None = None
+        self._save_hook: RemovableHandle | None = None
 
     def __enter__(self) -> Self:
         if self.enabled:
@@ -87,7 +87,7 @@ class LocalSGD:
             self.model_sync_obj = self.accelerator.no_sync(self.model)
             self.model_sync_obj.__enter__()
             checkpoints = self.accelerator._checkpoints
-            self._at_saving = checkpoints.add_hook(checkpoints.boundaries, self._average)
+            self._save_hook = checkpoints.add_hook(checkpoints.boundaries, self._average)
         return self
 
     def __exit__(
@@ -98,9 +98,9 @@ class LocalSGD:
     ) -> None:
         if self.model_sync_obj is None:
             return
-        if self._at_saving is not None:
-            self._at_saving.remove()
-            self._at_saving = None
+        if self._save_hook is not None:
+            self._save_hook.remove()
+            self._save_hook = None
         try:
             if kind is None:  # after an exception the peers may be anywhere: to average would be to wait for them
                 self._average()
@@ -117,7 +117,7 @@ class LocalSGD:
     def _average(self) -> None:
         self._averaged_at = self.num_steps
         with torch.no_grad():
-            for parameters in _buffers_of(self._trained_parameters()):
+            for parameters in _flat_buffers(self._trained_parameters()):
                 flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
                 flat = collectives.reduce(flat, "mean")
                 parts = flat.split([parameter.numel() for parameter in parameters])
@@ -129,7 +129,7 @@ class LocalSGD:
         return (p for p in self.model.parameters() if p.requires_grad or id(p) in self._trained)
 
 
-def _buffers_of(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+def _flat_buffers(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
     """Groups parameters of one dtype and device whose values fit into one buffer. Quantized ones do not train."""
     groups: dict[tuple[torch.dtype, torch.device], list[torch.nn.Parameter]] = {}
     filled: dict[tuple[torch.dtype, torch.device], int] = {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .precision.loss_scale import LossScaler, overflow_of
+from .precision.loss_scale import LossScaler, found_inf_of
 from .runtime.tensors.pytree import send_to_device
 from .state import AcceleratorState, GradientState
 
@@ -104,7 +104,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         if self.scaler is None:
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         result = self.scaler.step(self.optimizer) if closure is None else self.scaler.step(self.optimizer, closure)
-        self._overflow = overflow_of(self.scaler, self.optimizer)
+        self._overflow = found_inf_of(self.scaler, self.optimizer)
         if not isinstance(self.scaler, LossScaler):  # that one updates by itself
             self.scaler.update()
         return result

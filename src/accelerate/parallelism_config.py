@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from .settings.parallel import TorchTensorParallelPlugin
 
 # The dimensions, outermost first: ranks of the last are neighbours, on one machine if they can be.
-DIMENSIONS = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
+MESH_DIMS = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 # Dimensions that are one for some purpose -> their common name.
-_FLATTENED = {
+_FLATTENED_DIMS = {
     "dp": ("dp_replicate", "dp_shard"),
     "dp_shard_cp": ("dp_shard", "cp"),
     "dp_cp": ("dp_replicate", "dp_shard", "cp"),
@@ -90,9 +90,9 @@ class ParallelismConfig:
             )
 
     def __repr__(self) -> str:
-        shown = (*_SHOWN, "total_size", "tp_handler", "cp_handler")
+        shown = (*_REPR_FIELDS, "total_size", "tp_handler", "cp_handler")
         values = {name: f"\t{name}={getattr(self, name)}" for name in shown}
-        sizes = ",\n".join(values[name] for name in (*_SHOWN, "total_size"))
+        sizes = ",\n".join(values[name] for name in (*_REPR_FIELDS, "total_size"))
         return f"ParallelismConfig(\n {sizes}\n{values['tp_handler']},\n{values['cp_handler']})\n"
 
     # Sizes -----------------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class ParallelismConfig:
     def _enabled(self, dimension: str) -> bool:
         return self._size(dimension) > 1
 
-    def _among(self, *dimensions: str) -> list[str]:
+    def _enabled_dims(self, *dimensions: str) -> list[str]:
         return [name for name in dimensions if self._enabled(name)]
 
     @property
@@ -152,32 +152,32 @@ class ParallelismConfig:
     @property
     def active_mesh_dims(self) -> list[str]:
         """The dimensions of more than one rank, outermost first."""
-        return self._among(*DIMENSIONS)
+        return self._enabled_dims(*MESH_DIMS)
 
     @property
     def dp_dim_names(self) -> list[str]:
         """Those over which data is divided."""
-        return self._among(*_FLATTENED["dp"])
+        return self._enabled_dims(*_FLATTENED_DIMS["dp"])
 
     @property
     def non_dp_dim_names(self) -> list[str]:
         """Those whose ranks work on the same data."""
-        return self._among("tp", "cp", "sp")
+        return self._enabled_dims("tp", "cp", "sp")
 
     @property
     def dp_shard_cp_dim_names(self) -> list[str]:
         """Those over which parameters are sharded; the mesh has them as ``dp_shard_cp``."""
-        return self._among(*_FLATTENED["dp_shard_cp"])
+        return self._enabled_dims(*_FLATTENED_DIMS["dp_shard_cp"])
 
     @property
     def dp_cp_dim_names(self) -> list[str]:
         """Those over which a loss is averaged; the mesh has them as ``dp_cp``."""
-        return self._among(*_FLATTENED["dp_cp"])
+        return self._enabled_dims(*_FLATTENED_DIMS["dp_cp"])
 
     @property
     def fsdp_dim_names(self) -> list[str]:
         """What `fully_shard` is given of the mesh: replicas, if there are several, and shards."""
-        return [*self._among("dp_replicate"), *(["dp_shard_cp"] if self.dp_shard_cp_dim_names else [])]
+        return [*self._enabled_dims("dp_replicate"), *(["dp_shard_cp"] if self.dp_shard_cp_dim_names else [])]
 
     # Mesh ------------------------------------------------------------------------------------------------------------
 
@@ -204,11 +204,11 @@ class ParallelismConfig:
         names, sizes = self._get_mesh()
         if not names:
             return None
-        return self._flattened(init_device_mesh(device_type, sizes, mesh_dim_names=names))
+        return self._flatten_mesh(init_device_mesh(device_type, sizes, mesh_dim_names=names))
 
-    def _flattened(self, mesh: DeviceMesh) -> DeviceMesh:
-        for common, parts in _FLATTENED.items():
-            if active := tuple(self._among(*parts)):
+    def _flatten_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        for common, parts in _FLATTENED_DIMS.items():
+            if active := tuple(self._enabled_dims(*parts)):
                 mesh[active]._flatten(common)
         return mesh
 
@@ -251,7 +251,7 @@ class ParallelismConfig:
         return values
 
 
-def requested(
+def resolve_parallelism_config(
     given: ParallelismConfig | None = None, plugin: TorchTensorParallelPlugin | None = None
 ) -> ParallelismConfig | None:
     """The configuration given, else the one that the launcher's variables or the older plugin ask for.
@@ -272,27 +272,31 @@ def requested(
             "torch_tp_plugin out."
         )
     if given is None:
-        return ParallelismConfig(tp_size=plugin.tp_size) if plugin.torch_device_mesh is None else _of_mesh(plugin)
+        return (
+            ParallelismConfig(tp_size=plugin.tp_size) if plugin.torch_device_mesh is None else _config_from_mesh(plugin)
+        )
     return given
 
 
-def _of_mesh(plugin: TorchTensorParallelPlugin) -> ParallelismConfig:
+def _config_from_mesh(plugin: TorchTensorParallelPlugin) -> ParallelismConfig:
     """The configuration of a mesh that a plugin brings along."""
     mesh = plugin.torch_device_mesh
     assert mesh is not None
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True)) if mesh.mesh_dim_names else {}
-    if not sizes.keys() <= set(DIMENSIONS) or sizes.get("tp") != plugin.tp_size:
+    if not sizes.keys() <= set(MESH_DIMS) or sizes.get("tp") != plugin.tp_size:
         raise ValueError(
             f"torch_tp_plugin has tp_size={plugin.tp_size} and brings {mesh}: it needs a dimension 'tp' of that size, and "
-            f"others from {', '.join(DIMENSIONS)} only. Leave torch_device_mesh out to have one made."
+            f"others from {', '.join(MESH_DIMS)} only. Leave torch_device_mesh out to have one made."
         )
     given: dict[str, Any] = {f"{name}_size": size for name, size in sizes.items()}
     config = ParallelismConfig(**given)
-    config.__dict__["device_mesh"] = config._flattened(mesh)
+    config.__dict__["device_mesh"] = config._flatten_mesh(mesh)
     return config
 
 
-_SHOWN = tuple(field.name for field in dataclasses.fields(ParallelismConfig) if not field.name.endswith("_handler"))
+_REPR_FIELDS = tuple(
+    field.name for field in dataclasses.fields(ParallelismConfig) if not field.name.endswith("_handler")
+)
 
 
 def _world_size() -> int:

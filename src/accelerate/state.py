@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .parallelism_config import requested
+from .parallelism_config import resolve_parallelism_config
 from .runtime import devices, world
 from .runtime.process_control import ProcessControl
 from .settings import env, resolve_args
@@ -242,7 +242,7 @@ class AcceleratorState(_SharedState, ProcessControl):
             self._check_unchanged(cpu, wanted, resolve_args.plugins(*given, launched=False), parallelism_config)
             return
         plugins = resolve_args.plugins(*given)
-        sizes = requested(parallelism_config, torch_tp_plugin)
+        sizes = resolve_parallelism_config(parallelism_config, torch_tp_plugin)
         if wanted is None:
             plain = (
                 env.get("MIXED_PRECISION") or "no"

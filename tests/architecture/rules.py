@@ -237,14 +237,10 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.Asy
 
 
 def strategy_classes(tree: ast.Module) -> list[str]:
-    """The classes of a module that derive from a Strategy: such a module is a backend. One named so is a base of them."""
-    return [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        and not node.name.endswith("Strategy")
-        and any(dotted(base).split(".")[-1].endswith("Strategy") for base in node.bases)
-    ]
+    """Lists the concrete subclasses of strategies in a module: these make it a backend. A common base derives from ABC."""
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    bases = {node.name: [dotted(base).split(".")[-1] for base in node.bases] for node in classes}
+    return [name for name, of in bases.items() if "ABC" not in of and any(base.endswith("Strategy") for base in of)]
 
 
 def imported_siblings(tree: ast.Module, siblings: set[str]) -> list[str]:

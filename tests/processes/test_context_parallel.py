@@ -17,7 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
-from accelerate.strategies.parallel.context.ring_attention import Layout, gathered, ring
+from accelerate.strategies.parallel.context.ring_attention import (
+    SequenceSharding,
+    allgather_kv_attention,
+    ring_attention,
+)
 from accelerate.utils import TorchContextParallelConfig
 
 attention = functional.scaled_dot_product_attention
@@ -26,7 +30,7 @@ attention = functional.scaled_dot_product_attention
 def _differences(length: int) -> dict[str, float]:
     """To attention over the whole sequence, forwards and backwards, for each way of sharing it."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    group, layout = dist.group.WORLD, Layout.of(length, dist.get_world_size())
+    group, sharding = dist.group.WORLD, SequenceSharding.for_length(length, dist.get_world_size())
     found = {}
     for causal, heads, scale in itertools.product((True, False), (4, 2), (None, 0.3)):
         torch.manual_seed(1)
@@ -38,12 +42,16 @@ def _differences(length: int) -> dict[str, float]:
         expected = attention(*whole, is_causal=causal, scale=scale, **shared)
         (expected * weights).sum().backward()
         for way in ("gathered", "ring"):
-            own = [layout.cut(tensor.detach(), 2, rank).requires_grad_() for tensor in whole]
-            how: dict[str, Any] = {"group": group, "layout": layout, "is_causal": causal, "scale": scale}
-            result = gathered(attention, *own, **how, **shared) if way == "gathered" else ring(*own, **how)
-            (result * layout.cut(weights, 2, rank)).sum().backward()
+            own = [sharding.shard(tensor.detach(), 2, rank).requires_grad_() for tensor in whole]
+            how: dict[str, Any] = {"group": group, "sharding": sharding, "is_causal": causal, "scale": scale}
+            result = (
+                allgather_kv_attention(attention, *own, **how, **shared)
+                if way == "gathered"
+                else ring_attention(*own, **how)
+            )
+            (result * sharding.shard(weights, 2, rank)).sum().backward()
             pairs = [(result, expected), *((a.grad, b.grad) for a, b in zip(own, whole, strict=True))]
-            worst = max(float((mine - layout.cut(all_of, 2, rank)).abs().max()) for mine, all_of in pairs)
+            worst = max(float((mine - sharding.shard(all_of, 2, rank)).abs().max()) for mine, all_of in pairs)
             found[f"{way}, causal={causal}, heads={heads}, scale={scale}, of {size}"] = worst
     return found
 
@@ -64,12 +72,12 @@ class Largest(TorchDispatchMode):
 
 def _memory(way: str, length: int) -> tuple[int, int]:
     """The elements of the largest tensor in a forward and backward of two heads, and what is saved for the latter."""
-    group, layout = dist.group.WORLD, Layout.of(length, dist.get_world_size())
+    group, sharding = dist.group.WORLD, SequenceSharding.for_length(length, dist.get_world_size())
     own = [
-        torch.randn(1, heads, length // layout.ranks, 4, requires_grad=True)
+        torch.randn(1, heads, length // sharding.ranks, 4, requires_grad=True)
         for heads in ((2, 1, 1) if way == "gathered" else (2, 2, 2))
     ]
-    how: dict[str, Any] = {"group": group, "layout": layout, "is_causal": True}
+    how: dict[str, Any] = {"group": group, "sharding": sharding, "is_causal": True}
     saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,7 +85,11 @@ def _memory(way: str, length: int) -> tuple[int, int]:
         return tensor
 
     with Largest() as largest, saved_tensors_hooks(note, lambda tensor: tensor):
-        result = gathered(attention, *own, **how, enable_gqa=True) if way == "gathered" else ring(*own, **how)
+        result = (
+            allgather_kv_attention(attention, *own, **how, enable_gqa=True)
+            if way == "gathered"
+            else ring_attention(*own, **how)
+        )
         kept = sum(saved.values())
         result.sum().backward()
     return largest.found, kept

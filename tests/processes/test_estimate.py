@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.estimate.sharding import Sharding, rank_memory
 from accelerate.commands.estimate.step import trace_units
-from accelerate.strategies.fsdp_base import units
+from accelerate.strategies.fsdp_base import find_units
 from tests.helpers.releases import fsdp
 from tests.helpers.sharding import Tiny, plugin
 
@@ -48,7 +48,7 @@ def test_a_rank_holds_what_is_estimated(run_ranks: Any, version: int, fields: di
     def choose(model: Any) -> Any:
         mine = plugin(version, **fields)
         mine.set_auto_wrap_policy(model)
-        return units(model, mine.auto_wrap_policy)
+        return find_units(model, mine.auto_wrap_policy)
 
     with torch.device("meta"):
         empty = Model()

@@ -176,7 +176,7 @@ def test_buffers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_sgd, "_BUFFER_BYTES", 40)
     parameters = [nn.Parameter(torch.zeros(n)) for n in (5, 5, 1, 30, 2)]
     parameters.insert(1, nn.Parameter(torch.zeros(3, dtype=torch.float64)))
-    groups = [[p.numel() for p in group] for group in local_sgd._buffers_of(parameters)]
+    groups = [[p.numel() for p in group] for group in local_sgd._flat_buffers(parameters)]
     assert sorted(map(sum, groups)) == [1, 2, 3, 10, 30]
     assert sorted(sum(groups, [])) == [1, 2, 3, 5, 5, 30]
 

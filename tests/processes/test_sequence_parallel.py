@@ -18,8 +18,8 @@ from torch.nn import functional
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.local_sgd import LocalSGD
 from accelerate.state import AcceleratorState
-from accelerate.strategies.parallel.context.ring_attention import Layout
-from accelerate.strategies.parallel.context.ulysses import exchanged
+from accelerate.strategies.parallel.context.ring_attention import SequenceSharding
+from accelerate.strategies.parallel.context.ulysses import ulysses_attention
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 
 attention = functional.scaled_dot_product_attention
@@ -27,8 +27,8 @@ attention = functional.scaled_dot_product_attention
 
 def _part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's tokens."""
-    layout = Layout.of(tensor.shape[-2], dist.get_world_size(), in_order=True)
-    return layout.cut(tensor, -2, dist.get_rank())
+    sharding = SequenceSharding.for_length(tensor.shape[-2], dist.get_world_size(), contiguous=True)
+    return sharding.shard(tensor, -2, dist.get_rank())
 
 
 def _worst(
@@ -55,7 +55,7 @@ def _worst(
     for one in masks:
         one.grad = None
     own = [_part(tensor.detach()).requires_grad_() for tensor in whole]
-    result = exchanged(attention, *own, group=dist.group.WORLD, **more)
+    result = ulysses_attention(attention, *own, group=dist.group.WORLD, **more)
     (result * _part(weights)).sum().backward()
     for one in masks:  # each rank has what its heads say of it
         dist.all_reduce(one.grad)
@@ -91,7 +91,7 @@ def _dropped() -> None:
         torch.manual_seed(5)
         expected.append(attention(*own, dropout_p=0.5))
     torch.manual_seed(5)
-    found = exchanged(attention, *map(_part, whole), group=dist.group.WORLD, dropout_p=0.5)
+    found = ulysses_attention(attention, *map(_part, whole), group=dist.group.WORLD, dropout_p=0.5)
     torch.testing.assert_close(found, _part(torch.cat(expected, 1)), rtol=0, atol=1e-12)
 
 

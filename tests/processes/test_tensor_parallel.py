@@ -26,7 +26,7 @@ from accelerate import (
 )
 from accelerate.state import AcceleratorState
 from accelerate.strategies.parallel import grad_sync
-from accelerate.strategies.parallel.mesh import local_part
+from accelerate.strategies.parallel.mesh import local_tensor
 from accelerate.utils import (
     TorchTensorParallelConfig,
     TorchTensorParallelPlugin,
@@ -232,7 +232,7 @@ def _overlapped() -> list[Any]:
             accelerator.backward(model(inputs).sum())
         found.append(compare(model, alone))
         handler = TorchTensorParallelConfig(plan={"layers.0": "colwise_rep", "layers.1": "colwise_rep"})
-        accelerator.strategy.settings.sizes.tp_handler = handler
+        accelerator.strategy.config.parallelism_config.tp_handler = handler
         nested, alone = Checkpointed().double(), Checkpointed().double()
         alone.load_state_dict(nested.state_dict())
         nested = accelerator.prepare(nested)
@@ -264,7 +264,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         with torch.no_grad():  # else a view of the local part
-            made = [local_part(tensor) for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+            made = [local_tensor(tensor) for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)]
         for storage in [tensor.untyped_storage() for tensor in made if not tensor.is_meta]:
             self._made.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
         self.peak = max(self.peak, self.live())
@@ -394,7 +394,7 @@ def _older_plugin() -> list[tuple[int, int, str]]:
         AcceleratorState._reset_state()
         plugin = TorchTensorParallelPlugin(tp_size=4 if mesh is None else 2, torch_device_mesh=mesh)
         accelerator = Accelerator(cpu=True, torch_tp_plugin=plugin)
-        ranks = accelerator.strategy.data_ranks()
+        ranks = accelerator.strategy.data_shard()
         found.append((accelerator.torch_device_mesh["tp"].size(), ranks.count, type(accelerator.strategy).__name__))
     AcceleratorState._reset_state()
     with pytest.raises(ValueError, match="tp_size=4 and brings .* needs a dimension 'tp' of that size"):

@@ -129,7 +129,7 @@ def test_an_accelerator_is_freed_without_the_collector(precision, tmp_path):
 def test_settings_of_loading_can_be_replaced():
     accelerator = Accelerator(cpu=True)
     accelerator.dataloader_config = DataLoaderConfiguration(split_batches=True)
-    assert accelerator.split_batches and accelerator.strategy.settings.loading.split_batches
+    assert accelerator.split_batches and accelerator.strategy.config.dataloader_config.split_batches
     accelerator.rng_types = ["torch"]
     assert accelerator.prepare(small_loader()).rng_types == [RNGType.TORCH]
 

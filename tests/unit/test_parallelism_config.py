@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from accelerate import ParallelismConfig
-from accelerate.parallelism_config import requested
+from accelerate.parallelism_config import resolve_parallelism_config
 from accelerate.settings.parallel import (
     DeepSpeedSequenceParallelConfig,
     TorchContextParallelConfig,
@@ -143,14 +143,16 @@ def test_the_older_plugin(size):
 
 
 def test_who_asks_for_a_mesh(monkeypatch):
-    assert requested() is None and requested(None, TorchTensorParallelPlugin()) is None
-    assert requested(None, TorchTensorParallelPlugin(tp_size=2)).tp_size == 2
+    assert (
+        resolve_parallelism_config() is None and resolve_parallelism_config(None, TorchTensorParallelPlugin()) is None
+    )
+    assert resolve_parallelism_config(None, TorchTensorParallelPlugin(tp_size=2)).tp_size == 2
     given = ParallelismConfig(tp_size=2)
-    assert requested(given, TorchTensorParallelPlugin(tp_size=2)) is given
+    assert resolve_parallelism_config(given, TorchTensorParallelPlugin(tp_size=2)) is given
     with pytest.raises(ValueError, match="torch_tp_plugin has tp_size=3, but parallelism_config has tp_size=2"):
-        requested(given, TorchTensorParallelPlugin(tp_size=3))
+        resolve_parallelism_config(given, TorchTensorParallelPlugin(tp_size=3))
     with pytest.raises(TypeError, match="must be an instance of ParallelismConfig"):
-        requested({"tp_size": 2})
+        resolve_parallelism_config({"tp_size": 2})
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
-    assert requested().tp_size == 2
+    assert resolve_parallelism_config().tp_size == 2

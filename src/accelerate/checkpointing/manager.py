@@ -128,7 +128,7 @@ class CheckpointManager:
         """The entries besides models and optimizers; random states last, since everything else may draw from them."""
         gradients = (
             training_state.no_gradients_entry(run)
-            if not self._strategy.saves_open_windows
+            if not self._strategy.can_save_mid_accumulation
             else training_state.gradients_entry(run)
             if saved_world_size == run.world.size
             else training_state.merged_gradients_entry(run, saved_world_size)
@@ -172,7 +172,7 @@ class CheckpointManager:
         return target
 
     def _check_window(self, call: str, failure: type[CheckpointError]) -> None:
-        if not self._strategy.saves_open_windows and not GradientState().sync_gradients:
+        if not self._strategy.can_save_mid_accumulation and not GradientState().sync_gradients:
             raise failure(
                 f"{call} was called between the micro-steps of an update, and no rank has the gradients that are being "
                 "accumulated as a whole: call it when `accelerator.sync_gradients` is true."
@@ -258,7 +258,7 @@ class CheckpointManager:
         problems = loading.merge_problems(run.world, folder, readings, strict, changed)
         begin = None if GradientState().sync_gradients else functools.partial(training_state.drop_gradients, run)
         transaction.apply(run.world, folder, [*readings[1].states, *readings[0].states], begin=begin, changed=changed)
-        self._strategy.agree_on_random_states()
+        self._strategy.sync_rng()
         self._count_on(folder)
         return loading.LoadReport(
             folder, problems, world_size=size, number=None if manifest is None else manifest.iteration

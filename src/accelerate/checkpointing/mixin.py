@@ -60,8 +60,8 @@ class CheckpointMixin:
             self.scaler,
             self.step,
             set_step=lambda step: setattr(self, "step", step),
-            items=lambda: self._global_mean.items,
-            set_items=lambda items: setattr(self._global_mean, "items", items),
+            items=lambda: self._token_mean.items,
+            set_items=lambda items: setattr(self._token_mean, "items", items),
         )
 
     def save_state(

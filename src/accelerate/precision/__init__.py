@@ -1,5 +1,5 @@
-"""The number format a model computes in. `choose` gives the `Precision` for a run's settings."""
+"""The number format a model computes in. `select_precision` gives the `Precision` for a run's settings."""
 
-from .amp import Autocast, Precision, choose
+from .amp import Autocast, Precision, select_precision
 
-__all__ = ["Autocast", "Precision", "choose"]
+__all__ = ["Autocast", "Precision", "select_precision"]

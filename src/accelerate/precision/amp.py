@@ -111,7 +111,7 @@ class _AutocastForward(ForwardWrapper):
         return other
 
 
-def choose(
+def select_precision(
     name: str,
     device: torch.device,
     autocast: AutocastKwargs | None = None,

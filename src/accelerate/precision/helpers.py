@@ -11,7 +11,7 @@ import torch
 from ..runtime import world
 from ..settings.enums import DistributedType
 from ..state import AcceleratorState
-from .amp import choose
+from .amp import select_precision
 
 if TYPE_CHECKING:
     from ..settings.handlers import AutocastKwargs
@@ -32,7 +32,7 @@ def get_mixed_precision_context_manager(
     if not native_amp:
         return nullcontext()
     state = AcceleratorState()
-    return choose(state.mixed_precision, state.device, autocast_kwargs).autocast()
+    return select_precision(state.mixed_precision, state.device, autocast_kwargs).autocast()
 
 
 def get_grad_scaler(distributed_type: DistributedType | None = None, **kwargs: Any) -> torch.amp.GradScaler:

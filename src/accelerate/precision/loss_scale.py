@@ -24,7 +24,7 @@ class LossScaler(torch.amp.GradScaler):
     peers: Collectives | None = None
     _stepped = False
 
-    def settle(self) -> None:
+    def update_if_stepped(self) -> None:
         """Updates the factor if any optimizer has stepped since the last update."""
         if self._stepped:
             self.update()
@@ -36,17 +36,17 @@ class LossScaler(torch.amp.GradScaler):
 
     def scale(self, outputs: Any) -> Any:
         """See torch; settles first."""
-        self.settle()
+        self.update_if_stepped()
         return super().scale(outputs)
 
     def get_scale(self) -> float:
         """See torch; settles first."""
-        self.settle()
+        self.update_if_stepped()
         return super().get_scale()
 
     def state_dict(self) -> dict[str, Any]:
         """See torch; settles first."""
-        self.settle()
+        self.update_if_stepped()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -57,7 +57,7 @@ class LossScaler(torch.amp.GradScaler):
             self._per_optimizer_states.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.settle()  # torch refuses to pickle between a step and its update
+        self.update_if_stepped()  # torch refuses to pickle between a step and its update
         return super().__getstate__()
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -65,9 +65,9 @@ class LossScaler(torch.amp.GradScaler):
         if self.is_enabled() and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
             super().unscale_(optimizer)
             if self.peers is not None:
-                self._agree(self.peers, optimizer)
+                self._sync_overflow(self.peers, optimizer)
 
-    def _agree(self, peers: Collectives, optimizer: torch.optim.Optimizer) -> None:
+    def _sync_overflow(self, peers: Collectives, optimizer: torch.optim.Optimizer) -> None:
         """Replaces the overflows found per device by one number, 0 or 1 on all ranks: fused kernels compare it to 1."""
         assert self._scale is not None, "unscaling made one"
         state = self._per_optimizer_states[id(optimizer)]
@@ -80,7 +80,7 @@ class LossScaler(torch.amp.GradScaler):
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """See torch; the factor is updated later."""
         if self.is_enabled() and self._per_optimizer_states[id(optimizer)]["stage"] is OptState.STEPPED:
-            self.settle()  # two steps on one gradient: what torch would have needed an `update` between
+            self.update_if_stepped()  # two steps on one gradient: what torch would have needed an `update` between
         if self.peers is not None:
             self.unscale_(optimizer)  # torch leaves this to fused optimizers, which look at this rank's gradients only
         result = super().step(optimizer, *args, **kwargs)
@@ -88,7 +88,7 @@ class LossScaler(torch.amp.GradScaler):
         return result
 
 
-def overflow_of(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def found_inf_of(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """What the scaler found in the optimizer's gradients at the last step: one number a device, above 0 for an overflow.
 
     They stay on their devices: reading one waits for it.

@@ -1,4 +1,4 @@
-"""One strategy object per way of distributing. `choose` looks it up; nobody else asks which one it is.
+"""One strategy object per way of distributing. `select_strategy` looks it up; nobody else asks which one it is.
 
 A strategy is a row here and a file beside this one. Other distributions add theirs through the entry-point group
 ``accelerate.strategies``, named after a member of `DistributedType`.
@@ -11,21 +11,21 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from ..settings.enums import DistributedType
-from .base import Bundle, RunSettings, Strategy
+from .base import Bundle, Strategy, StrategyConfig
 
 if TYPE_CHECKING:
     from ..parallelism_config import ParallelismConfig
     from ..settings.plugins.fsdp import FullyShardedDataParallelPlugin
     from ..settings.resolve_args import Plugins
 
-__all__ = ["STRATEGIES", "Bundle", "RunSettings", "Strategy", "choose"]
+__all__ = ["STRATEGIES", "Bundle", "StrategyConfig", "Strategy", "select_strategy"]
 
-_ALONE = "accelerate.strategies.base:Strategy"
-_DDP = "accelerate.strategies.ddp:DataParallel"
-_TENSORS = "accelerate.strategies.tensor_parallel:TensorParallel"
+_SINGLE = "accelerate.strategies.base:Strategy"
+_DDP = "accelerate.strategies.ddp:DDPStrategy"
+_TP = "accelerate.strategies.tensor_parallel:TensorParallelStrategy"
 
 STRATEGIES: dict[DistributedType, str] = {
-    DistributedType.NO: _ALONE,
+    DistributedType.NO: _SINGLE,
     DistributedType.MULTI_CPU: _DDP,
     DistributedType.MULTI_GPU: _DDP,
     DistributedType.MULTI_NPU: _DDP,
@@ -35,30 +35,30 @@ STRATEGIES: dict[DistributedType, str] = {
     DistributedType.MULTI_XPU: _DDP,
     DistributedType.MULTI_HPU: _DDP,
     DistributedType.MULTI_NEURON: _DDP,
-    DistributedType.FSDP: "accelerate.strategies.fsdp2:FullyShard",
+    DistributedType.FSDP: "accelerate.strategies.fsdp2:FSDP2Strategy",
 }
 # On a mesh with this dimension, another takes its place. (Before the run is joined, ranks are not known yet.)
 _ON_MESH = {
-    (_ALONE, "dp_replicate"): _DDP,
-    (_ALONE, "cp"): _DDP,
-    (_ALONE, "sp"): _DDP,
-    (_ALONE, "tp"): _TENSORS,
-    (_DDP, "tp"): _TENSORS,
+    (_SINGLE, "dp_replicate"): _DDP,
+    (_SINGLE, "cp"): _DDP,
+    (_SINGLE, "sp"): _DDP,
+    (_SINGLE, "tp"): _TP,
+    (_DDP, "tp"): _TP,
 }
 # Of a way that comes in versions, those with a file of their own.
-_VERSIONS = {(DistributedType.FSDP, 1): "accelerate.strategies.fsdp1:FlatShards"}
+_VERSIONS = {(DistributedType.FSDP, 1): "accelerate.strategies.fsdp1:FSDP1Strategy"}
 
 
 # What asks for a way of distributing, for the message.
-_ASKED_BY = {
+_REQUESTED_BY = {
     DistributedType.DEEPSPEED: "deepspeed_plugin (--use_deepspeed)",
     DistributedType.MEGATRON_LM: "megatron_lm_plugin (--use_megatron_lm)",
 }
 
 
-def choose(
+def select_strategy(
     kind: DistributedType,
-    mesh: ParallelismConfig | None = None,
+    parallelism_config: ParallelismConfig | None = None,
     plugins: Plugins | None = None,
     fsdp: FullyShardedDataParallelPlugin | None = None,
 ) -> type[Strategy]:
@@ -73,48 +73,55 @@ def choose(
     Raises:
         ValueError: when neither this version nor an installed distribution has one.
     """
-    found = _installed(kind) or _ours(kind, mesh, fsdp if plugins is None else plugins.fsdp)
+    strategy = _from_entry_points(kind) or _builtin(kind, parallelism_config, fsdp if plugins is None else plugins.fsdp)
     if plugins is not None:
-        found.check_settings(plugins)
-    beyond = [] if mesh is None else [name for name in mesh.active_mesh_dims if name not in found.dimensions]
-    if beyond:
-        sizes = ", ".join(f"{name}_size={getattr(mesh, f'{name}_size')}" for name in beyond)
-        why = next((reason for name, reason in _WHY.items() if name in beyond), _NOT_YET)
-        raise ValueError(f"parallelism_config (--use_parallelism_config) asks for {sizes}: {why}")
-    if mesh is not None:
-        found.check_sizes(mesh)
-    return found
+        strategy.check_plugins(plugins)
+    unsupported = (
+        []
+        if parallelism_config is None
+        else [name for name in parallelism_config.active_mesh_dims if name not in strategy.supported_mesh_dims]
+    )
+    if unsupported:
+        sizes = ", ".join(f"{name}_size={getattr(parallelism_config, f'{name}_size')}" for name in unsupported)
+        reason = next((cause for name, cause in _REASONS.items() if name in unsupported), _UNSUPPORTED)
+        raise ValueError(f"parallelism_config (--use_parallelism_config) asks for {sizes}: {reason}")
+    if parallelism_config is not None:
+        strategy.check_parallelism(parallelism_config)
+    return strategy
 
 
-def _installed(kind: DistributedType) -> type[Strategy] | None:
+def _from_entry_points(kind: DistributedType) -> type[Strategy] | None:
     for entry in entry_points(group="accelerate.strategies", name=kind.value):
         strategy: type[Strategy] = entry.load()
         return strategy
     return None
 
 
-def _ours(
-    kind: DistributedType, mesh: ParallelismConfig | None, fsdp: FullyShardedDataParallelPlugin | None
+def _builtin(
+    kind: DistributedType,
+    parallelism_config: ParallelismConfig | None,
+    fsdp: FullyShardedDataParallelPlugin | None,
 ) -> type[Strategy]:
     if kind not in STRATEGIES:
-        raise ValueError(f"{_ASKED_BY.get(kind, 'the device')} asks for distributed type {kind.value}: {_NOT_YET}")
+        source = _REQUESTED_BY.get(kind, "the device")
+        raise ValueError(f"{source} asks for distributed type {kind.value}: {_UNSUPPORTED}")
     version = None if fsdp is None else fsdp.fsdp_version
     path = _VERSIONS.get((kind, version or 2), STRATEGIES[kind])
-    for dimension in [] if mesh is None else mesh.active_mesh_dims:
+    for dimension in [] if parallelism_config is None else parallelism_config.active_mesh_dims:
         path = _ON_MESH.get((path, dimension), path)
     module, name = path.split(":")
-    found: type[Strategy] = getattr(importlib.import_module(module), name)
-    return found
+    strategy: type[Strategy] = getattr(importlib.import_module(module), name)
+    return strategy
 
 
-_NOT_YET = (
+_UNSUPPORTED = (
     "that is not part of this version, which trains on one process, on data-parallel ranks (DDP) and fully sharded "
     "(FSDP)."
 )
-_SECOND_ONLY = "with fully sharded training it needs version 2 (fsdp_version=2, --fsdp_version 2)."
-_WHY = {
+_NEEDS_FSDP2 = "with fully sharded training it needs version 2 (fsdp_version=2, --fsdp_version 2)."
+_REASONS = {
     "dp_shard": "shards are what fully sharded training has: pass fsdp_plugin as well (--use_fsdp).",
-    "cp": _SECOND_ONLY,
-    "sp": _SECOND_ONLY,
-    "tp": _SECOND_ONLY,
+    "cp": _NEEDS_FSDP2,
+    "sp": _NEEDS_FSDP2,
+    "tp": _NEEDS_FSDP2,
 }

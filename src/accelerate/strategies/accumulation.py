@@ -1,8 +1,8 @@
 """Gradient accumulation: contexts around one micro-step, and the exact mean over a ragged global batch.
 
 With micro-batches of different sizes, the mean of means is not the mean: a short micro-batch weighs as much as a long one.
-`GlobalMean` lets every micro-batch add the *sum* of its losses and, at the step that synchronises, divides the gradients by
-the number of items of all micro-batches of all ranks.
+With `TokenWeightedMean` every micro-batch adds the *sum* of its losses, and the step that synchronizes gradients divides
+them by the number of items of all micro-batches of all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .base import Strategy
 
 
-class MicroStep(AbstractContextManager[None]):
+class AccumulateContext(AbstractContextManager[None]):
     """One micro-step of an accumulation: decides whether it synchronises, and holds models back where it does not.
 
     A class rather than a generator: it runs around every forward, and a generator with an exit stack costs more.
@@ -42,7 +42,7 @@ class MicroStep(AbstractContextManager[None]):
         counter = self._counter
         state = counter.gradient_state
         counter.advance()
-        counter.window = self._models
+        counter.active_models = self._models
         if state.sync_gradients or state.sync_each_batch:
             return
         for model in self._models:
@@ -55,7 +55,7 @@ class MicroStep(AbstractContextManager[None]):
     ) -> None:
         while self._contexts:
             self._contexts.pop().__exit__(kind, error, trace)
-        self._counter.window = ()
+        self._counter.active_models = ()
 
 
 class StepCounter:
@@ -71,8 +71,8 @@ class StepCounter:
         self.strategy = strategy
         self.gradient_state = GradientState()
         self.step = 0
-        self.window: Sequence[nn.Module] = ()
-        self.held = 0
+        self.active_models: Sequence[nn.Module] = ()
+        self.no_sync_depth = 0
 
     def advance(self) -> None:
         """Goes one micro-step on and sets whether it synchronises gradients."""
@@ -89,7 +89,7 @@ def _has_gradients(model: nn.Module) -> bool:
     return any(param.grad is not None for param in model.parameters())
 
 
-class GlobalMean:
+class TokenWeightedMean:
     """Makes accumulated gradients those of the mean over all items of a global batch.
 
     Attributes:

@@ -25,7 +25,7 @@ from ..scheduler import AcceleratedScheduler
 from ..settings import env
 from ..settings.enums import DistributedType, DynamoBackend
 from ..settings.handlers import DataLoaderConfiguration
-from .parallel.mesh import agree_on_random_states
+from .parallel.mesh import sync_rng
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..settings.handlers import DistributedDataParallelKwargs, TorchDynamoPlugin
     from ..settings.plugins.fsdp import FullyShardedDataParallelPlugin
     from ..settings.resolve_args import Plugins
-    from .parallel.context.manager import SharedSequences
+    from .parallel.context.manager import ContextParallelManager
 
 _UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
 
@@ -64,11 +64,11 @@ class Bundle:
     def in_order(self) -> list[Any]:
         """Every object, in the order of the call."""
         everything = {**self.models, **self.optimizers, **self.schedulers, **self.loaders, **self.others}
-        return [everything[place] for place in sorted(everything)]
+        return [everything[index] for index in sorted(everything)]
 
 
 @dataclass
-class RunSettings:
+class StrategyConfig:
     """What a strategy needs to know of the run besides the `World`.
 
     Attributes:
@@ -86,7 +86,7 @@ class RunSettings:
     """
 
     precision: Precision
-    loading: DataLoaderConfiguration = field(default_factory=DataLoaderConfiguration)
+    dataloader_config: DataLoaderConfiguration = field(default_factory=DataLoaderConfiguration)
     rng_types: list[str] = field(default_factory=list)
     device_placement: bool = True
     step_scheduler_with_optimizer: bool = True
@@ -95,7 +95,7 @@ class RunSettings:
     dynamo: TorchDynamoPlugin | None = None
     fsdp: FullyShardedDataParallelPlugin | None = None
     mesh: DeviceMesh | None = None
-    sizes: ParallelismConfig | None = None
+    parallelism_config: ParallelismConfig | None = None
 
 
 class Strategy:
@@ -103,28 +103,28 @@ class Strategy:
 
     Args:
         world: This process and its peers.
-        settings: What the user chose.
+        config: What the user chose.
     """
 
-    kinds: ClassVar[tuple[DistributedType, ...]] = (DistributedType.NO,)
+    distributed_types: ClassVar[tuple[DistributedType, ...]] = (DistributedType.NO,)
     optimizer_class: ClassVar[type[AcceleratedOptimizer]] = AcceleratedOptimizer
     scheduler_class: ClassVar[type[AcceleratedScheduler]] = AcceleratedScheduler
     supports_local_sgd: bool = True
     """Whether each rank holds a whole model that it could train on its own for a while."""
-    saves_open_windows: ClassVar[bool] = True
+    can_save_mid_accumulation: ClassVar[bool] = True
     """Whether gradients that are being accumulated can be part of a checkpoint."""
-    dimensions: ClassVar[frozenset[str]] = frozenset({"dp_replicate"})
+    supported_mesh_dims: ClassVar[frozenset[str]] = frozenset({"dp_replicate"})
     """Of the device mesh, those in which this way of distributing can divide a run."""
 
-    def __init__(self, world: World, settings: RunSettings) -> None:
+    def __init__(self, world: World, config: StrategyConfig) -> None:
         self.world = world
-        self.settings = settings
-        self._sequences = _shared_sequences(settings)
-        if self._sequences is not None:
+        self.config = config
+        self._cp_manager = _make_cp_manager(config)
+        if self._cp_manager is not None:
             self.supports_local_sgd = False  # ranks that share a sequence have to have the same weights
 
     @classmethod
-    def check_settings(cls, plugins: Plugins) -> None:
+    def check_plugins(cls, plugins: Plugins) -> None:
         """Every "you can't" of the plugins, before the run is joined.
 
         Raises:
@@ -132,15 +132,15 @@ class Strategy:
         """
 
     @classmethod
-    def check_sizes(cls, sizes: ParallelismConfig) -> None:
-        """Every "you can't" of the device mesh's details, before the run is joined; `dimensions` has been looked at.
+    def check_parallelism(cls, parallelism_config: ParallelismConfig) -> None:
+        """Raises if this strategy does not support details of the device mesh, before the process group is initialized.
 
         Raises:
             ValueError: saying what this way of distributing does not have.
         """
-        from .parallel.context.backends import check_details
+        from .parallel.context.backends import validate_config
 
-        check_details(sizes)
+        validate_config(parallelism_config)
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
@@ -151,48 +151,48 @@ class Strategy:
             ValueError: saying what cannot be prepared and what to do.
         """
         _check_placeholders(bundle.others.values())
-        for place, model in bundle.models.items():
-            if self._sequences is not None:
-                self._sequences.check(model)
-            _check_parameters(model, moves=place in bundle.on_device)
+        for index, model in bundle.models.items():
+            if self._cp_manager is not None:
+                self._cp_manager.check_model(model)
+            _check_parameters(model, moves=index in bundle.on_device)
             if not bundle.evaluation and bundle.optimizers:
-                _check_quantised(model, self.world)
-        for place, optimizer in bundle.optimizers.items():
-            _check_optimizer(optimizer, bundle.models.values(), moves=place in bundle.on_device)
+                _check_quantized(model, self.world)
+        for index, optimizer in bundle.optimizers.items():
+            _check_optimizer(optimizer, bundle.models.values(), moves=index in bundle.on_device)
 
     def prepare(self, bundle: Bundle) -> Bundle:
         """The bundle with every object made ready for this way of distributing."""
-        for place, model in bundle.models.items():
-            bundle.models[place] = self.prepare_model(model, place in bundle.on_device, bundle.evaluation)
-            if self._sequences is not None:
-                self._sequences.watch(bundle.models[place])
-        for place, optimizer in bundle.optimizers.items():
-            bundle.optimizers[place] = self.prepare_optimizer(optimizer, place in bundle.on_device)
-        for place, loader in bundle.loaders.items():
-            bundle.loaders[place] = self.prepare_data_loader(loader, place in bundle.on_device)
+        for index, model in bundle.models.items():
+            bundle.models[index] = self.prepare_model(model, index in bundle.on_device, bundle.evaluation)
+            if self._cp_manager is not None:
+                self._cp_manager.register_hooks(bundle.models[index])
+        for index, optimizer in bundle.optimizers.items():
+            bundle.optimizers[index] = self.prepare_optimizer(optimizer, index in bundle.on_device)
+        for index, loader in bundle.loaders.items():
+            bundle.loaders[index] = self.prepare_data_loader(loader, index in bundle.on_device)
         return bundle
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         """Converts, moves and wraps one model."""
-        model = self.settings.precision.convert(model)
-        self.settings.precision.wrap_forward(model)
+        model = self.config.precision.convert(model)
+        self.config.precision.wrap_forward(model)
         if on_device and not _is_dispatched(model):
             model = model.to(self.world.device)
         if not evaluation:
-            model = self.synchronise(model)
-        return self._compiled(model)
+            model = self.wrap_model(model)
+        return self._compile(model)
 
-    def _compiled(self, model: nn.Module) -> nn.Module:
-        plugin = self.settings.dynamo
+    def _compile(self, model: nn.Module) -> nn.Module:
+        plugin = self.config.dynamo
         if plugin is None or plugin.backend is DynamoBackend.NO:
             return model
         from .parallel.compile import allow_tf32, compile_model  # brings torch's compiler along
 
-        if self.settings.precision.name == "no" and self.world.device.type == "cuda":
+        if self.config.precision.name == "no" and self.world.device.type == "cuda":
             allow_tf32()
         return compile_model(model, plugin)
 
-    def synchronise(self, model: nn.Module) -> nn.Module:
+    def wrap_model(self, model: nn.Module) -> nn.Module:
         """The model in the container that keeps its gradients in step with the peers'."""
         return model
 
@@ -200,7 +200,7 @@ class Strategy:
         """Wraps one optimizer; one that is wrapped already stays."""
         if isinstance(optimizer, AcceleratedOptimizer):
             return optimizer
-        return self.optimizer_class(optimizer, device_placement=on_device, scaler=self.settings.precision.scaler)
+        return self.optimizer_class(optimizer, device_placement=on_device, scaler=self.config.precision.scaler)
 
     def prepare_scheduler(self, scheduler: Any, optimizers: Sequence[AcceleratedOptimizer]) -> AcceleratedScheduler:
         """Wraps one scheduler, tied to its own optimizer where that is among `optimizers`, else to all of them."""
@@ -209,9 +209,9 @@ class Strategy:
         return self.scheduler_class(
             scheduler,
             matching or list(optimizers),
-            step_with_optimizer=self.settings.step_scheduler_with_optimizer,
-            split_batches=self.settings.loading.split_batches,
-            per_update=self.settings.schedule_per_update,
+            step_with_optimizer=self.config.step_scheduler_with_optimizer,
+            split_batches=self.config.dataloader_config.split_batches,
+            per_update=self.config.schedule_per_update,
         )
 
     def prepare_data_loader(self, loader: Any, on_device: bool, slice_fn: Any = None) -> Any:
@@ -227,28 +227,28 @@ class Strategy:
 
         if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)):
             return loader
-        settings = self.settings
-        ranks = self.data_ranks()
+        config = self.config
+        ranks = self.data_shard()
         plan = plan_data(
             loader,
-            settings.loading,
+            config.dataloader_config,
             ranks,
             put_on_device=on_device,
-            rng_types=settings.rng_types,
+            rng_types=config.rng_types,
             slice_fn=slice_fn,
             lockstep=supports_lockstep(ranks),
         )
-        return build_loader(plan, self.world.device, settings.mesh)
+        return build_loader(plan, self.world.device, config.mesh)
 
-    def data_ranks(self) -> DataShard:
+    def data_shard(self) -> DataShard:
         """Who reads which part of the data."""
-        if self.settings.mesh is not None:
-            return data_shard_of_mesh(self.settings.mesh)
+        if self.config.mesh is not None:
+            return data_shard_of_mesh(self.config.mesh)
         return DataShard(self.world.rank, self.world.size)
 
-    def agree_on_random_states(self) -> None:
+    def sync_rng(self) -> None:
         """Has ranks that hold parts of one model draw the same numbers; a load may have given them different states."""
-        agree_on_random_states(self.world, self.settings.mesh)
+        sync_rng(self.world, self.config.mesh)
 
     # Step ------------------------------------------------------------------------------------------------------------
 
@@ -274,14 +274,14 @@ class Strategy:
         """
         if steps > 1:
             loss = loss / steps
-        scaler = self.settings.precision.scaler
+        scaler = self.config.precision.scaler
         if scaler is not None:
             loss = scaler.scale(loss)
         loss.backward(**kwargs)
 
     def unscale_gradients(self, optimizer: AcceleratedOptimizer) -> None:
         """Divides the optimizer's gradients by the scaler's factor, once a step."""
-        scaler = self.settings.precision.scaler
+        scaler = self.config.precision.scaler
         if scaler is None:
             return
         inner: torch.optim.Optimizer = optimizer
@@ -304,11 +304,11 @@ class Strategy:
         no_restore: Iterable[torch.Tensor] | None,
     ) -> AbstractContextManager[Any]:
         """A context that cuts sequences over ranks, in a run whose mesh has a dimension for it."""
-        return nullcontext() if self._sequences is None else self._sequences.over(buffers, dims, no_restore)
+        return nullcontext() if self._cp_manager is None else self._cp_manager.shard_buffers(buffers, dims, no_restore)
 
-    def put_together(self, data: Any) -> Any:
+    def unshard_outputs(self, data: Any) -> Any:
         """What ranks that hold parts of the same samples made of them, the same on each: see `shared_results`."""
-        return data if self._sequences is None else self._sequences.put_together(data, self.world.device)
+        return data if self._cp_manager is None else self._cp_manager.unshard_outputs(data, self.world.device)
 
     def sequence_parallel_loader(self, loader: Any, model: nn.Module) -> Any:
         """The loader that cuts sequences over ranks for DeepSpeed; here the block of `context_parallel` does.
@@ -316,8 +316,8 @@ class Strategy:
         Raises:
             ValueError: in a run with sequence parallelism.
         """
-        if self._sequences is not None:
-            self._sequences.way.check_loader()
+        if self._cp_manager is not None:
+            self._cp_manager.backend.check_data_loader()
         return loader
 
     @contextmanager
@@ -384,12 +384,12 @@ class Strategy:
         return [optimizer_in(folder, i, optimizer, bare, sharded=False) for i, optimizer in enumerate(optimizers)]
 
 
-def _shared_sequences(settings: RunSettings) -> SharedSequences | None:
-    if settings.mesh is None:  # a run without a mesh does not import how sequences are shared
+def _make_cp_manager(config: StrategyConfig) -> ContextParallelManager | None:
+    if config.mesh is None:  # a run without a mesh does not import how sequences are shared
         return None
-    from .parallel.context.manager import shared_sequences
+    from .parallel.context.manager import context_parallel_manager
 
-    return shared_sequences(settings.mesh, settings.sizes)
+    return context_parallel_manager(config.mesh, config.parallelism_config)
 
 
 def _is_dispatched(model: nn.Module) -> bool:
@@ -416,13 +416,13 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 def _check_placeholders(objects: Iterable[Any]) -> None:
     """Raises for objects that stand for what an engine would make, in a run without that engine."""
-    kinds = loaded_classes(
+    placeholders = loaded_classes(
         "accelerate.settings.plugins.deepspeed:DummyOptim",
         "accelerate.settings.plugins.deepspeed:DummyScheduler",
         "accelerate.settings.plugins.megatron:MegatronLMDummyScheduler",
     )
     for item in objects:
-        if isinstance(item, kinds):
+        if isinstance(item, placeholders):
             raise ValueError(
                 f"{type(item).__name__} stands for an object that DeepSpeed or Megatron-LM makes from its configuration, "
                 "and this run uses neither: pass an optimizer or a scheduler of torch."
@@ -445,7 +445,7 @@ def _check_parameters(model: nn.Module, moves: bool) -> None:
             )
 
 
-def _check_quantised(model: nn.Module, world: World) -> None:
+def _check_quantized(model: nn.Module, world: World) -> None:
     """Refuses to train what bitsandbytes quantised: its weights have no gradients; what was added to them may be trained."""
     bits = next((n for n in (8, 4) if getattr(model, f"is_loaded_in_{n}bit", False)), None)
     if bits is None:

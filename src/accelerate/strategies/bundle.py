@@ -18,16 +18,16 @@ from .base import Bundle
 logger = logging.getLogger(__name__)
 
 
-def classify(objects: Sequence[Any], *, on_device: frozenset[int], prepared: Iterable[Any] = ()) -> Bundle:
+def sort_prepare_args(objects: Sequence[Any], *, on_device: frozenset[int], prepared: Iterable[Any] = ()) -> Bundle:
     """Sorts objects by kind; those in `prepared`, None, and objects of unknown kinds are left alone.
 
     Objects that were most likely passed by mistake are left alone as well, with one warning for the call.
     """
     bundle = Bundle(on_device=on_device)
     known = list(prepared)
-    for place, item in enumerate(objects):
-        item = next((other for other in known if item is not None and item is _wrapped_in(other)), item)
-        _kind_of(item, bundle, known)[place] = item
+    for position, item in enumerate(objects):
+        item = next((other for other in known if item is not None and item is _wrapped_object(other)), item)
+        _slot_for(item, bundle, known)[position] = item
     odd = [
         f"{type(item).__name__} {_short(item)}: {advice}"
         for item in bundle.others.values()
@@ -42,14 +42,14 @@ def classify(objects: Sequence[Any], *, on_device: frozenset[int], prepared: Ite
     return bundle
 
 
-def _wrapped_in(prepared: Any) -> Any:
+def _wrapped_object(prepared: Any) -> Any:
     """The object inside a prepared optimizer or scheduler: preparing that again gives back the same wrapper."""
     if isinstance(prepared, AcceleratedOptimizer):
         return prepared.optimizer
     return prepared.scheduler if isinstance(prepared, AcceleratedScheduler) else None
 
 
-def _kind_of(item: Any, bundle: Bundle, known: list[Any]) -> dict[int, Any]:
+def _slot_for(item: Any, bundle: Bundle, known: list[Any]) -> dict[int, Any]:
     if item is None or any(item is other for other in known):
         return bundle.others
     if isinstance(item, nn.Module):

@@ -17,30 +17,30 @@ from ..runtime import world
 from ..runtime.tensors.forward import is_compiled_module
 from ..settings.enums import DistributedType
 from .base import Bundle, Strategy, check_device_map
-from .parallel.grad_sync import average_gradients, averaging, is_averaged
+from .parallel.grad_sync import grad_sync_enabled, has_grad_all_reduce, register_grad_all_reduce
 
 logger = logging.getLogger(__name__)
 
 
-class DataParallel(Strategy):
+class DDPStrategy(Strategy):
     """Every rank holds the whole model; gradients are averaged as backward produces them."""
 
-    kinds = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
-    dimensions = frozenset({"dp_replicate", "cp", "sp"})
+    distributed_types = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
+    supported_mesh_dims = frozenset({"dp_replicate", "cp", "sp"})
 
     def check(self, bundle: Bundle) -> None:
         super().check(bundle)
         check_device_map(bundle.models.values())
 
-    def synchronise(self, model: nn.Module) -> nn.Module:
+    def wrap_model(self, model: nn.Module) -> nn.Module:
         if isinstance(model, DistributedDataParallel):
             return model
-        handler = self.settings.ddp
+        handler = self.config.ddp
         frozen = [param for param in model.parameters() if not param.requires_grad]
         all_used = handler is None or not handler.find_unused_parameters
         if all(not param.requires_grad for param in model.parameters()):
             # Nothing to keep in step as yet: a frozen or quantised model stays as it is.
-            average_gradients(model, frozen, None, all_used=all_used)
+            register_grad_all_reduce(model, frozen, None, all_used=all_used)
             return model
         device = self.world.device
         # Naming the device makes DDP move inputs; a CPU, or a model over several devices, must not be named.
@@ -53,21 +53,21 @@ class DataParallel(Strategy):
         )
         if handler is not None:
             handler.register_comm_hook(wrapped)
-        _remember(wrapped)
-        wanted = functools.partial(_synchronises, weakref.ref(wrapped))
-        average_gradients(wrapped, frozen, wrapped.process_group, all_used=all_used, wanted=wanted)
+        _release_at_exit(wrapped)
+        enabled = functools.partial(_requires_sync, weakref.ref(wrapped))
+        register_grad_all_reduce(wrapped, frozen, wrapped.process_group, all_used=all_used, enabled=enabled)
         return wrapped
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         container = _container(model)
-        return container.no_sync() if container is not None else averaging(model, False)
+        return container.no_sync() if container is not None else grad_sync_enabled(model, False)
 
     @staticmethod
     @contextmanager
     def sync_in_backward(model: nn.Module) -> Iterator[None]:
         container = _container(model)
         if container is None:
-            with averaging(model, True):
+            with grad_sync_enabled(model, True):
                 yield
             return
         before = container.require_backward_grad_sync, container.require_forward_param_sync
@@ -81,7 +81,7 @@ class DataParallel(Strategy):
 
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
-        if any(map(is_averaged, models)):
+        if any(map(has_grad_all_reduce, models)):
             raise ValueError(
                 "join_uneven_inputs does not work with parameters that were frozen when their model was prepared, and are "
                 "trained since: unfreeze them before `prepare`, or leave even_batches=True."
@@ -94,7 +94,7 @@ class DataParallel(Strategy):
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         if isinstance(model, DistributedDataParallel):  # the user's own container: its forward is the wrapped module's
-            self.settings.precision.wrap_forward(model.module)
+            self.config.precision.wrap_forward(model.module)
             return model
         return super().prepare_model(model, on_device, evaluation)
 
@@ -105,7 +105,7 @@ def _container(model: nn.Module) -> DistributedDataParallel | None:
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
-def _synchronises(container: weakref.ref[DistributedDataParallel]) -> bool:
+def _requires_sync(container: weakref.ref[DistributedDataParallel]) -> bool:
     found = container()
     return found is not None and bool(found.require_backward_grad_sync)
 
@@ -113,14 +113,14 @@ def _synchronises(container: weakref.ref[DistributedDataParallel]) -> bool:
 _wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
-def _remember(model: DistributedDataParallel) -> None:
+def _release_at_exit(model: DistributedDataParallel) -> None:
     if not _wrapped:
-        world.at_exit(_let_go)
+        world.at_exit(_drop_group_references)
     _wrapped.add(model)
 
 
-def _let_go() -> None:
+def _drop_group_references() -> None:
     """Drops what containers hold of their process group, at the end of the process."""
     for model in _wrapped:
-        for held in ("reducer", "logger", "process_group"):
-            setattr(model, held, None)
+        for name in ("reducer", "logger", "process_group"):
+            setattr(model, name, None)

@@ -24,28 +24,30 @@ from ..checkpointing.sharded.compat import unwrap_optimizer
 from ..runtime.memory import malloc_trim
 from ..runtime.tensors.forward import is_compiled_module
 from ..runtime.world import World
-from .base import Bundle, RunSettings
-from .fsdp_base import ShardedStrategy, is_half, parameters_by_unit
+from .base import Bundle, StrategyConfig
+from .fsdp_base import FSDPStrategy, is_half, parameters_by_unit
 from .parallel import bnb_params
-from .parallel.grad_sync import averaging
-from .parallel.materialize import initialise, receive, receive_buffers
+from .parallel.grad_sync import grad_sync_enabled
+from .parallel.materialize import broadcast_buffers, broadcast_params, initialize_meta_modules
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 
 
-class FlatShards(ShardedStrategy):
+class FSDP1Strategy(FSDPStrategy):
     """Every rank holds a piece of the model, of its gradients and of its optimizers' states, as the strategy says."""
 
-    def __init__(self, world: World, settings: RunSettings) -> None:
-        super().__init__(world, settings)
+    def __init__(self, world: World, config: StrategyConfig) -> None:
+        super().__init__(world, config)
         assert isinstance(self.plugin.sharding_strategy, ShardingStrategy), "the plugin makes one of a name"
         # One rank has nothing to shard; torch comes to the same, with a warning.
-        self._kind = self.plugin.sharding_strategy if world.size > 1 else ShardingStrategy.NO_SHARD
-        self._mesh = _mesh(settings.mesh, world, self._kind)
-        self._groups = WeakIdKeyDictionary()  # sharded parameter -> the ranks that share it, None: each has it whole
+        self._sharding_strategy = self.plugin.sharding_strategy if world.size > 1 else ShardingStrategy.NO_SHARD
+        self._mesh = _mesh(config.mesh, world, self._sharding_strategy)
+        self._process_groups = (
+            WeakIdKeyDictionary()
+        )  # sharded parameter -> the ranks that share it, None: each has it whole
 
     def is_sharded(self, param: torch.Tensor) -> bool:
-        return param in self._groups
+        return param in self._process_groups
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
@@ -54,60 +56,60 @@ class FlatShards(ShardedStrategy):
         for model in bundle.models.values():
             if isinstance(model, FullyShardedDataParallel):
                 continue
-            for params in self._flat(model).values():
-                _check_types(params, self._upcast(params.values()))
+            for params in self._flat_params(model).values():
+                _check_uniform_dtype(params, self._params_to_upcast(params.values()))
                 if not self.plugin.use_orig_params:
-                    _check_flat(params, bundle.optimizers.values())
+                    _check_flat_param(params, bundle.optimizers.values())
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         if isinstance(model, FullyShardedDataParallel):  # sharded by the user
-            self.settings.precision.wrap_forward(model.module)
-            self._remember(model)
+            self.config.precision.wrap_forward(model.module)
+            self._record_shard_groups(model)
             return model
-        model = self.settings.precision.convert(model)
-        bnb_params.leave_packing(model)
-        self._initialise(model)
-        units, ignored, before = self.units_of(model), self._ignored(model), self._flat(model)
-        self.recompute(units)
-        self.settings.precision.wrap_forward(model)
+        model = self.config.precision.convert(model)
+        bnb_params.disable_cpu_repacking(model)
+        self._initialize(model)
+        units, ignored, before = self.select_wrap_modules(model), self._ignored_params(model), self._flat_params(model)
+        self.apply_activation_checkpointing(units)
+        self.config.precision.wrap_forward(model)
         device, comm = self.world.device, self.world.collectives
-        receive_buffers(model, comm, device)
+        broadcast_buffers(model, comm, device)
         wrapped = {}
         for unit in units:
-            self._widen(before[unit].values())
-            receive(before[unit].values(), comm, device)
+            self._upcast_params(before[unit].values())
+            broadcast_params(before[unit].values(), comm, device)
             wrapped[unit] = self._wrap(unit, ignored)
-            _replace(model, unit, wrapped[unit])
+            _replace_module(model, unit, wrapped[unit])
             if device.type == "cpu":  # else units that were cut would add up to the whole model
                 malloc_trim()
-        self._widen(before[model].values())
+        self._upcast_params(before[model].values())
         for param in ignored:
-            self._widen([param])
+            self._upcast_params([param])
         whole = (param for param in ignored if not isinstance(param, DTensor))
-        receive((*before[model].values(), *whole), comm, device)
+        broadcast_params((*before[model].values(), *whole), comm, device)
         wrapped[model] = root = self._wrap(model, ignored)
         if not self.plugin.use_orig_params:
             for unit, params in before.items():
                 handle = wrapped[unit]._handle
                 if handle is not None:
-                    self._replaced.update(dict.fromkeys(params.values(), handle.flat_param))
-        self._remember(root)
-        self._average_whole(root, ignored)
-        return self._compiled(root)
+                    self._param_map.update(dict.fromkeys(params.values(), handle.flat_param))
+        self._record_shard_groups(root)
+        self._reduce_ignored_grads(root, ignored)
+        return self._compile(root)
 
     def _check_weights(self, models: Iterable[nn.Module]) -> None:
         if self.plugin.param_init_fn is None:  # that makes what rank 0 lacks
             super()._check_weights(models)
 
-    def _initialise(self, model: nn.Module) -> None:
+    def _initialize(self, model: nn.Module) -> None:
         fill = self.plugin.param_init_fn
         if fill is not None:
             if self.world.rank == 0:
-                initialise(model, fill, self.world.device)
+                initialize_meta_modules(model, fill, self.world.device)
             super()._check_weights([model])
 
-    def _widen(self, params: Iterable[nn.Parameter]) -> None:
-        for param in self._upcast(params):
+    def _upcast_params(self, params: Iterable[nn.Parameter]) -> None:
+        for param in self._params_to_upcast(params):
             param.data = param.data.float()
 
     def _wrap(self, unit: nn.Module, ignored: list[nn.Parameter]) -> FullyShardedDataParallel:
@@ -115,10 +117,10 @@ class FlatShards(ShardedStrategy):
         if isinstance(policy, MixedPrecision):
             # What a float32 buffer widens on the way comes to a unit in the format of its parameters, as in version 2.
             policy = replace(policy, cast_forward_inputs=True)
-        with _without_hints():
+        with _ignore_no_shard_warning():
             return FullyShardedDataParallel(
                 unit,
-                sharding_strategy=self._kind,
+                sharding_strategy=self._sharding_strategy,
                 device_mesh=self._mesh,
                 device_id=self.world.device,
                 mixed_precision=policy if isinstance(policy, MixedPrecision) else None,
@@ -131,15 +133,15 @@ class FlatShards(ShardedStrategy):
                 cpu_offload=plugin.cpu_offload if self.world.device.type != "cpu" else None,  # type: ignore[arg-type]
             )
 
-    def _flat(self, model: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    def _flat_params(self, model: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
         """Of each unit, the parameters that are to lie in one tensor, by name."""
-        ignored, by_unit = set(self._ignored(model)), parameters_by_unit(model, self.units_of(model))
+        ignored, by_unit = set(self._ignored_params(model)), parameters_by_unit(model, self.select_wrap_modules(model))
         return {
             unit: {name: param for name, param in params.items() if param not in ignored}
             for unit, params in by_unit.items()
         }
 
-    def _upcast(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    def _params_to_upcast(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """The parameters of a unit that become float32, in which the optimizer steps under mixed precision.
 
         A unit has one number format: where one of it is trained in half precision, all become float32.
@@ -148,25 +150,25 @@ class FlatShards(ShardedStrategy):
         halves = [param for param in params if is_half(param)]
         return halves if mixed and any(param.requires_grad for param in halves) else []
 
-    def _remember(self, model: FullyShardedDataParallel) -> None:
+    def _record_shard_groups(self, model: FullyShardedDataParallel) -> None:
         """Notes who shares each parameter; units inside are asked after the whole, which sees theirs too."""
         for param in model.parameters():
-            self._groups[param] = None
+            self._process_groups[param] = None
         for unit in FullyShardedDataParallel.fsdp_modules(model):
             handle = unit._handle
             if handle is not None and handle.uses_sharded_strategy:
                 for param in (handle.flat_param, *(handle.flat_param._params or ())):
-                    self._groups[param] = handle.process_group
+                    self._process_groups[param] = handle.process_group
 
     # Step ------------------------------------------------------------------------------------------------------------
 
-    def _cut_over(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
-        group = self._groups.get(param)
-        return super()._cut_over(param) if group is None else (group,)
+    def _shard_groups(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+        group = self._process_groups.get(param)
+        return super()._shard_groups(param) if group is None else (group,)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         container = _container(model)
-        return nullcontext() if container is None else _held_back(container)
+        return nullcontext() if container is None else _no_sync(container)
 
     @staticmethod
     @contextmanager
@@ -177,7 +179,7 @@ class FlatShards(ShardedStrategy):
         for unit in units:  # as torch's no_sync does; in __dict__, since a module's attributes are typed as tensors
             unit.__dict__["_sync_gradients"] = True
         try:
-            with averaging(container or model, True):
+            with grad_sync_enabled(container or model, True):
                 yield
         finally:
             for unit, flag in zip(units, before, strict=True):
@@ -195,7 +197,7 @@ class FlatShards(ShardedStrategy):
         return inner
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts a module in every place of another."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -204,8 +206,8 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 @contextmanager
-def _held_back(container: FullyShardedDataParallel) -> Iterator[None]:
-    with container.no_sync(), averaging(container, False):
+def _no_sync(container: FullyShardedDataParallel) -> Iterator[None]:
+    with container.no_sync(), grad_sync_enabled(container, False):
         yield
 
 
@@ -214,15 +216,15 @@ def _container(model: nn.Module) -> FullyShardedDataParallel | None:
     return inner if isinstance(inner, FullyShardedDataParallel) else None
 
 
-def _mesh(mesh: DeviceMesh | None, world: World, kind: ShardingStrategy) -> DeviceMesh:
+def _mesh(mesh: DeviceMesh | None, world: World, strategy: ShardingStrategy) -> DeviceMesh:
     """The ranks that share parameters, and for a hybrid strategy those that hold replicas.
 
     Raises:
         ValueError: for a mesh that does not go with the strategy, or on which torch would not synchronise gradients.
     """
     names = () if mesh is None else mesh.mesh_dim_names or ()
-    if kind in _HYBRID:
-        name = kind.name.lstrip("_")
+    if strategy in _HYBRID:
+        name = strategy.name.lstrip("_")
         if mesh is not None:
             if "dp_replicate" in names and "dp_shard" in names:
                 return mesh["dp_replicate", "dp_shard"]
@@ -238,27 +240,27 @@ def _mesh(mesh: DeviceMesh | None, world: World, kind: ShardingStrategy) -> Devi
         return init_device_mesh(world.device.type, (world.size,))
     if "dp_replicate" in names or "dp_shard" not in names:
         raise ValueError(
-            f"sharding_strategy {kind.name} goes with dp_shard_size alone: replicas of shards (dp_replicate_size) are "
+            f"sharding_strategy {strategy.name} goes with dp_shard_size alone: replicas of shards (dp_replicate_size) are "
             "HYBRID_SHARD (--fsdp_sharding_strategy HYBRID_SHARD)."
         )
     return mesh["dp_shard"]
 
 
-def _check_types(params: dict[str, nn.Parameter], upcast: Sequence[nn.Parameter]) -> None:
+def _check_uniform_dtype(params: dict[str, nn.Parameter], upcast: Sequence[nn.Parameter]) -> None:
     """Parameters of one unit lie in one tensor, so they have one number format."""
-    wide = set(map(id, upcast))
-    kinds: dict[torch.dtype, str] = {}
+    widened = set(map(id, upcast))
+    dtypes: dict[torch.dtype, str] = {}
     for name, param in params.items():
-        kinds.setdefault(torch.float32 if id(param) in wide else param.dtype, name)
-    if len(kinds) > 1:
-        listed = ", ".join(f"{name!r} is {kind}" for kind, name in kinds.items())
+        dtypes.setdefault(torch.float32 if id(param) in widened else param.dtype, name)
+    if len(dtypes) > 1:
+        listed = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
         raise ValueError(
             f"a unit of FSDP 1 has parameters of one number format, but {listed}: convert them, choose other units "
             "(auto_wrap_policy), or use fsdp_version=2."
         )
 
 
-def _check_flat(params: dict[str, nn.Parameter], optimizers: Iterable[Any]) -> None:
+def _check_flat_param(params: dict[str, nn.Parameter], optimizers: Iterable[Any]) -> None:
     """Without the original parameters, a unit is one parameter: trained or not, in one group of one optimizer."""
     advice = "set use_orig_params=True (--fsdp_use_orig_params true)."
     trained = {param.requires_grad: name for name, param in params.items()}
@@ -280,7 +282,7 @@ def _check_flat(params: dict[str, nn.Parameter], optimizers: Iterable[Any]) -> N
 
 
 @contextmanager
-def _without_hints() -> Iterator[None]:
+def _ignore_no_shard_warning() -> Iterator[None]:
     """Keeps torch from saying that NO_SHARD, which was asked for, is like DistributedDataParallel."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*NO_SHARD.*")

@@ -21,27 +21,27 @@ from torch.distributed.tensor import DTensor
 from ..runtime.system.availability import is_torch_version
 from ..runtime.tensors.forward import is_compiled_module
 from ..runtime.world import World, backend_for_device
-from .base import Bundle, RunSettings
-from .fsdp_base import ShardedStrategy, is_half, parameters_by_unit
+from .base import Bundle, StrategyConfig
+from .fsdp_base import FSDPStrategy, is_half, parameters_by_unit
 from .parallel import bnb_params, tp_plan
-from .parallel.grad_sync import averaging
-from .parallel.materialize import lift, lower
-from .parallel.mesh import along
+from .parallel.grad_sync import grad_sync_enabled
+from .parallel.materialize import materialize_and_broadcast, move_to_meta
+from .parallel.mesh import flatten_dims
 from .parallel.uniform_groups import UniformGroupsOptimizer
 from .sharded_checkpoint import guard_save_pretrained
 
 
-class FullyShard(ShardedStrategy):
+class FSDP2Strategy(FSDPStrategy):
     """Every rank holds a shard of the model, of its gradients and of its optimizers' states."""
 
-    dimensions = frozenset({"dp_replicate", "dp_shard", "cp", "sp", "tp"})
+    supported_mesh_dims = frozenset({"dp_replicate", "dp_shard", "cp", "sp", "tp"})
     optimizer_class = UniformGroupsOptimizer
 
-    def __init__(self, world: World, settings: RunSettings) -> None:
-        if settings.fsdp is not None and settings.fsdp.offloads and settings.precision.scaler is not None:
-            _check_reduces_on_cpu(world)
-        super().__init__(world, replace(settings, mesh=_with_shards(settings.mesh)))
-        self._mesh = _shards(self.settings, world)
+    def __init__(self, world: World, config: StrategyConfig) -> None:
+        if config.fsdp is not None and config.fsdp.offloads and config.precision.scaler is not None:
+            _check_cpu_backend(world)
+        super().__init__(world, replace(config, mesh=_add_shard_dim(config.mesh)))
+        self._mesh = _fsdp_mesh(self.config, world)
 
     def is_sharded(self, param: torch.Tensor) -> bool:
         return isinstance(param, DTensor)
@@ -57,18 +57,18 @@ class FullyShard(ShardedStrategy):
             )
         for model in bundle.models.values():
             if not isinstance(model, FSDPModule):
-                tp_plan.check(model, self.settings.mesh, self.settings.sizes, sharded=True)
-                ignored = set(self._ignored(model))
+                tp_plan.check(model, self.config.mesh, self.config.parallelism_config, sharded=True)
+                ignored = set(self._ignored_params(model))
                 if ignored and is_torch_version("<", "2.7.0"):
                     raise ValueError(
                         f"ignored_modules with fsdp_version=2 needs PyTorch 2.7, and this is {torch.__version__}: "
                         "update it, or use fsdp_version=1."
                     )
-                for params in parameters_by_unit(model, self.units_of(model)).values():
+                for params in parameters_by_unit(model, self.select_wrap_modules(model)).values():
                     self._check_unit({name: param for name, param in params.items() if param not in ignored})
 
     def _check_unit(self, params: dict[str, nn.Parameter]) -> None:
-        formats: dict[torch.dtype, str] = {}
+        dtypes: dict[torch.dtype, str] = {}
         for name, param in params.items():
             if param.ndim == 0:
                 raise ValueError(
@@ -76,9 +76,9 @@ class FullyShard(ShardedStrategy):
                     "the shape (1,), or name its module in ignored_modules."
                 )
             if param.requires_grad:
-                formats.setdefault(self._policy().param_dtype or param.dtype, name)
-        if len(formats) > 1:
-            listed = ", ".join(f"{name!r} is {kind}" for kind, name in formats.items())
+                dtypes.setdefault(self._mp_policy().param_dtype or param.dtype, name)
+        if len(dtypes) > 1:
+            listed = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
             raise ValueError(
                 f"the gradients of a unit are reduced in one number format, but {listed}: convert them, choose other units "
                 "(auto_wrap_policy), or compute in one format (mixed_precision)."
@@ -86,20 +86,20 @@ class FullyShard(ShardedStrategy):
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         if isinstance(model, FSDPModule):  # sharded by the user
-            self.settings.precision.wrap_forward(model)
+            self.config.precision.wrap_forward(model)
             return model
-        model = self.settings.precision.convert(model)
-        bnb_params.leave_packing(model)
-        policy, offload, reshard = self._policy(), self._offload(), bool(self.plugin.reshard_after_forward)
+        model = self.config.precision.convert(model)
+        bnb_params.disable_cpu_repacking(model)
+        policy, offload, reshard = self._mp_policy(), self._offload_policy(), bool(self.plugin.reshard_after_forward)
         # Under mixed precision the optimizer steps in float32, whatever the weights were loaded in.
         mixed = policy.param_dtype is not None
-        wide = {param for param in model.parameters() if mixed and param.requires_grad and is_half(param)}
+        upcast = {param for param in model.parameters() if mixed and param.requires_grad and is_half(param)}
         before = dict(model.named_parameters(remove_duplicate=False))
-        lifted = lift(model, wide)
-        tp_plan.share(model, self.settings.mesh, self.settings.sizes)
-        self.agree_on_random_states()
-        units, ignored = self.units_of(model), self._ignored(model)
-        self.recompute(units)
+        originals = move_to_meta(model, upcast)
+        tp_plan.parallelize(model, self.config.mesh, self.config.parallelism_config)
+        self.sync_rng()
+        units, ignored = self.select_wrap_modules(model), self._ignored_params(model)
+        self.apply_activation_checkpointing(units)
         options: dict[str, Any] = {"ignored_params": set(ignored)} if ignored else {}
         for unit in (*units, model):
             # What is gathered for the model itself is needed again at once, where a backward follows: None is torch's word.
@@ -117,19 +117,21 @@ class FullyShard(ShardedStrategy):
         for name, param in model.named_parameters(remove_duplicate=False):
             old = before.pop(name)  # so that rank 0 can let go of what it has sent
             if old is not param:
-                self._replaced[old] = param
+                self._param_map[old] = param
             del old
-        lower(model, lifted, self.world.collectives, self.world.device, isinstance(offload, CPUOffloadPolicy))
-        self._average_whole(model, ignored)
+        materialize_and_broadcast(
+            model, originals, self.world.collectives, self.world.device, isinstance(offload, CPUOffloadPolicy)
+        )
+        self._reduce_ignored_grads(model, ignored)
         guard_save_pretrained(model)
-        self.settings.precision.wrap_forward(model)
-        return self._compiled(model)
+        self.config.precision.wrap_forward(model)
+        return self._compile(model)
 
-    def _policy(self) -> MixedPrecisionPolicy:
+    def _mp_policy(self) -> MixedPrecisionPolicy:
         policy = self.plugin.mixed_precision_policy
         return policy if isinstance(policy, MixedPrecisionPolicy) else MixedPrecisionPolicy()
 
-    def _offload(self) -> OffloadPolicy:
+    def _offload_policy(self) -> OffloadPolicy:
         policy = self.plugin.cpu_offload
         if isinstance(policy, CPUOffloadPolicy) and self.world.device.type == "cpu":
             return CPUOffloadPolicy(pin_memory=False)  # memory is pinned for another device
@@ -138,18 +140,18 @@ class FullyShard(ShardedStrategy):
     # Step ------------------------------------------------------------------------------------------------------------
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        sharded = _sharded(model)
-        return nullcontext() if sharded is None else _synchronising(sharded, False)
+        sharded = _fsdp_module(model)
+        return nullcontext() if sharded is None else _gradient_sync(sharded, False)
 
     @staticmethod
     @contextmanager
     def sync_in_backward(model: nn.Module) -> Iterator[None]:
-        sharded = _sharded(model)
-        with nullcontext() if sharded is None else _synchronising(sharded, True):
+        sharded = _fsdp_module(model)
+        with nullcontext() if sharded is None else _gradient_sync(sharded, True):
             yield
 
 
-def _check_reduces_on_cpu(world: World) -> None:
+def _check_cpu_backend(world: World) -> None:
     """Raises if the group cannot reduce tensors on the CPU, where torch looks for overflows of offloaded gradients."""
     if world.backend is not None and backend_for_device(dist.get_backend_config(), "cpu") is None:
         raise ValueError(
@@ -160,40 +162,40 @@ def _check_reduces_on_cpu(world: World) -> None:
         )
 
 
-def _with_shards(mesh: DeviceMesh | None) -> DeviceMesh | None:
+def _add_shard_dim(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """The mesh; where ranks share tensors and nothing else, one on which each part of these is a single shard."""
     names = [] if mesh is None else list(mesh.mesh_dim_names or ())
     if mesh is None or "tp" not in names or not {"dp_shard", "cp", "sp"}.isdisjoint(names):
         return mesh
-    place = names.index("dp_replicate") + 1 if "dp_replicate" in names else 0
-    names.insert(place, "dp_shard")
-    return DeviceMesh(mesh.device_type, mesh.mesh.unsqueeze(place), mesh_dim_names=tuple(names))
+    index = names.index("dp_replicate") + 1 if "dp_replicate" in names else 0
+    names.insert(index, "dp_shard")
+    return DeviceMesh(mesh.device_type, mesh.mesh.unsqueeze(index), mesh_dim_names=tuple(names))
 
 
-def _shards(settings: RunSettings, world: World) -> DeviceMesh:
+def _fsdp_mesh(config: StrategyConfig, world: World) -> DeviceMesh:
     """The dimensions over which parameters are replicated (if there is such a one) and sharded."""
-    if settings.mesh is None:
+    if config.mesh is None:
         return init_device_mesh(world.device.type, (world.size,))
-    shards = along(settings.mesh, ("dp_shard", "cp", "sp"))
+    shards = flatten_dims(config.mesh, ("dp_shard", "cp", "sp"))
     if shards is None:
         raise ValueError(
             "fully sharded training needs dp_shard_size, cp_size, sp_size or tp_size above 1: without, leave FSDP out."
         )
-    names = [name for name in settings.mesh.mesh_dim_names or () if name == "dp_replicate"]
-    return settings.mesh[tuple(names + list(shards.mesh_dim_names or ()))]
+    names = [name for name in config.mesh.mesh_dim_names or () if name == "dp_replicate"]
+    return config.mesh[tuple(names + list(shards.mesh_dim_names or ()))]
 
 
-def _sharded(model: nn.Module) -> FSDPModule | None:
+def _fsdp_module(model: nn.Module) -> FSDPModule | None:
     inner = model._orig_mod if is_compiled_module(model) else model
     return inner if isinstance(inner, FSDPModule) else None
 
 
 @contextmanager
-def _synchronising(model: FSDPModule, wanted: bool) -> Iterator[None]:
+def _gradient_sync(model: FSDPModule, enabled: bool) -> Iterator[None]:
     assert isinstance(model, nn.Module), "fully_shard makes an FSDPModule of one"
-    model.set_requires_gradient_sync(wanted)
+    model.set_requires_gradient_sync(enabled)
     try:
-        with averaging(model, wanted):
+        with grad_sync_enabled(model, enabled):
             yield
     finally:
         model.set_requires_gradient_sync(True)

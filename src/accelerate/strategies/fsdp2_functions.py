@@ -18,8 +18,8 @@ from ..checkpointing.sharded.compat import compare_weights, group_ties, tied_nam
 from ..checkpointing.sharded.local_state import clean_fqn
 from ..precision.loss_scale import LossScaler
 from ..runtime import world
-from .fsdp_base import ShardedStrategy
-from .parallel.materialize import ensure_weights_retied, spread
+from .fsdp_base import FSDPStrategy
+from .parallel.materialize import broadcast_shard, ensure_weights_retied
 
 __all__ = [
     "ensure_weights_retied",
@@ -55,7 +55,7 @@ def fsdp2_apply_ac(accelerator: Any, model: nn.Module) -> nn.Module:
         model: The model, which is changed in place, before it is sharded.
     """
     strategy = _strategy(accelerator)
-    strategy.recompute(strategy.units_of(model))
+    strategy.apply_activation_checkpointing(strategy.select_wrap_modules(model))
     return model
 
 
@@ -97,7 +97,7 @@ def fsdp2_load_full_state_dict(
         source = None
         if here.rank == 0:
             source = next(full_sd[one] for one in (name, *sorted(tied.get(name, ()))) if one in full_sd)
-        spread(source, target.detach(), here.collectives, here.device)
+        broadcast_shard(source, target.detach(), here.collectives, here.device)
 
 
 def fsdp2_switch_optimizer_parameters(optimizer: torch.optim.Optimizer, mapping: Mapping[Any, torch.Tensor]) -> None:
@@ -149,9 +149,9 @@ def get_fsdp2_grad_scaler(**kwargs: Any) -> torch.amp.GradScaler:
     return scaler
 
 
-def _strategy(accelerator: Any) -> ShardedStrategy:
+def _strategy(accelerator: Any) -> FSDPStrategy:
     strategy = accelerator.strategy
-    if not isinstance(strategy, ShardedStrategy) or strategy.plugin.fsdp_version != 2:
+    if not isinstance(strategy, FSDPStrategy) or strategy.plugin.fsdp_version != 2:
         raise ValueError(
             f"this is for runs with fsdp_version=2, and this one is {accelerator.distributed_type.value}: pass "
             "fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2), or use accelerator.prepare."

@@ -27,11 +27,11 @@ from ..runtime.tensors.modules import resolve_modules
 from ..runtime.world import World
 from ..settings import env
 from ..settings.enums import DistributedType
-from .base import Bundle, RunSettings, check_device_map
+from .base import Bundle, StrategyConfig, check_device_map
 from .parallel import bnb_params, param_remap
-from .parallel.grad_sync import average_gradients
+from .parallel.grad_sync import register_grad_all_reduce
 from .parallel.materialize import check_weights
-from .parallel.mesh import AVERAGED, along, clip_grad_norm_, clip_grad_value_, groups_of
+from .parallel.mesh import GRAD_REDUCE_DIMS, clip_grad_norm_, clip_grad_value_, flatten_dims, shard_groups_of
 from .sharded_checkpoint import ShardedStateStrategy
 
 if TYPE_CHECKING:
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
 _NO_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
 
-class ShardedStrategy(ShardedStateStrategy, ABC):
+class FSDPStrategy(ShardedStateStrategy, ABC):
     """A base for strategies whose ranks hold shards of a model; a subclass says how it is sharded."""
 
-    kinds = (DistributedType.FSDP,)
+    distributed_types = (DistributedType.FSDP,)
     supports_local_sgd = False
-    dimensions = frozenset({"dp_replicate", "dp_shard"})
+    supported_mesh_dims = frozenset({"dp_replicate", "dp_shard"})
 
-    def __init__(self, world: World, settings: RunSettings) -> None:
-        super().__init__(world, settings)
-        assert settings.fsdp is not None, "the state makes one"
-        self.plugin: FullyShardedDataParallelPlugin = settings.fsdp
-        self._replaced = param_remap.Replaced()
-        if isinstance(settings.precision.scaler, LossScaler):
-            settings.precision.scaler.peers = world.collectives
+    def __init__(self, world: World, config: StrategyConfig) -> None:
+        super().__init__(world, config)
+        assert config.fsdp is not None, "the state makes one"
+        self.plugin: FullyShardedDataParallelPlugin = config.fsdp
+        self._param_map = param_remap.ParamMap()
+        if isinstance(config.precision.scaler, LossScaler):
+            config.precision.scaler.peers = world.collectives
         if self.plugin.cpu_ram_efficient_loading:  # transformers' from_pretrained reads these
             env.publish({"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
 
@@ -77,7 +77,7 @@ class ShardedStrategy(ShardedStateStrategy, ABC):
                 "(--fsdp_auto_wrap_policy)."
             )
         param_remap.check_optimizers(
-            bundle.models.values(), bundle.optimizers.values(), self._replaced, self.is_sharded
+            bundle.models.values(), bundle.optimizers.values(), self._param_map, self.is_sharded
         )
 
     def _check_weights(self, models: Iterable[nn.Module]) -> None:
@@ -85,52 +85,54 @@ class ShardedStrategy(ShardedStateStrategy, ABC):
         check_weights(models, self.world.collectives)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
-        param_remap.give_new_parameters(optimizer, self._replaced)
+        param_remap.remap_optimizer(optimizer, self._param_map)
         return super().prepare_optimizer(optimizer, on_device)
 
-    def units_of(self, model: nn.Module) -> list[nn.Module]:
+    def select_wrap_modules(self, model: nn.Module) -> list[nn.Module]:
         """The modules that are gathered on their own, inner ones first."""
         plugin = copy.copy(self.plugin)  # what is found out about one model is not about the next
         plugin.set_auto_wrap_policy(model)
         if not callable(plugin.auto_wrap_policy):
             return []
-        return without_torn_ties(model, units(model, plugin.auto_wrap_policy))
+        return without_shared_params(model, find_units(model, plugin.auto_wrap_policy))
 
-    def _ignored(self, model: nn.Module) -> list[nn.Parameter]:
+    def _ignored_params(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that stay whole, in the order of the model: the same on all ranks."""
         modules = resolve_modules(self.plugin.ignored_modules, model)
         ignored = {param for module in modules for param in module.parameters()}
         return [param for param in model.parameters() if param in ignored]
 
-    def recompute(self, units: Iterable[nn.Module]) -> None:
+    def apply_activation_checkpointing(self, find_units: Iterable[nn.Module]) -> None:
         """Has units recompute their activations in the backward, where that was asked for."""
         if self.plugin.activation_checkpointing:
-            for unit in units:
-                if not isinstance(unit.forward, Recomputed):
-                    wrap_forward(unit, Recomputed(self._saving()))
+            for unit in find_units:
+                if not isinstance(unit.forward, CheckpointedForward):
+                    wrap_forward(unit, CheckpointedForward(self._saved_tensors_context()))
 
-    def _saving(self) -> Callable[[], AbstractContextManager[Any]]:
+    def _saved_tensors_context(self) -> Callable[[], AbstractContextManager[Any]]:
         """Where recomputing units keep their inputs: in the device's memory, or in the CPU's."""
         device = self.world.device.type
         if not self.plugin.activation_checkpointing_offload or device == "cpu":  # there, that is the same
             return nullcontext
         return functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=True, device_type=device)
 
-    def _average_whole(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
+    def _reduce_ignored_grads(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
         """Has the gradients of parameters that stay whole averaged over the ranks, which FSDP leaves to each."""
         kept = [param for param in ignored if not isinstance(param, DTensor)]
         if kept and self.world.size > 1:
-            peers = along(self.settings.mesh, AVERAGED)
-            average_gradients(model, kept, None if peers is None else peers.get_group(), all_used=False)
+            peers = flatten_dims(self.config.mesh, GRAD_REDUCE_DIMS)
+            register_grad_all_reduce(model, kept, None if peers is None else peers.get_group(), all_used=False)
 
-    def _cut_over(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+    def _shard_groups(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         """The groups whose ranks hold different pieces of a parameter; none for one that each rank has whole."""
-        return groups_of(param)
+        return shard_groups_of(param)
 
     # Step and state --------------------------------------------------------------------------------------------------
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        return clip_grad_norm_(parameters, max_norm, norm_type, device=self.world.device, cut_over=self._cut_over)
+        return clip_grad_norm_(
+            parameters, max_norm, norm_type, device=self.world.device, shard_groups=self._shard_groups
+        )
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         clip_grad_value_(parameters, clip_value)
@@ -145,7 +147,7 @@ class ShardedStrategy(ShardedStateStrategy, ABC):
         yield
 
 
-def units(model: nn.Module, policy: Callable[..., bool]) -> list[nn.Module]:
+def find_units(model: nn.Module, policy: Callable[..., bool]) -> list[nn.Module]:
     """The modules inside `model` that `policy` makes units of their own, inner ones first."""
     found: list[nn.Module] = []
     seen: set[nn.Module] = set()
@@ -182,7 +184,7 @@ def parameters_by_unit(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.
     return by_unit
 
 
-def without_torn_ties(model: nn.Module, found: Iterable[nn.Module]) -> list[nn.Module]:
+def without_shared_params(model: nn.Module, found: Iterable[nn.Module]) -> list[nn.Module]:
     """Those of some modules whose parameters are used inside them only.
 
     Two units that share a parameter would gather and free it under each other's feet; it stays with what is around both.
@@ -204,18 +206,18 @@ def is_half(param: torch.Tensor) -> bool:
     return param.dtype in (torch.float16, torch.bfloat16)
 
 
-class Recomputed(ForwardWrapper):
+class CheckpointedForward(ForwardWrapper):
     """A forward that keeps its inputs only, and runs again in the backward.
 
     Args:
         saving: Gives the context in which inputs are kept.
     """
 
-    def __init__(self, saving: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._saving = saving
+    def __init__(self, saved_tensors_context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._saved_tensors_context = saved_tensors_context
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.__wrapped__(*args, **kwargs)
-        with self._saving():
+        with self._saved_tensors_context():
             return checkpoint(self.__wrapped__, *args, use_reentrant=False, **kwargs)

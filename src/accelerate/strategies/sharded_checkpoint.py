@@ -6,6 +6,7 @@ It asks what a rank holds (`checkpointing.sharded.local_state`), not which versi
 from __future__ import annotations
 
 import functools
+from abc import ABC
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from ..optimizer import AcceleratedOptimizer
 
 
-class ShardedStateStrategy(Strategy):
+class ShardedStateStrategy(Strategy, ABC):
     """A base for strategies whose ranks hold parts of a state."""
 
-    saves_open_windows = False
+    can_save_mid_accumulation = False
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
@@ -35,7 +36,7 @@ class ShardedStateStrategy(Strategy):
     def state_to_save(self, model: nn.Module) -> dict[str, Any]:
         return (
             self.model_state(model)
-            if model_items.saves_full_state(self.settings.fsdp)
+            if model_items.saves_full_state(self.config.fsdp)
             else local_state.model_state(unwrap_module(model))
         )
 
@@ -48,7 +49,7 @@ class ShardedStateStrategy(Strategy):
         safe: bool = True,
     ) -> list[Entry]:
         bare, rank = list(map(unwrap_module, models)), self.world.rank
-        if model_items.saves_full_state(self.settings.fsdp):
+        if model_items.saves_full_state(self.config.fsdp):
             return [
                 *(
                     model_items.gathered_optimizer(index, rank, optimizer, bare)
@@ -65,7 +66,7 @@ class ShardedStateStrategy(Strategy):
         ]
 
     def model_entries(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[Entry]:
-        full = model_items.saves_full_state(self.settings.fsdp)
+        full = model_items.saves_full_state(self.config.fsdp)
         return [
             model_items.model_in(folder, i, unwrap_module(model), sharded=True, full=full)
             for i, model in enumerate(models)
@@ -74,7 +75,7 @@ class ShardedStateStrategy(Strategy):
     def optimizer_entries(
         self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
     ) -> list[Entry]:
-        full, bare = model_items.saves_full_state(self.settings.fsdp), list(map(unwrap_module, models))
+        full, bare = model_items.saves_full_state(self.config.fsdp), list(map(unwrap_module, models))
         return [
             model_items.optimizer_in(folder, index, optimizer, bare, sharded=True, full=full)
             for index, optimizer in enumerate(optimizers)

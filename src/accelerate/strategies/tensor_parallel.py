@@ -18,31 +18,31 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..optimizer import AcceleratedOptimizer
 from ..runtime.world import World
-from .base import Bundle, RunSettings, check_device_map
+from .base import Bundle, StrategyConfig, check_device_map
 from .parallel import mesh, param_remap, tp_plan
-from .parallel.grad_sync import average_gradients, averaging
-from .parallel.materialize import check_weights, lift, lower
+from .parallel.grad_sync import grad_sync_enabled, register_grad_all_reduce
+from .parallel.materialize import check_weights, materialize_and_broadcast, move_to_meta
 from .parallel.uniform_groups import UniformGroupsOptimizer
 from .sharded_checkpoint import ShardedStateStrategy, guard_save_pretrained
 
 
-class TensorParallel(ShardedStateStrategy):
+class TensorParallelStrategy(ShardedStateStrategy):
     """Ranks of one group hold parts of each tensor; groups are replicas of each other."""
 
     supports_local_sgd = False
     optimizer_class = UniformGroupsOptimizer
-    dimensions = frozenset({"dp_replicate", "cp", "sp", "tp"})
+    supported_mesh_dims = frozenset({"dp_replicate", "cp", "sp", "tp"})
 
-    def __init__(self, world: World, settings: RunSettings) -> None:
-        super().__init__(world, settings)
-        if settings.precision.scaler is not None:
+    def __init__(self, world: World, config: StrategyConfig) -> None:
+        super().__init__(world, config)
+        if config.precision.scaler is not None:
             raise ValueError(
                 "mixed_precision='fp16' scales losses, which ranks that share tensors would do apart: use 'bf16', or FSDP 2 "
                 "besides (--use_fsdp --fsdp_version 2)."
             )
-        self._replaced = param_remap.Replaced()
-        self._whole = WeakIdKeyDictionary()  # a set of the prepared parameters that the plan leaves whole
-        self._averages = mesh.along(settings.mesh, mesh.AVERAGED)
+        self._param_map = param_remap.ParamMap()
+        self._unsharded = WeakIdKeyDictionary()  # a set of the prepared parameters that the plan leaves whole
+        self._grad_mesh = mesh.flatten_dims(config.mesh, mesh.GRAD_REDUCE_DIMS)
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
@@ -52,56 +52,56 @@ class TensorParallel(ShardedStateStrategy):
         check_device_map(bundle.models.values())
         check_weights(bundle.models.values(), self.world.collectives)
         for model in bundle.models.values():
-            tp_plan.check(model, self.settings.mesh, self.settings.sizes)
+            tp_plan.check(model, self.config.mesh, self.config.parallelism_config)
         param_remap.check_optimizers(
-            bundle.models.values(), bundle.optimizers.values(), self._replaced, self._is_prepared
+            bundle.models.values(), bundle.optimizers.values(), self._param_map, self._is_prepared
         )
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
         before = dict(model.named_parameters(remove_duplicate=False))
-        planned = tp_plan.planned(model, self.settings.sizes)
-        if planned is not None:
+        planned_params = tp_plan.planned_params(model, self.config.parallelism_config)
+        if planned_params is not None:
             # Shard first, then move: no device ever holds the whole model, and ranks but 0 need no values.
-            lifted = lift(model, only=planned)
-            tp_plan.share(model, self.settings.mesh, self.settings.sizes)
-            lower(model, lifted, self.world.collectives, self.world.device, offload=False)
+            originals = move_to_meta(model, only=planned_params)
+            tp_plan.parallelize(model, self.config.mesh, self.config.parallelism_config)
+            materialize_and_broadcast(model, originals, self.world.collectives, self.world.device, offload=False)
         else:  # came sharded, as transformers loads models
             if on_device:
                 model = model.to(self.world.device)
-            mesh.same_everywhere(model, self.world, self.settings.mesh)
+            mesh.broadcast_model(model, self.world, self.config.mesh)
         for name, param in model.named_parameters(remove_duplicate=False):
             if param is before[name]:
-                self._whole[param] = None
+                self._unsharded[param] = None
             else:
-                self._replaced[before[name]] = param
-        self.agree_on_random_states()
+                self._param_map[before[name]] = param
+        self.sync_rng()
         guard_save_pretrained(model)
         return super().prepare_model(model, False, evaluation)
 
     def _is_prepared(self, param: torch.Tensor) -> bool:
-        return isinstance(param, DTensor) or param in self._whole
+        return isinstance(param, DTensor) or param in self._unsharded
 
-    def synchronise(self, model: nn.Module) -> nn.Module:
-        if self._averages is not None:
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        if self._grad_mesh is not None:
             # Replicas have no other collectives in a backward; ranks that share sequences do.
-            overlapped = self._averages.mesh_dim_names == ("dp_replicate",)
-            group = self._averages.get_group()
-            average_gradients(model, model.parameters(), group, all_used=True, overlapped=overlapped)
+            overlap = self._grad_mesh.mesh_dim_names == ("dp_replicate",)
+            group = self._grad_mesh.get_group()
+            register_grad_all_reduce(model, model.parameters(), group, all_used=True, overlap=overlap)
         return model
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
-        param_remap.give_new_parameters(optimizer, self._replaced)
+        param_remap.remap_optimizer(optimizer, self._param_map)
         return super().prepare_optimizer(optimizer, on_device)
 
     # Step ------------------------------------------------------------------------------------------------------------
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return averaging(model, False)
+        return grad_sync_enabled(model, False)
 
     @staticmethod
     @contextmanager
     def sync_in_backward(model: nn.Module) -> Iterator[None]:
-        with averaging(model, True):
+        with grad_sync_enabled(model, True):
             yield
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:

@@ -211,14 +211,14 @@ def _chooser(plugin: FullyShardedDataParallelPlugin) -> Callable[[nn.Module], Se
     def choose(model: nn.Module) -> Sequence[nn.Module]:
         import copy
 
-        from ...strategies.fsdp_base import units
+        from ...strategies.fsdp_base import find_units
 
         policy = copy.copy(plugin)
         try:
             policy.set_auto_wrap_policy(model)
         except ValueError as error:
             raise EstimateError(str(error)) from error
-        return units(model, policy.auto_wrap_policy) if callable(policy.auto_wrap_policy) else ()
+        return find_units(model, policy.auto_wrap_policy) if callable(policy.auto_wrap_policy) else ()
 
     return choose
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def check(model: nn.Module, compute: torch.dtype | None) -> None:
+def check(model: nn.Module, compute_dtype: torch.dtype | None) -> None:
     """Refuses packed weights that a shard could not hold, or that would be converted as if they were numbers.
 
     Args:
@@ -32,15 +32,15 @@ def check(model: nn.Module, compute: torch.dtype | None) -> None:
                 f"{name!r} was packed anew for inference, by a forward in eval mode, and can no longer be sharded: load the "
                 "model again, and prepare it before it computes anything."
             )
-        if compute not in (None, param.dtype) and param.is_floating_point():
+        if compute_dtype not in (None, param.dtype) and param.is_floating_point():
             raise ValueError(
                 f"{name!r} holds 4-bit numbers in elements of {param.dtype}, which mixed precision would convert to "
-                f"{compute}, bits and all: load the model with bnb_4bit_quant_storage={compute}, or train without "
-                "mixed_precision."
+                f"{compute_dtype}, bits and all: load the model with bnb_4bit_quant_storage={compute_dtype}, or train "
+                "without mixed_precision."
             )
 
 
-def leave_packing(model: nn.Module) -> None:
+def disable_cpu_repacking(model: nn.Module) -> None:
     """Keeps layers from packing their weights anew for inference on a CPU: what is gathered next would not be packed so."""
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

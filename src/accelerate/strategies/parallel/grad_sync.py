@@ -18,64 +18,64 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_leaves
 
-from .mesh import local_part, summed
+from .mesh import local_tensor, reduced_grad
 
 _BUCKET_BYTES = 25 * 2**20
 
-_of_models: weakref.WeakKeyDictionary[nn.Module, GradientAverage] = weakref.WeakKeyDictionary()
+_reducers: weakref.WeakKeyDictionary[nn.Module, BucketedGradReducer] = weakref.WeakKeyDictionary()
 
 
-def average_gradients(
+def register_grad_all_reduce(
     model: nn.Module,
     params: Iterable[Tensor],
     group: ProcessGroup | None,
     *,
     all_used: bool,
-    overlapped: bool = False,
-    wanted: Callable[[], bool] = lambda: True,
+    overlap: bool = False,
+    enabled: Callable[[], bool] = lambda: True,
 ) -> None:
     """Has gradients of a model averaged. Parameters that are frozen cost nothing until they are trained.
 
     Args:
-        model: The model; see `averaging`.
+        model: The model; see `grad_sync_enabled`.
         params: Parameters of it, in the same order on all ranks.
         group: The ranks that have seen different data; None: all.
         all_used: Every backward comes by one of the parameters, on all ranks; else all that go through the model average.
-        overlapped: Average while the backward runs, not at its end. Only where ranks of `group` have no other collectives
+        overlap: Average while the backward runs, not at its end. Only where ranks of `group` have no other collectives
             in a backward: ranks that use different parts of the model would call them in different orders.
-        wanted: Asked in each backward besides `averaging`.
+        enabled: Asked in each backward besides `grad_sync_enabled`.
     """
-    average = _of_models[model] = GradientAverage(params, group, wanted, overlapped)
-    if average.params and not all_used:
-        average.watch(model)
+    reducer = _reducers[model] = BucketedGradReducer(params, group, enabled, overlap)
+    if reducer.params and not all_used:
+        reducer.register_output_hook(model)
 
 
 @contextmanager
-def averaging(model: nn.Module, wanted: bool) -> Iterator[None]:
+def grad_sync_enabled(model: nn.Module, enabled: bool) -> Iterator[None]:
     """A context in which those gradients of a model are averaged, or are not."""
-    average = _average_of(model)
-    if average is None:
+    reducer = _reducer_of(model)
+    if reducer is None:
         yield
         return
-    before, average.active = average.active, wanted
+    before, reducer.active = reducer.active, enabled
     try:
         yield
     finally:
-        average.active = before
+        reducer.active = before
 
 
-def is_averaged(model: nn.Module) -> bool:
+def has_grad_all_reduce(model: nn.Module) -> bool:
     """Whether backwards through a model average gradients here, as it is now."""
-    average = _average_of(model)
-    return average is not None and any(param.requires_grad for param in average.params)
+    reducer = _reducer_of(model)
+    return reducer is not None and any(param.requires_grad for param in reducer.params)
 
 
-def _average_of(model: nn.Module) -> GradientAverage | None:
+def _reducer_of(model: nn.Module) -> BucketedGradReducer | None:
     inner: nn.Module = getattr(model, "_orig_mod", model)  # what a compiled one was made of
-    return _of_models.get(inner)
+    return _reducers.get(inner)
 
 
-class GradientAverage:
+class BucketedGradReducer:
     """Hooks on parameters that all-reduce their gradients over a group in each backward.
 
     As in DistributedDataParallel, gradients travel in buckets, in an order that is the same on all ranks. If overlapped, a
@@ -89,77 +89,80 @@ class GradientAverage:
     Args:
         params: The parameters, in the same order on all ranks.
         group: The ranks that have seen different data; None: all.
-        wanted: Asked in each backward besides `active`.
-        overlapped: See `average_gradients`.
+        enabled: Asked in each backward besides `active`.
+        overlap: See `register_grad_all_reduce`.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor],
         group: ProcessGroup | None,
-        wanted: Callable[[], bool],
-        overlapped: bool = False,
+        enabled: Callable[[], bool],
+        overlap: bool = False,
     ) -> None:
         self.active = True
-        self.params = [param for param in params if _can_be_trained(param)]
+        self.params = [param for param in params if _is_trainable(param)]
         self._group = group
-        self._wanted = wanted
-        self._overlapped = overlapped
-        self._reduction: _Reduction | None = None  # of the backward that is running, or has failed
-        self._form: list[tuple[bool, torch.dtype]] = []
+        self._enabled = enabled
+        self._overlap = overlap
+        self._reduction: _BackwardReduction | None = None  # of the backward that is running, or has failed
+        self._bucket_signature: list[tuple[bool, torch.dtype]] = []
         self._buckets: list[list[Tensor]] = []
-        arrived = weakref.WeakMethod(self._arrived)  # a hook that held on to the parameters would keep them for ever
+        grad_ready = weakref.WeakMethod(self._grad_ready)  # a strong reference would be a cycle through the parameters
         for param in self.params:
             trained = param.requires_grad
             param.requires_grad_(True)  # one that is frozen takes no hook, and its hook counts once it is trained
-            param.register_post_accumulate_grad_hook(functools.partial(_call, arrived))
+            param.register_post_accumulate_grad_hook(functools.partial(_call_weak_method, grad_ready))
             param.requires_grad_(trained)
 
     def __reduce__(self) -> Any:
         # A copy of the model (pickled, or in memory) brings its hooks along; nobody has prepared it.
-        return GradientAverage, ((), None, bool)
+        return BucketedGradReducer, ((), None, bool)
 
-    def watch(self, model: nn.Module) -> None:
+    def register_output_hook(self, model: nn.Module) -> None:
         """Has every backward through the model average, also one that on this rank comes by none of the parameters."""
-        model.register_forward_hook(self._came_out)
+        model.register_forward_hook(self._hook_outputs)
 
-    def _came_out(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _hook_outputs(self, _: nn.Module, __: Any, output: Any) -> None:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(self._begin)
+                tensor.register_hook(self._start_reduction)
 
-    def _arrived(self, param: Tensor) -> None:
-        self._begin(param)
-        if self._overlapped and self._reduction is not None:
-            self._reduction.arrived(param)
+    def _grad_ready(self, param: Tensor) -> None:
+        self._start_reduction(param)
+        if self._overlap and self._reduction is not None:
+            self._reduction.grad_ready(param)
 
-    def _begin(self, _: Tensor) -> None:
+    def _start_reduction(self, _: Tensor) -> None:
         backward = torch._C._current_graph_task_id()  # a flag would stay when a backward fails
         before = self._reduction
-        if (before is not None and before.backward == backward) or not (self.active and self._wanted()):
+        if (before is not None and before.backward == backward) or not (self.active and self._enabled()):
             return
-        if before is not None and self._overlapped:
+        if before is not None and self._overlap:
             # That one failed, or this one runs inside it (reentrant checkpoints), where parameters may get gradients after
             # their bucket was sent. Ranks send all buckets or none; what came of them is dropped, for the gradients are
             # still each rank's own.
-            self._overlapped = False
+            self._overlap = False
             before.wait()
-        reduction = self._reduction = _Reduction(backward, self._current_buckets(), self._group)
+        reduction = self._reduction = _BackwardReduction(backward, self._current_buckets(), self._group)
         torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, reduction))
 
-    def _finish(self, reduction: _Reduction) -> None:
+    def _finish(self, reduction: _BackwardReduction) -> None:
         if self._reduction is reduction:  # else another backward has begun inside this one, and averaged all there was
             self._reduction = None
             reduction.finish()
 
     def _current_buckets(self) -> list[list[Tensor]]:
         form = [(param.requires_grad, param.dtype) for param in self.params]
-        if form != self._form:
-            self._form, self._buckets = form, _buckets([param for param in self.params if param.requires_grad])
+        if form != self._bucket_signature:
+            self._bucket_signature, self._buckets = (
+                form,
+                _buckets([param for param in self.params if param.requires_grad]),
+            )
         return self._buckets
 
 
-class _Reduction:
+class _BackwardReduction:
     """The all-reduces of one backward.
 
     Args:
@@ -172,25 +175,25 @@ class _Reduction:
         self.backward = backward
         self._buckets = buckets
         self._group = group
-        self._missing = [len(bucket) for bucket in buckets]
+        self._pending = [len(bucket) for bucket in buckets]
         self._bucket_of = {id(param): number for number, bucket in enumerate(buckets) for param in bucket}
-        self._sent: list[tuple[Tensor, dist.Work | None]] = []
+        self._launched: list[tuple[Tensor, dist.Work | None]] = []
 
-    def arrived(self, param: Tensor) -> None:
+    def grad_ready(self, param: Tensor) -> None:
         """Sends the buckets that are complete with this parameter's gradient, in order."""
         number = self._bucket_of.get(id(param))
         if number is not None:
-            self._missing[number] -= 1
-            while len(self._sent) < len(self._buckets) and not self._missing[len(self._sent)]:
-                self._send()
+            self._pending[number] -= 1
+            while len(self._launched) < len(self._buckets) and not self._pending[len(self._launched)]:
+                self._reduce_next_bucket()
 
     @torch.no_grad()
-    def _send(self) -> None:
+    def _reduce_next_bucket(self) -> None:
         # A parameter may be out of use on some ranks. They add nothing, but take part.
-        params = self._buckets[len(self._sent)]
-        gradients = [summed(param) for param in params]
+        params = self._buckets[len(self._launched)]
+        gradients = [reduced_grad(param) for param in params]
         pieces = [
-            torch.zeros_like(local_part(param)).flatten() if gradient is None else local_part(gradient).flatten()
+            torch.zeros_like(local_tensor(param)).flatten() if gradient is None else local_tensor(gradient).flatten()
             for param, gradient in zip(params, gradients, strict=True)
         ]
         used = pieces[0].new_ones(len(params))
@@ -198,13 +201,13 @@ class _Reduction:
             if gradient is None:
                 used[place].zero_()  # made on the device: a list of Python's numbers would wait for it
         flat = torch.cat([*pieces, used])
-        self._sent.append((flat, dist.all_reduce(flat, group=self._group, async_op=True)))
+        self._launched.append((flat, dist.all_reduce(flat, group=self._group, async_op=True)))
 
     def wait(self) -> None:
         """Sends what is left, and waits for all: on an accelerator its stream does, not the process."""
-        while len(self._sent) < len(self._buckets):
-            self._send()
-        for _, work in self._sent:
+        while len(self._launched) < len(self._buckets):
+            self._reduce_next_bucket()
+        for _, work in self._launched:
             if work is not None:
                 work.wait()
 
@@ -212,21 +215,21 @@ class _Reduction:
     def finish(self) -> None:
         """Gives the parameters the averages."""
         self.wait()
-        self._make_gradients()
-        for params, (flat, _) in zip(self._buckets, self._sent, strict=True):
+        self._create_missing_grads()
+        for params, (flat, _) in zip(self._buckets, self._launched, strict=True):
             flat.div_(dist.get_world_size(self._group))
-            places = [local_part(param if param.grad is None else param.grad) for param in params]
+            places = [local_tensor(param if param.grad is None else param.grad) for param in params]
             averages = flat.split([*(place.numel() for place in places), len(params)])
             pairs = zip(params, places, averages, strict=False)
             given = [(place, average.view_as(place)) for param, place, average in pairs if param.grad is not None]
             if given:
                 torch._foreach_copy_([place for place, _ in given], [average for _, average in given])
 
-    def _make_gradients(self) -> None:
+    def _create_missing_grads(self) -> None:
         """Gives a gradient to parameters that have none here and are in use on another rank: the one look at the device."""
         lacking = [
             (param, flat[place - len(params)])
-            for params, (flat, _) in zip(self._buckets, self._sent, strict=True)
+            for params, (flat, _) in zip(self._buckets, self._launched, strict=True)
             for place, param in enumerate(params)
             if param.grad is None
         ]
@@ -244,7 +247,7 @@ def _buckets(params: list[Tensor]) -> list[list[Tensor]]:
     open_: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
     with torch.no_grad():
         for param in reversed(params):
-            local = local_part(param)
+            local = local_tensor(param)
             kind = local.device, local.dtype
             bucket, size = open_.pop(kind, ([], 0))
             bucket.append(param)
@@ -256,11 +259,11 @@ def _buckets(params: list[Tensor]) -> list[list[Tensor]]:
     return [*buckets, *(bucket for bucket, _ in open_.values())]
 
 
-def _call(method: weakref.WeakMethod[Any], param: Tensor) -> None:
+def _call_weak_method(method: weakref.WeakMethod[Any], param: Tensor) -> None:
     found = method()
     if found is not None:
         found(param)
 
 
-def _can_be_trained(param: Tensor) -> bool:
+def _is_trainable(param: Tensor) -> bool:
     return (param.is_floating_point() or param.is_complex()) and not param.is_inference()

@@ -26,7 +26,7 @@ def check_weights(models: Iterable[nn.Module], collectives: Collectives) -> None
     """
     empty = [(name, param) for model in models for name, param in model.named_parameters() if param.is_meta]
     lacking = next((name for name, _ in empty), None)
-    composed = next((name for name, param in empty if is_composed(param)), None)
+    composed = next((name for name, param in empty if is_tensor_subclass(param)), None)
     found = collectives.all_gather_object((lacking, composed))
     if found[0][0] is not None:
         raise ValueError(
@@ -41,8 +41,8 @@ def check_weights(models: Iterable[nn.Module], collectives: Collectives) -> None
             )
 
 
-def lift(
-    model: nn.Module, wide: Container[nn.Parameter] = (), only: Container[nn.Parameter] | None = None
+def move_to_meta(
+    model: nn.Module, upcast: Container[nn.Parameter] = (), only: Container[nn.Parameter] | None = None
 ) -> dict[str, nn.Parameter]:
     """Puts the model's parameters on the meta device, tied ones still tied, and gives back those it had, by name.
 
@@ -51,23 +51,23 @@ def lift(
         wide: Parameters that become float32.
         only: Leave all other parameters as they are; None: lift every parameter.
     """
-    lifted: dict[str, nn.Parameter] = {}
-    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+    originals: dict[str, nn.Parameter] = {}
+    meta_params: dict[nn.Parameter, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, param in module._parameters.items():
-            if param is None or is_composed(param) or (only is not None and param not in only):
+            if param is None or is_tensor_subclass(param) or (only is not None and param not in only):
                 continue
-            if param not in stand_ins:
-                dtype = torch.float32 if param in wide else param.dtype
+            if param not in meta_params:
+                dtype = torch.float32 if param in upcast else param.dtype
                 empty = torch.empty(param.shape, dtype=dtype, device="meta")
-                stand_ins[param] = nn.Parameter(empty, param.requires_grad)
-                lifted[f"{path}.{name}" if path else name] = param
-            module._parameters[name] = stand_ins[param]
-    return lifted
+                meta_params[param] = nn.Parameter(empty, param.requires_grad)
+                originals[f"{path}.{name}" if path else name] = param
+            module._parameters[name] = meta_params[param]
+    return originals
 
 
-def lower(
-    model: nn.Module, lifted: dict[str, nn.Parameter], collectives: Collectives, device: torch.device, offload: bool
+def materialize_and_broadcast(
+    model: nn.Module, originals: dict[str, nn.Parameter], collectives: Collectives, device: torch.device, offload: bool
 ) -> None:
     """Gives a lifted model, sharded by now, its memory, and the values that rank 0 had. Collective.
 
@@ -75,29 +75,31 @@ def lower(
 
     Args:
         model: The model. Whole parameters that were not lifted go to the device as the objects they are.
-        lifted: What `lift` gave back; emptied on the way, so that rank 0 can release it.
+        lifted: What `move_to_meta` gave back; emptied on the way, so that rank 0 can release it.
         collectives: Of the run.
         device: Where parameters and buffers go.
         offload: Pieces go to the CPU.
     """
     there = torch.device("cpu") if offload else device
-    receive_buffers(model, collectives, device)
+    broadcast_buffers(model, collectives, device)
     here = dict(model.named_parameters(remove_duplicate=False))
-    sent = {here[name] for name in lifted}
+    sent = {here[name] for name in originals}
     for param in model.parameters():  # those that stay whole
         if not isinstance(param, DTensor):
-            give_memory(param, device)
+            materialize_param(param, device)
             if param not in sent:
-                spread(param, param, collectives, device)
+                broadcast_shard(param, param, collectives, device)
     # torch keeps a second reference to each piece, which follows on this road only.
     model._apply(lambda tensor: torch.empty_like(tensor, device=there) if tensor.is_meta else tensor)
     here = dict(model.named_parameters(remove_duplicate=False))
-    for name in list(lifted):
-        spread(lifted.pop(name), here[name], collectives, device)
+    for name in list(originals):
+        broadcast_shard(originals.pop(name), here[name], collectives, device)
 
 
 @torch.no_grad()
-def spread(source: torch.Tensor | None, target: torch.Tensor, collectives: Collectives, device: torch.device) -> None:
+def broadcast_shard(
+    source: torch.Tensor | None, target: torch.Tensor, collectives: Collectives, device: torch.device
+) -> None:
     """Fills every rank's piece of a tensor with the values that rank 0 has of the whole. Collective.
 
     Args:
@@ -109,7 +111,7 @@ def spread(source: torch.Tensor | None, target: torch.Tensor, collectives: Colle
     if target.ndim == 0:
         target, source = target.view(1), source if source is None else source.view(1)
     sends = collectives.rank == 0 and source is not None
-    local, box = _piece(target)
+    local, box = _local_shard(target)
     rows = max(1, BLOCK_BYTES // max(1, target.dtype.itemsize * target.shape[1:].numel()))
     for start in range(0, target.shape[0], rows):
         stop = min(start + rows, target.shape[0])
@@ -127,7 +129,7 @@ def spread(source: torch.Tensor | None, target: torch.Tensor, collectives: Colle
             mine.copy_(block[within])
 
 
-def _piece(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+def _local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
     """What this rank holds of a tensor, and where in the whole that lies."""
     ranges = [(0, size) for size in tensor.shape]
     if not isinstance(tensor, DTensor):
@@ -144,14 +146,14 @@ def _piece(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
     return tensor.to_local(), tuple(slice(*limits) for limits in ranges)
 
 
-def receive(params: Iterable[nn.Parameter], collectives: Collectives, device: torch.device) -> None:
+def broadcast_params(params: Iterable[nn.Parameter], collectives: Collectives, device: torch.device) -> None:
     """Gives whole parameters their memory on a device, and the values of rank 0. Collective."""
     for param in params:
-        give_memory(param, device)
-        spread(param, param, collectives, device)
+        materialize_param(param, device)
+        broadcast_shard(param, param, collectives, device)
 
 
-def receive_buffers(model: nn.Module, collectives: Collectives, device: torch.device) -> None:
+def broadcast_buffers(model: nn.Module, collectives: Collectives, device: torch.device) -> None:
     """Gives the buffers of a model their memory on a device, and the values of rank 0. Collective."""
     fresh: dict[torch.Tensor, torch.Tensor] = {}  # a buffer may be in several places
     for module in model.modules():
@@ -159,7 +161,7 @@ def receive_buffers(model: nn.Module, collectives: Collectives, device: torch.de
             if buffer is not None:
                 if buffer not in fresh:
                     there = _empty(buffer, device) if buffer.is_meta else buffer.to(device).contiguous()
-                    spread(there, there, collectives, device)
+                    broadcast_shard(there, there, collectives, device)
                     fresh[buffer] = fresh[there] = there
                 module._buffers[name] = fresh[buffer]
 
@@ -167,12 +169,12 @@ def receive_buffers(model: nn.Module, collectives: Collectives, device: torch.de
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-def is_composed(param: torch.Tensor) -> bool:
+def is_tensor_subclass(param: torch.Tensor) -> bool:
     """Whether it stands for other tensors: a piece, or a number format that is made of several."""
     return is_traceable_wrapper_subclass(param.data)
 
 
-def give_memory(param: nn.Parameter, device: torch.device) -> None:
+def materialize_param(param: nn.Parameter, device: torch.device) -> None:
     """Puts a whole parameter on a device; one of the meta device gets any values, and stays the object it is."""
     if param.is_meta:
         torch.utils.swap_tensors(param, nn.Parameter(_empty(param, device), param.requires_grad))
@@ -184,14 +186,16 @@ def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
-def initialise(model: nn.Module, param_init_fn: Callable[[nn.Module], object], device: torch.device) -> None:
+def initialize_meta_modules(
+    model: nn.Module, param_init_fn: Callable[[nn.Module], object], device: torch.device
+) -> None:
     """Has `param_init_fn` initialise each module that is on the meta device; parameters stay the objects they are."""
-    users = {param: places for param, places in _users(model).items() if param.is_meta}
-    initialise_one = ensure_weights_retied(param_init_fn, model, device)
+    locations = {param: places for param, places in _param_locations(model).items() if param.is_meta}
+    initialize = ensure_weights_retied(param_init_fn, model, device)
     for module in model.modules():
         if any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
-            initialise_one(module)
-    for param, places in users.items():
+            initialize(module)
+    for param, places in locations.items():
         module, name = places[0]
         fresh = module._parameters[name]
         if fresh is not None and fresh is not param:
@@ -210,10 +214,10 @@ def ensure_weights_retied(
         model: The model as it is, tied.
         device: Where tied parameters go.
     """
-    tied = {place: param for param, places in _users(model).items() if len(places) > 1 for place in places}
+    tied = {place: param for param, places in _param_locations(model).items() if len(places) > 1 for place in places}
     fresh: dict[nn.Parameter, nn.Parameter] = {}
 
-    def initialise_tied(module: nn.Module) -> None:
+    def initialize_and_retie(module: nn.Module) -> None:
         param_init_fn(module)
         for name, param in module._parameters.items():
             group = tied.get((module, name))
@@ -221,14 +225,14 @@ def ensure_weights_retied(
                 placed = param if param.device == device else nn.Parameter(param.to(device), param.requires_grad)
                 module._parameters[name] = fresh.setdefault(group, placed)
 
-    return initialise_tied
+    return initialize_and_retie
 
 
-def _users(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+def _param_locations(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
     """The places of each parameter: module and name there."""
-    users: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    locations: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
-                users.setdefault(param, []).append((module, name))
-    return users
+                locations.setdefault(param, []).append((module, name))
+    return locations

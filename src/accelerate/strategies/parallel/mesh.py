@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ...parallelism_config import DIMENSIONS
+from ...parallelism_config import MESH_DIMS
 from ...runtime import devices
 from ...runtime.collective_backend import Collectives, TorchCollectives
 from ...runtime.tensors.dtensor import is_dtensor
 from ...runtime.world import World
 
 # Ranks that differ along these see different samples, or different tokens of the same.
-AVERAGED = tuple(name for name in DIMENSIONS if name != "tp")
+GRAD_REDUCE_DIMS = tuple(name for name in MESH_DIMS if name != "tp")
 
 
-def along(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | None:
+def flatten_dims(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | None:
     """The part of the mesh along some dimensions, as one dimension; None when there are no ranks along them."""
     there = tuple(name for name in names if mesh is not None and name in (mesh.mesh_dim_names or ()))
     if mesh is None or not there:
@@ -33,22 +33,22 @@ def along(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | None:
     return mesh[there[0]] if len(there) == 1 else mesh[there]._flatten("_".join(there))
 
 
-def same_everywhere(model: nn.Module, world: World, mesh: DeviceMesh | None = None) -> None:
+def broadcast_model(model: nn.Module, world: World, mesh: DeviceMesh | None = None) -> None:
     """Gives every rank the values of rank 0; of a parameter that is cut over ranks, those of the first with that part."""
     if world.size == 1:
         return
-    averaged = along(mesh, AVERAGED)
+    averaged = flatten_dims(mesh, GRAD_REDUCE_DIMS)
     peers = None if averaged is None else _collectives(averaged, world.device)
     for value in {id(value): value.data for value in (*model.parameters(), *model.buffers())}.values():
         if not is_dtensor(value):
             _broadcast(value, world.collectives)
         elif peers is not None:
-            _broadcast(local_part(value), peers)
+            _broadcast(local_tensor(value), peers)
 
 
-def agree_on_random_states(world: World, mesh: DeviceMesh | None) -> None:
+def sync_rng(world: World, mesh: DeviceMesh | None) -> None:
     """Has ranks that share tensors draw the same numbers from torch, so that they drop out the same activations."""
-    sharing = along(mesh, ("tp",))
+    sharing = flatten_dims(mesh, ("tp",))
     if sharing is None:
         return
     peers = _collectives(sharing, world.device)
@@ -81,7 +81,7 @@ def clip_grad_norm_(
     norm_type: float = 2,
     *,
     device: torch.device,
-    cut_over: Callable[[Tensor], tuple[ProcessGroup, ...]] | None = None,
+    shard_groups: Callable[[Tensor], tuple[ProcessGroup, ...]] | None = None,
 ) -> Tensor:
     """As ``torch.nn.utils.clip_grad_norm_``, for gradients that are cut over ranks in whatever ways.
 
@@ -90,7 +90,7 @@ def clip_grad_norm_(
         max_norm: The largest norm of all gradients together.
         norm_type: The exponent of the norm.
         device: On which ranks add up.
-        cut_over: The groups whose ranks hold different pieces of a parameter; None: `cut_over` of its gradient.
+        cut_over: The groups whose ranks hold different pieces of a parameter; None: `shard_groups` of its gradient.
 
     Returns:
         The norm before, the same on all ranks.
@@ -100,11 +100,15 @@ def clip_grad_norm_(
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
     by_groups: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     for param in params:  # a rank without gradients of a group takes part all the same
-        gradient = summed(param)
-        groups = cut_over(param) if cut_over is not None else groups_of(param if gradient is None else gradient)
+        gradient = reduced_grad(param)
+        groups = (
+            shard_groups(param)
+            if shard_groups is not None
+            else shard_groups_of(param if gradient is None else gradient)
+        )
         found = by_groups.setdefault(groups, [])
         if gradient is not None and gradient.numel():
-            found.append(local_part(gradient))
+            found.append(local_tensor(gradient))
     trained = [param.dtype for param in params if param.requires_grad]  # frozen ones may be packed bits, in any format
     dtype = functools.reduce(torch.promote_types, trained or [params[0].dtype])
     total = _total_norm(by_groups, float(norm_type), device).to(dtype)
@@ -118,9 +122,9 @@ def clip_grad_norm_(
 def clip_grad_value_(parameters: Any, clip_value: float) -> None:
     """As ``torch.nn.utils.clip_grad_value_``, for gradients that are cut over ranks in whatever ways."""
     for param in [parameters] if isinstance(parameters, Tensor) else list(parameters):
-        gradient = summed(param)
+        gradient = reduced_grad(param)
         if gradient is not None:
-            local_part(gradient).clamp_(-clip_value, clip_value)
+            local_tensor(gradient).clamp_(-clip_value, clip_value)
 
 
 def _total_norm(
@@ -137,7 +141,7 @@ def _total_norm(
     return torch.stack(parts).max() if maximum else torch.stack(parts).sum() ** (1 / norm_type)
 
 
-def groups_of(tensor: Tensor) -> tuple[ProcessGroup, ...]:
+def shard_groups_of(tensor: Tensor) -> tuple[ProcessGroup, ...]:
     """The groups whose ranks hold different pieces of a tensor; none for one that each rank has whole."""
     if not is_dtensor(tensor):
         return ()
@@ -145,12 +149,12 @@ def groups_of(tensor: Tensor) -> tuple[ProcessGroup, ...]:
     return tuple(tensor.device_mesh.get_group(dim) for dim in cut)
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that may be cut; changing it changes the tensor."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def summed(param: Tensor) -> Tensor | None:
+def reduced_grad(param: Tensor) -> Tensor | None:
     """A parameter's gradient; where ranks hold summands of it, it is added up first."""
     gradient = param.grad
     if is_dtensor(gradient) and any(placement.is_partial() for placement in gradient.placements):

@@ -39,7 +39,7 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "sequence_parallel": SequenceParallel,
 }
 # Which dimension of the weight a style cuts.
-_CUTS: dict[tuple[type[ParallelStyle], type[nn.Module]], int] = {
+_SHARD_DIMS: dict[tuple[type[ParallelStyle], type[nn.Module]], int] = {
     (ColwiseParallel, nn.Linear): 0,
     (RowwiseParallel, nn.Linear): 1,
     (ColwiseParallel, nn.Embedding): 1,
@@ -48,7 +48,7 @@ _CUTS: dict[tuple[type[ParallelStyle], type[nn.Module]], int] = {
 
 
 def check(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | None, sharded: bool = False) -> None:
-    """Refuses a model that `share` could not share out; does nothing without ranks that share tensors.
+    """Refuses a model that `parallelize` could not share out; does nothing without ranks that share tensors.
 
     Args:
         model: The model.
@@ -59,11 +59,11 @@ def check(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | 
     Raises:
         ValueError: saying what does not fit.
     """
-    if mesh is None or sizes is None or not _has(mesh, "tp"):
+    if mesh is None or sizes is None or not _has_dim(mesh, "tp"):
         return
-    there = next(_sharing(model), None)
+    there = next(_tp_meshes(model), None)
     if there is None:
-        _check_plan(model, _plan_for(model, sizes), sizes.tp_size)
+        _check_plan(model, _expand_plan(model, sizes), sizes.tp_size)
     elif there["tp"].size() != sizes.tp_size or (sharded and there != mesh["tp"]):
         raise ValueError(
             f"{type(model).__name__} came with its tensors shared out on {there}, which is not the dimension 'tp' of this "
@@ -71,14 +71,14 @@ def check(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | 
         )
 
 
-def planned(model: nn.Module, sizes: ParallelismConfig | None) -> set[nn.Parameter] | None:
-    """Returns the parameters that `share` may replace; None for a model that came sharded."""
-    if next(_sharing(model), None) is not None:
+def planned_params(model: nn.Module, sizes: ParallelismConfig | None) -> set[nn.Parameter] | None:
+    """Returns the parameters that `parallelize` may replace; None for a model that came sharded."""
+    if next(_tp_meshes(model), None) is not None:
         return None
-    return {param for path in _plan_for(model, sizes) for param in model.get_submodule(path).parameters()}
+    return {param for path in _expand_plan(model, sizes) for param in model.get_submodule(path).parameters()}
 
 
-def share(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> None:
+def parallelize(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> None:
     """Gives each rank its part of the tensors, of which every rank has the same values. Tied ones stay tied.
 
     Args:
@@ -86,13 +86,13 @@ def share(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | 
         mesh: The device mesh; without a dimension ``tp``, nothing is done.
         sizes: May hold the plan.
     """
-    if mesh is None or not _has(mesh, "tp") or next(_sharing(model), None) is not None:
+    if mesh is None or not _has_dim(mesh, "tp") or next(_tp_meshes(model), None) is not None:
         return
-    shared = _shared(model)
+    shared = _tied_names(model)
     trained = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
     # Before torch 2.7, rank 0 sends each rank its shard of values that all of them have.
     options: dict[str, Any] = {"src_data_rank": None} if is_torch_version(">=", "2.7.0") else {}
-    parallelize_module(model, mesh["tp"], dict(_plan_for(model, sizes)), **options)
+    parallelize_module(model, mesh["tp"], dict(_expand_plan(model, sizes)), **options)
     for name, param in model.named_parameters(remove_duplicate=False):
         param.requires_grad_(trained[name])  # torch 2.6 makes shards of frozen parameters trainable
     for first, *others in shared:  # each module was cut on its own
@@ -102,38 +102,38 @@ def share(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | 
             model.get_submodule(path)._parameters[leaf] = param
 
 
-def _has(mesh: DeviceMesh | None, dimension: str) -> bool:
+def _has_dim(mesh: DeviceMesh | None, dimension: str) -> bool:
     return mesh is not None and dimension in (mesh.mesh_dim_names or ())
 
 
-def _sharing(model: nn.Module) -> Iterator[DeviceMesh]:
+def _tp_meshes(model: nn.Module) -> Iterator[DeviceMesh]:
     """The meshes on which ranks share tensors of a model that came so."""
     meshes = (param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
-    return (mesh for mesh in meshes if _has(mesh, "tp"))
+    return (mesh for mesh in meshes if _has_dim(mesh, "tp"))
 
 
-def _plan_for(model: nn.Module, sizes: ParallelismConfig | None) -> dict[str, ParallelStyle]:
+def _expand_plan(model: nn.Module, sizes: ParallelismConfig | None) -> dict[str, ParallelStyle]:
     """The style of each module that is to be cut, by its full name.
 
     Raises:
         ValueError: for a model without a plan, or one that the plan does not fit.
     """
     handler = sizes.tp_handler if sizes is not None else None
-    wanted: dict[str, Any] = (handler.plan if handler is not None else None) or getattr(model, "_tp_plan", None) or {}
+    given: dict[str, Any] = (handler.plan if handler is not None else None) or getattr(model, "_tp_plan", None) or {}
     kind = type(model).__name__
-    if not wanted:
+    if not given:
         raise ValueError(
             f"{kind} does not say how its tensors are to be shared out: load it with "
             "from_pretrained(..., tp_plan='auto', device_mesh=accelerator.torch_device_mesh['tp']), or pass "
             "ParallelismConfig(tp_handler=TorchTensorParallelConfig(plan={'layers.*.mlp.up_proj': 'colwise', ...}))."
         )
     plan: dict[str, ParallelStyle] = {}
-    for pattern, style in wanted.items():
-        found = list(_matching(model, pattern))
+    for pattern, style in given.items():
+        found = list(_matching_modules(model, pattern))
         if not found:
             raise ValueError(f"the plan of tensor parallelism names {pattern!r}, but {kind} has no such module.")
         for name in found:
-            plan[name] = _style(style, pattern)
+            plan[name] = _resolve_style(style, pattern)
     return plan
 
 
@@ -153,24 +153,25 @@ def _check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int | N
                     f"{path} cannot be shared by {ranks} ranks (tp_size={ranks}), since {size} = {size // ranks} x {ranks} "
                     f"+ {size % ranks}: choose a tp_size that divides {size}, or leave the module out of the plan."
                 )
-    for names in _shared(model):
-        ways = {name: _way(model, name.rpartition(".")[0], plan) for name in names}
-        if len(set(ways.values())) > 1:
-            told = ", ".join(
-                f"{name}: {'whole' if way is None else f'along dimension {way}'}" for name, way in ways.items()
+    for names in _tied_names(model):
+        shardings = {name: _weight_sharding(model, name.rpartition(".")[0], plan) for name in names}
+        if len(set(shardings.values())) > 1:
+            listed = ", ".join(
+                f"{name}: {'whole' if sharding is None else f'along dimension {sharding}'}"
+                for name, sharding in shardings.items()
             )
             raise ValueError(
-                f"the plan of tensor parallelism tears a shared parameter apart ({told}): cut all of them in the same way, "
-                "or none."
+                f"the plan of tensor parallelism tears a shared parameter apart ({listed}): cut all of them in the same "
+                "way, or none."
             )
 
 
-def _matching(model: nn.Module, pattern: str) -> Iterator[str]:
+def _matching_modules(model: nn.Module, pattern: str) -> Iterator[str]:
     expression = re.compile(r"[^.]+".join(map(re.escape, pattern.split("*"))))
     return (name for name, _ in model.named_modules() if expression.fullmatch(name))
 
 
-def _style(style: Any, pattern: str) -> ParallelStyle:
+def _resolve_style(style: Any, pattern: str) -> ParallelStyle:
     if isinstance(style, ParallelStyle):
         return style
     if style not in STYLES:
@@ -182,7 +183,7 @@ def _style(style: Any, pattern: str) -> ParallelStyle:
     return STYLES[style]()
 
 
-def _shared(model: nn.Module) -> list[list[str]]:
+def _tied_names(model: nn.Module) -> list[list[str]]:
     """The names of parameters that are one and the same."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
@@ -190,10 +191,13 @@ def _shared(model: nn.Module) -> list[list[str]]:
     return [several for several in names.values() if len(several) > 1]
 
 
-def _way(model: nn.Module, path: str, plan: dict[str, ParallelStyle]) -> Any:
+def _weight_sharding(model: nn.Module, path: str, plan: dict[str, ParallelStyle]) -> Any:
     """How a module's weight is cut: along which dimension, or by which other style; None: it stays whole."""
     style = plan.get(path)
     if style is None:
         return None
     module = model.get_submodule(path)
-    return next((way for (a, b), way in _CUTS.items() if isinstance(style, a) and isinstance(module, b)), repr(style))
+    return next(
+        (sharding for (a, b), sharding in _SHARD_DIMS.items() if isinstance(style, a) and isinstance(module, b)),
+        repr(style),
+    )

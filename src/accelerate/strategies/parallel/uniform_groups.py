@@ -20,7 +20,9 @@ class UniformGroupsOptimizer(AcceleratedOptimizer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._uniform: list[tuple[int, int]] = []  # the lists of parameters that were of one kind, and their lengths
+        self._uniform_lists: list[
+            tuple[int, int]
+        ] = []  # the lists of parameters that were of one kind, and their lengths
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """See `AcceleratedOptimizer.step`."""
@@ -41,12 +43,12 @@ class UniformGroupsOptimizer(AcceleratedOptimizer):
         """Replaces groups of several kinds by their parts, and yields these; None where there is nothing to split."""
         groups = self.optimizer.param_groups
         lists = [(id(group["params"]), len(group["params"])) for group in groups]
-        if lists == self._uniform or not self.gradient_state.sync_gradients:
+        if lists == self._uniform_lists or not self.gradient_state.sync_gradients:
             yield None
             return
-        parts = [[{**group, "params": params} for params in _by_kind(group["params"])] for group in groups]
+        parts = [[{**group, "params": params} for params in _by_mesh(group["params"])] for group in groups]
         if all(len(each) == 1 for each in parts):
-            self._uniform = lists
+            self._uniform_lists = lists
             yield None
             return
         self.optimizer.param_groups = split = [part for each in parts for part in each]
@@ -58,7 +60,7 @@ class UniformGroupsOptimizer(AcceleratedOptimizer):
                 group.update({name: value for name, value in part.items() if name != "params"})  # a count, say
 
 
-def _by_kind(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+def _by_mesh(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Sorts parameters into lists for torch's kernels; an empty list stays one."""
     lists: dict[Any, list[torch.Tensor]] = {}
     for param in params:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from accelerate.strategies.parallel.grad_sync import average_gradients, is_averaged
+from accelerate.strategies.parallel.grad_sync import has_grad_all_reduce, register_grad_all_reduce
 
 
 @pytest.mark.parametrize("all_used", [True, False])
 def test_the_model_goes_when_it_is_let_go(all_used: bool) -> None:
     model = nn.Linear(3, 3)
     model.weight.requires_grad_(False)
-    average_gradients(model, model.parameters(), None, all_used=all_used)
+    register_grad_all_reduce(model, model.parameters(), None, all_used=all_used)
     assert not model.weight.requires_grad and model.bias.requires_grad
     gone = [weakref.ref(model), *map(weakref.ref, model.parameters())]
     del model
@@ -27,8 +27,8 @@ def test_the_model_goes_when_it_is_let_go(all_used: bool) -> None:
 
 def test_a_copy_is_not_prepared() -> None:
     model = nn.Linear(3, 3)
-    average_gradients(model, model.parameters(), None, all_used=False)
+    register_grad_all_reduce(model, model.parameters(), None, all_used=False)
     twin = copy.deepcopy(model)
-    assert is_averaged(model) and not is_averaged(twin)
+    assert has_grad_all_reduce(model) and not has_grad_all_reduce(twin)
     twin(torch.ones(1, 3)).sum().backward()  # among no ranks, averaging would fail
     assert twin.bias.grad is not None

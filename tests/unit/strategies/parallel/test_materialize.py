@@ -23,11 +23,11 @@ def test_lifted_and_lowered_a_model_is_what_it_was(monkeypatch):
     monkeypatch.setattr(materialize, "BLOCK_BYTES", 4)  # many blocks
     model = tied()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    lifted = materialize.lift(model, {model[0].weight})
+    originals = materialize.move_to_meta(model, {model[0].weight})
     assert all(param.is_meta for param in model.parameters()) and model[2].weight is model[1].weight
-    assert list(lifted) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
-    materialize.lower(model, lifted, Collectives(CPU, 0, 1), CPU, offload=False)
-    assert model[2].weight is model[1].weight and model.mask.tolist() == [True, False] and not lifted
+    assert list(originals) == ["0.weight", "0.bias", "1.weight", "1.bias", "2.bias"]
+    materialize.materialize_and_broadcast(model, originals, Collectives(CPU, 0, 1), CPU, offload=False)
+    assert model[2].weight is model[1].weight and model.mask.tolist() == [True, False] and not originals
     assert model[0].weight.dtype is torch.float32 and model[0].bias.dtype is torch.bfloat16
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name].to(value.dtype))
@@ -43,16 +43,18 @@ def test_initialisation_keeps_ties_and_objects():
         for param in module.parameters(recurse=False):
             nn.init.ones_(param)
 
-    materialize.initialise(model, fill, CPU)
+    materialize.initialize_meta_modules(model, fill, CPU)
     assert model[1].weight is there and model[2].weight is there and there.sum() == 9
 
 
 def test_retied_one_module_after_the_other():
     with torch.device("meta"):
         model = tied()
-    initialise = ensure_weights_retied(lambda module: module.to_empty(device="cpu", recurse=False), model, CPU)
+    initialize_meta_modules = ensure_weights_retied(
+        lambda module: module.to_empty(device="cpu", recurse=False), model, CPU
+    )
     for module in model:
-        initialise(module)
+        initialize_meta_modules(module)
     assert model[2].weight is model[1].weight and not model[2].weight.is_meta
 
 

@@ -17,17 +17,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
 from ....settings.parallel import DeepSpeedSequenceParallelConfig, TorchContextParallelConfig
-from .ring_attention import Layout, gathered, ring
-from .ulysses import exchanged, not_divided
+from .ring_attention import SequenceSharding, allgather_kv_attention, ring_attention
+from .ulysses import divisibility_error, ulysses_attention
 
 if TYPE_CHECKING:
     from ....parallelism_config import ParallelismConfig
 
-ATTENTION = "scaled_dot_product_attention"
-original = functional.scaled_dot_product_attention
+SDPA_NAME = "scaled_dot_product_attention"
+torch_sdpa = functional.scaled_dot_product_attention
 
 
-class Way(ABC):
+class SequenceParallelBackend(ABC):
     """What the two have in common.
 
     Attributes:
@@ -37,13 +37,13 @@ class Way(ABC):
         mesh: The ranks that share a sequence.
     """
 
-    called: ClassVar[str]
+    display_name: ClassVar[str]
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
 
     @abstractmethod
-    def layout(self, length: int) -> Layout:
+    def sharding(self, length: int) -> SequenceSharding:
         """Who has which part of sequences of this length.
 
         Raises:
@@ -51,11 +51,11 @@ class Way(ABC):
         """
 
     @abstractmethod
-    def attend(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+    def attention(self, sharding: SequenceSharding, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
         """Attention of this rank's tokens to those of all ranks, from the arguments that torch's takes."""
 
     @abstractmethod
-    def instead_of(self, mask: Tensor, length: int) -> dict[str, Any]:
+    def normalize_mask(self, mask: Tensor, length: int) -> dict[str, Any]:
         """What attention is given in place of a mask that a model has passed to it.
 
         Args:
@@ -73,19 +73,21 @@ class Way(ABC):
             ValueError: saying what does not fit.
         """
 
-    def check_loader(self) -> None:  # noqa: B027 - as above
+    def check_data_loader(self) -> None:  # noqa: B027 - as above
         """Refuses to have a loader cut sequences.
 
         Raises:
             ValueError: where that is asked for.
         """
 
-    def fused(self, layout: Layout, length: int | None) -> AbstractContextManager[Callable[..., Tensor] | None]:
+    def native_kernel(
+        self, sharding: SequenceSharding, length: int | None
+    ) -> AbstractContextManager[Callable[..., Tensor] | None]:
         """A context that gives an implementation of the device's own, or None."""
         return nullcontext()
 
 
-class KeysTravel(Way):
+class RingBackend(SequenceParallelBackend):
     """Context parallelism: each rank keeps its queries, and attends to all keys and values.
 
     Args:
@@ -93,16 +95,16 @@ class KeysTravel(Way):
         method: How they travel: ``allgather`` or ``alltoall``.
     """
 
-    called = "context parallelism"
+    display_name = "context parallelism"
 
     def __init__(self, mesh: DeviceMesh, method: str) -> None:
         super().__init__(mesh)
         self._method = method
 
-    def layout(self, length: int) -> Layout:
-        return Layout.of(length, self.mesh.size())
+    def sharding(self, length: int) -> SequenceSharding:
+        return SequenceSharding.for_length(length, self.mesh.size())
 
-    def attend(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+    def attention(self, sharding: SequenceSharding, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
         group = self.mesh.get_group()
         dropped = given.get("dropout_p", 0.0)
         causal = bool(given.pop("is_causal", False))
@@ -112,16 +114,20 @@ class KeysTravel(Way):
                     f"attention drops out {dropped} of its weights, which cp_comm_strategy='alltoall' cannot: set the "
                     "model's attention dropout to 0, or use 'allgather'."
                 )
-            return ring(query, key, value, group=group, layout=layout, is_causal=causal, scale=given.get("scale"))
-        return gathered(original, query, key, value, group=group, layout=layout, is_causal=causal, **given)
+            return ring_attention(
+                query, key, value, group=group, sharding=sharding, is_causal=causal, scale=given.get("scale")
+            )
+        return allgather_kv_attention(
+            torch_sdpa, query, key, value, group=group, sharding=sharding, is_causal=causal, **given
+        )
 
-    def instead_of(self, mask: Tensor, length: int) -> dict[str, Any]:
-        causal = _causal(mask)
+    def normalize_mask(self, mask: Tensor, length: int) -> dict[str, Any]:
+        causal = _causal_mask(mask)
         # Positions jump from one chunk to the next, which models may take for the start of another sequence.
         half = causal.shape[0] // 2
         apart = causal.clone()
         apart[half:, :half] = False
-        if not _is_one_of(mask, [causal, apart]):
+        if not _matches_any(mask, [causal, apart]):
             raise ValueError(
                 "context parallelism takes causal attention and attention without a mask; this mask is another. Leave the "
                 "attention mask out, and pack or truncate sequences instead of padding them."
@@ -129,9 +135,9 @@ class KeysTravel(Way):
         return {"is_causal": True}
 
     @contextmanager
-    def fused(self, layout: Layout, length: int | None) -> Iterator[Callable[..., Tensor] | None]:
+    def native_kernel(self, sharding: SequenceSharding, length: int | None) -> Iterator[Callable[..., Tensor] | None]:
         """Torch's own attention over the same chunks, which uses the fused kernels of CUDA."""
-        if self.mesh.device_type != "cuda" or length is None or not layout.balanced:
+        if self.mesh.device_type != "cuda" or length is None or not sharding.head_tail:
             yield None
             return
         from torch.distributed.tensor.experimental import context_parallel
@@ -143,7 +149,7 @@ class KeysTravel(Way):
             yield functional.scaled_dot_product_attention
 
 
-class HeadsTravel(Way):
+class UlyssesBackend(SequenceParallelBackend):
     """Sequence parallelism: each rank attends with some of the heads, over the whole sequence.
 
     Args:
@@ -152,31 +158,32 @@ class HeadsTravel(Way):
         tensor_ranks: How many ranks share a layer's tensors, and with them its heads.
     """
 
-    called = "sequence parallelism"
+    display_name = "sequence parallelism"
 
-    def __init__(self, mesh: DeviceMesh, fixed: int | None, tensor_ranks: int) -> None:
+    def __init__(self, mesh: DeviceMesh, seq_length: int | None, tp_size: int) -> None:
         super().__init__(mesh)
-        self._fixed = fixed
-        self._tensor_ranks = tensor_ranks
+        self._seq_length = seq_length
+        self._tp_size = tp_size
 
-    def layout(self, length: int) -> Layout:
-        if self._fixed not in (None, length):
+    def sharding(self, length: int) -> SequenceSharding:
+        if self._seq_length not in (None, length):
             raise ValueError(
-                f"sp_seq_length={self._fixed} with sp_seq_length_is_variable=False announces the length of all sequences, "
-                f"and this batch has {length} tokens: pad or pack to {self._fixed}, or set sp_seq_length_is_variable=True."
+                f"sp_seq_length={self._seq_length} with sp_seq_length_is_variable=False announces the length of all "
+                f"sequences, and this batch has {length} tokens: pad or pack to {self._seq_length}, or set "
+                "sp_seq_length_is_variable=True."
             )
-        return Layout.of(length, self.mesh.size(), setting="sp_size", in_order=True)
+        return SequenceSharding.for_length(length, self.mesh.size(), setting="sp_size", contiguous=True)
 
-    def attend(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
-        return exchanged(original, query, key, value, group=self.mesh.get_group(), **given)
+    def attention(self, sharding: SequenceSharding, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+        return ulysses_attention(torch_sdpa, query, key, value, group=self.mesh.get_group(), **given)
 
-    def instead_of(self, mask: Tensor, length: int) -> dict[str, Any]:
+    def normalize_mask(self, mask: Tensor, length: int) -> dict[str, Any]:
         whole = length * self.mesh.size()
         if tuple(mask.shape[-2:]) in ((whole, whole), (1, whole)):
             return {"attn_mask": mask}
         # What a model makes of this rank's tokens tells nothing of the others: it may only have meant that tokens see those
         # before them.
-        if not _is_one_of(mask, [_causal(mask)]):
+        if not _matches_any(mask, [_causal_mask(mask)]):
             raise ValueError(
                 "sequence parallelism takes causal attention, attention without a mask, and masks of the whole sequence, "
                 f"(..., {whole}, {whole}) or (..., 1, {whole}) for {self.mesh.size()} ranks with {length} tokens each. This "
@@ -190,22 +197,22 @@ class HeadsTravel(Way):
         kind = getattr(config, "_attn_implementation", None)
         if kind not in (None, "sdpa"):
             raise ValueError(
-                f"{name} has attn_implementation={kind!r}, and ranks exchange heads around torch's {ATTENTION}: load it "
+                f"{name} has attn_implementation={kind!r}, and ranks exchange heads around torch's {SDPA_NAME}: load it "
                 "with attn_implementation='sdpa'."
             )
         heads = getattr(config, "num_attention_heads", None)
-        if not isinstance(heads, int) or heads % self._tensor_ranks:  # the latter, tensor parallelism says itself
+        if not isinstance(heads, int) or heads % self._tp_size:  # the latter, tensor parallelism says itself
             return
-        here = heads // self._tensor_ranks
+        here = heads // self._tp_size
         if here % self.mesh.size():
             shared = f"num_attention_heads {heads}"
-            if self._tensor_ranks > 1:
-                shared = f"{shared} / tp_size {self._tensor_ranks} = {here}"
+            if self._tp_size > 1:
+                shared = f"{shared} / tp_size {self._tp_size} = {here}"
             raise ValueError(
-                f"{name} cannot share out the heads of its attention: {not_divided(shared, here, self.mesh.size())}."
+                f"{name} cannot share out the heads of its attention: {divisibility_error(shared, here, self.mesh.size())}."
             )
 
-    def check_loader(self) -> None:
+    def check_data_loader(self) -> None:
         raise ValueError(
             "deepspeed_ulysses_dl_adapter belongs to DeepSpeed, as the way in which transformers' Trainer computes losses "
             "with sp_size above 1 does, and this run is without DeepSpeed: write the loop, and cut each batch with "
@@ -213,20 +220,20 @@ class HeadsTravel(Way):
         )
 
 
-def way_of(mesh: DeviceMesh, sizes: ParallelismConfig) -> Way | None:
+def select_backend(mesh: DeviceMesh, sizes: ParallelismConfig) -> SequenceParallelBackend | None:
     """How ranks of this run share sequences; None where they have whole ones."""
     names = mesh.mesh_dim_names or ()
     if "cp" in names:
         contexts = sizes.cp_handler or TorchContextParallelConfig()
-        return KeysTravel(mesh["cp"], contexts.cp_comm_strategy or "allgather")
+        return RingBackend(mesh["cp"], contexts.cp_comm_strategy or "allgather")
     if "sp" in names:
         sequences = sizes.sp_handler or DeepSpeedSequenceParallelConfig()
-        fixed = None if sequences.sp_seq_length_is_variable else sequences.sp_seq_length
-        return HeadsTravel(mesh["sp"], fixed, sizes.tp_size or 1)
+        seq_length = None if sequences.sp_seq_length_is_variable else sequences.sp_seq_length
+        return UlyssesBackend(mesh["sp"], seq_length, sizes.tp_size or 1)
     return None
 
 
-def check_details(sizes: ParallelismConfig) -> None:
+def validate_config(sizes: ParallelismConfig) -> None:
     """Refuses what the settings ask of sequence parallelism and it cannot do without DeepSpeed.
 
     Raises:
@@ -238,21 +245,21 @@ def check_details(sizes: ParallelismConfig) -> None:
     if handler.sp_attn_implementation not in (None, "sdpa"):
         raise ValueError(
             f"sp_attn_implementation={handler.sp_attn_implementation!r} needs DeepSpeed, which is not part of this version: "
-            f"without it, ranks exchange heads around torch's {ATTENTION}, which has kernels of flash attention itself. Set "
+            f"without it, ranks exchange heads around torch's {SDPA_NAME}, which has kernels of flash attention itself. Set "
             "'sdpa'."
         )
     size, length = sizes.sp_size or 1, handler.sp_seq_length
     if length is not None and not handler.sp_seq_length_is_variable and length % size:
-        why = not_divided(f"sp_seq_length={length}", length, size)
+        why = divisibility_error(f"sp_seq_length={length}", length, size)
         raise ValueError(f"sequences of one length cannot be cut into equal parts: {why}.")
 
 
-def _causal(mask: Tensor) -> Tensor:
+def _causal_mask(mask: Tensor) -> Tensor:
     size = mask.shape[-1]
     return torch.ones(size, size, dtype=torch.bool, device=mask.device).tril()
 
 
-def _is_one_of(mask: Tensor, patterns: Sequence[Tensor]) -> bool:
+def _matches_any(mask: Tensor, patterns: Sequence[Tensor]) -> bool:
     """Whether all matrices of a mask say the same as one of some others."""
     if mask.shape[-2:] != patterns[0].shape:
         return False

@@ -21,10 +21,10 @@ from torch.nn import functional
 from ....runtime.collective_backend import TorchCollectives
 from ....runtime.tensors.forward import unwrap_module
 from ....state import GradientState
-from .backends import ATTENTION, Way, original, way_of
-from .ring_attention import Layout
-from .sdpa_capture import holder_of
-from .unshard_outputs import Cut, put_together
+from .backends import SDPA_NAME, SequenceParallelBackend, select_backend, torch_sdpa
+from .ring_attention import SequenceSharding
+from .sdpa_capture import find_captured_function
+from .unshard_outputs import ShardedSequence, unshard_outputs
 
 if TYPE_CHECKING:
     from ....parallelism_config import ParallelismConfig
@@ -36,48 +36,48 @@ _ADVICE = (
 )
 
 
-def shared_sequences(mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> SharedSequences | None:
+def context_parallel_manager(mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> ContextParallelManager | None:
     """What a run shares sequences with; None where ranks have whole ones."""
-    way = None if mesh is None or sizes is None else way_of(mesh, sizes)
-    return None if way is None else SharedSequences(way)
+    backend = None if mesh is None or sizes is None else select_backend(mesh, sizes)
+    return None if backend is None else ContextParallelManager(backend)
 
 
-class SharedSequences:
+class ContextParallelManager:
     """What a run with context or sequence parallelism shares sequences with.
 
     Args:
         way: How tokens come to see those of other ranks.
     """
 
-    def __init__(self, way: Way) -> None:
-        self.way = way
+    def __init__(self, backend: SequenceParallelBackend) -> None:
+        self.backend = backend
         self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._unchecked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._forwards = self._calls = 0
-        self._open = False
-        self._cut: Cut | None = None  # by the latest block, which was in the loop over this loader
+        self._forward_calls = self._sdpa_calls = 0
+        self._active = False
+        self._sequence: ShardedSequence | None = None  # set by the latest block, in the loop over `_loader`
         self._loader: Callable[[], Any] = _no_loader
-        self._attend: Callable[..., Tensor] = original
-        self._attention = _function_of(self._counted)
-        self._latest: tuple[weakref.ref[Tensor], int, int, dict[str, Any]] | None = None
+        self._attention_impl: Callable[..., Tensor] = torch_sdpa
+        self._sdpa = _as_sdpa(self._intercept_sdpa)
+        self._mask_cache: tuple[weakref.ref[Tensor], int, int, dict[str, Any]] | None = None
 
     # Models hold on to this by their hooks: a copy is watched as well, and one that was pickled shares nothing.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedSequences:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallelManager:
         return self
 
     def __reduce__(self) -> Any:
-        return SharedSequences, (None,)
+        return ContextParallelManager, (None,)
 
-    def check(self, model: nn.Module) -> None:
+    def check_model(self, model: nn.Module) -> None:
         """Refuses a model of which can be seen that its sequences cannot be shared.
 
         Raises:
             ValueError: saying why.
         """
-        self.way.check_model(unwrap_module(model))
+        self.backend.check_model(unwrap_module(model))
 
-    def watch(self, model: nn.Module) -> None:
+    def register_hooks(self, model: nn.Module) -> None:
         """Has the model's forwards counted, and looked at for what a part of a sequence would be misunderstood by."""
         if model not in self._models:
             self._models.add(model)
@@ -89,18 +89,18 @@ class SharedSequences:
 
     def _check_models(self) -> None:
         for model in self._unchecked:
-            holder = holder_of(original, model)
+            holder = find_captured_function(torch_sdpa, model)
             if holder is not None:
                 raise ValueError(
-                    f"{holder} holds the function {ATTENTION} itself, so that its attention cannot be shared over ranks: "
+                    f"{holder} holds the function {SDPA_NAME} itself, so that its attention cannot be shared over ranks: "
                     f"{_ADVICE}"
                 )
         self._unchecked.clear()
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._forwards += 1
+        self._forward_calls += 1
         bare = unwrap_module(model)
-        if not self._open or not hasattr(bare, "config"):  # as transformers' models are called
+        if not self._active or not hasattr(bare, "config"):  # as transformers' models are called
             return
         taken = inspect.signature(bare.forward)
         given = {**taken.bind_partial(*args, **kwargs).arguments, **kwargs}
@@ -111,12 +111,12 @@ class SharedSequences:
                 f"{type(bare).__name__} was given no position_ids and would count those of each rank's part from 0: pass "
                 "positions of the whole sequence, cut like the tokens (maybe_context_parallel's buffers)."
             )
-        mask, cut = given.get("attention_mask"), self._cut
-        if cut is None or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != cut.length:
+        mask, sequence = given.get("attention_mask"), self._sequence
+        if sequence is None or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != sequence.length:
             return
         if not bool(mask.all()):
             raise ValueError(
-                f"{type(bare).__name__} was given an attention_mask of all {cut.length} tokens and would take its "
+                f"{type(bare).__name__} was given an attention_mask of all {sequence.length} tokens and would take its "
                 "beginning for that of each rank's part: leave it out, or cut it like the tokens (maybe_context_parallel's "
                 "buffers)."
             )
@@ -125,40 +125,40 @@ class SharedSequences:
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        if not self._open or not isinstance(hidden, Tensor):
+        if not self._active or not isinstance(hidden, Tensor):
             return None
         # Each rank may have made another mask of its positions, or none, and what is sent along depends on it.
         mask = kwargs.get("attention_mask")
-        instead = self._instead_of(mask, hidden.shape[-2]) if isinstance(mask, Tensor) else {}
+        instead = self._normalize_mask(mask, hidden.shape[-2]) if isinstance(mask, Tensor) else {}
         if "attn_mask" in instead:
             return None
-        self._check_window(module)
+        self._check_sliding_window(module)
         return (args, {**kwargs, "attention_mask": None, **instead}) if instead else None
 
-    def _instead_of(self, mask: Tensor, length: int) -> dict[str, Any]:
-        """See `Way.instead_of`, which looks at the values of a mask: once for all layers that are given the same."""
+    def _normalize_mask(self, mask: Tensor, length: int) -> dict[str, Any]:
+        """Caches `SequenceParallelBackend.normalize_mask`, which reads the mask's values, for layers that share a mask."""
         if mask.is_inference():  # has no version that would show a change
-            return self.way.instead_of(mask, length)
-        latest = self._latest
+            return self.backend.normalize_mask(mask, length)
+        latest = self._mask_cache
         if latest is not None and latest[0]() is mask and latest[1:3] == (mask._version, length):
             return latest[3]
-        instead = self.way.instead_of(mask, length)
+        instead = self.backend.normalize_mask(mask, length)
         kept = {} if "attn_mask" in instead else instead  # which would keep the mask
-        self._latest = (weakref.ref(mask), mask._version, length, instead) if kept else None
+        self._mask_cache = (weakref.ref(mask), mask._version, length, instead) if kept else None
         return instead
 
-    def _check_window(self, module: nn.Module) -> None:
+    def _check_sliding_window(self, module: nn.Module) -> None:
         """Models narrow attention by masks, which they leave out where a rank's part is no longer than the window."""
         window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
-        if isinstance(window, int) and self._cut is not None and window < self._cut.length:
+        if isinstance(window, int) and self._sequence is not None and window < self._sequence.length:
             raise ValueError(
                 f"{type(module).__name__} lets a token see {window} tokens (sliding_window), and sequences have "
-                f"{self._cut.length}: {self.way.called} would have them see all before them. Cut sequences to {window} "
-                "tokens."
+                f"{self._sequence.length}: {self.backend.display_name} would have them see all before them. Cut "
+                f"sequences to {window} tokens."
             )
 
     @contextmanager
-    def over(
+    def shard_buffers(
         self,
         buffers: Sequence[Tensor] | None,
         dims: Sequence[int] | None,
@@ -171,55 +171,55 @@ class SharedSequences:
             RuntimeError: when the block ends and the models' attention has gone past the one that is shared.
         """
         buffers, dims = list(buffers or ()), list(dims or ())
-        kept = _check(buffers, dims, list(no_restore or ()))
+        kept = _check_buffers(buffers, dims, list(no_restore or ()))
         length = buffers[0].shape[dims[0]] if buffers else None
         self._check_models()
-        mesh = self.way.mesh
-        layout = Layout(mesh.size(), False) if length is None else self.way.layout(length)
-        self._forwards = self._calls = 0
+        mesh = self.backend.mesh
+        sharding = SequenceSharding(mesh.size(), False) if length is None else self.backend.sharding(length)
+        self._forward_calls = self._sdpa_calls = 0
         with ExitStack() as stack:
-            stack.enter_context(_cut(buffers, dims, kept, layout, mesh.get_local_rank()))
-            fused = stack.enter_context(self.way.fused(layout, length))
-            attend = fused or functools.partial(self.way.attend, layout)
-            stack.enter_context(_replaced(self._attention))
-            self._attend, self._open = attend, True
-            self._note(length, layout)
+            stack.enter_context(_sharded_buffers(buffers, dims, kept, sharding, mesh.get_local_rank()))
+            native_kernel = stack.enter_context(self.backend.native_kernel(sharding, length))
+            attention = native_kernel or functools.partial(self.backend.attention, sharding)
+            stack.enter_context(_patched_sdpa(self._sdpa))
+            self._attention_impl, self._active = attention, True
+            self._remember_sharding(length, sharding)
             try:
                 yield
             finally:
-                self._open = False
-        if self._forwards and not self._calls:
+                self._active = False
+        if self._forward_calls and not self._sdpa_calls:
             raise RuntimeError(
-                f"the model ran under {self.way.called}, but its attention did not go through "
-                f"torch's {ATTENTION}, so each rank has seen its own part of the sequence only: {_ADVICE}"
+                f"the model ran under {self.backend.display_name}, but its attention did not go through "
+                f"torch's {SDPA_NAME}, so each rank has seen its own part of the sequence only: {_ADVICE}"
             )
 
-    def _note(self, length: int | None, layout: Layout) -> None:
-        self._cut = None if length is None else Cut(length, layout)
+    def _remember_sharding(self, length: int | None, sharding: SequenceSharding) -> None:
+        self._sequence = None if length is None else ShardedSequence(length, sharding)
         loader = GradientState().active_dataloader
         self._loader = _no_loader if loader is None else weakref.ref(loader)
 
-    def put_together(self, data: Any, device: torch.device) -> Any:
+    def unshard_outputs(self, data: Any, device: torch.device) -> Any:
         """What ranks made of their parts, put together as the latest block has cut them; all that share them call this."""
         loader = GradientState().active_dataloader
         # Another loop, evaluation after training say, may have been without blocks.
-        cut = self._cut if loader is None or loader is self._loader() else None
-        return put_together(data, TorchCollectives(device, self.way.mesh.get_group()), cut)
+        sequence = self._sequence if loader is None or loader is self._loader() else None
+        return unshard_outputs(data, TorchCollectives(device, self.backend.mesh.get_group()), sequence)
 
-    def _counted(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._calls += 1
+    def _intercept_sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._sdpa_calls += 1
         given = dict(kwargs)
         for position, value_given in enumerate(args):  # torch 2.6 cannot compile a dict of a zip
             given[("attn_mask", "dropout_p", "is_causal")[position]] = value_given
         if query.shape[-2] != key.shape[-2]:
             raise ValueError(
-                f"{self.way.called} shares self-attention: {query.shape[-2]} queries and {key.shape[-2]} keys are not of "
-                "one sequence."
+                f"{self.backend.display_name} shares self-attention: {query.shape[-2]} queries and {key.shape[-2]} keys are "
+                "not of one sequence."
             )
         mask = given.pop("attn_mask", None)
         if mask is not None:
-            given.update(self._instead_of(mask, query.shape[-2]))
-        return self._attend(query, key, value, **given)
+            given.update(self._normalize_mask(mask, query.shape[-2]))
+        return self._attention_impl(query, key, value, **given)
 
 
 def _no_loader() -> None:
@@ -227,11 +227,11 @@ def _no_loader() -> None:
 
 
 @contextmanager
-def _cut(
-    buffers: Sequence[Tensor], dims: Sequence[int], kept: Sequence[bool], layout: Layout, rank: int
+def _sharded_buffers(
+    buffers: Sequence[Tensor], dims: Sequence[int], kept: Sequence[bool], sharding: SequenceSharding, rank: int
 ) -> Iterator[None]:
     whole = [buffer.data for buffer in buffers]
-    parts = [layout.cut(data, dim, rank) for data, dim in zip(whole, dims, strict=True)]
+    parts = [sharding.shard(data, dim, rank) for data, dim in zip(whole, dims, strict=True)]
     # Other memory rather than less of the same: buffers may be views of one tensor.
     for buffer, part in zip(buffers, parts, strict=True):
         buffer.data = part
@@ -243,10 +243,10 @@ def _cut(
                 buffer.data = data
 
 
-def _function_of(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _as_sdpa(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function, the same for all blocks: torch's compiler takes no other in this place, and compiles anew for each."""
 
-    @functools.wraps(original)
+    @functools.wraps(torch_sdpa)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
         return attention(*args, **kwargs)
 
@@ -254,19 +254,19 @@ def _function_of(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _replaced(attention: Callable[..., Tensor]) -> Iterator[None]:
+def _patched_sdpa(attention: Callable[..., Tensor]) -> Iterator[None]:
     before = functional.scaled_dot_product_attention
-    setattr(functional, ATTENTION, attention)
+    setattr(functional, SDPA_NAME, attention)
     try:
         yield
     finally:
-        setattr(functional, ATTENTION, before)
+        setattr(functional, SDPA_NAME, before)
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
-def _check(buffers: Sequence[Any], dims: Sequence[Any], no_restore: Sequence[Any]) -> list[bool]:
+def _check_buffers(buffers: Sequence[Any], dims: Sequence[Any], no_restore: Sequence[Any]) -> list[bool]:
     """For each buffer, whether it stays cut afterwards."""
     if len(buffers) != len(dims):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Attention over a sequence that is cut over ranks: each rank has the queries, keys and values of its own tokens.
 
-`Layout` says which chunks of the sequence a rank has: pure arithmetic. `gathered` brings all keys and values to every rank;
-`ring` passes them on from rank to rank and merges what each step gives. Both are exact, forwards and backwards.
+`SequenceSharding` maps chunks of the sequence to ranks. `allgather_kv_attention` all-gathers keys and values;
+`ring_attention` passes them from rank to rank and merges the partial results. Both are exact, forwards and backwards.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.distributed import ProcessGroup
 
 # The names since torch 2.13, and before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_ROWS = 256
+_QUERY_BLOCK = 256
 """Queries for which scores and masks are in memory at a time: that many by the length of the sequence, not its square."""
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceSharding:
     """Which chunks of a sequence each rank has.
 
     Attributes:
@@ -33,10 +33,12 @@ class Layout:
     """
 
     ranks: int
-    balanced: bool
+    head_tail: bool
 
     @classmethod
-    def of(cls, length: int, ranks: int, *, setting: str = "cp_size", in_order: bool = False) -> Layout:
+    def for_length(
+        cls, length: int, ranks: int, *, setting: str = "cp_size", contiguous: bool = False
+    ) -> SequenceSharding:
         """The layout for sequences of this length.
 
         Args:
@@ -49,34 +51,34 @@ class Layout:
             ValueError: when it cannot be cut into equal parts, showing the arithmetic.
         """
         if length % ranks:
-            best = "" if in_order else f", best of {2 * ranks}, which shares the work evenly as well"
+            best = "" if contiguous else f", best of {2 * ranks}, which shares the work evenly as well"
             raise ValueError(
                 f"a sequence of {length} tokens cannot be cut into {ranks} equal parts ({setting}={ranks}), since "
                 f"{length} = {length // ranks} x {ranks} + {length % ranks}: pad it to a multiple of {ranks}{best}."
             )
-        return cls(ranks, not in_order and length % (2 * ranks) == 0)
+        return cls(ranks, not contiguous and length % (2 * ranks) == 0)
 
     @property
-    def count(self) -> int:
+    def num_chunks(self) -> int:
         """How many chunks the sequence has."""
-        return self.ranks * (2 if self.balanced else 1)
+        return self.ranks * (2 if self.head_tail else 1)
 
-    def of_rank(self, rank: int) -> tuple[int, ...]:
+    def chunks_of_rank(self, rank: int) -> tuple[int, ...]:
         """The numbers of a rank's chunks, in the order in which it holds them."""
-        return (rank, self.count - 1 - rank) if self.balanced else (rank,)
+        return (rank, self.num_chunks - 1 - rank) if self.head_tail else (rank,)
 
-    def cut(self, tensor: Tensor, dim: int, rank: int) -> Tensor:
+    def shard(self, tensor: Tensor, dim: int, rank: int) -> Tensor:
         """A copy of the rank's part of a tensor with the whole sequence along `dim`."""
-        chunks = tensor.chunk(self.count, dim)
-        return torch.cat([chunks[number] for number in self.of_rank(rank)], dim)
+        chunks = tensor.chunk(self.num_chunks, dim)
+        return torch.cat([chunks[number] for number in self.chunks_of_rank(rank)], dim)
 
-    def joined(self, parts: list[Tensor], dim: int) -> Tensor:
+    def unshard(self, parts: list[Tensor], dim: int) -> Tensor:
         """The whole sequence in its order, from all ranks' parts."""
         chunks: dict[int, Tensor] = {}
         for rank, part in enumerate(parts):
-            numbers = self.of_rank(rank)
+            numbers = self.chunks_of_rank(rank)
             chunks.update(zip(numbers, part.chunk(len(numbers), dim), strict=True))
-        return torch.cat([chunks[number] for number in range(self.count)], dim)
+        return torch.cat([chunks[number] for number in range(self.num_chunks)], dim)
 
 
 # All keys and values on every rank -----------------------------------------------------------------------------------
@@ -99,14 +101,14 @@ class _AllGather(torch.autograd.Function):
         return own, None
 
 
-def gathered(
+def allgather_kv_attention(
     attention: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     group: ProcessGroup,
-    layout: Layout,
+    sharding: SequenceSharding,
     is_causal: bool,
     **more: Any,
 ) -> Tensor:
@@ -121,21 +123,21 @@ def gathered(
         **more: For `attention`.
     """
     width = key.shape[-1]
-    both = layout.joined(list(_AllGather.apply(torch.cat([key, value], -1), group)), -2)
+    both = sharding.unshard(list(_AllGather.apply(torch.cat([key, value], -1), group)), -2)
     keys, values = both.split([width, both.shape[-1] - width], -1)
     if not is_causal:
         return attention(query, keys, values, **more)
-    numbers = layout.of_rank(dist.get_rank(group))
+    numbers = sharding.chunks_of_rank(dist.get_rank(group))
     length = query.shape[-2] // len(numbers)
-    if length > _ROWS and more.pop("enable_gqa", False):  # once, instead of in every block
+    if length > _QUERY_BLOCK and more.pop("enable_gqa", False):  # once, instead of in every block
         keys, values = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (keys, values))
-    rows = min(_ROWS, length)
+    rows = min(_QUERY_BLOCK, length)
     # The masks of all blocks are parts of this one, right-aligned: a block's last row sees all keys up to itself.
     bias = torch.full((rows, keys.shape[-2]), -torch.inf, dtype=query.dtype, device=query.device)
     bias = bias.triu(keys.shape[-2] - rows + 1)
     results = []
     for number, own in zip(numbers, query.chunk(len(numbers), -2), strict=True):
-        for start, stop in _blocks(length):
+        for start, stop in _query_blocks(length):
             seen = number * length + stop
             mask = bias[rows - (stop - start) :, bias.shape[1] - seen :]
             if mask.device.type != "cpu":
@@ -145,25 +147,25 @@ def gathered(
     return torch.cat(results, -2)
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
+def _query_blocks(length: int) -> Iterator[tuple[int, int]]:
     """Start and end of the blocks of a chunk's queries that see keys together."""
-    return ((start, min(start + _ROWS, length)) for start in range(0, length, _ROWS))
+    return ((start, min(start + _QUERY_BLOCK, length)) for start in range(0, length, _QUERY_BLOCK))
 
 
 # Keys and values in a ring -------------------------------------------------------------------------------------------
 
 
-def ring(
+def ring_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     group: ProcessGroup,
-    layout: Layout,
+    sharding: SequenceSharding,
     is_causal: bool,
     scale: float | None = None,
 ) -> Tensor:
-    """The same, with one other rank's keys and values in memory at a time. See `gathered`.
+    """The same, with one other rank's keys and values in memory at a time. See `allgather_kv_attention`.
 
     Args:
         scale: Factor on the products of queries and keys; None: one over the root of their width.
@@ -177,30 +179,36 @@ def ring(
     grouped = query.unflatten(1, (key.shape[1], -1))  # several heads of queries may share a head of keys
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):  # it would round what is computed exactly here
-        result: Tensor = _Ring.apply(grouped, own.unsqueeze(3), group, layout, is_causal, factor)
+        result: Tensor = _RingAttention.apply(grouped, own.unsqueeze(3), group, sharding, is_causal, factor)
     return result.flatten(1, 2)
 
 
-class _Ring(torch.autograd.Function):
+class _RingAttention(torch.autograd.Function):
     """Merges what each rank's keys and values give by the logarithms of their sums of exponentials."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, own: Tensor, group: ProcessGroup, layout: Layout, causal: bool, scale: float
+        ctx: Any,
+        query: Tensor,
+        own: Tensor,
+        group: ProcessGroup,
+        sharding: SequenceSharding,
+        causal: bool,
+        scale: float,
     ) -> Tensor:
-        ctx.how = group, layout, causal, scale
+        ctx.how = group, sharding, causal, scale
         exact = torch.promote_types(query.dtype, torch.float32)
         result = torch.zeros((*query.shape[:-1], own.shape[-1]), dtype=exact, device=query.device)
         total = torch.full((*query.shape[:-1], 1), -torch.inf, dtype=exact, device=query.device)
         there = own
-        for step in range(layout.ranks):
-            there = _passed_on(there, group) if step else there
-            for mine, theirs, diagonal in _pairs(layout, dist.get_rank(group), step, causal):
-                key, value = _chunk(there, theirs, layout).to(exact)
-                for start, stop in _blocks(key.shape[-2]):
+        for step in range(sharding.ranks):
+            there = _ring_shift(there, group) if step else there
+            for mine, theirs, diagonal in _visible_chunk_pairs(sharding, dist.get_rank(group), step, causal):
+                key, value = _chunk(there, theirs, sharding).to(exact)
+                for start, stop in _query_blocks(key.shape[-2]):
                     seen = stop if diagonal else key.shape[-2]
                     asked, so_far, known = (
-                        _chunk(tensor, mine, layout)[..., start:stop, :] for tensor in (query, result, total)
+                        _chunk(tensor, mine, sharding)[..., start:stop, :] for tensor in (query, result, total)
                     )
                     score = _scores(asked.to(exact), key[..., :seen, :], scale, diagonal)
                     here = score.logsumexp(-1, keepdim=True)
@@ -213,21 +221,21 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, own, result, total = ctx.saved_tensors
-        group, layout, causal, scale = ctx.how
+        group, sharding, causal, scale = ctx.how
         exact = result.dtype
         grad = grads[0].to(exact)
         shift = (grad * result).sum(-1, keepdim=True)
         of_query = torch.zeros_like(query, dtype=exact)
         there, of_there = own, torch.zeros_like(own, dtype=exact)
-        for step in range(layout.ranks):
-            there = _passed_on(there, group) if step else there
-            for mine, theirs, diagonal in _pairs(layout, dist.get_rank(group), step, causal):
-                pair, of_pair = _chunk(there, theirs, layout).to(exact), _chunk(of_there, theirs, layout)
-                for start, stop in _blocks(pair.shape[-2]):
+        for step in range(sharding.ranks):
+            there = _ring_shift(there, group) if step else there
+            for mine, theirs, diagonal in _visible_chunk_pairs(sharding, dist.get_rank(group), step, causal):
+                pair, of_pair = _chunk(there, theirs, sharding).to(exact), _chunk(of_there, theirs, sharding)
+                for start, stop in _query_blocks(pair.shape[-2]):
                     seen = stop if diagonal else pair.shape[-2]
                     (key, value), (of_key, of_value) = pair[..., :seen, :], of_pair[..., :seen, :]
                     asked, given, known, moved, of_asked = (
-                        _chunk(tensor, mine, layout)[..., start:stop, :]
+                        _chunk(tensor, mine, sharding)[..., start:stop, :]
                         for tensor in (query, grad, total, shift, of_query)
                     )
                     asked = asked.to(exact)
@@ -236,22 +244,24 @@ class _Ring(torch.autograd.Function):
                     of_asked.add_(of_score @ key)
                     of_key.add_((of_score.mT @ asked).sum(2, keepdim=True))
                     of_value.add_((weight.mT @ given).sum(2, keepdim=True))
-            of_there = _passed_on(of_there, group)  # along with what it belongs to; after the last step it is home
+            of_there = _ring_shift(of_there, group)  # along with what it belongs to; after the last step it is home
         return of_query.to(query.dtype), of_there.to(own.dtype), None, None, None, None
 
 
-def _pairs(layout: Layout, rank: int, step: int, causal: bool) -> Iterator[tuple[int, int, bool]]:
+def _visible_chunk_pairs(
+    sharding: SequenceSharding, rank: int, step: int, causal: bool
+) -> Iterator[tuple[int, int, bool]]:
     """Of this rank's chunks and those it holds at a step of the ring, the places of the pairs that see each other, and
     whether they are the same chunk under a causal mask."""
-    source = (rank - step) % layout.ranks
-    for mine, here in enumerate(layout.of_rank(rank)):
-        for theirs, there in enumerate(layout.of_rank(source)):
+    source = (rank - step) % sharding.ranks
+    for mine, here in enumerate(sharding.chunks_of_rank(rank)):
+        for theirs, there in enumerate(sharding.chunks_of_rank(source)):
             if not causal or there <= here:
                 yield mine, theirs, causal and there == here
 
 
-def _chunk(tensor: Tensor, place: int, layout: Layout) -> Tensor:
-    held = 2 if layout.balanced else 1
+def _chunk(tensor: Tensor, place: int, sharding: SequenceSharding) -> Tensor:
+    held = 2 if sharding.head_tail else 1
     length = tensor.shape[-2] // held
     return tensor.narrow(-2, place * length, length)
 
@@ -266,7 +276,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, diagonal: bool) -> Tensor:
     return score
 
 
-def _passed_on(tensor: Tensor, group: ProcessGroup) -> Tensor:
+def _ring_shift(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """The tensor of the rank before, while the one after receives this."""
     rank, size = dist.get_rank(group), group.size()
     sent, received = tensor.contiguous().view(-1), tensor.new_empty(tensor.numel())

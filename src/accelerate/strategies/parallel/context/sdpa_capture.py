@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 
-def holder_of(function: Any, model: nn.Module) -> str | None:
+def find_captured_function(function: Any, model: nn.Module) -> str | None:
     """Where a module of `model` holds `function` itself, for a message; None when none does.
 
     Args:
@@ -26,7 +26,7 @@ def holder_of(function: Any, model: nn.Module) -> str | None:
             if value is function:
                 return f"{path or type(module).__qualname__}.{name}"
         for kind in type(module).__mro__:
-            if not _is_torchs(kind) and id(kind) not in seen:
+            if not _is_from_torch(kind) and id(kind) not in seen:
                 seen.add(id(kind))
                 for name, value in vars(kind).items():
                     found = _reaches(getattr(value, "__func__", value), function, seen)
@@ -39,20 +39,20 @@ def _reaches(value: Any, function: Any, seen: set[int]) -> str | None:
     """How `value` comes to `function`; "" when it is the function, None when it does not."""
     if value is function:
         return ""
-    if not isinstance(value, FunctionType) or _is_torchs(value) or id(value) in seen:
+    if not isinstance(value, FunctionType) or _is_from_torch(value) or id(value) in seen:
         return None
     seen.add(id(value))
-    for name, reached in _reached_by(value):
+    for name, reached in _references(value):
         if _reaches(reached, function, seen) is not None:
             return f" (as {name!r})"
     return None
 
 
-def _reached_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _references(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """What a function's code may call, by name."""
     yield from ((f"a default of {function.__name__}", value) for value in function.__defaults__ or ())
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        yield from ((name, held) for held in _held(cell))
+        yield from ((name, held) for held in _cell_contents(cell))
     names = set(_names(function.__code__))
     for name in names:
         value = function.__globals__.get(name)
@@ -61,7 +61,7 @@ def _reached_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{attribute}", vars(value)[attribute]) for attribute in names & vars(value).keys())
 
 
-def _held(cell: Any) -> Iterator[Any]:
+def _cell_contents(cell: Any) -> Iterator[Any]:
     try:
         yield cell.cell_contents
     except ValueError:  # empty as yet
@@ -75,5 +75,5 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _is_torchs(thing: Any) -> bool:
+def _is_from_torch(thing: Any) -> bool:
     return str(getattr(thing, "__module__", "")).partition(".")[0] == "torch"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def exchanged(
+def ulysses_attention(
     attention: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
@@ -41,39 +41,39 @@ def exchanged(
     ranks, heads = group.size(), query.shape[-3] if query.dim() > 2 else 1
     if heads % ranks:
         raise ValueError(
-            f"sequence parallelism shares out a layer's heads, and {not_divided(f'{heads} heads', heads, ranks)}: choose a "
-            "sp_size that does."
+            f"sequence parallelism shares out a layer's heads, and {divisibility_error(f'{heads} heads', heads, ranks)}: "
+            "choose a sp_size that does."
         )
-    key, value = (_for_each_rank(part, ranks) for part in (key, value))
+    key, value = (_repeat_kv_heads(part, ranks) for part in (key, value))
     if key.shape == value.shape and query.shape[:-3] == key.shape[:-3] and query.shape[-1] == key.shape[-1]:
-        query, key, value = _heads_for_tokens([query, key, value], group)
+        query, key, value = _seq_to_heads([query, key, value], group)
     else:
-        query, key, value = (_heads_for_tokens([part], group)[0] for part in (query, key, value))
+        query, key, value = (_seq_to_heads([part], group)[0] for part in (query, key, value))
     if attn_mask is not None and attn_mask.dim() > 2 and attn_mask.shape[-3] > 1:
         attn_mask = attn_mask.chunk(ranks, -3)[dist.get_rank(group)]
-    return _tokens_for_heads(attention(query, key, value, attn_mask=attn_mask, **more), group)
+    return _heads_to_seq(attention(query, key, value, attn_mask=attn_mask, **more), group)
 
 
-def not_divided(what: str, number: int, ranks: int) -> str:
+def divisibility_error(what: str, number: int, ranks: int) -> str:
     """The arithmetic of a number that ranks cannot share."""
     return f"sp_size={ranks} does not divide {what}, {number} = {number // ranks} x {ranks} + {number % ranks}"
 
 
-def _for_each_rank(part: Tensor, ranks: int) -> Tensor:
+def _repeat_kv_heads(part: Tensor, ranks: int) -> Tensor:
     """Keys or values whose heads can be shared out. Where several heads of queries have one of them, it may have to go to
     several ranks. As `ranks` divides the heads of queries, these stay with their own."""
     copies = ranks // math.gcd(part.shape[-3], ranks)
     return part if copies == 1 else part.repeat_interleave(copies, -3)
 
 
-def _heads_for_tokens(parts: Sequence[Tensor], group: ProcessGroup) -> Sequence[Tensor]:
+def _seq_to_heads(parts: Sequence[Tensor], group: ProcessGroup) -> Sequence[Tensor]:
     """This rank's heads of the whole sequence, from all heads of its tokens."""
     by_rank = [part.unflatten(-3, (group.size(), -1)).movedim(-4, 0) for part in parts]
     received: Tensor = _AllToAll.apply(torch.cat(by_rank, -3), group)
     return received.movedim(0, -3).flatten(-3, -2).split([part.shape[-3] for part in by_rank], -3)
 
 
-def _tokens_for_heads(result: Tensor, group: ProcessGroup) -> Tensor:
+def _heads_to_seq(result: Tensor, group: ProcessGroup) -> Tensor:
     """All heads of this rank's tokens, from its heads of the whole sequence."""
     by_rank = result.unflatten(-2, (group.size(), -1)).movedim(-3, 0)
     received: Tensor = _AllToAll.apply(by_rank, group)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ....runtime.collective_backend import Collectives
 from ....runtime.tensors.pytree import contains_only_tensors, recursively_apply
-from .ring_attention import Layout
+from .ring_attention import SequenceSharding
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardedSequence:
     """How sequences were cut.
 
     Attributes:
@@ -28,15 +28,15 @@ class Cut:
     """
 
     length: int
-    layout: Layout
+    sharding: SequenceSharding
 
     @property
-    def piece(self) -> int:
+    def local_length(self) -> int:
         """The length of a rank's part."""
-        return self.length // self.layout.ranks
+        return self.length // self.sharding.ranks
 
 
-def put_together(data: Any, peers: Collectives, cut: Cut | None) -> Any:
+def unshard_outputs(data: Any, peers: Collectives, sequence: ShardedSequence | None) -> Any:
     """The same on each of the ranks that share sequences.
 
     Args:
@@ -52,43 +52,43 @@ def put_together(data: Any, peers: Collectives, cut: Cut | None) -> Any:
         ValueError: when something of the latter is a tensor, was made of parts, and is not the same on all ranks.
     """
     if contains_only_tensors(data):
-        return recursively_apply(_of_all, data, peers, cut)
-    return _of_objects(peers.all_gather_object(data))
+        return recursively_apply(_unshard_tensor, data, peers, sequence)
+    return _merge_objects(peers.all_gather_object(data))
 
 
-def _has_tokens(tensor: Tensor, count: int) -> bool:
+def _has_tokens(tensor: Tensor, length: int) -> bool:
     """Whether a tensor with a row for each sample has so many tokens in each."""
-    return tensor.ndim > 1 and tensor.shape[1] == count
+    return tensor.ndim > 1 and tensor.shape[1] == length
 
 
-def _of_all(tensor: Tensor, peers: Collectives, cut: Cut | None) -> Tensor:
+def _unshard_tensor(tensor: Tensor, peers: Collectives, sequence: ShardedSequence | None) -> Tensor:
     here = tensor.detach().to(peers.device)
-    if cut is not None and _has_tokens(here, cut.piece):
+    if sequence is not None and _has_tokens(here, sequence.local_length):
         parts = peers.all_gather(here).tensor_split(peers.size)
-        together = cut.layout.joined(list(parts), 1)
+        together = sequence.sharding.unshard(list(parts), 1)
     elif here.is_floating_point() and here.ndim < 2:
         summed = here.float() if here.itemsize < 4 else here.clone()
         together = (peers.all_reduce(summed) / peers.size).to(here.dtype)
-    elif cut is None or _has_tokens(here, cut.length):
+    elif sequence is None or _has_tokens(here, sequence.length):
         together = peers.broadcast(here.clone(memory_format=torch.contiguous_format))
     else:
-        together = _the_same(here, peers, cut)
+        together = _require_equal(here, peers, sequence)
     return together.to(tensor.device)
 
 
-def _the_same(tensor: Tensor, peers: Collectives, cut: Cut) -> Tensor:
+def _require_equal(tensor: Tensor, peers: Collectives, sequence: ShardedSequence) -> Tensor:
     found = peers.all_gather(tensor[None]).unsqueeze(-1).view(torch.uint8)  # as bytes, for NaN is not the same as NaN
     if (found == found[0]).all():
         return tensor
     raise ValueError(
         f"gather_for_metrics was given a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} that is not the same on "
-        f"the {peers.size} ranks that share sequences, and it has no dimension 1 of the {cut.piece} tokens that each has of "
-        f"{cut.length}, to be joined along. Pass what there is of each token as (samples, tokens, ...), and before it is "
-        "padded. Pass counts and sums as floats: they are averaged over those ranks, so that quotients of them are right."
+        f"the {peers.size} ranks that share sequences, and dimension 1 is not the sequence shard of {sequence.local_length} "
+        f"out of {sequence.length} tokens. Pass per-token values as (samples, tokens, ...), before padding. Pass counts and "
+        "sums as floats: they are averaged over those ranks, so that their quotients are right."
     )
 
 
-def _of_objects(found: Sequence[Any]) -> Any:
+def _merge_objects(found: Sequence[Any]) -> Any:
     """What the ranks' objects come to."""
     first = found[0]
     if isinstance(first, float):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as by_name
 
-from accelerate.strategies.parallel.context.sdpa_capture import holder_of
+from accelerate.strategies.parallel.context.sdpa_capture import find_captured_function
 
 here = sys.modules[__name__]
 
@@ -72,11 +72,11 @@ def closed() -> nn.Module:
 @pytest.mark.parametrize("make", [ByName, ByHelper, ByModule, ByDefault, ByAttribute, OfTheClass, closed])
 def test_roads_to_the_function(make):
     model = nn.Sequential(Through(), make())
-    assert holder_of(by_name, model) is not None
+    assert find_captured_function(by_name, model) is not None
     fine = nn.Sequential(Through(), nn.TransformerEncoderLayer(4, 2), nn.MultiheadAttention(4, 2))
-    assert holder_of(by_name, fine) is None
+    assert find_captured_function(by_name, fine) is None
 
 
 def test_it_says_where():
-    assert holder_of(by_name, nn.Sequential(ByHelper())) == f"{__name__}.ByHelper.forward (as 'helper')"
-    assert holder_of(by_name, nn.Sequential(ByAttribute())) == "0.attend"
+    assert find_captured_function(by_name, nn.Sequential(ByHelper())) == f"{__name__}.ByHelper.forward (as 'helper')"
+    assert find_captured_function(by_name, nn.Sequential(ByAttribute())) == "0.attend"

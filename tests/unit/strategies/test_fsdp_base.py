@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.strategies.fsdp_base import units, without_torn_ties
+from accelerate.strategies.fsdp_base import find_units, without_shared_params
 
 
 class Layer(nn.Sequential):
@@ -24,7 +24,7 @@ def found(built: nn.Module, **fields: object) -> list[str]:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **fields)
     plugin.set_auto_wrap_policy(built)
     names = {module: name for name, module in built.named_modules()}
-    return [names[unit] for unit in units(built, plugin.auto_wrap_policy)]
+    return [names[unit] for unit in find_units(built, plugin.auto_wrap_policy)]
 
 
 def test_layers_each_once():
@@ -44,10 +44,10 @@ def test_by_size_a_list_of_layers_is_passed_over():
 
 def test_what_shares_a_parameter_with_others_stays_with_the_whole():
     built = model()
-    assert without_torn_ties(built, [built.layers[0], built.layers[1]]) == [built.layers[0], built.layers[1]]
+    assert without_shared_params(built, [built.layers[0], built.layers[1]]) == [built.layers[0], built.layers[1]]
     built.first = nn.Linear(4, 4)
     built.first.weight = built.layers[0][1].weight
-    assert without_torn_ties(built, [built.layers[0][0], built.layers[0], built.layers[1]]) == [
+    assert without_shared_params(built, [built.layers[0][0], built.layers[0], built.layers[1]]) == [
         built.layers[0][0],
         built.layers[1],
     ]
