@@ -403,4 +403,4 @@ def _older_plugin() -> list[tuple[int, int, str]]:
 
 
 def test_the_older_plugin_asks_for_the_same(run_ranks):
-    assert run_ranks(4, _older_plugin) == [[(4, 1, "TensorParallel"), (2, 2, "TensorParallel")]] * 4
+    assert run_ranks(4, _older_plugin) == [[(4, 1, "TensorParallelStrategy"), (2, 2, "TensorParallelStrategy")]] * 4
