@@ -71,4 +71,4 @@ def _as_data_parallelism() -> tuple[Any, ...]:
 
 
 def test_replicas_alone_are_data_parallelism(run_ranks):
-    assert run_ranks(2, _as_data_parallelism) == [(("dp_replicate",), rank, "DataParallel") for rank in (0, 1)]
+    assert run_ranks(2, _as_data_parallelism) == [(("dp_replicate",), rank, "DDPStrategy") for rank in (0, 1)]

@@ -47,7 +47,9 @@ def _gathered(sizes: dict[str, int], length: int) -> None:
         names = accelerator.gather_for_metrics([f"{rank}-{index}" for index in range(len(batch))])
         assert {name[0] for name in names} == {"0"} and len(names) == len(found["predictions"])
         assert accelerator.gather_for_metrics([float(rank)] * len(batch)) == [0.5] * len(names)
-        with pytest.raises(ValueError, match=rf"torch.int64 and shape \(\) .* 2 ranks .* shard of {length // ranks} out of"):
+        with pytest.raises(
+            ValueError, match=rf"torch.int64 and shape \(\) .* 2 ranks .* shard of {length // ranks} out of"
+        ):
             accelerator.gather_for_metrics(made["predictions"].numel() + torch.tensor(rank))
         with pytest.raises(ValueError, match=r"torch.float64 and shape \(\d+, 2\) .* as \(samples, tokens, \.\.\.\)"):
             accelerator.gather_for_metrics(made["logits"][0].flatten(0, 1))
