@@ -1,4 +1,4 @@
-"""Models larger than memory: an empty skeleton, weights where there is room for them, and a forward all the same."""
+"""Inference with models larger than memory: meta-device initialization, device maps, and offloaded weights."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @contextmanager
 def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
-    """Modules made inside take no memory: their parameters are on the meta device.
+    """Creates modules without memory: within the context, parameters of new modules are on the meta device.
 
     Args:
-        include_buffers: Buffers, and tensors made in passing, too. None: as ``ACCELERATE_INIT_INCLUDE_BUFFERS``
-            says, else no.
+        include_buffers: Include buffers, and any other tensors created. None: as set by
+            ``ACCELERATE_INIT_INCLUDE_BUFFERS``, by default no.
 
     Example:
         ```python
@@ -64,10 +64,10 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
 
 @contextmanager
 def init_on_device(device: Place, include_buffers: bool | None = None) -> Iterator[None]:
-    """Modules made inside have their parameters on a device.
+    """Creates modules on a device: within the context, parameters of new modules are moved to it.
 
     Args:
-        device: Which.
+        device: The device.
         include_buffers: As for `init_empty_weights`.
     """
     if include_buffers is None:
@@ -107,7 +107,7 @@ def _moved(param: nn.Parameter, device: torch.device) -> nn.Parameter:
     return made
 
 
-# Whole models offloaded -----------------------------------------------------------------------------------------------
+# Offloading whole models ----------------------------------------------------------------------------------------------
 
 
 def _default_device(model: nn.Module) -> torch.device:
@@ -123,16 +123,16 @@ def cpu_offload(
     preload_module_classes: Sequence[str] | None = None,
     prefetch: bool | None = None,
 ) -> _Module:
-    """Keeps all weights in memory, and has each layer fetch its own for its forward.
+    """Keeps all weights in CPU memory; each layer loads its own for its forward.
 
     Args:
-        model: The model; changed in place.
-        execution_device: Where it runs. None: where its parameters are.
+        model: The model; modified in place.
+        execution_device: Device that the model runs on. None: the device of its parameters.
         offload_buffers: Offload buffers too.
-        state_dict: The weights, where they are kept already. None: the model's.
-        preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
-        prefetch: Read the weights of the next layers while one computes. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else
-            yes.
+        state_dict: The weights, if they are in memory already. None: those of the model.
+        preload_module_classes: Names of classes whose modules load all their weights at once, submodules included.
+        prefetch: Prefetch the weights of the next layers while one computes. None: as set by
+            ``ACCELERATE_OFFLOAD_PREFETCH``, by default yes.
 
     Returns:
         The model.
@@ -171,21 +171,21 @@ def cpu_offload_with_hook(
     execution_device: Place | None = None,
     prev_module_hook: UserCpuOffloadHook | None = None,
 ) -> tuple[_Module, UserCpuOffloadHook]:
-    """Keeps a model in memory until it is called; it then stays on its device until its hook is told to offload it.
+    """Keeps a model in CPU memory until it is called; it then stays on its device until its hook offloads it.
 
     Args:
-        model: The model; changed in place.
-        execution_device: Where it runs. None: this process's device.
-        prev_module_hook: The hook of the model that ran before, which is offloaded when this one is called.
+        model: The model; modified in place.
+        execution_device: Device that the model runs on. None: this process's device.
+        prev_module_hook: Hook of the model that ran before, which is offloaded when this one is called.
 
     Returns:
-        The model and its hook, with ``offload()`` and ``remove()``.
+        The model and its hook, with the methods ``offload()`` and ``remove()``.
 
     Example:
         ```python
         encoder, first = cpu_offload_with_hook(encoder, "cuda")
         decoder, second = cpu_offload_with_hook(decoder, "cuda", prev_module_hook=first)
-        outputs = decoder(encoder(inputs))  # the encoder has left the device when the decoder comes
+        outputs = decoder(encoder(inputs))  # offloads the encoder before the decoder is moved
         second.offload()
         ```
     """
@@ -204,16 +204,16 @@ def disk_offload(
     preload_module_classes: Sequence[str] | None = None,
     prefetch: bool | None = None,
 ) -> _Module:
-    """Keeps all weights on disk, and has each layer fetch its own for its forward.
+    """Keeps all weights on disk; each layer loads its own for its forward.
 
     Args:
-        model: The model; changed in place.
-        offload_dir: The folder; weights that are not there yet are written.
-        execution_device: Where it runs. None: where its parameters are.
+        model: The model; modified in place.
+        offload_dir: The folder; weights are written to it unless it has an index already.
+        execution_device: Device that the model runs on. None: the device of its parameters.
         offload_buffers: Offload buffers too.
-        preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
-        prefetch: Read the weights of the next layers while one computes. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else
-            yes.
+        preload_module_classes: Names of classes whose modules load all their weights at once, submodules included.
+        prefetch: Prefetch the weights of the next layers while one computes. None: as set by
+            ``ACCELERATE_OFFLOAD_PREFETCH``, by default yes.
 
     Returns:
         The model.
@@ -225,7 +225,7 @@ def disk_offload(
     return _offloaded(model, device, weights, offload_buffers, preload_module_classes, prefetch)
 
 
-# A device map ---------------------------------------------------------------------------------------------------------
+# Device maps ----------------------------------------------------------------------------------------------------------
 
 
 def dispatch_model(
@@ -241,30 +241,31 @@ def dispatch_model(
     force_hooks: bool = False,
     prefetch: bool | None = None,
 ) -> _Module:
-    """Spreads a model over devices, memory and disk as a map says, with hooks that make its forward work.
+    """Dispatches a model over devices, CPU memory and disk by a device map, with hooks that run its forward.
 
     Args:
-        model: The model; changed in place. The map is kept as ``model.hf_device_map``. If parts of it are offloaded already,
-            their hooks are removed first. Parts without values take them from `state_dict` and `offload_index`.
-        device_map: Devices by name of module (or of a tensor directly on a larger module): a number, a device, ``"cpu"`` or
-            ``"disk"``. It must cover the whole model.
-        main_device: Where parts on ``"cpu"`` and ``"disk"`` run. None: the first of the map that computes, or the CPU.
-        state_dict: The weights of parts on ``"cpu"``, where they are kept already.
-        offload_dir: A folder for the weights of parts on ``"disk"``; those not there yet are written.
-        offload_index: Where these weights are, by name, if they are in files already.
-        offload_buffers: Offload buffers too; else they stay where the part runs.
-        skip_keys: Keyword arguments of forwards that stay on their device.
-        preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
-        force_hooks: Use hooks even if all goes to one device; else the model is simply moved there.
-        prefetch: Read the weights of the next layers while one computes. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else
-            yes.
+        model: The model; modified in place. The map is stored as ``model.hf_device_map``. If the model is offloaded already,
+            its hooks are removed first. Parameters on the meta device are loaded from `state_dict` and `offload_index`.
+        device_map: Devices by name of module (or of a tensor that belongs directly to a larger module): an index, a device,
+            ``"cpu"`` or ``"disk"``. It must cover the whole model.
+        main_device: Device that runs the parts on ``"cpu"`` and ``"disk"``. None: the first device of the map that computes,
+            otherwise the CPU.
+        state_dict: Weights of the parts on ``"cpu"``, if they are in memory already.
+        offload_dir: Folder for the weights of parts on ``"disk"``; missing ones are written.
+        offload_index: Index of these weights, by name, if they are in files already.
+        offload_buffers: Offload buffers too; otherwise they stay on the execution device.
+        skip_keys: Keyword arguments of forwards that are not moved.
+        preload_module_classes: Names of classes whose modules load all their weights at once, submodules included.
+        force_hooks: Attach hooks even if all parts are on one device; otherwise the model is only moved there.
+        prefetch: Prefetch the weights of the next layers while one computes. None: as set by
+            ``ACCELERATE_OFFLOAD_PREFETCH``, by default yes.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: when the map leaves something out, or parts go to disk and no place is named for them.
-        RuntimeError: when a part goes to a device that this process does not have.
+        ValueError: if the map is incomplete, or parts go to disk without an `offload_dir` or `offload_index`.
+        RuntimeError: if a part is assigned to a device that this process does not have.
     """
     check_device_map(model, device_map)
     where = normalize(device_map)
@@ -309,35 +310,35 @@ def load_checkpoint_and_dispatch(
     broadcast_from_rank0: bool = False,
     prefetch: bool | None = None,
 ) -> _Module:
-    """Loads weights into a (possibly empty) model and spreads it over devices, memory and disk.
+    """Loads weights into a model, which may be on the meta device, and dispatches it over devices, CPU memory and disk.
 
     Args:
-        model: The model; changed in place.
-        checkpoint: A file of weights, an index of several, or a folder with these.
-        device_map: A map by name of module; or how to make one: ``"auto"`` and ``"balanced"`` spread evenly over
-            accelerators, ``"balanced_low_0"`` leaves room on the first, ``"sequential"`` fills one after the other. None:
-            weights go where the model's are, and no hooks are used.
-        max_memory: Limits by device, for a map that is made.
-        no_split_module_classes: Names of classes whose modules stay on one device, for a map that is made.
-        offload_folder: Where weights of parts on disk are kept, if they are not in safetensors files already.
+        model: The model; modified in place.
+        checkpoint: A weight file, an index, or a folder with one of these.
+        device_map: A map by name of module, or the name of a computed one: ``"auto"`` and ``"balanced"`` spread the model
+            evenly over accelerators, ``"balanced_low_0"`` keeps the first one as free as possible, ``"sequential"`` fills
+            one after the other. None: weights go to the device of the model's tensors, and no hooks are attached.
+        max_memory: Limits by device, for a computed map.
+        no_split_module_classes: Names of classes whose modules stay on one device, for a computed map.
+        offload_folder: Folder for the weights of parts on disk, unless they are in safetensors files.
         offload_buffers: Offload buffers too.
-        dtype: Convert floating-point weights to this.
-        offload_state_dict: Accepted; see `load_checkpoint_in_model`.
-        skip_keys: Keyword arguments of forwards that stay on their device.
-        preload_module_classes: Modules of these classes fetch all at once, with what is inside them.
-        force_hooks: Use hooks even if all goes to one device.
-        strict: Refuse a checkpoint with names too few or too many.
+        dtype: Convert floating-point weights to this dtype.
+        offload_state_dict: Accepted for compatibility; see `load_checkpoint_in_model`.
+        skip_keys: Keyword arguments of forwards that are not moved.
+        preload_module_classes: Names of classes whose modules load all their weights at once, submodules included.
+        force_hooks: Attach hooks even if all parts are on one device.
+        strict: Raise for missing or unexpected names.
         full_state_dict: See `load_checkpoint_in_model`.
         broadcast_from_rank0: See `load_checkpoint_in_model`.
-        prefetch: Read the weights of the next layers while one computes. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else
-            yes.
+        prefetch: Prefetch the weights of the next layers while one computes. None: as set by
+            ``ACCELERATE_OFFLOAD_PREFETCH``, by default yes.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: when the checkpoint does not fit, or files are missing or damaged: all in one message, before anything
-            was changed; when the map leaves something out, or is none of those that can be made.
+        ValueError: if the checkpoint does not match the model, or files are missing or damaged, with all problems in one
+            message, before anything is changed; if the map is incomplete, or its name is unknown.
 
     Example:
         ```python
@@ -392,13 +393,13 @@ def made_map(
     offload_buffers: bool = False,
     special_dtypes: Mapping[str, Dtype] | None = None,
 ) -> Mapping[str, Place] | None:
-    """The map that a name such as ``"auto"`` stands for; a map is returned as it is."""
+    """Computes the device map that a name such as ``"auto"`` stands for; returns a map unchanged."""
     if not isinstance(device_map, str):
         return device_map
     if device_map not in _MAPS:
         raise ValueError(
-            f"device_map={device_map!r} is none of those that can be made, which are {', '.join(map(repr, _MAPS))}. For one "
-            f"device, pass a map: {{'': {device_map!r}}}."
+            f"device_map={device_map!r} is not one of the maps that can be computed: {', '.join(map(repr, _MAPS))}. For a "
+            f"single device, pass a map: {{'': {device_map!r}}}."
         )
     if device_map != "sequential":
         max_memory = get_balanced_memory(

@@ -167,6 +167,8 @@ OLD_WORDS: dict[str, str] = {
     "lane_to": "stream_to",
     "layers_to_quantise": "layers_to_quantize",
     "quantise_in_place": "quantize_in_place",
+    "as_quantised": "quantized_state",
+    "_give_up_others": "_release_other_stages",
     # launch
     "environment_over": "merged_environment",
     "check_named": "require_script",

@@ -175,15 +175,15 @@ def test_refusals_are_everybodys(run_ranks: Any) -> None:
     first, second = run_ranks(2, _refusals, timeout=200)
     assert first == second
     parts = [
-        "hold no tensors",
+        "have no tensors",
         "[3, 4] rows",
-        "there are 2 processes: name 1",
+        "there are 2 processes: pass 1",
         "no such module",
         "'even'",
         "num_chunks=0",
         "cannot be traced as one graph",
         "one row for each row of input",
-        "two, which computes nothing",
+        "two, which runs no operation",
         "expected float32['rows', 5], and got float32['rows', 6]",
         "got float64['rows', 5]",
         "expected float32['rows', 5], and got float32['rows', 5], float32['rows', 5]",

@@ -80,6 +80,6 @@ def test_each_process_takes_its_part(run_ranks: Any, tmp_path: Path) -> None:
         *loaded, misshaped, absent, few, lost = result
         for found in loaded:
             assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
-        assert "2.weight has the shape (7, 3)" in misshaped
+        assert "2.weight has shape (7, 3)" in misshaped
         assert "neither a file nor a folder" in absent and "neither a file nor a folder" in lost
         assert "2.weight is missing" in few

@@ -220,7 +220,7 @@ def test_a_map_is_logged_if_asked(caplog):
         infer_auto_device_map(Net(), max_memory={0: "1GiB"})
         assert not caplog.records
         infer_auto_device_map(Net(), max_memory={0: "1GiB"}, verbose=True)
-    assert "block.inner (24 bytes) goes to 0" in caplog.text
+    assert "block.inner (24 bytes) is assigned to 0" in caplog.text
 
 
 def test_a_map_names_parts_or_the_whole():

@@ -1,7 +1,7 @@
-"""Pipelined inference: a model cut into stages, one on each process, through which the parts of a batch go.
+"""Pipeline-parallel inference: splits a model into stages, one per rank, and runs microbatches through them.
 
-The model is traced with example inputs, its graph is cut before the modules that are named (or that divide its weights
-evenly), and each process keeps its stage, through which the parts of a batch go one after the other.
+The model is traced with example inputs, and its graph is split before the named modules (or where this divides the weights
+most evenly). Each rank keeps its stage.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..offload.sizes import compute_module_sizes
 from ..offload.tensors import named_module_tensors, set_module_tensor_to_device
 from ..runtime import world
 from ..runtime.tensors.forward import wrap_forward
-from .pipeline import Pipeline, batch_length, resized
+from .pipeline import Pipeline, batch_length, resize_batch
 from .stages import split, to_device
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -34,30 +34,30 @@ def prepare_pippy(
     num_chunks: int | None = None,
     gather_output: bool | None = False,
 ) -> _Module:
-    """Makes a model a pipeline for inference: each process keeps one stage of it and runs the parts of a batch through it.
+    """Splits a model into a pipeline for inference: each rank keeps one stage and runs microbatches through it.
 
-    Afterwards the model is called on all processes as before. The inputs of the first process count; outputs are those of
-    the whole model, on the last process, and None on the others. A batch may have any number of rows: it is filled up to
-    what was traced, taken in several rounds if it is larger, and what was added is cut off again. All else about the
-    inputs (names, other sizes, formats) is as in the example.
+    The model is then called on all ranks as before. The inputs of rank 0 are used; the last rank returns the outputs of the
+    whole model, the others None. A batch may have any number of rows: it is padded to a multiple of the traced batch and run
+    in rounds of that size, and the outputs are trimmed. All other properties of the inputs (names, other dimensions, dtypes)
+    must be those of the example.
 
     Args:
-        model: The model, the same on all processes, with its weights on the CPU. It is put in evaluation mode, and weights
-            of other processes' stages are given up.
-        split_points: Names of the modules that a new stage begins with, one fewer than processes, in the order in which
-            they run. ``"auto"`` (and None): those that divide the weights most evenly.
-        no_split_module_classes: Names of classes whose modules stay in one stage. None: those that the model names itself,
-            as transformers' models do.
-        example_args: Positional inputs to trace the model with. A batch of as many rows is one round.
+        model: The model, identical on all ranks, with its weights on the CPU. It is set to evaluation mode, and weights of
+            other ranks' stages are released.
+        split_points: Names of the modules that start a new stage, one fewer than ranks, in order of execution. ``"auto"``
+            (and None): those that divide the weights most evenly.
+        no_split_module_classes: Names of classes whose modules stay in one stage. None: the model's ``_no_split_modules``,
+            as in transformers.
+        example_args: Positional inputs to trace the model with; their number of rows is the size of a round.
         example_kwargs: Keyword inputs to trace the model with.
-        num_chunks: In how many parts a round goes through the stages; None: as many as there are processes.
-        gather_output: Outputs come to all processes.
+        num_chunks: Number of microbatches per round; None: the number of ranks.
+        gather_output: Return the outputs on all ranks.
 
     Returns:
-        The model; ``model.hf_split_points`` names where it was cut.
+        The model; ``model.hf_split_points`` has the names of the split points.
 
     Raises:
-        ValueError: for split points, inputs or outputs that make no pipeline, and for a model that cannot be traced.
+        ValueError: for split points, inputs or outputs unsuitable for a pipeline, or a model that cannot be traced.
 
     Example:
         ```python
@@ -81,11 +81,11 @@ def prepare_pippy(
     if stages == 1:
         return model
     each = -(-rows // chunks)
-    part = pytree.tree_map(lambda value: resized(value, each), (args, kwargs))
+    part = pytree.tree_map(lambda value: resize_batch(value, each), (args, kwargs))
     found = split(model, part[0], part[1], points, here.rank)
     _check_outputs(found.shapes, each)
     to_device(found.stage.module, here.device)
-    _give_up_others(model, found.stage.module)
+    _release_other_stages(model, found.stage.module)
     wrap_forward(model, Pipeline(found, part, chunks, bool(gather_output)))
     return model
 
@@ -94,13 +94,13 @@ def _check_outputs(outputs: Sequence[torch.Tensor], rows: int) -> None:
     for number, value in enumerate(outputs):
         if value.dim() == 0 or value.shape[0] != rows:
             raise ValueError(
-                f"output {number} of the model has the shape {tuple(value.shape)} for {rows} rows of input. In a pipeline "
+                f"output {number} of the model has shape {tuple(value.shape)} for {rows} rows of input. In a pipeline "
                 "every output must have one row for each row of input (so no loss): leave labels out of the example inputs."
             )
 
 
-def _give_up_others(model: nn.Module, stage: nn.Module) -> None:
-    """Takes the values from all tensors that the stage does not use."""
+def _release_other_stages(model: nn.Module, stage: nn.Module) -> None:
+    """Moves all tensors that the stage does not use to the meta device."""
     used = {tensor.untyped_storage().data_ptr() for _, tensor in named_module_tensors(stage, recurse=True)}
     for module in model.modules():
         for name, tensor in list(named_module_tensors(module)):
@@ -108,7 +108,7 @@ def _give_up_others(model: nn.Module, stage: nn.Module) -> None:
                 set_module_tensor_to_device(module, name, "meta")
 
 
-# Where to cut ---------------------------------------------------------------------------------------------------------
+# Split points ---------------------------------------------------------------------------------------------------------
 
 
 def _split_points(
@@ -118,28 +118,30 @@ def _split_points(
         known = {name for name, _ in model.named_modules() if name}
         unknown = [name for name in wanted if name not in known]
         if unknown:
-            raise ValueError(f"split_points names {', '.join(unknown)}, and {type(model).__name__} has no such module.")
+            raise ValueError(
+                f"split_points contains {', '.join(unknown)}, but {type(model).__name__} has no such module."
+            )
         if len(wanted) != stages - 1:
             raise ValueError(
-                f"{len(wanted)} split_points make {len(wanted) + 1} stages, and there are {stages} processes: name "
+                f"{len(wanted)} split_points make {len(wanted) + 1} stages, but there are {stages} processes: pass "
                 f"{stages - 1}, or start {len(wanted) + 1} processes."
             )
         return list(wanted)
     if wanted not in (None, "auto"):
-        raise ValueError(f"split_points={wanted!r}: expected 'auto' or a list of names of modules.")
+        raise ValueError(f"split_points={wanted!r}: expected 'auto' or a list of module names.")
     return even_split_points(model, stages, no_split)
 
 
 def even_split_points(model: nn.Module, stages: int, no_split_module_classes: Sequence[str] | None = None) -> list[str]:
-    """The modules with which new stages begin if the weights are divided most evenly, in the order of definition.
+    """Returns the modules that start new stages if the weights are divided most evenly, in order of definition.
 
     Args:
-        model: The model; its values are not looked at.
-        stages: How many.
+        model: The model; its values are not read.
+        stages: Number of stages.
         no_split_module_classes: As for `prepare_pippy`.
 
     Raises:
-        ValueError: when it has too few parts.
+        ValueError: if the model has too few parts.
     """
     if no_split_module_classes is None:
         no_split_module_classes = list(getattr(model, "_no_split_modules", None) or ())
@@ -154,7 +156,7 @@ def even_split_points(model: nn.Module, stages: int, no_split_module_classes: Se
     found = [name for name in points if name is not None]
     if len(found) < stages - 1:
         raise ValueError(
-            f"{type(model).__name__} cannot be divided into {stages} stages of whole modules: start fewer processes, name "
-            "fewer classes in no_split_module_classes, or say where in split_points."
+            f"{type(model).__name__} cannot be divided into {stages} stages of whole modules: start fewer processes, list "
+            "fewer classes in no_split_module_classes, or pass split_points."
         )
     return found

@@ -1,4 +1,4 @@
-"""A model traced as one graph, and the graph cut into stages of which each takes what the one before puts out."""
+"""Traces a model as one graph and splits it into stages, each of which takes the outputs of the one before."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Stage:
     """One stage of a model.
 
     Attributes:
-        module: What it computes: a function of tensors, which returns a tuple of tensors.
-        inputs: Shapes and number formats of what it takes, as tensors without values.
-        outputs: The same of what it returns.
+        module: A function from tensors to a tuple of tensors.
+        inputs: Shapes and dtypes of its inputs, as meta tensors.
+        outputs: Shapes and dtypes of its outputs, as meta tensors.
     """
 
     module: nn.Module
@@ -31,13 +31,13 @@ class Stage:
 
 @dataclass
 class SplitModel:
-    """What is known of a model that was cut.
+    """A traced and split model.
 
     Attributes:
-        stage: The stage that was asked for.
-        outputs: The model's outputs: for a tensor its position among the last stage's, else the value itself.
-        shapes: Shapes and number formats of the tensors among them.
-        structure: What the outputs are leaves of.
+        stage: The requested stage.
+        outputs: The model's outputs: an `OutputRef` for each tensor, and other values as they are.
+        shapes: Shapes and dtypes of the last stage's outputs, as meta tensors.
+        structure: The pytree structure of the outputs.
     """
 
     stage: Stage
@@ -48,7 +48,7 @@ class SplitModel:
 
 @dataclass(frozen=True)
 class OutputRef:
-    """The place of an output among those of the last stage."""
+    """Index of a model output among the outputs of the last stage."""
 
     index: int
 
@@ -56,17 +56,17 @@ class OutputRef:
 def split(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], points: Sequence[str], number: int
 ) -> SplitModel:
-    """Traces a model with example inputs and cuts it.
+    """Traces a model with example inputs and splits it.
 
     Args:
         model: The model, in evaluation mode.
-        args: Positional inputs, one part of a batch.
+        args: Positional inputs of one microbatch.
         kwargs: Keyword inputs.
-        points: Names of the modules that stages after the first begin with.
-        number: Which stage is wanted.
+        points: Names of the modules that start the second and later stages.
+        number: Number of the requested stage.
 
     Raises:
-        ValueError: when the model cannot be traced, or not be cut there.
+        ValueError: if the model cannot be traced, or cannot be split there.
     """
     traced, structure = _traced(model, args, kwargs)
     nodes = list(traced.graph.nodes)
@@ -77,7 +77,7 @@ def split(
     returned = pytree.tree_leaves(nodes[-1].args[0])
     inputs = [node for node in nodes if node.op == "placeholder"]
     given = [node for node, leaf in zip(inputs, pytree.tree_leaves((args, kwargs)), strict=True) if _is_tensor(leaf)]
-    crossing = _crossing(nodes, order, starts, given, [node for node in returned if isinstance(node, fx.Node)])
+    crossing = _boundary_values(nodes, order, starts, given, [node for node in returned if isinstance(node, fx.Node)])
     own = nodes[([0, *starts])[number] : ([*starts, len(nodes) - 1])[number]]
     module = _module(traced, own, crossing[number], crossing[number + 1])
     shapes = [tuple(torch.empty_like(node.meta["val"], device="meta").contiguous() for node in c) for c in crossing]
@@ -97,14 +97,14 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     with _without_cache(model), torch.no_grad():
         try:
             exported = torch.export.export(model, args, kwargs, strict=False)  # the default of newer releases
-        except Exception as error:  # every layer of the tracer has errors of its own
+        except Exception as error:  # each layer of the tracer raises its own errors
             reason = next(iter(str(error).strip().splitlines()), "")
             raise ValueError(
-                f"{type(model).__name__} cannot be traced as one graph, which a pipeline is cut from "
-                f"({type(error).__name__}: {reason}). Turn off what depends on values, caches, and outputs that are "
-                "no tensors, or spread the model with a device_map instead."
+                f"{type(model).__name__} cannot be traced as one graph, which a pipeline needs "
+                f"({type(error).__name__}: {reason}). Turn off value-dependent control flow, caches, and outputs that are "
+                "not tensors, or dispatch the model with a device_map instead."
             ) from error
-    # Sizes are compared in our own words before each batch.
+    # Sizes are validated before each batch, with clearer messages.
     options = {"check_guards": False} if "check_guards" in inspect.signature(exported.module).parameters else {}
     traced: Any = exported.module(**options)
     return traced, exported.call_spec.out_spec
@@ -112,7 +112,7 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Traces transformers' models without keys and values of earlier steps, which are no tensors."""
+    """Disables the KV cache of transformers models, which is no tensor, for the trace."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     caching: list[Any] = [config for config in configs.values() if getattr(config, "use_cache", False)]
     for config in caching:
@@ -124,28 +124,28 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-# Cutting --------------------------------------------------------------------------------------------------------------
+# Splitting ------------------------------------------------------------------------------------------------------------
 
 
 def _first_node(nodes: Sequence[fx.Node], point: str) -> fx.Node:
     for node in nodes:
         inside = [f"{name}." for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        # A list of modules is not called itself, so any module in it will do.
+        # A ModuleList is not called itself, so match any module in it.
         if node.op == "call_function" and any(name.startswith(f"{point}.") for name in inside):
             return node
-    raise ValueError(f"split_points names {point}, which computes nothing when the model runs on the example inputs.")
+    raise ValueError(f"split_points contains {point}, which runs no operation on the example inputs.")
 
 
-def _crossing(
+def _boundary_values(
     nodes: Sequence[fx.Node],
     order: dict[fx.Node, int],
     starts: Sequence[int],
     given: Sequence[fx.Node],
     returned: Sequence[fx.Node],
 ) -> list[list[fx.Node]]:
-    """The values at each border: what the first stage is given, what each hands to the next, what the last returns.
+    """Returns the values at each stage boundary: the inputs of the first stage, those between stages, and the outputs.
 
-    Weights are in every stage that uses them, and cross nothing.
+    Weights are included in every stage that uses them, and cross no boundary.
     """
     made = {node: 0 if node.op == "placeholder" else bisect.bisect(starts, order[node]) for node in nodes}
     needed = {node: max((made[user] for user in node.users if user.op != "output"), default=0) for node in nodes}
@@ -157,7 +157,7 @@ def _crossing(
     for node in (node for border in between for node in border):
         if not _is_tensor(node.meta.get("val")):
             raise ValueError(
-                f"the model has {node.name}, which is no tensor, on both sides of a split point: choose another one."
+                f"the model has {node.name}, which is not a tensor, on both sides of a split point: choose another one."
             )
     return [list(given), *between, list(dict.fromkeys(returned))]
 
@@ -165,29 +165,29 @@ def _crossing(
 def _module(
     traced: fx.GraphModule, own: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
-    """A module of some nodes of a graph."""
+    """Builds a module from some nodes of a graph."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in inputs}
 
-    def copied(node: fx.Node) -> fx.Node:
-        if node not in copies:  # a weight: it may stand anywhere in the whole graph
+    def copy_node(node: fx.Node) -> fx.Node:
+        if node not in copies:  # a weight, which may be anywhere in the traced graph
             copies[node] = graph.node_copy(node)
         return copies[node]
 
     for node in own:
         if node.op in ("call_function", "call_module", "call_method"):
             for argument in node.all_input_nodes:
-                copied(argument)
-            copies[node] = graph.node_copy(node, copied)
-    # What is sent must be contiguous.
+                copy_node(argument)
+            copies[node] = graph.node_copy(node, copy_node)
+    # Point-to-point communication requires contiguous tensors.
     contiguous: dict[str, Any] = {"memory_format": torch.contiguous_format}
-    sent = [graph.call_function(torch.ops.aten.contiguous.default, (copied(node),), contiguous) for node in outputs]
+    sent = [graph.call_function(torch.ops.aten.contiguous.default, (copy_node(node),), contiguous) for node in outputs]
     graph.output(tuple(sent))
     return fx.GraphModule(traced, graph)
 
 
 def to_device(stage: nn.Module, device: torch.device) -> None:
-    """Moves a stage to a device, and the places where its graph names the one it was traced on."""
+    """Moves a stage to a device, including the devices that its graph mentions."""
     assert isinstance(stage, fx.GraphModule)
     for node in stage.graph.nodes:
         node.args, node.kwargs = pytree.tree_map(

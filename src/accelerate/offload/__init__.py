@@ -1,5 +1,5 @@
-"""Where weights live: sizes, a device map of them, and the files and folders they are read from.
+"""Offloading: sizes of weights, device maps, weight files, and the hooks that load weights for each forward.
 
-Arithmetic first: `sizes`, `memory` and `device_map` never touch a value and work on the meta device; `tensors`, `loading`
-and `offload` move what the map says. The forward that fetches weights is the business of `accelerate.hooks`.
+`sizes`, `max_memory` and `device_map` never read a value and work on the meta device. `tensors`, `loading` and
+`disk_weights` move weights as a device map assigns them. `hooks` runs the model.
 """

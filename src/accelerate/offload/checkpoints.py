@@ -1,6 +1,6 @@
-"""A model's weights as files: found, looked into without reading values, and compared with the model.
+"""Weight files of a model: finds them, inspects them without reading values, and compares them with the model.
 
-Everything that is wrong is collected, so that one error can list it before any weight is changed.
+All problems are collected, so that one error lists them before any weight is changed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ..settings.enums import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from .io.safetensors_file import SafetensorsFile
 
 EXTRA_STATE = "_extra_state"
-"""How the names end under which modules keep things in their own way."""
+"""Suffix of the state dict entries that modules write with `get_extra_state`."""
 
 _INDEX = "index.json"
 
 
 class WeightsError(ValueError):
-    """Weights do not fit the model, or files are damaged or missing. Nothing was changed.
+    """Weights do not match the model, or files are damaged or missing. Nothing was changed.
 
     Attributes:
-        problems: Everything that was found.
+        problems: All problems found.
     """
 
     def __init__(self, checkpoint: object, problems: list[str]) -> None:
@@ -41,13 +41,13 @@ class WeightsError(ValueError):
 
 
 class WeightFile:
-    """One file of weights, read tensor by tensor.
+    """One weight file, read tensor by tensor.
 
     Args:
-        path: Where it is.
-        shapes: The shapes of the tensors in it.
-        load: Maps or reads them all.
-        tensors: What that gave, if they are mapped already.
+        path: The file.
+        shapes: Shapes of its tensors, by name.
+        load: Maps or reads all tensors.
+        tensors: The tensors, if they are mapped already.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class WeightFile:
         return self._tensors[name]
 
     def release(self) -> None:
-        """Lets go of what was read or mapped, so that no more than one file is held."""
+        """Releases the tensors that were read or mapped, so that at most one file is held in memory."""
         self._tensors = None
 
     @property
@@ -80,14 +80,14 @@ class WeightFile:
 def load_state_dict(
     checkpoint_file: str | os.PathLike[str], device_map: Mapping[str, int | str | torch.device] | None = None
 ) -> dict[str, Any]:
-    """The tensors of one file. Code in the file is never run.
+    """Loads the tensors of one file. Code in the file is never executed.
 
     Args:
-        checkpoint_file: A safetensors file, or one that `torch.save` wrote.
+        checkpoint_file: A safetensors file, or a file written by `torch.save`.
         device_map: Devices by name of module or tensor. None, ``"cpu"`` and ``"disk"``: tensors stay mapped on the CPU.
 
     Raises:
-        ValueError: when the file cannot be read.
+        ValueError: if the file cannot be read.
     """
     from .device_map import device_of
 
@@ -101,23 +101,23 @@ def load_state_dict(
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Opens a file of weights over a memory map.
+    """Opens a weight file over a memory map.
 
     Raises:
-        ValueError: when it cannot be read: what is wrong with it.
+        ValueError: if it cannot be read, with the reason.
     """
     if not path.is_file():
-        raise ValueError(f"{path.name} is not there")
+        raise ValueError(f"{path.name} does not exist")
     try:
         return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickled(path)
     except pickle.UnpicklingError as error:
         first = str(error).splitlines()[0]
         raise ValueError(
-            f"{path.name} holds more than tensors and plain values, which is not loaded because it could run code; or it is "
-            f"damaged ({first}). Save it as safetensors where it came from."
+            f"{path.name} contains more than tensors and plain values and is not loaded, since it could run code; or it is "
+            f"damaged ({first}). Convert it to safetensors where it came from."
         ) from error
-    except Exception as error:  # each library has errors of its own for a damaged file
-        raise ValueError(f"{path.name} is damaged or cut short ({type(error).__name__}: {error})") from error
+    except Exception as error:  # each library raises its own errors for a damaged file
+        raise ValueError(f"{path.name} is damaged or truncated ({type(error).__name__}: {error})") from error
 
 
 def _open_safetensors(path: Path) -> WeightFile:
@@ -128,7 +128,7 @@ def _open_safetensors(path: Path) -> WeightFile:
 def _open_pickled(path: Path) -> WeightFile:
     with open(path, "rb") as start:
         is_archive = start.read(4) == b"PK\x03\x04"
-    # What torch before 1.6 wrote is no archive, and cannot be mapped.
+    # Files written by torch before 1.6 are not zip archives and cannot be mapped.
     load = functools.partial(_unpickled, path, mapped=is_archive)
     tensors = load()
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -138,11 +138,11 @@ def _open_pickled(path: Path) -> WeightFile:
 def _unpickled(path: Path, *, mapped: bool) -> dict[str, torch.Tensor]:
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(state, Mapping):
-        raise TypeError(f"expected a dictionary of tensors, and it holds a {type(state).__name__}")
+        raise TypeError(f"expected a dictionary of tensors, but it contains a {type(state).__name__}")
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-# Which files ----------------------------------------------------------------------------------------------------------
+# Finding files --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Checkpoint:
 
     Attributes:
         files: Their paths, in order.
-        listed: The names of the tensors in each file, as an index says; None without an index.
+        listed: Names of the tensors in each file, from the index; None without an index.
     """
 
     files: list[Path]
@@ -159,18 +159,18 @@ class Checkpoint:
 
 
 def find_checkpoint(checkpoint: str | os.PathLike[str]) -> Checkpoint:
-    """The files behind what a user named: a file of weights, an index, or a folder with one of these.
+    """Finds the weight files of a checkpoint: a weight file, an index, or a folder with one of these.
 
     Raises:
-        ValueError: when there is nothing of the kind, or more than one.
+        ValueError: if there is none, or more than one.
     """
     path = Path(os.path.expanduser(checkpoint))
     if path.is_file():
         return _indexed(path) if path.name.endswith(_INDEX) else Checkpoint([path], None)
     if not path.is_dir():
         raise ValueError(
-            f"checkpoint={os.fspath(checkpoint)!r} is neither a file nor a folder: expected a file of weights, an index of "
-            "them (…index.json), or a folder with one of these."
+            f"checkpoint={os.fspath(checkpoint)!r} is neither a file nor a folder: expected a weight file, an index "
+            "(…index.json), or a folder with one of these."
         )
     indexes = sorted(path.glob(f"*{_INDEX}"))
     safe = [index for index in indexes if ".safetensors" in index.name]
@@ -197,35 +197,35 @@ def _indexed(path: Path) -> Checkpoint:
     try:
         index = read_json(path)
     except FileNameError as error:
-        raise ValueError(f"{path} is no index: {error}.") from error
+        raise ValueError(f"{path} is not an index: {error}.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no index: it is not JSON ({error}).") from error
+        raise ValueError(f"{path} is not an index: it is not JSON ({error}).") from error
     places = index.get("weight_map", index) if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise ValueError(f"{path} is no index: expected a file for each name, by name or below 'weight_map'.")
+        raise ValueError(f"{path} is not an index: expected a file for each name, by name or below 'weight_map'.")
     try:
         files = {file: path_inside(path.parent, file) for file in sorted(set(places.values()))}
     except FileNameError as error:
-        raise FileNameError(f"{path} is not used, and nothing was read: {error}.") from error
+        raise FileNameError(f"{path} is rejected, and nothing was read: {error}.") from error
     listed: dict[Path, set[str]] = {file: set() for file in files.values()}
     for name, file in places.items():
         listed[files[file]].add(name)
     return Checkpoint(list(listed), listed)
 
 
-# Fitting --------------------------------------------------------------------------------------------------------------
+# Comparison with the model --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Inspection:
-    """What a checkpoint holds, beside what a model needs.
+    """Differences between a checkpoint and a model.
 
     Attributes:
-        files: The files that can be read.
-        problems: What keeps the checkpoint from being loaded at all.
-        missing: Names that the model has and no file.
-        unexpected: Names that files have and the model does not.
-        names: All names in the model's state.
+        files: The readable files.
+        problems: Reasons why the checkpoint cannot be loaded at all.
+        missing: Names in the model that are in no file.
+        unexpected: Names in the files that are not in the model.
+        names: All names in the model's state dict.
     """
 
     files: list[WeightFile] = field(default_factory=list)
@@ -236,18 +236,18 @@ class Inspection:
 
 
 def inspect(model: nn.Module, checkpoint: Checkpoint, tied: list[list[str]]) -> Inspection:
-    """Compares a checkpoint with a model. Reads names and shapes only.
+    """Compares a checkpoint with a model by names and shapes.
 
     Args:
         model: The model.
         checkpoint: The files.
-        tied: Groups of names that stand for one tensor: one of them is enough.
+        tied: Groups of names that share one tensor; a file needs one name of each.
     """
     state = model.state_dict(keep_vars=True)
     found = Inspection(names=set(state))
     expected = dict(_expected(state))
     where: dict[str, Path] = {}
-    lost: set[str] = set()  # not missing besides
+    lost: set[str] = set()  # reported already, so not missing as well
     for path in checkpoint.files:
         listed = checkpoint.listed[path] if checkpoint.listed is not None else set[str]()
         try:
@@ -259,12 +259,12 @@ def inspect(model: nn.Module, checkpoint: Checkpoint, tied: list[list[str]]) -> 
         found.files.append(file)
         for name, shape in file.shapes.items():
             if expected.get(name, shape) not in (shape, None):
-                found.problems.append(f"{name} has the shape {shape} in {path.name}, and {expected[name]} in the model")
+                found.problems.append(f"{name} has shape {shape} in {path.name}, and {expected[name]} in the model")
         for name in sorted(where.keys() & file.shapes.keys()):
-            found.problems.append(f"{name} is in {where[name].name} and in {path.name}: one of them is out of place")
+            found.problems.append(f"{name} is in both {where[name].name} and {path.name}: expected it in one file")
         where.update(dict.fromkeys(file.shapes, path))
         for name in sorted(listed - file.shapes.keys()):
-            found.problems.append(f"{name} is not in {path.name}, where the index says it is")
+            found.problems.append(f"{name} is not in {path.name}, where the index lists it")
             lost.add(name)
     seen = where.keys() | lost
     covered = {name for group in tied for name in group if seen.intersection(group)}
@@ -276,22 +276,22 @@ def inspect(model: nn.Module, checkpoint: Checkpoint, tied: list[list[str]]) -> 
 
 
 def _is_extra(name: str) -> bool:
-    """Whether nobody but the module itself can say what belongs under a name."""
+    """Returns whether the entry is a module's extra state, whose content only that module interprets."""
     return name.endswith(EXTRA_STATE)
 
 
 def _expected(state: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """The tensors of a state, with shapes that a file must have; None where a class keeps values in its own way."""
+    """Yields the tensors of a state dict with the shape expected in a file; None for subclasses with their own layout."""
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            plain = type(value) in (torch.Tensor, nn.Parameter)  # a lazy module does not know a shape yet
+            plain = type(value) in (torch.Tensor, nn.Parameter)  # a lazy module has no shape yet
             yield name, tuple(value.shape) if plain else None
 
 
 def _nothing_fits(expected: Mapping[str, object], seen: set[str]) -> str:
     if not seen:
-        return "there are no tensors in it"
+        return "it contains no tensors"
     return (
-        f"none of its names is the model's: it has {sorted(seen)[0]!r} and others, the model {next(iter(expected))!r} and "
+        f"none of its names is in the model: it has {sorted(seen)[0]!r} and others, the model {next(iter(expected))!r} and "
         "others"
     )

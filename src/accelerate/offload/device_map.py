@@ -1,6 +1,7 @@
-"""Which device each part of a model goes to: decided from sizes alone, on a model that may be empty.
+"""Assigns each part of a model to a device, from sizes alone; the model may be on the meta device.
 
-`place` is the arithmetic, over groups and limits; `infer_auto_device_map` cuts a model into groups and names the result.
+`assign_devices` computes the assignment of groups within limits; `infer_auto_device_map` splits a model into groups and
+maps module names to devices.
 """
 
 from __future__ import annotations
@@ -39,32 +40,32 @@ def infer_auto_device_map(
     offload_buffers: bool = False,
     fallback_allocation: bool = False,
 ) -> DeviceMap:
-    """A device for each part of a model, filling accelerators first, then memory, then the disk.
+    """Assigns each part of a model to a device: accelerators are filled first, then CPU memory, then the disk.
 
-    Layers are placed in order, so that activations travel as little as they can. Tied weights go together. If not all fits
-    on the accelerators, the first keeps room for the largest layer that it has to run, and for two modules that are
-    fetched one after the other, since weights are read ahead. A layer that does not fit on a device ends it: what comes
-    after goes to the same device as this layer or to later ones.
+    Layers are assigned in order, so that activations cross devices as rarely as possible. Tied weights stay together. If the
+    accelerators cannot hold the model, the first one reserves memory to run offloaded layers: the size of the largest of
+    them, and of two modules that are loaded one after the other, since weights are prefetched. A layer that does not fit on
+    a device closes it: later layers go to the same device as this one, or to later devices.
 
     Args:
-        model: The model; its values are not looked at, and may be on the meta device.
-        max_memory: Limits by device, as for `get_max_memory`. The disk takes what nothing else does; without limit unless
-            one is given for ``"disk"``.
+        model: The model; its values are not read, and may be on the meta device.
+        max_memory: Limits by device, as for `get_max_memory`. The disk takes the rest, without limit unless one is given
+            for ``"disk"``.
         no_split_module_classes: Names of classes whose modules stay on one device (blocks with a residual connection).
-        dtype: Count weights as if converted to this.
-        special_dtypes: Count these tensors, by name, as if converted to these.
-        verbose: Log where each part goes, and why, at level INFO.
-        clean_result: Name a module instead of its parts where all go to one device. False keeps the root's parts apart.
-        offload_buffers: Buffers of offloaded layers are offloaded too. False: they stay on the first accelerator, and room
-            is kept there.
-        fallback_allocation: A layer larger than a device does not end it, and smaller layers after it still fill it.
+        dtype: Compute sizes as if weights were converted to this dtype.
+        special_dtypes: Compute sizes as if these tensors, by name, were converted to these dtypes.
+        verbose: Log the device of each part at level INFO.
+        clean_result: Merge the entries of modules on one device into one. False: keep separate entries below the root.
+        offload_buffers: Offload the buffers of offloaded layers, too. False: they stay on the first accelerator, which
+            reserves memory for them.
+        fallback_allocation: A layer larger than a device does not close it; smaller layers after it may still fill it.
 
     Returns:
-        Devices by name of module (or of a tensor that lies directly on a larger module); ``{"": device}`` where all goes
-        to one.
+        Devices by name of module (or of a tensor that belongs directly to a larger module); ``{"": device}`` if all parts
+        are on one device.
 
     Raises:
-        ValueError: when something fits nowhere: what, how large it is and what each device had left.
+        ValueError: if a part fits nowhere, with its size and the free memory of each device.
 
     Example:
         ```python
@@ -83,21 +84,21 @@ def infer_auto_device_map(
     )
     if verbose:
         for names, size, device in zip(groups.names(), groups.sizes, places, strict=True):
-            logger.info("%s (%s) goes to %s", ", ".join(names), convert_bytes(size), device)
+            logger.info("%s (%s) is assigned to %s", ", ".join(names), convert_bytes(size), device)
     return _named(groups, places, clean_result)
 
 
-# Arithmetic -----------------------------------------------------------------------------------------------------------
+# Assignment -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Budget:
-    """What one device has left.
+    """The memory budget of one device.
 
     Attributes:
-        capacity: What it could take when empty.
-        left: What it can still take.
-        passed: The order has gone on to the next device.
+        capacity: Bytes of the empty device.
+        left: Bytes still free.
+        passed: The device is closed; later groups go to the next ones.
     """
 
     capacity: int
@@ -108,21 +109,21 @@ class _Budget:
 def assign_devices(
     groups: ModuleGroups, limits: Limits, *, offload_buffers: bool = True, fallback: bool = False, ahead: bool = True
 ) -> list[Device]:
-    """Returns a device for each group. Pure.
+    """Assigns each group to a device. Pure function.
 
     Args:
-        groups: What to place, in order.
+        groups: The groups, in order.
         limits: Bytes by device, fastest first.
-        offload_buffers: Buffers go where the rest of a group goes; else to the first device.
-        fallback: A group larger than a device passes it by, and later ones may still go there. Else it ends the device.
-        ahead: While one module computes, the next ones are on their way to the same device.
+        offload_buffers: Buffers go to the device of their group; otherwise to the first device.
+        fallback: A group larger than a device skips it, and later groups may still go there. Otherwise it closes the device.
+        ahead: Weights are prefetched: the next modules are copied to the device while one computes.
 
     Raises:
-        ValueError: when a group fits nowhere.
+        ValueError: if a group fits nowhere.
     """
     fast = {device: limits[device] for device in accelerators(limits)}
     if fast:
-        # In order first, so that nothing is sent back to a device already left; then wherever there is room.
+        # First in strict order, so that activations never return to an earlier device; then wherever a group fits.
         for skip in (False, True) if fallback else (False,):
             found = _in_order(groups.sizes, fast, skip=skip)
             if None not in found:
@@ -130,7 +131,7 @@ def assign_devices(
     main = next((device for device, limit in (fast or limits).items() if limit > 0), next(iter(limits)))
     waits = OFFLOADED if fast else OFFLOADED[OFFLOADED.index(str(main)) + 1 :]
     count_buffers = bool(fast) and not offload_buffers
-    kept = 0  # bytes on the first device for groups that wait elsewhere; the less it is, the fewer groups wait
+    kept = 0  # bytes reserved on the first device to run offloaded groups; grows until it suffices
     while True:
         found = _in_order(groups.sizes, {**limits, main: max(limits[main] - kept, 0)}, skip=fallback)
         places = [device for device in found if device is not None]
@@ -142,9 +143,9 @@ def assign_devices(
         )
         buffers = sum(groups.buffers[number] for number in waiting)
         if count_buffers and needed + buffers > limits[main]:
-            # To send the rest of the model away would not make them fit.
+            # Offloading more of the model would not make them fit.
             logger.warning(
-                "the buffers of offloaded layers take %s on device %s, which has no such room left: pass "
+                "the buffers of offloaded layers take %s on device %s, which does not have that much memory left: pass "
                 "offload_buffers=True to offload them too.",
                 convert_bytes(buffers),
                 main,
@@ -160,34 +161,34 @@ def assign_devices(
 def _runtime_reserve(
     groups: ModuleGroups, waiting: Sequence[int], limit: int, *, with_buffers: bool, ahead: bool
 ) -> int:
-    """Returns the bytes that groups which wait elsewhere take on the device where they run.
+    """Returns the bytes to reserve on the device that runs offloaded groups.
 
-    That is the largest of them, and with reading ahead two of the largest modules that are fetched as one: the one that
-    computes, and as much again on its way.
+    This is the size of the largest of them. With prefetching it is at least twice the largest module that is loaded at once:
+    one computes while the next is copied.
     """
     sizes, units = [], []
     for number in waiting:
         size = groups.sizes[number] - (0 if with_buffers else groups.buffers[number])
         unit = min(groups.units[number], size)
-        sizes.append(size if size <= limit else 0)  # a larger one cannot run there in any case
+        sizes.append(size if size <= limit else 0)  # a larger one cannot run there anyway
         units.append(unit if unit <= limit else 0)
     largest = max(sizes, default=0)
     return max(largest, min(2 * max(units, default=0), sum(sizes))) if ahead else largest
 
 
 def _in_order(sizes: Sequence[int], limits: Mapping[Device, int], *, skip: bool) -> list[Device | None]:
-    """Devices in order; None for a group that fits nowhere.
+    """Assigns sizes to devices in order; None for one that fits nowhere.
 
     Args:
-        sizes: Bytes of what is to be placed.
+        sizes: Bytes of each group.
         limits: Bytes by device.
-        skip: A group larger than a whole device passes it by, and later ones may still go there. Else it ends the device.
+        skip: A group larger than a device skips it, and later groups may still go there. Otherwise it closes the device.
     """
     rooms = [(device, _Budget(limit, limit)) for device, limit in limits.items()]
     places: list[Device | None] = []
     latest: Device | None = None
     for size in sizes:
-        if size == 0:  # decided by its neighbours, see _named
+        if size == 0:  # follows its neighbors, see _named
             places.append(latest if latest is not None else rooms[0][0])
             continue
         chosen: Device | None = None
@@ -213,16 +214,16 @@ def _refusal(found: Sequence[Device | None], groups: ModuleGroups, limits: Limit
             used[device] += size
     number = found.index(None)
     lines = [
-        f"  {device}: {convert_bytes(limit)}, of which {convert_bytes(used[device])} taken"
-        + (f" and {convert_bytes(reserve)} kept free to run offloaded layers" if device == main and reserve else "")
+        f"  {device}: {convert_bytes(limit)}, of which {convert_bytes(used[device])} are used"
+        + (f" and {convert_bytes(reserve)} reserved to run offloaded layers" if device == main and reserve else "")
         for device, limit in limits.items()
     ]
     return (
         f"{', '.join(groups.names()[number])} needs {convert_bytes(groups.sizes[number])}, and no device has that much "
         "left:\n"
         + "\n".join(lines)
-        + "\nRaise a limit in max_memory, leave out the one for 'disk' (it is without limit then), or split a class of "
-        "no_split_module_classes."
+        + "\nRaise a limit in max_memory, remove the one for 'disk' (the disk is unlimited then), or remove a class from "
+        "no_split_module_classes so that its modules can be split."
     )
 
 
@@ -233,12 +234,12 @@ _NOTHING, _SEVERAL = object(), object()
 
 
 def _named(groups: ModuleGroups, places: Sequence[Device], clean: bool) -> DeviceMap:
-    """The map, with a module in place of its parts where all go to one device.
+    """Builds the device map; a module replaces its parts if all are on one device.
 
     Args:
-        groups: What was placed.
-        places: The device of each group. One without a size has none of its own: its neighbours decide.
-        clean: The root may take the place of its parts.
+        groups: The groups.
+        places: The device of each group. A group of size 0 takes the device of its neighbors.
+        clean: Merge below the root, too.
     """
     tree, visited, numbers = groups.tree, groups.visited, groups.numbers
     common: list[object] = [_NOTHING] * len(tree)
@@ -251,7 +252,7 @@ def _named(groups: ModuleGroups, places: Sequence[Device], clean: bool) -> Devic
             parent = tree.parents[here]
             common[parent] = _joined(common[parent], common[here])
     result: DeviceMap = {}
-    behind = 0  # the modules before this position have their entry
+    behind = 0  # modules before this position are covered
     for order, here in enumerate(visited):
         if here < behind:
             continue
@@ -273,13 +274,14 @@ def _joined(one: object, other: object) -> object:
 
 
 def clean_device_map(device_map: DeviceMap, module_name: str = "") -> DeviceMap:
-    """Replaces, in place, the entries of a module's parts by one for the module where all name the same device.
+    """Merges, in place, the entries of a module's parts into one for the module if all are on the same device.
 
     Args:
         device_map: Devices by name.
-        module_name: Where to begin.
+        module_name: Merge only below this module.
 
     Returns:
+        `device_map`.
         `device_map`.
 
     Example:
@@ -310,7 +312,7 @@ _Place = TypeVar("_Place", bound="int | str | torch.device")
 
 
 def device_of(name: str, device_map: Mapping[str, _Place]) -> _Place | None:
-    """The device of a tensor or module: its own entry's, or that of the module nearest above it; None without one."""
+    """Returns the device of a tensor or module: from its own entry or that of its nearest ancestor; None without either."""
     while True:
         if name in device_map:
             return device_map[name]
@@ -320,10 +322,10 @@ def device_of(name: str, device_map: Mapping[str, _Place]) -> _Place | None:
 
 
 def normalize(device_map: Mapping[str, Device | torch.device]) -> dict[str, str | torch.device]:
-    """Returns a device map in the form in which places are compared: ``"cpu"``, ``"disk"``, or a device with its index.
+    """Normalizes the devices of a map for comparison: ``"cpu"``, ``"disk"``, or a `torch.device` with an index.
 
     Raises:
-        RuntimeError: when a part goes to a device that this process does not have.
+        RuntimeError: if a part is assigned to a device that this process does not have.
     """
     found: dict[str, str | torch.device] = {}
     known: dict[Device | torch.device, str | torch.device] = {"disk": "disk"}
@@ -333,7 +335,7 @@ def normalize(device_map: Mapping[str, Device | torch.device]) -> dict[str, str 
                 device = require_device(place)
             except RuntimeError as error:
                 raise RuntimeError(
-                    f"the device_map sends {name or 'the whole model'!r} to {place!r}: {error}"
+                    f"the device_map assigns {name or 'the whole model'!r} to {place!r}: {error}"
                 ) from None
             known[place] = "cpu" if device.type == "cpu" else device
         found[name] = known[place]
@@ -341,17 +343,17 @@ def normalize(device_map: Mapping[str, Device | torch.device]) -> dict[str, str 
 
 
 def check_device_map(model: nn.Module, device_map: Mapping[str, Device | torch.device]) -> None:
-    """Checks that a device map covers a model; warns of keys that name no part of it.
+    """Checks that a device map covers a model; warns about keys that match no part of it.
 
     Raises:
-        ValueError: naming every tensor that it leaves out; one that shares a covered tensor's memory counts as covered.
+        ValueError: with all uncovered tensors, except those that share memory with a covered one.
     """
     tree = build_tree(model)
     known = {*tree.names, *tree.tensor_names}
     for key in device_map.keys() - known:
         near = difflib.get_close_matches(key, known, 1, 0)
         logger.warning(
-            "the device_map has an entry for %r, and %s has no such part; the nearest name is %r.",
+            "the device_map has an entry for %r, but %s has no such part; the nearest name is %r.",
             key,
             type(model).__name__,
             near[0] if near else "",
@@ -366,13 +368,13 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Device | torch.d
     names = [name for name, tensor in missing.items() if tensor not in covered]
     if names:
         raise ValueError(
-            f"the device_map does not say where these go: {', '.join(names)}. Add an entry for each, or for a module that "
-            "holds it; infer_auto_device_map makes a map that covers everything."
+            f"the device_map has no entry for {', '.join(names)}. Add an entry for each, or for a module that contains "
+            "it; infer_auto_device_map returns a map that covers everything."
         )
 
 
 def check_tied_parameters_in_config(model: nn.Module) -> bool:
-    """Whether the model's own configuration, as transformers' models have one, says that it ties weights."""
+    """Returns whether a model's configuration, in the style of transformers, declares tied weights."""
     config: Any = getattr(model, "config", None)
     if config is None:
         return False
@@ -386,11 +388,11 @@ def check_tied_parameters_in_config(model: nn.Module) -> bool:
 def check_tied_parameters_on_same_device(
     tied_params: Iterable[Sequence[str]], device_map: Mapping[str, _Place]
 ) -> None:
-    """Warns of tied parameters that a device map separates: each device then holds a copy of its own."""
+    """Warns about tied parameters on different devices, each of which would hold its own copy."""
     for names in tied_params:
         places = {name: device_of(name, device_map) for name in names}
         if len(set(places.values())) > 1:
             logger.warning(
-                "tied parameters are on different devices: %s. They share one tensor, so put them on one device.",
+                "tied parameters are on different devices: %s. They share one tensor; assign them to one device.",
                 places,
             )

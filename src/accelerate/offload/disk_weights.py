@@ -1,7 +1,7 @@
-"""Weights on disk: written one file each, or read in place from the safetensors files they came in.
+"""Weights on disk: written to one file each, or read from the safetensors files of a checkpoint.
 
-Reading maps the file into memory: no copy is made until somebody writes. What is asked for by name stays mapped; what is
-read for one forward (`read_weights`) is let go with its last tensor.
+Files are mapped (copy-on-write), so reading makes no copy. Weights looked up by name stay mapped; those read for one
+forward (`read_weights`) are unmapped with their last tensor.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ INDEX_NAME = "index.json"
 
 
 def offload_weight(weight: torch.Tensor, weight_name: str, offload_folder: Folder, index: Index | None = None) -> Any:
-    """Writes one tensor to ``<folder>/<name>.dat`` and notes its dtype and shape.
+    """Writes one tensor to ``<folder>/<name>.dat`` and records its dtype and shape.
 
     Args:
         weight: The tensor.
         weight_name: Its name.
-        offload_folder: Where; the folder must be there.
-        index: Where dtype and shape are noted; None: nowhere.
+        offload_folder: An existing folder.
+        index: Mapping that receives dtype and shape; may be None.
 
     Returns:
         `index`.
 
     Raises:
-        ValueError: for a name that leads out of the folder; nothing is written then.
+        ValueError: if the name leads out of the folder; nothing is written then.
     """
     path = path_for_write(Path(offload_folder), f"{weight_name}.dat")
     values = weight.detach().cpu().contiguous()
@@ -59,10 +59,10 @@ def offload_weight(weight: torch.Tensor, weight_name: str, offload_folder: Folde
 
 
 def save_offload_index(index: Mapping[str, Any] | None, offload_folder: Folder) -> None:
-    """Adds entries to ``<folder>/index.json``; with none, does nothing.
+    """Merges entries into ``<folder>/index.json``; does nothing without any.
 
     Raises:
-        ValueError: when the index that is there is damaged, or a name leads out of the folder; nothing is written then.
+        ValueError: if the existing index is damaged, or a name leads out of the folder; nothing is written then.
     """
     if not index:
         return
@@ -73,30 +73,30 @@ def save_offload_index(index: Mapping[str, Any] | None, offload_folder: Folder) 
 
 
 def read_offload_index(offload_folder: Folder) -> dict[str, Any]:
-    """Reads what `save_offload_index` wrote.
+    """Reads the index written by `save_offload_index`.
 
     Raises:
-        ValueError: when it is damaged, or a name in it leads out of the folder.
+        ValueError: if it is damaged, or a name in it leads out of the folder.
     """
     path = Path(offload_folder) / INDEX_NAME
     try:
         found: dict[str, Any] = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no index of offloaded weights: {error}") from error
+        raise ValueError(f"{path} is not an index of offloaded weights: {error}") from error
     _check_index(path, found)
     return found
 
 
 def _check_index(path: Path, index: Any) -> None:
-    """Raises ValueError for an index whose entries are not such as `offload_weight` and others make them."""
+    """Raises ValueError if an entry does not have the format of `offload_weight` or of safetensors entries."""
     if not isinstance(index, Mapping):
         raise ValueError(
-            f"{path} is no index of offloaded weights: expected entries by name, found {short_repr(index)}"
+            f"{path} is not an index of offloaded weights: expected entries by name, found {short_repr(index)}"
         )
     for name, info in index.items():
         if not isinstance(info, Mapping):
             raise ValueError(
-                f"{path} is no index of offloaded weights: its entry of {short_repr(name)} is {short_repr(info)}"
+                f"{path} is not an index of offloaded weights: its entry of {short_repr(name)} is {short_repr(info)}"
             )
         file = info.get("safetensors_file")
         if file is None:
@@ -104,20 +104,20 @@ def _check_index(path: Path, index: Any) -> None:
             _index_entry(name, info)
         elif not isinstance(file, str) or not isinstance(info.get("weight_name", name), str):
             raise ValueError(
-                f"{path} is no index of offloaded weights: its entry of {short_repr(name)} is {short_repr(info)}"
+                f"{path} is not an index of offloaded weights: its entry of {short_repr(name)} is {short_repr(info)}"
             )
 
 
 def _file_of(name: str, info: Mapping[str, Any]) -> str:
-    """The file that holds a weight by itself, as a name in the folder."""
+    """Returns the name of the ``.dat`` file of a weight."""
     return f"{info.get('weight_name', name)}.dat"
 
 
 def _index_entry(name: object, info: Mapping[str, Any]) -> tuple[torch.dtype, tuple[int, ...]]:
-    """The dtype and the shape in an entry of an index.
+    """Returns the dtype and shape of an index entry.
 
     Raises:
-        ValueError: where these are none.
+        ValueError: if they are invalid.
     """
     dtype, shape = _dtype(info.get("dtype")), info.get("shape")
     if dtype is None or not isinstance(shape, (list, tuple)) or not is_shape(shape):
@@ -128,10 +128,10 @@ def _index_entry(name: object, info: Mapping[str, Any]) -> tuple[torch.dtype, tu
 
 
 def offload_state_dict(save_dir: Folder, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Writes every tensor of a state to a folder, with an index.
+    """Writes all tensors of a state dict to a folder, with an index.
 
     Args:
-        save_dir: The folder; made if it is not there.
+        save_dir: The folder; created if it does not exist.
         state_dict: The tensors.
     """
     Path(save_dir).mkdir(parents=True, exist_ok=True)
@@ -145,15 +145,15 @@ def offload_state_dict(save_dir: Folder, state_dict: Mapping[str, torch.Tensor])
 
 
 def load_offloaded_weight(weight_file: Folder, weight_info: Mapping[str, Any]) -> torch.Tensor:
-    """The tensor in a ``.dat`` file, over a memory map.
+    """Maps the tensor in a ``.dat`` file.
 
     Args:
         weight_file: The file.
-        weight_info: Its entry in the index: ``dtype`` and ``shape``.
+        weight_info: Its index entry: ``dtype`` and ``shape``.
 
     Raises:
-        RuntimeError: when the file is not there or shorter than the entry says.
-        ValueError: when it is no regular file, or the entry describes no tensor.
+        RuntimeError: if the file does not exist or is shorter than its entry requires.
+        ValueError: if it is not a regular file, or the entry is invalid.
     """
     dtype, shape = _index_entry(weight_file, weight_info)
     count = torch.Size(shape).numel()
@@ -164,12 +164,12 @@ def load_offloaded_weight(weight_file: Folder, weight_info: Mapping[str, Any]) -
 
 
 def load_offloaded_weights(model: nn.Module, index: Mapping[str, Any] | None, offload_folder: Folder) -> None:
-    """Gives a model the weights that an index lists, on the CPU.
+    """Loads the weights listed in an index into a model, on the CPU.
 
     Args:
         model: The model.
-        index: Entries as `offload_weight` makes them; with none, nothing is done.
-        offload_folder: Where the files are.
+        index: Entries in the format of `offload_weight`; None or empty: does nothing.
+        offload_folder: Folder of the files.
     """
     if not index:
         return
@@ -179,11 +179,11 @@ def load_offloaded_weights(model: nn.Module, index: Mapping[str, Any] | None, of
 
 
 class PrefixedDataset(Mapping[str, Any]):
-    """The part of a mapping whose keys begin with a prefix, seen without it.
+    """View of the entries of a mapping whose keys start with a prefix, without the prefix.
 
     Args:
-        dataset: The whole mapping.
-        prefix: The prefix, with its dot.
+        dataset: The mapping.
+        prefix: The prefix, with its trailing dot.
     """
 
     def __init__(self, dataset: Mapping[str, Any], prefix: str) -> None:
@@ -201,17 +201,17 @@ class PrefixedDataset(Mapping[str, Any]):
 
 
 class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
-    """Weights in memory and on disk under one roof; those on disk are mapped when they are asked for.
+    """Maps names to weights in memory and on disk; those on disk are mapped on access.
 
     Args:
         state_dict: Weights in memory.
-        save_folder: A folder with ``.dat`` files and an index.
-        index: The index; None: the folder's. An entry may say under which ``weight_name`` a weight is kept. One with a
-            ``safetensors_file`` is read there, and converted to ``dtype`` if it has that.
-        device: Where weights from safetensors files go; None: they stay mapped on the CPU.
+        save_folder: Folder with ``.dat`` files and an index.
+        index: The index; None: that of the folder. An entry may name the stored tensor in ``weight_name``. One with a
+            ``safetensors_file`` is read from that file, and converted to ``dtype`` if it has one.
+        device: Device for weights from safetensors files; None: they stay mapped on the CPU.
 
     Raises:
-        ValueError: without any of the three.
+        ValueError: without any of the first three.
     """
 
     def __init__(
@@ -231,12 +231,12 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         self._close()
 
     def _close(self) -> None:
-        """Begins without open files."""
+        """Drops all open files."""
         self._buffers, self._windows = BufferPool(), MmapWindowCache()
         self._files: dict[str, tuple[SafetensorsFile, CachedFile, dict[str, Span]]] = {}
         self._plans: dict[tuple[str, ...], _Plan] = {}
         self._slow: deque[TensorRead] = deque()
-        self._size = 0  # bytes of the files that weights are read from
+        self._size = 0  # bytes of all files with weights
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key in self.state_dict:
@@ -245,7 +245,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         if info.get("safetensors_file") is not None:
             return self._from_safetensors(info["safetensors_file"], info.get("weight_name", key), info.get("dtype"))
         if self.save_folder is None:
-            raise KeyError(f"{key} is in a .dat file, and no save_folder says where that is.")
+            raise KeyError(f"{key} is in a .dat file: pass the save_folder that contains it.")
         return load_offloaded_weight(path_inside(Path(self.save_folder), _file_of(key, info)), info)
 
     def _from_safetensors(self, file: str, name: str, dtype: str | None) -> torch.Tensor:
@@ -253,15 +253,15 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return tensor.to(device=self.device, dtype=_dtype(dtype))
 
     def read(self, keys: Iterable[str], stop: Stop = never) -> dict[str, torch.Tensor]:
-        """Several weights at once, those on disk read into memory: mappings or buffers that end with their last tensor.
+        """Reads several weights for one forward, as mappings or buffers that are released with their last tensor.
 
         Args:
-            keys: Their names.
-            stop: Asked between pieces; true gives up.
+            keys: Names of the weights.
+            stop: Checked between chunks; returns true to interrupt.
 
         Raises:
-            KeyError: for a name that is not here.
-            RuntimeError: when a file has become shorter, or cannot be read.
+            KeyError: for an unknown name.
+            RuntimeError: if a file was truncated, or is no longer readable.
         """
         plan = self._plan(tuple(keys))
         found = {key: self[key] for key in plan.elsewhere}
@@ -272,11 +272,11 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return found
 
     def is_resident(self, keys: Iterable[str]) -> bool:
-        """Whether reading some weights now takes no time worth mentioning."""
+        """Returns whether reading some weights takes negligible time."""
         try:
             return all(reading.is_resident() for reading, _ in self._plan(tuple(keys)).readings)
         except (KeyError, OSError, ValueError):
-            return False  # `read` will say what is wrong, when they are needed
+            return False  # `read` raises the error when the weights are needed
 
     @property
     def slow(self) -> bool:
@@ -284,10 +284,10 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return bool(self._slow)
 
     def remap_huge_pages(self, stop: Stop) -> None:
-        """Makes faster what reading has found to be slower than it could be, at leisure.
+        """Remaps, in huge pages, the files that proved slow to map.
 
         Args:
-            stop: Asked between pieces; true leaves the rest for another time.
+            stop: Checked between chunks; returns true to postpone the rest.
         """
         for _ in range(len(self._slow)):
             reading = self._slow.popleft()
@@ -300,7 +300,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
                 self._slow.append(reading)
 
     def _plan(self, keys: tuple[str, ...]) -> _Plan:
-        """How to read some weights; made anew when one comes from elsewhere now."""
+        """Returns the cached read plan of some weights; rebuilt if the source of one has changed."""
         sources = [self.source(key) for key in keys]
         plan = self._plans.get(keys)
         if plan is None or any(one is not other for one, other in zip(plan.sources, sources, strict=True)):
@@ -320,7 +320,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         for path, entries in in_files.items():
             spans = [span for _, span, _ in entries]
             kept = self._files.get(os.fspath(path))
-            # One of many files with a single weight each is opened when it is read.
+            # A .dat file has a single weight and is opened for each read.
             single = functools.partial(CachedFile, path, self._buffers, self._windows)
             opened = single if kept is None else functools.partial(_same, kept[1])
             reading = TensorRead(spans, opened, self._has_free_memory, self._slow.append, keep=kept is not None)
@@ -328,7 +328,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return _Plan(sources, elsewhere, readings)
 
     def _place(self, key: str) -> tuple[Path, Span, torch.dtype | None] | None:
-        """The file that a weight is in, where, and the format to convert it to; None for one that is not read so."""
+        """Returns the file of a weight, its span and the dtype to convert it to; None if it is not read from a file here."""
         if key in self.state_dict:
             return None
         info = self.index[key]
@@ -344,13 +344,13 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return path_inside(Path(self.save_folder), _file_of(key, info)), whole, None
 
     def _has_free_memory(self) -> bool:
-        """Whether memory has room for all that is read from files, and for as much of anything else."""
+        """Returns whether free memory is at least twice the size of all weights in files."""
         import psutil
 
         return bool(psutil.virtual_memory().available > 2 * self._size)
 
     def _file(self, name: str) -> tuple[SafetensorsFile, CachedFile, dict[str, Span]]:
-        """A file, and where what lies in it; kept open, so that its header is read once."""
+        """Opens a safetensors file, once; returns it with the spans of its tensors."""
         if name not in self._files:
             tensors = SafetensorsFile(Path(name))
             file = CachedFile(name, self._buffers, self._windows)
@@ -359,7 +359,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return self._files[name]
 
     def source(self, key: str) -> object:
-        """What a weight comes from: another object, once it comes from elsewhere. None for a name that is not here."""
+        """Returns the object that a weight comes from, which changes with its source; None for an unknown name."""
         return self.state_dict[key] if key in self.state_dict else self.index.get(key)
 
     def __iter__(self) -> Iterator[str]:
@@ -369,7 +369,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         return len(self.all_keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files stay with the process.
+        # Open files belong to the process.
         return {name: value for name, value in self.__dict__.items() if name not in _OF_A_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -388,9 +388,9 @@ class _Plan(NamedTuple):
     """How some weights are read.
 
     Attributes:
-        sources: What they come from.
-        elsewhere: Those that are not read from a file here.
-        readings: What is read together, and of each its weights with the format to convert them to.
+        sources: Their sources.
+        elsewhere: Weights that are not read from a file here.
+        readings: Groups of weights read together, each weight with the dtype to convert it to.
     """
 
     sources: list[object]
@@ -403,12 +403,12 @@ def _dtype(name: Any) -> torch.dtype | None:
         return None
     found = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"{short_repr(name)} is no dtype of torch")
+        raise ValueError(f"{short_repr(name)} is not a torch dtype")
     return found
 
 
 def read_weights(weights: Mapping[str, Any], names: Sequence[str], stop: Stop = never) -> dict[str, torch.Tensor]:
-    """Several weights of a mapping, for use in one forward; see `OffloadedWeightsLoader.read`."""
+    """Reads several weights of a mapping for one forward; see `OffloadedWeightsLoader.read`."""
     source, prefix = _behind(weights)
     if not isinstance(source, OffloadedWeightsLoader):
         return {name: source[prefix + name] for name in names}
@@ -418,15 +418,15 @@ def read_weights(weights: Mapping[str, Any], names: Sequence[str], stop: Stop = 
 
 
 def are_resident(weights: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether reading some weights of a mapping now takes no time worth mentioning."""
+    """Returns whether reading some weights of a mapping takes negligible time."""
     source, prefix = _behind(weights)
     return not isinstance(source, OffloadedWeightsLoader) or source.is_resident([prefix + name for name in names])
 
 
 def sources_of(weights: Mapping[str, Any], names: Iterable[str]) -> list[object] | None:
-    """What weights come from, to tell later whether that is still so. None: they cannot be read in another thread.
+    """Returns objects that compare equal until a weight changes; None: the weights cannot be read on another thread.
 
-    That holds of mappings that others wrote: nobody knows what they do when an entry is asked for.
+    None stands for custom mappings, whose item access may not be thread-safe.
     """
     source, prefix = _behind(weights)
     if isinstance(source, OffloadedWeightsLoader):
@@ -435,11 +435,11 @@ def sources_of(weights: Mapping[str, Any], names: Iterable[str]) -> list[object]
         found = [source.get(prefix + name) for name in names]
     else:
         return None
-    return [_MappingDataset(value) if isinstance(value, torch.Tensor) else _IdentityDataset(value) for value in found]
+    return [_TensorVersion(value) if isinstance(value, torch.Tensor) else _ObjectIdentity(value) for value in found]
 
 
-class _IdentityDataset:
-    """Equal as long as it stands for one and the same object."""
+class _ObjectIdentity:
+    """Compares equal to another reference to the same object."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -448,25 +448,25 @@ class _IdentityDataset:
         return type(other) is type(self) and self._value is other._value
 
 
-class _MappingDataset(_IdentityDataset):
-    """Equal as long as it stands for one tensor that nobody wrote to."""
+class _TensorVersion(_ObjectIdentity):
+    """Compares equal to another reference to the same tensor if neither was written to in between."""
 
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__(value)
         self._version = 0 if value.is_inference() else value._version
 
     def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and isinstance(other, _MappingDataset) and self._version == other._version
+        return super().__eq__(other) and isinstance(other, _TensorVersion) and self._version == other._version
 
 
 def loader_behind(weights: Mapping[str, Any] | None) -> OffloadedWeightsLoader | None:
-    """What reads the weights of a mapping, where we know it."""
+    """Returns the loader that reads the weights of a mapping; None for other mappings."""
     source = None if weights is None else _behind(weights)[0]
     return source if isinstance(source, OffloadedWeightsLoader) else None
 
 
 def _behind(weights: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """The whole mapping behind a part of it, and the prefix of that part."""
+    """Unwraps prefixed views; returns the underlying mapping and the prefix."""
     prefix = ""
     while type(weights) is PrefixedDataset:
         prefix = weights.prefix + prefix
@@ -477,11 +477,11 @@ def _behind(weights: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 def extract_submodules_state_dict(
     state_dict: Mapping[str, torch.Tensor], submodule_names: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """The entries of a state that belong to some modules (or are the tensors named).
+    """Selects the entries of a state dict that belong to some modules or are named themselves.
 
     Args:
-        state_dict: The whole state.
-        submodule_names: Dotted names.
+        state_dict: The whole state dict.
+        submodule_names: Names of modules or tensors.
     """
     names = list(submodule_names)
     return {

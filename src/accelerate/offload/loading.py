@@ -1,4 +1,4 @@
-"""Weights from files into a model: checked as a whole, then one tensor at a time to where the device map says."""
+"""Loads weight files into a model: validates the whole checkpoint, then loads each tensor to its device."""
 
 from __future__ import annotations
 
@@ -40,34 +40,35 @@ def load_checkpoint_in_model(
     full_state_dict: bool = True,
     broadcast_from_rank0: bool = False,
 ) -> None:
-    """Loads weights into a model, empty or not, each straight to its device.
+    """Loads weights into a model, each directly to its device; the model may be on the meta device.
 
-    Everything is checked first: damaged or missing files, names, shapes. Weights that go to the CPU are mapped from their
-    file where the model has no values yet, and copied where it has.
+    The checkpoint is validated first: damaged or missing files, names, shapes. Weights for the CPU are mapped from their
+    file if the model has no values yet, and copied otherwise.
 
     Args:
         model: The model.
-        checkpoint: A file of weights (safetensors, or from `torch.save`), an index of several, or a folder with these.
-        device_map: Devices by name of module or tensor. None: weights go where the model's are; empty ones to the CPU.
-        offload_folder: Where the index of weights on ``"disk"`` is kept, and those of pickled files themselves; those of
-            safetensors files are read there.
-        dtype: Convert floating-point weights to this. None: to what they are in the model.
-        offload_state_dict: Accepted; files are mapped, so that there is no second copy to put away.
-        offload_buffers: Buffers go to disk with the rest of a layer.
-        keep_in_fp32_modules: Names of modules whose weights become float32 whatever `dtype` says.
-        offload_8bit_bnb: Only False: `load_and_quantize_model` quantises, offloaded weights too.
-        strict: Refuse a checkpoint with names too few or too many. False: they are logged.
-        full_state_dict: False: the checkpoint holds this process's shards of a sharded model.
-        broadcast_from_rank0: Only the first process reads; the others get what it read.
+        checkpoint: A weight file (safetensors, or written by `torch.save`), an index, or a folder with one of these.
+        device_map: Devices by name of module or tensor. None: weights go to the device of the model's tensors; those on the
+            meta device go to the CPU.
+        offload_folder: Folder for the index of weights on ``"disk"``, and for the weights of pickled files; safetensors
+            files are read in place.
+        dtype: Convert floating-point weights to this dtype. None: to the dtype in the model.
+        offload_state_dict: Accepted for compatibility; files are mapped, so there is no second copy in memory to offload.
+        offload_buffers: Offload the buffers of layers on disk, too.
+        keep_in_fp32_modules: Names of modules whose weights become float32, regardless of `dtype`.
+        offload_8bit_bnb: Only False is supported; use `load_and_quantize_model`, which also quantizes offloaded weights.
+        strict: Raise for missing or unexpected names. False: log them.
+        full_state_dict: False: the checkpoint contains this process's shards of a sharded model.
+        broadcast_from_rank0: Only rank 0 reads the files; it broadcasts the weights to the others.
 
     Raises:
-        ValueError: when something is wrong: all of it in one message, before anything was changed. Names too few or too many
+        ValueError: with all problems in one message, before anything is changed. Missing or unexpected names are problems
             only with ``strict=True``.
         NotImplementedError: for ``offload_8bit_bnb=True``.
     """
     if offload_8bit_bnb:
         raise NotImplementedError(
-            "offload_8bit_bnb=True: this function does not quantise. load_and_quantize_model does, with a device map too."
+            "offload_8bit_bnb=True: this function does not quantize. Use load_and_quantize_model, which takes a device map."
         )
     if device_map is None and (broadcast_from_rank0 or any(map(is_shard, model.parameters()))):
         _log_mismatches(
@@ -93,7 +94,7 @@ def load_checkpoint_in_model(
 def _require_folder(device_map: Mapping[str, Place] | None, folder: Folder | None) -> None:
     if folder is None and device_map is not None and "disk" in device_map.values():
         raise ValueError(
-            "the device_map sends modules to 'disk': pass an offload_folder, where the index of their weights is kept."
+            "the device_map assigns modules to 'disk': pass an offload_folder for the index of their weights."
         )
 
 
@@ -108,15 +109,15 @@ def load_weights(
     keep_in_fp32: Sequence[str] | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """`load_checkpoint_in_model`, but for the index of weights on disk, which is returned and not saved.
+    """Implements `load_checkpoint_in_model`, but returns the index of weights on disk instead of saving it.
 
     Raises:
-        WeightsError: listing everything that is wrong.
+        WeightsError: with all problems.
     """
     device_map = None if device_map is None else normalize(device_map)
     wanted = as_dtype(dtype)
     if wanted is not None and not isinstance(wanted, torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is no format that torch can hold weights in.")
+        raise ValueError(f"dtype={dtype!r} is not a dtype in which torch can store weights.")
     tree = build_tree(model)
     tied = tied_in(tree)
     found = inspect(model, find_checkpoint(checkpoint), tied)
@@ -135,7 +136,7 @@ def load_weights(
 
 
 def _other_layout(model: nn.Module, found: Inspection) -> list[str]:
-    """Returns a problem where files hold the weights of a transformers model by other names than the model in memory."""
+    """Returns a problem if the files have the weights of a transformers model under other names than the model."""
     state = model.state_dict(keep_vars=True)
     empty = [name for name in found.missing if getattr(state[name], "is_meta", False)]
     if not empty or not found.unexpected or not hasattr(type(model), "from_pretrained"):
@@ -145,25 +146,25 @@ def _other_layout(model: nn.Module, found: Inspection) -> list[str]:
     problem = (
         f"the files have another layout than {name} in memory, as where releases of transformers fuse weights: the model's "
         f"{shown[0]} are not in the files, and the files' {shown[1]} are not in the model. "
-        f"{name}.from_pretrained(folder, device_map=...) converts them while it loads"
+        f"{name}.from_pretrained(folder, device_map=...) converts them on loading"
     )
     return [problem]
 
 
 def _raise_mismatches(checkpoint: Folder, found: Inspection, strict: bool) -> None:
     loose = [f"{name} is missing" for name in found.missing]
-    loose += [f"{name} is in the files, and not in the model" for name in found.unexpected]
+    loose += [f"{name} is in the files, but not in the model" for name in found.unexpected]
     if found.problems or (strict and loose):
         raise WeightsError(checkpoint, [*found.problems, *loose])
     _log_mismatches(checkpoint, loose)
 
 
 def _log_mismatches(checkpoint: Folder, loose: list[str]) -> None:
-    """Logs names too few or too many."""
+    """Logs missing and unexpected names."""
     if loose:
         more = f"; and {len(loose) - 20} more" if len(loose) > 20 else ""
         logger.warning(
-            "%s does not fit the model as a whole: %s. strict=True makes that an error.",
+            "%s does not match the model exactly: %s. Pass strict=True to make this an error.",
             checkpoint,
             "; ".join(loose[:20]) + more,
         )
@@ -184,11 +185,11 @@ def _slots(tree: ModuleTree) -> dict[str, _Slot]:
 
 @dataclass
 class _LoadJob:
-    """One loading: where each tensor goes, and in which format.
+    """One load: the device and dtype of each tensor.
 
     Attributes:
-        slots: Where each tensor stands: a dictionary of its module's, and the key in it.
-        index: Entries of the weights that stay on disk.
+        slots: The dictionary of the module that holds each tensor, and its key there.
+        index: Index entries of the weights on disk.
     """
 
     model: nn.Module
@@ -201,32 +202,32 @@ class _LoadJob:
     index: dict[str, Any] = field(default_factory=dict)
 
     def plan(self, file: WeightFile, found: Inspection) -> dict[str, Place]:
-        """Where the tensors of a file go that are in the model; what stands in the way is added to the problems found."""
+        """Returns the device of each tensor of a file that is in the model; adds to the problems found."""
         places: dict[str, Place] = {}
         for name in file.shapes:
             if name not in found.names:
                 continue
             if name not in self.slots and not name.endswith(EXTRA_STATE):
                 found.problems.append(
-                    f"{name} is in the model's state, and no parameter or buffer of that name is there"
+                    f"{name} is in the model's state dict, but the model has no such parameter or buffer"
                 )
                 continue
             device = self._device(name)
             if device is None:
                 found.problems.append(
-                    f"the device_map does not say where {name} goes: add an entry for it, or for a module of it"
+                    f"the device_map has no entry for {name}: add one for it, or for a module that contains it"
                 )
             elif device == "disk" and not file.in_place and self.folder is None:
                 found.problems.append(
-                    f"{name} goes to disk, and {file.path.name} cannot be read in parts: pass an offload_folder for it, or "
-                    "use safetensors files"
+                    f"{name} is assigned to disk, but {file.path.name} cannot be read tensor by tensor: pass an "
+                    "offload_folder, or use safetensors files"
                 )
             else:
                 places[name] = device
         return places
 
     def load(self, name: str, file: WeightFile, device: Place) -> None:
-        """Takes one tensor to its place."""
+        """Loads one tensor."""
         if name not in self.slots:
             self.model.get_submodule(name.rpartition(".")[0]).set_extra_state(file[name])
             return
@@ -241,7 +242,7 @@ class _LoadJob:
         if device == "cpu" and present.is_meta and type(present) is nn.Parameter and value.dtype == wanted:
             held[key] = as_parameter(value, present)  # mapped, not copied
         elif present.device == (torch.device("cpu") if device == "cpu" else device) and present.dtype == wanted:
-            # In place: optimizers, and modules that share it, hold this very tensor.
+            # In place, because optimizers and tied modules refer to this tensor.
             with torch.no_grad():
                 present.copy_(value)
         else:
@@ -255,7 +256,7 @@ class _LoadJob:
         return self.dtype
 
     def _device(self, name: str) -> Place | None:
-        """The device of a tensor; None where the map has none."""
+        """Returns the device of a tensor; None if the map has none."""
         if name not in self.slots:
             return "cpu"
         held, key = self.slots[name]
@@ -273,7 +274,7 @@ class _LoadJob:
                 entry["dtype"] = str(dtype).removeprefix("torch.")
             self.index[name] = entry
             return
-        assert self.folder is not None  # or there would be no plan
+        assert self.folder is not None  # checked by plan
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         value = file[name]
         converts = dtype is not None and value.is_floating_point()

@@ -1,4 +1,4 @@
-"""How much of a model each device may take: measured, as the user wrote it, or evened out over the devices."""
+"""Memory limits per device: measured, given by the user, or balanced over the devices."""
 
 from __future__ import annotations
 
@@ -17,28 +17,27 @@ Device = int | str
 Limits = dict[Device, int]
 
 OFFLOADED = ("cpu", "disk")
-"""Where weights wait that are moved to another device to be used, slower ones last."""
+"""Devices on which weights are only stored: they are moved to another device for use. Slower ones last."""
 
 
 def accelerators(devices: Iterable[Device]) -> list[Device]:
-    """Those devices that compute, in order."""
+    """Returns the devices that compute, in order."""
     return [device for device in devices if device not in OFFLOADED]
 
 
 def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> Limits:
-    """Bytes that weights may take on each device.
+    """Returns the bytes that weights may take on each device.
 
     Args:
-        max_memory: Limits by device: numbers of bytes, or sizes such as ``"10GiB"`` and ``"10GB"``. A device that is not
-            named is not used. Sizes in a dictionary become numbers of bytes in place, on which callers rely. None:
-            what is free now on each accelerator that this process sees, and of the machine's
-            memory.
+        max_memory: Limits by device: numbers of bytes, or sizes such as ``"10GiB"`` and ``"10GB"``. Devices that are not
+            listed are not used. Sizes in a dictionary are replaced by numbers of bytes in place, since callers rely on it.
+            None: the free memory of each visible accelerator and of the machine.
 
     Returns:
         Limits in bytes: accelerators in order, then ``"cpu"``, then ``"disk"``.
 
     Raises:
-        ValueError: for a size or a device that is none.
+        ValueError: for an invalid size or device.
     """
     if max_memory is None:
         return _free_memory()
@@ -46,7 +45,7 @@ def get_max_memory(max_memory: Mapping[Device, int | str] | None = None) -> Limi
     for device in limits:
         if not isinstance(device, int) and device not in (*OFFLOADED, "mps"):
             raise ValueError(
-                f"max_memory names the device {device!r}: expected the number of an accelerator (0, 1 ...), 'mps', 'cpu' "
+                f"max_memory has the device {device!r}: expected the index of an accelerator (0, 1 ...), 'mps', 'cpu' "
                 "or 'disk'."
             )
     if isinstance(max_memory, dict):
@@ -79,19 +78,19 @@ def get_balanced_memory(
     special_dtypes: Mapping[str, Dtype] | None = None,
     low_zero: bool = False,
 ) -> Limits:
-    """Limits with which `infer_auto_device_map` spreads a model evenly over the accelerators.
+    """Computes limits with which `infer_auto_device_map` spreads a model evenly over the accelerators.
 
-    The limit is the smallest with which the layers, placed in order, still fit: no even split has a smaller largest share.
-    The last accelerator keeps its own limit, so that a layer counted too low still finds room. Where the accelerators
-    cannot hold the model, nothing can be evened out and the limits stay as they are.
+    The limit is the smallest with which the layers, assigned in order, still fit, so no even split has a smaller largest
+    share. The last accelerator keeps its full limit, to absorb layers whose size was underestimated. If the accelerators
+    cannot hold the model, the limits are returned unchanged.
 
     Args:
         model: The model, on any device.
         max_memory: Limits by device, as for `get_max_memory`.
         no_split_module_classes: Names of classes whose modules stay on one device.
-        dtype: Count weights as if converted to this.
-        special_dtypes: Count these tensors, by name, as if converted to these.
-        low_zero: Put on the first accelerator only what does not fit on the others: room to work with outputs there.
+        dtype: Compute sizes as if weights were converted to this dtype.
+        special_dtypes: Compute sizes as if these tensors, by name, were converted to these dtypes.
+        low_zero: Use the first accelerator only for layers that do not fit on the others, so that it has room for outputs.
 
     Returns:
         Limits in bytes by device.
@@ -102,7 +101,7 @@ def get_balanced_memory(
         return limits
     sizes = group_modules(model, no_split_module_classes, dtype, special_dtypes).sizes
     if low_zero:
-        # The first takes what is left when the others are full; rounded up to whole layers by the placement.
+        # The first device takes the rest after the others are full, rounded up to whole layers.
         total = sum(sizes)
         first, devices = devices[0], devices[1:]
         if total > sum(limits[device] for device in devices):
@@ -117,7 +116,7 @@ def get_balanced_memory(
 
 
 def _fits(sizes: Sequence[int], limits: Sequence[int]) -> bool:
-    """Whether groups placed in order, device after device, fit within limits."""
+    """Returns whether groups assigned in order, device after device, fit within limits."""
     index, room = 0, limits[0]
     for size in sizes:
         while size > room:
@@ -130,10 +129,10 @@ def _fits(sizes: Sequence[int], limits: Sequence[int]) -> bool:
 
 
 def _smallest_share(sizes: Sequence[int], limits: Sequence[int]) -> int | None:
-    """The smallest limit for all devices with which groups fit in order; None where even their own do not do."""
+    """Returns the smallest common limit with which groups fit in order; None if they do not even fit within `limits`."""
     if not sizes or not _fits(sizes, limits):
         return None
-    # Larger limits never hurt a placement in order, so the answer is found by halving.
+    # Larger limits never make an assignment in order worse, so a binary search finds the smallest.
     low = -(-sum(sizes) // len(limits))
     shares = range(low, max(limits) + 1)
     found = bisect.bisect_left(shares, True, key=lambda share: _fits(sizes, [min(share, each) for each in limits]))
@@ -141,7 +140,7 @@ def _smallest_share(sizes: Sequence[int], limits: Sequence[int]) -> int | None:
 
 
 def _least_before(sizes: Sequence[int], limits: Sequence[int]) -> int:
-    """The least that a device before the others must take for the rest to fit on them, in order."""
+    """Returns the fewest bytes to assign to a preceding device so that the remaining groups fit in order."""
     starts = range(len(sizes) + 1)
     first = bisect.bisect_left(starts, True, key=lambda start: _fits(sizes[start:], limits))
     return sum(sizes[:first])

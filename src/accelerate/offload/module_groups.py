@@ -1,6 +1,6 @@
-"""A model cut into what a device map places: layers that stay whole, and tensors that lie directly on a larger module.
+"""Splits a model into the groups that a device map assigns: unsplit layers, and tensors directly on a split module.
 
-Pieces that share a tensor belong to one group, so that tied weights stay together.
+Layers that share a tensor are in one group, so that tied weights stay together.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .sizes import Dtype, SizeMeasure
 
 @dataclass
 class ModuleGroups:
-    """What goes to one device together. Kept as columns, for the reason that a tree is.
+    """Groups of modules and tensors that go to one device. Stored as columns, for the same reason as `ModuleTree`.
 
     Attributes:
         tree: The model.
-        sizes: Bytes of each group, each tensor counted once; in the order of the groups' first pieces.
-        buffers: Bytes of these that are buffers.
-        units: Bytes of the largest module in each, without those inside it: what a hook fetches as one.
-        visited: Positions of the modules that are pieces, and of those that were cut open, in order.
-        numbers: For each of these, the group that it belongs to (or the tensors that lie directly on it); -1: none does.
+        sizes: Bytes of each group, counting each tensor once; in the order of the groups' first members.
+        buffers: Bytes of the buffers of each group.
+        units: Bytes of the largest module of each group, without its submodules: the most that one hook loads at once.
+        visited: Positions of unsplit and of split modules, in order.
+        numbers: For each of these the index of its group (for split modules, that of their own tensors); -1: no group.
     """
 
     tree: ModuleTree
@@ -37,7 +37,7 @@ class ModuleGroups:
     numbers: list[int] = field(default_factory=list)
 
     def names(self) -> list[list[str]]:
-        """For each group, the names of its modules and of tensors that lie directly on a larger one."""
+        """Returns, for each group, the names of its modules and of its tensors that belong directly to a split module."""
         found: list[list[str]] = [[] for _ in self.sizes]
         for here, number in zip(self.visited, self.numbers, strict=True):
             if number >= 0:
@@ -45,12 +45,12 @@ class ModuleGroups:
         return found
 
     def is_open(self, here: int) -> bool:
-        """Whether a visited module was cut open."""
+        """Returns whether a visited module was split."""
         after = bisect.bisect_right(self.visited, here)
         return after < len(self.visited) and self.visited[after] < self.tree.ends[here]
 
     def own_tensors(self, here: int) -> list[str]:
-        """Names of the tensors that lie directly on a module."""
+        """Returns the names of a module's own tensors."""
         return self.tree.tensor_names[self.tree.starts[here] : self.tree.starts[here + 1]]
 
 
@@ -60,7 +60,7 @@ def group_modules(
     dtype: Dtype | None = None,
     special_dtypes: Mapping[str, Dtype] | None = None,
 ) -> ModuleGroups:
-    """The groups of a model; arguments as for `infer_auto_device_map`."""
+    """Splits a model into groups; arguments as for `infer_auto_device_map`."""
     keep_whole, measure = split_points(no_split_module_classes), SizeMeasure(dtype, special_dtypes)
     tree = build_tree(model, sizes=True)
     found = ModuleGroups(tree)
@@ -71,7 +71,7 @@ def group_modules(
     def buffers_before(position: int) -> int:
         return in_buffers[bisect.bisect_left(tree.buffers, position)]
 
-    behind: list[int] = []  # each group's end, in positions of tensors
+    behind: list[int] = []  # the end of each group, as a position of a tensor
     here = 0
     while here < len(tree):
         found.visited.append(here)
@@ -94,8 +94,8 @@ def group_modules(
 
 
 def _join(found: ModuleGroups, behind: Sequence[int]) -> None:
-    """Makes those groups one that share a tensor: the first takes all, and its place in the order is where they go."""
-    taker = list(range(len(found.sizes)))  # by number of a group, itself or an earlier one
+    """Merges groups that share a tensor into the first of them (union-find)."""
+    taker = list(range(len(found.sizes)))  # the parent of each group: itself or an earlier one
 
     def current(number: int) -> int:
         while number != taker[number]:

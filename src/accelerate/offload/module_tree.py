@@ -1,8 +1,8 @@
-"""A model as a tree of its tensors, walked once.
+"""The module tree of a model with its tensors, built in one pass.
 
-`module.named_parameters()` walks the whole model anew and builds every name from the root; here one pass gives what sizes,
-ties and device maps need, in time linear in the number of modules and tensors. The tree is kept as flat lists: an object for
-every module would keep the garbage collector busy for longer than everything else takes.
+`module.named_parameters()` traverses the whole model at each call and builds every name from the root. This pass collects
+the data for sizes, ties and device maps in time linear in the number of modules and tensors. The tree is stored in flat
+lists: with one object per module, garbage collection would take longer than everything else.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import nn
 
 @dataclass
 class ModuleTree:
-    """Modules, each before those inside it, and their tensors in the same order.
+    """Modules in pre-order, and their tensors in the same order.
 
     Attributes:
         names: Dotted names of modules; the root's is empty.
         modules: The modules.
-        parents: Position of the module around each; the root's is -1.
-        ends: Position behind the last module inside each.
-        starts: Position of each module's first own tensor, and behind the last the number of tensors. A module's own tensors
+        parents: Position of each module's parent; the root's is -1.
+        ends: Position behind the last descendant of each module.
+        starts: Position of each module's first own tensor; the last entry is the number of tensors. A module's own tensors
             end where those of the next module start.
         tensor_names: Full names of tensors: a module's parameters, then its buffers.
         tensors: The tensors.
-        identities: What tells tensors apart.
-        sizes: Their bytes, if asked for.
-        buffers: Positions of those that are buffers.
+        identities: The `id` of each tensor.
+        sizes: Bytes of each tensor, if requested.
+        buffers: Positions of the buffers.
     """
 
     names: list[str] = field(default_factory=list)
@@ -48,12 +48,12 @@ class ModuleTree:
         return len(self.names)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors with their names; one that has several comes with each."""
+        """Yields all tensors with their names; a tied tensor is repeated under each."""
         return zip(self.tensor_names, self.tensors, strict=True)
 
     @functools.cached_property
     def repeated(self) -> dict[int, list[int]]:
-        """The positions of each tensor that stands in several places, by its identity."""
+        """Positions of each tensor that occurs more than once, by its identity."""
         first: dict[int, int] = {}
         found: dict[int, list[int]] = {}
         for position, identity in enumerate(self.identities):
@@ -64,13 +64,13 @@ class ModuleTree:
 
 
 def build_tree(model: nn.Module, *, parameters: bool = True, buffers: bool = True, sizes: bool = False) -> ModuleTree:
-    """The tree of a model. A module or tensor that stands in two places is listed in both.
+    """Builds the tree of a model. A module or tensor with several names is listed under each.
 
     Args:
         model: The root.
-        parameters: List parameters.
-        buffers: List buffers.
-        sizes: Note the sizes of tensors as well.
+        parameters: Include parameters.
+        buffers: Include buffers.
+        sizes: Record the sizes of tensors.
     """
     tree = ModuleTree()
     names, modules, parents, ends, starts = tree.names, tree.modules, tree.parents, tree.ends, tree.starts
@@ -80,7 +80,7 @@ def build_tree(model: nn.Module, *, parameters: bool = True, buffers: bool = Tru
         for key, tensor in held.items():
             if tensor is not None:
                 tensor_names.append(prefix + key)
-                # All that is asked of a tensor is asked here: in a large model, getting to it is what takes time.
+                # All attributes of a tensor are read here: in a large model, most time goes into cache misses on it.
                 tensors.append(tensor)
                 identities.append(id(tensor))
                 if sizes:
@@ -94,7 +94,7 @@ def build_tree(model: nn.Module, *, parameters: bool = True, buffers: bool = Tru
         ends.append(0)
         starts.append(len(tensors))
         prefix = f"{name}." if name else ""
-        held = module.__dict__  # an attribute of a module is looked for in its class first
+        held = module.__dict__  # avoids the lookup in the class that attribute access does first
         if parameters and held["_parameters"]:
             note(prefix, held["_parameters"])
         if buffers and held["_buffers"]:
@@ -112,10 +112,10 @@ def build_tree(model: nn.Module, *, parameters: bool = True, buffers: bool = Tru
 
 
 def split_points(no_split_module_classes: object) -> Callable[[nn.Module], bool]:
-    """Whether a module is of a class that stays on one device.
+    """Returns a predicate that is true for modules that must stay on one device.
 
     Args:
-        no_split_module_classes: Names of classes: one, several, or None.
+        no_split_module_classes: Names of their classes: one, several, or None.
     """
     if no_split_module_classes is None:
         names: frozenset[str] = frozenset()
@@ -125,6 +125,6 @@ def split_points(no_split_module_classes: object) -> Callable[[nn.Module], bool]
         names = frozenset(no_split_module_classes)
     else:
         raise TypeError(
-            f"no_split_module_classes takes names of classes, such as ['Block']; got {no_split_module_classes!r}."
+            f"no_split_module_classes expects names of classes, such as ['Block']; got {no_split_module_classes!r}."
         )
     return lambda module: type(module).__name__ in names

@@ -1,6 +1,6 @@
-"""Weights from files into a model whose parameters are shards (DTensors) on several processes.
+"""Loads weight files into a model whose parameters are DTensor shards.
 
-What is wrong is told on every process, before anything was changed on any: nobody waits for one that has left.
+Problems are exchanged and raised on every rank before anything is changed on any, so that no rank blocks in a collective.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ _Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def is_shard(value: Any) -> bool:
-    """Whether a tensor is one process's part of a larger one."""
+    """Returns whether a tensor is a DTensor."""
     return hasattr(value, "device_mesh")
 
 
 def load_sharded(
     model: nn.Module, checkpoint: str | os.PathLike[str], *, strict: bool, whole: bool, first_reads: bool
 ) -> list[str]:
-    """Loads weights into a sharded model. All processes call it.
+    """Loads weights into a sharded model. A collective call.
 
     Args:
         model: The model, with values.
         checkpoint: The files.
-        strict: Names too few or too many are an error.
-        whole: The files hold whole tensors, of which each process takes its part; else each process's own files hold its
-            parts.
-        first_reads: Only the first process reads, and sends what it read to the others.
+        strict: Raise for missing or unexpected names.
+        whole: The files contain full tensors, of which each rank takes its shard; otherwise each rank reads its own shards.
+        first_reads: Only rank 0 reads the files; it broadcasts the tensors.
 
     Returns:
-        Names too few or too many.
+        Missing and unexpected names.
 
     Raises:
-        WeightsError: on all processes, when something is wrong on one.
+        WeightsError: on all ranks, if there is a problem on any.
     """
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
     files: dict[str, WeightFile] = {}
-    problems, loose = [f"{name} has no values here to load into" for name in state if state[name].is_meta], list[str]()
+    problems = [f"{name} has no values to overwrite in the model" for name in state if state[name].is_meta]
+    loose: list[str] = []
     described: _Described = {}
     if not first_reads or _rank() == 0:
         try:
             found = inspect(model, find_checkpoint(checkpoint), find_tied_parameters(model))
-        except ValueError as error:  # there is no checkpoint: for the others to know as well
+        except ValueError as error:  # no checkpoint; the error is exchanged with the other ranks below
             found = Inspection(problems=[str(error)])
         files = {name: file for file in found.files for name in file.shapes if name in state}
         loose = [f"{name} is missing" for name in found.missing]
-        loose += [f"{name} is in the files, and not in the model" for name in found.unexpected]
+        loose += [f"{name} is in the files, but not in the model" for name in found.unexpected]
         problems += found.problems + _shape_mismatches(state, files, whole)
         if not problems:
             described = {name: (files[name][name].dtype, files[name].shapes[name]) for name in state if name in files}
@@ -74,7 +74,7 @@ def _rank() -> int:
 
 
 def _gathered(value: Any) -> list[Any]:
-    """What each process has, by rank."""
+    """All-gathers an object; returns one per rank."""
     if not torch.distributed.is_initialized():
         return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()
@@ -90,16 +90,16 @@ def _shape_mismatches(state: Mapping[str, torch.Tensor], files: Mapping[str, Wei
     problems = []
     for name, file in files.items():
         wanted: Any = state[name]
-        if is_shard(wanted):  # the others were compared already
+        if is_shard(wanted):  # inspect has compared the others
             shape = tuple(wanted.shape if whole else wanted.to_local().shape)
             if file.shapes[name] != shape:
-                kind = "the model" if whole else "this process's part"
-                problems.append(f"{name} has the shape {file.shapes[name]} in {file.path.name}, and {shape} in {kind}")
+                kind = "the model" if whole else "this rank's shard"
+                problems.append(f"{name} has shape {file.shapes[name]} in {file.path.name}, and {shape} in {kind}")
     return problems
 
 
 def _broadcast(value: torch.Tensor, target: Any) -> torch.Tensor:
-    """The first process's value, on all; on the device that the processes' transport can reach."""
+    """Broadcasts a tensor from rank 0, on the device of the target, which the process group's backend supports."""
     local = target.to_local() if is_shard(target) else target
     value = value.to(local.device).contiguous()
     torch.distributed.broadcast(value, 0)
@@ -117,10 +117,10 @@ def _fill(target: Any, value: torch.Tensor, whole: bool) -> None:
 
 
 def _local_slice(target: Any, value: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor."""
+    """Returns this rank's shard of a full tensor."""
     from torch.distributed.tensor import distribute_tensor
 
-    # Everybody has the value. Older versions of torch send it once more.
+    # All ranks have the tensor. Older versions of torch scatter it once more.
     options = {"src_data_rank": None} if "src_data_rank" in reflection.signature(distribute_tensor).parameters else {}
     shards: Any = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, **options)
     part: torch.Tensor = shards.to_local()

@@ -1,7 +1,6 @@
-"""How many bytes the tensors of a model take: each, each module's, the largest layer's, all.
+"""Sizes of a model in bytes: of each tensor, of each module, of the largest layer, and in total.
 
-A tensor that stands under several names (tied weights) counts once, under the first. Nothing here touches a value, so a
-model on the meta device has the sizes of a real one.
+A tied tensor counts once, under its first name. Values are never read, so models on the meta device have the same sizes.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ def is_shape(dimensions: Sequence[object]) -> bool:
 
 
 def dtype_byte_size(dtype: torch.dtype | CustomDtype) -> float:
-    """Bytes that one number of a format takes: 0.5 for ``CustomDtype.INT4``, and an eighth for a boolean.
+    """Returns the bytes per element of a dtype: 0.5 for ``CustomDtype.INT4``, 0.125 for a boolean.
 
     Raises:
-        ValueError: for what is no number format.
+        ValueError: for anything but a dtype.
     """
     if dtype in _SUB_BYTE:
         return _SUB_BYTE[dtype]
@@ -44,10 +43,10 @@ def dtype_byte_size(dtype: torch.dtype | CustomDtype) -> float:
 
 
 def as_dtype(dtype: Dtype | None) -> torch.dtype | CustomDtype | None:
-    """A number format given by name (``"float16"``, ``"torch.float16"``, ``"int4"``) or as such.
+    """Returns the dtype of a name (``"float16"``, ``"torch.float16"``, ``"int4"``); returns a dtype unchanged.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for an unknown name.
     """
     if not isinstance(dtype, str):
         return dtype
@@ -60,19 +59,19 @@ def as_dtype(dtype: Dtype | None) -> torch.dtype | CustomDtype | None:
     except ValueError:
         known = ", ".join(member.value for member in CustomDtype)
         raise ValueError(
-            f"unknown dtype {dtype!r}: expected a name of torch's such as 'float16', or {known}."
+            f"unknown dtype {dtype!r}: expected the name of a torch dtype such as 'float16', or {known}."
         ) from None
 
 
 class SizeMeasure:
-    """Bytes of tensors, if weights were converted.
+    """Computes sizes of tensors as if they were converted.
 
     Args:
-        dtype: What floating-point tensors would be converted to where that makes them smaller; None: nothing.
-        special_dtypes: Formats of single tensors by name, taken as they are.
+        dtype: Convert floating-point tensors to this dtype if that makes them smaller; None: do not convert.
+        special_dtypes: Dtypes of single tensors by name, applied in any case.
 
     Raises:
-        ValueError: for an unknown format.
+        ValueError: for an unknown dtype.
     """
 
     def __init__(self, dtype: Dtype | None = None, special_dtypes: Mapping[str, Dtype] | None = None) -> None:
@@ -85,7 +84,7 @@ class SizeMeasure:
             self._special[name] = dtype_byte_size(special)
 
     def all(self, tree: ModuleTree) -> list[int]:
-        """Bytes of all tensors of a tree, in its order; of one that stands there several times, 0 from the second on."""
+        """Returns the bytes of each tensor of a tree; repeated occurrences of a tied tensor count 0."""
         sizes = tree.sizes.copy()
         if self._limit < math.inf:
             for position, tensor in enumerate(tree.tensors):
@@ -108,17 +107,16 @@ def compute_module_sizes(
     special_dtypes: Mapping[str, Dtype] | None = None,
     buffers_only: bool = False,
 ) -> Sizes:
-    """Bytes of every tensor and module of a model, by dotted name; the model itself is ``""``.
+    """Returns the bytes of every tensor and module of a model, by dotted name; the model itself is ``""``.
 
     Args:
         model: The model, on any device.
-        dtype: Count floating-point tensors as if converted to this, where that makes them smaller.
-        special_dtypes: Count these tensors, by name, as if converted to these.
-        buffers_only: Count only buffers.
+        dtype: Compute sizes as if floating-point tensors were converted to this dtype, if that makes them smaller.
+        special_dtypes: Compute sizes as if these tensors, by name, were converted to these dtypes.
+        buffers_only: Count buffers only.
 
     Returns:
-        Sizes by name; 0 for names that are not there.
-
+        Sizes by name; 0 for unknown names.
     Example:
         ```python
         compute_module_sizes(torch.nn.Linear(10, 2))  # {"weight": 80, "bias": 8, "": 88}
@@ -128,7 +126,7 @@ def compute_module_sizes(
 
 
 def sizes_of(tree: ModuleTree, measure: SizeMeasure) -> Sizes:
-    """`compute_module_sizes` of a tree that was walked already."""
+    """Implements `compute_module_sizes` for an existing tree."""
     each = measure.all(tree)
     again = {position for positions in tree.repeated.values() for position in positions[1:]}
     totals = [0] * len(tree)
@@ -151,15 +149,15 @@ def sizes_of(tree: ModuleTree, measure: SizeMeasure) -> Sizes:
 def compute_module_total_buffer_size(
     model: nn.Module, dtype: Dtype | None = None, special_dtypes: Mapping[str, Dtype] | None = None
 ) -> int:
-    """Bytes of all buffers of a model; arguments as for `compute_module_sizes`."""
+    """Returns the bytes of all buffers of a model; arguments as for `compute_module_sizes`."""
     return compute_module_sizes(model, dtype, special_dtypes, buffers_only=True)[""]
 
 
 def get_module_leaves(module_sizes: Mapping[str, object]) -> list[str]:
-    """The names among those of modules and tensors that no other is inside of.
+    """Returns the names of modules and tensors that contain no others.
 
     Args:
-        module_sizes: What `compute_module_sizes` gave.
+        module_sizes: Sizes from `compute_module_sizes`.
     """
     around = {name.rpartition(".")[0] for name in module_sizes if name}
     return [name for name in module_sizes if name not in around]
@@ -170,13 +168,13 @@ def get_max_layer_size(
     module_sizes: Mapping[str, int],
     no_split_module_classes: Sequence[str] | str | None,
 ) -> tuple[int, list[str]]:
-    """The size of the largest layer among some modules and what is inside them, and the names of those that large.
+    """Returns the size of the largest layer among some modules and their submodules, and the names of all that large.
 
-    A layer is what stays on one device: a module without children, one of a class that is not split, a tensor.
+    A layer is a unit that stays on one device: a module without children or of a class that is not split, or a tensor.
 
     Args:
         modules: Pairs of name and module (or tensor).
-        module_sizes: What `compute_module_sizes` gave.
+        module_sizes: Sizes from `compute_module_sizes`.
         no_split_module_classes: Names of classes whose modules are not split.
     """
     whole = split_points(no_split_module_classes)
@@ -203,10 +201,10 @@ def get_max_layer_size(
 
 
 def calculate_maximum_sizes(model: nn.Module) -> tuple[int, tuple[int, list[str]]]:
-    """Bytes of a model, and of its largest layer with the names of those that large.
+    """Returns the bytes of a model, and those of its largest layer with the names of all layers of that size.
 
     Args:
-        model: Classes named by its ``_no_split_modules``, as transformers' models have, count as one layer each.
+        model: The model; classes in its ``_no_split_modules``, as in transformers, count as one layer each.
     """
     sizes = compute_module_sizes(model)
     kept_whole = getattr(model, "_no_split_modules", None) or []

@@ -1,4 +1,4 @@
-"""Single tensors of a model: listed, told apart, and moved or given values one at a time."""
+"""Lists, identifies, moves and replaces single tensors of a model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TiedMap = dict[int, dict[torch.device, torch.Tensor]]
 def named_module_tensors(
     module: nn.Module, include_buffers: bool = True, recurse: bool = False, remove_non_persistent: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and then buffers of a module, with their names.
+    """Yields a module's parameters, then its buffers, with their names.
 
     Args:
         module: The module.
-        include_buffers: List buffers too.
-        recurse: Go into the modules inside it.
-        remove_non_persistent: Leave out buffers that are no part of the module's state.
+        include_buffers: Include buffers.
+        recurse: Include submodules.
+        remove_non_persistent: Skip buffers that are not in the module's state dict.
     """
     yield from module.named_parameters(recurse=recurse)
     if include_buffers:
@@ -34,12 +34,12 @@ def named_module_tensors(
 
 
 def get_non_persistent_buffers(module: nn.Module, recurse: bool = False, fqns: bool = False) -> set[str]:
-    """Names of the buffers that are no part of a module's state.
+    """Returns the names of buffers that are not in a module's state dict.
 
     Args:
         module: The module.
-        recurse: Go into the modules inside it.
-        fqns: Give names as seen from `module`; else as each module itself calls them.
+        recurse: Include submodules.
+        fqns: Return full names; otherwise names local to each submodule.
     """
     if not recurse:
         return set(module._non_persistent_buffers_set)
@@ -51,25 +51,25 @@ def get_non_persistent_buffers(module: nn.Module, recurse: bool = False, fqns: b
 
 
 def id_tensor_storage(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
-    """What tells a tensor's memory apart: device, address and size. Two tensors over one memory give the same."""
+    """Returns device, address and size of a tensor's storage; tensors that share memory have equal results."""
     storage = tensor.untyped_storage()
-    if tensor.is_meta:  # no address: the object itself tells them apart
+    if tensor.is_meta:  # meta tensors have no address; the storage object identifies them
         return tensor.device, storage._cdata, storage.nbytes()
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
 def check_device_same(first_device: Place, second_device: Place) -> bool:
-    """Returns whether two devices are one; ``"cuda"`` is the current CUDA device."""
+    """Returns whether two devices are the same; ``"cuda"`` is the current CUDA device."""
     first, second = with_index(first_device), with_index(second_device)
     return first.type == second.type and (first.index or 0) == (second.index or 0)
 
 
 def owner_of(module: nn.Module, tensor_name: str) -> tuple[nn.Module, str]:
-    """The module that holds a tensor itself, and what it calls it.
+    """Returns the module that has a tensor, and the tensor's name in it.
 
     Raises:
-        AttributeError: when there is no such module.
-        ValueError: when that module has no such parameter or buffer.
+        AttributeError: if there is no such module.
+        ValueError: if that module has no such parameter or buffer.
     """
     path, _, key = tensor_name.rpartition(".")
     owner = module.get_submodule(path) if path else module
@@ -89,22 +89,22 @@ def set_module_tensor_to_device(
     non_blocking: bool = False,
     clear_cache: bool = True,
 ) -> None:
-    """Moves one parameter or buffer of a module to a device, or gives it a value there.
+    """Moves a parameter or buffer of a module to a device, or sets its value there.
 
     Args:
         module: The module.
         tensor_name: Dotted name of the tensor.
-        device: Where to.
-        value: What it is to hold. None: what it holds.
-        dtype: Convert to this. None: to what the tensor was before, as far as both are floating-point.
-        fp16_statistics: Row statistics of an 8-bit weight, kept with it.
-        tied_params_map: Copies of shared tensors by address and device: one that is there is used, a new one is added.
-        non_blocking: Let the copy run beside the CPU where memory allows it.
-        clear_cache: When a tensor leaves an accelerator, give its memory back to the driver.
+        device: Target device.
+        value: New value. None: the present one.
+        dtype: Convert to this dtype. None: keep the dtype of the present tensor, if both are floating-point.
+        fp16_statistics: Row statistics of an 8-bit weight, stored with it.
+        tied_params_map: Copies of tied tensors by address and device; an existing copy is used, a new one is added.
+        non_blocking: Copy without blocking the host, where memory is pinned.
+        clear_cache: Empty the allocator's cache if a tensor leaves an accelerator.
 
     Raises:
-        AttributeError, ValueError: when there is no such tensor, when the value has another shape, or when one is needed
-            and missing because the tensor is on the meta device.
+        AttributeError, ValueError: if there is no such tensor, if the value has another shape, or if the tensor is on the
+            meta device and no value is given.
     """
     owner, key = owner_of(module, tensor_name)
     is_buffer = key in owner._buffers
@@ -138,7 +138,7 @@ def _check(kind: str, name: str, old: torch.Tensor | None, value: torch.Tensor |
     plain = old is None or type(old) in (torch.Tensor, nn.Parameter)
     if value is not None and old is not None and plain and value.shape != old.shape:
         raise ValueError(
-            f"{name} has the shape {tuple(old.shape)}, and the value for it {tuple(value.shape)}: they must be the same."
+            f"{name} has shape {tuple(old.shape)}, but its value has shape {tuple(value.shape)}: they must be equal."
         )
 
 
@@ -159,11 +159,11 @@ def _wanted_dtype(source: torch.Tensor, old: torch.Tensor | None, dtype: str | t
 
 
 def as_parameter(tensor: torch.Tensor, like: Any) -> nn.Parameter:
-    """A parameter over `tensor` of the class, and with the attributes, of another.
+    """Wraps a tensor in a parameter of the same class, and with the same attributes, as another one.
 
     Args:
-        tensor: Its values.
-        like: The parameter whose place it takes; None makes a plain one.
+        tensor: The values.
+        like: The parameter to replace; None: create an `nn.Parameter`.
     """
     if like is None or type(like) is nn.Parameter:
         differentiable = tensor.is_floating_point() or tensor.is_complex()
@@ -173,6 +173,6 @@ def as_parameter(tensor: torch.Tensor, like: Any) -> nn.Parameter:
         return new
     if type(tensor) is type(like):
         return tensor  # type: ignore[return-value]
-    # A class of a quantisation library: what it keeps beside the values are arguments of its constructor.
+    # A class of a quantization library, whose attributes are the arguments of its constructor.
     made: nn.Parameter = type(like)(tensor, requires_grad=like.requires_grad, **like.__dict__)
     return made

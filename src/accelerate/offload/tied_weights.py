@@ -1,4 +1,4 @@
-"""Tied weights: one parameter under several names. Found before weights are moved, and tied again afterwards."""
+"""Tied weights, that is, parameters with several names: finds them, and ties them again after weights were moved."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .module_tree import ModuleTree, build_tree
 
 
 def find_tied_parameters(model: nn.Module, **kwargs: Any) -> list[list[str]]:
-    """The groups of names that stand for one and the same parameter.
+    """Finds groups of names that refer to the same parameter.
 
     Args:
-        model: The model. On the meta device too, if the parameters are the same objects there.
-        **kwargs: Accepted and not used.
+        model: The model; on the meta device, too, if tied parameters are the same objects.
+        **kwargs: Ignored.
 
     Returns:
         A list of groups, each sorted.
@@ -30,17 +30,17 @@ def find_tied_parameters(model: nn.Module, **kwargs: Any) -> list[list[str]]:
 
 
 def tied_in(tree: ModuleTree) -> list[list[str]]:
-    """`find_tied_parameters` of a tree that was walked already; buffers in it do not count."""
+    """Implements `find_tied_parameters` for an existing tree; buffers are ignored."""
     groups = (places for places in tree.repeated.values() if isinstance(tree.tensors[places[0]], nn.Parameter))
     return [sorted(tree.tensor_names[place] for place in places) for places in groups]
 
 
 def retie_parameters(model: nn.Module, tied_params: Iterable[Sequence[str]]) -> None:
-    """Makes each group of names one parameter again: the one that has values, where only some have.
+    """Ties each group of names to one parameter: the first that has values, if any.
 
     Args:
         model: The model, after its weights were loaded.
-        tied_params: What `find_tied_parameters` gave before.
+        tied_params: Groups from `find_tied_parameters`.
     """
     for group in tied_params:
         places = [_place(model, name) for name in group]

@@ -1,4 +1,4 @@
-"""Models with quantised weights, by bitsandbytes: linear layers in 8 or 4 bits, made while the weights are read."""
+"""Quantization with bitsandbytes: 8-bit and 4-bit linear layers, quantized while their weights are loaded."""
 
 from __future__ import annotations
 

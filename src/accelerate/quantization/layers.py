@@ -1,6 +1,6 @@
-"""bitsandbytes' linear layers, with what they lack: weights that come and go, and states that load as they were saved.
+"""Linear layers of bitsandbytes, extended: their weights can be offloaded, and their state dicts can be loaded again.
 
-Imports bitsandbytes, so this module is imported when something is quantised.
+This module imports bitsandbytes, so it is imported only when a model is quantized.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _NUMBERS_AT_ONCE = 2**18
 
 
 class Linear8bitLt(bnb.nn.Linear8bitLt):
-    """An 8-bit layer without a weight so far.
+    """An 8-bit linear layer, initially without a weight.
 
     Args:
-        shape: What it stands for.
-        config: How it is quantised.
+        shape: The layer that it replaces.
+        config: The quantization config.
     """
 
     offloaded = False
@@ -43,7 +43,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
         )
 
     def quantize_weight(self, weight: torch.Tensor, device: torch.device) -> None:
-        """Takes a weight, (outputs, inputs), as 8-bit numbers on a device."""
+        """Quantizes a weight of shape (outputs, inputs) to 8 bits on a device."""
         values = torch.empty(weight.shape, dtype=torch.int8, device=device)
         scales = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
         for rows, part in _parts(weight, device):
@@ -51,7 +51,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
         self._hold(values, scales)
 
     def load_quantized(self, weight: torch.Tensor, companions: Companions, device: torch.device) -> None:
-        """Takes a weight that was quantised before."""
+        """Sets an already quantized weight."""
         self._hold(weight.to(device), companions["SCB"].to(device))
 
     def _hold(self, values: torch.Tensor, scales: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
         self.weight = _int8(values, values, scales)
 
     def release(self) -> torch.Tensor:
-        """Gives the weight away, to be fetched before each forward; its scales stay."""
+        """Returns the weight, to be offloaded and loaded for each forward; the layer keeps the scales."""
         values, scales = self.weight.data, self.weight.SCB
         self.weight = _int8(torch.empty_like(values, device="meta"), None, scales)
         self.offloaded = True
@@ -68,27 +68,27 @@ class Linear8bitLt(bnb.nn.Linear8bitLt):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.offloaded:
             return super().forward(x)
-        self.weight.CB = self.weight.data  # just fetched: bitsandbytes looks for it there
+        self.weight.CB = self.weight.data  # bitsandbytes expects the loaded weight here
         try:
             return super().forward(x)
         finally:
-            scales, self.state.CB = self.state.SCB, None  # else it would stay on the device
+            scales, self.state.CB = self.state.SCB, None  # otherwise it would stay on the device
             self.weight.CB, self.weight.SCB, self.state.SCB = None, scales, None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.weight.SCB is None and self.state.SCB is not None:  # a forward has moved them to `state`
+        if self.weight.SCB is None and self.state.SCB is not None:  # moved to `state` by a forward
             self.weight.CB, self.weight.SCB = self.state.CB, self.state.SCB
         self.state.reset_grads()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _parts(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A weight in rows, so many at a time that what bitsandbytes makes on the way stays small.
+    """Yields blocks of rows of a weight, small enough to limit the temporaries of bitsandbytes.
 
-    Their number is a multiple of 64: scales of 4-bit weights, one for 64 numbers, are then those of the whole.
+    The number of rows is a multiple of 64, so that the scales of 4-bit weights (one per 64 elements) are the same.
     """
     step = len(weight)
-    if device.type == "cpu":  # on a GPU, one call makes no more than its result
+    if device.type == "cpu":  # on a GPU, one call allocates only its result
         step = max(_NUMBERS_AT_ONCE // (64 * weight.shape[1]), 1) * 64
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
@@ -96,7 +96,7 @@ def _parts(weight: torch.Tensor, device: torch.device) -> Iterator[tuple[slice, 
 
 
 def _nested(state: QuantState) -> QuantState:
-    """The scales quantised too, as `bitsandbytes.functional.quantize_4bit` does it for a whole weight."""
+    """Quantizes the scales, too, as `bitsandbytes.functional.quantize_4bit` does for a whole weight."""
     offset = state.absmax.mean()
     scales, second = bnb.functional.quantize_blockwise(state.absmax - offset, blocksize=256)
     return QuantState(
@@ -122,10 +122,10 @@ def _four_bits(values: torch.Tensor, state: QuantState, layer: nn.Module) -> bnb
 
 
 class Linear4bit(bnb.nn.Linear4bit):
-    """A 4-bit layer without a weight so far; arguments as for `Linear8bitLt`.
+    """A 4-bit linear layer, initially without a weight; arguments as for `Linear8bitLt`.
 
-    On processors with bf16 instructions, bitsandbytes packs weights anew in the first forward, with scales rounded to bf16.
-    The scales as they were are kept, because a state saved from the rounded ones would not be the model's.
+    On CPUs with bf16 instructions, bitsandbytes repacks weights in the first forward and rounds their scales to bf16. The
+    original scales are kept for the state dict.
     """
 
     def __init__(self, shape: Linear, config: BnbQuantizationConfig) -> None:
@@ -138,12 +138,12 @@ class Linear4bit(bnb.nn.Linear4bit):
             quant_type=config.bnb_4bit_quant_type,
             device="meta",
         )
-        # It packs blocks of 32 rows and of 64 columns; others it would refuse in the middle of a forward.
+        # bitsandbytes packs blocks of 32 rows and 64 columns; for other shapes it would raise in the forward.
         if shape.outputs % 32 or shape.inputs % 64:
             self.support_avx512bf16_for_cpu = False
 
     def quantize_weight(self, weight: torch.Tensor, device: torch.device) -> None:
-        """Takes a weight, (outputs, inputs), as 4-bit numbers on a device."""
+        """Quantizes a weight of shape (outputs, inputs) to 4 bits on a device."""
         values = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8, device=device)
         scales, done = [], 0
         for _, part in _parts(weight, device):
@@ -157,46 +157,46 @@ class Linear4bit(bnb.nn.Linear4bit):
         self._hold(values, _nested(state) if self.weight.compress_statistics else state)
 
     def load_quantized(self, weight: torch.Tensor, companions: Companions, device: torch.device) -> None:
-        """Takes a weight that was quantised before."""
+        """Sets an already quantized weight."""
         self._hold(weight.to(device), QuantState.from_dict(dict(companions), device=device))
 
     def _hold(self, values: torch.Tensor, state: QuantState) -> None:
         self.weight = _four_bits(values, state, self)
-        self.as_quantised = state
+        self.quantized_state = state
         self._restore()
 
     def _restore(self) -> None:
-        """The scales as they were, in an object that bitsandbytes may change."""
-        state = copy.copy(self.as_quantised)
+        """Sets the original scales, as a copy that bitsandbytes may modify."""
+        state = copy.copy(self.quantized_state)
         if not self.weight.is_meta:
             state.to(self.weight.device)
         self.weight.quant_state = self.quant_state = state
 
     def _unpack(self) -> None:
         if getattr(getattr(self.weight, "quant_state", None), "packing_format_for_cpu", False):
-            super()._save_to_state_dict({}, "", True)  # it unpacks the weight, and rounds its scales on the way
+            super()._save_to_state_dict({}, "", True)  # unpacks the weight in place, with rounded scales
             self._restore()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Linear4bit:
-        # bitsandbytes cannot copy a weight that waits elsewhere, and others stay tied to the layer they are copied from.
+        # bitsandbytes cannot copy an offloaded weight, and copies of other weights would refer to the original layer.
         self._unpack()
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        memo[id(self.weight)] = _four_bits(self.weight.data.clone(), self.as_quantised, twin)
+        memo[id(self.weight)] = _four_bits(self.weight.data.clone(), self.quantized_state, twin)
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         twin._restore()
         return twin
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Linear4bit:
-        self._unpack()  # another device does not know the packed form
+        self._unpack()  # the packed format is specific to the CPU
         moved: Linear4bit = super()._apply(fn, recurse)
         return moved
 
     def release(self) -> torch.Tensor:
-        """Gives the weight away, to be fetched before each forward; its scales stay."""
+        """Returns the weight, to be offloaded and loaded for each forward; the layer keeps the scales."""
         values = self.weight.data
-        self._hold(torch.empty_like(values, device="meta"), self.as_quantised)
-        self.support_avx512bf16_for_cpu = False  # packed in one forward, it would be fetched unpacked in the next
+        self._hold(torch.empty_like(values, device="meta"), self.quantized_state)
+        self.support_avx512bf16_for_cpu = False  # repacking is useless for a weight that is loaded for each forward
         return values
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -216,7 +216,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
 
 def empty_layer(shape: Linear, config: BnbQuantizationConfig) -> Linear8bitLt | Linear4bit:
-    """The layer that takes the place of a linear one, without values."""
+    """Creates the quantized layer that replaces a linear one, without values."""
     layer = Linear8bitLt(shape, config) if config.load_in_8bit else Linear4bit(shape, config)
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.to(config.torch_dtype), requires_grad=layer.bias.requires_grad)

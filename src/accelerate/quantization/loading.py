@@ -1,6 +1,6 @@
-"""A model's linear layers quantised one by one: from files while they are read, or where they are.
+"""Quantizes the linear layers of a model one by one: while they are read from files, or in place.
 
-Everything is checked before anything changes. What is held at any time is the model so far and one tensor.
+Everything is validated before the model is changed. Peak memory is that of the model so far and one tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Folder = str | os.PathLike[str]
 _Module = TypeVar("_Module", bound=nn.Module)
 
 _BITS = {"SCB": 8, "weight.absmax": 4}
-"""What lies beside every quantised weight, and in how many bits that is."""
+"""Names of the tensor that accompanies every quantized weight, with its number of bits."""
 _BESIDE = (
     *_BITS,
     "weight_format",
@@ -61,28 +61,28 @@ def load_and_quantize_model(
     offload_folder: Folder | None = None,
     offload_state_dict: bool = False,
 ) -> _Module:
-    """Quantises a model's linear layers with bitsandbytes, on the CPU as on GPUs, while their weights are read.
+    """Quantizes a model's linear layers with bitsandbytes, on CPU or GPU, while their weights are loaded.
 
-    Layers that a device map offloads are quantised too. Weights that were saved quantised are taken as they are.
+    Offloaded layers are quantized, too. Weights that are already quantized are loaded as they are.
 
     Args:
-        model: The model, best an empty one (see `init_empty_weights`); changed in place.
-        bnb_quantization_config: How.
-        weights_location: A file of weights, an index of several, or a folder with these. None: the model's own values.
+        model: The model, preferably on the meta device (see `init_empty_weights`); modified in place.
+        bnb_quantization_config: The quantization config.
+        weights_location: A weight file, an index, or a folder with one of these. None: the model's present values.
         device_map: Devices by name of module, or ``"auto"``, ``"balanced"``, ``"balanced_low_0"``, ``"sequential"``.
-            None: all goes to this process's device.
-        no_split_module_classes: Names of classes whose modules stay on one device, for a map that is made.
-        max_memory: Limits by device, for a map that is made.
-        offload_folder: Where weights of parts on ``"disk"`` are written.
-        offload_state_dict: Accepted; weights are read one by one, so that there is no second copy to put away.
+            None: the whole model goes to this process's device.
+        no_split_module_classes: Names of classes whose modules stay on one device, for a computed map.
+        max_memory: Limits by device, for a computed map.
+        offload_folder: Folder for the weights of parts on ``"disk"``.
+        offload_state_dict: Accepted for compatibility; weights are read one by one, so there is no second copy to offload.
 
     Returns:
         The model.
 
     Raises:
-        ImportError: when bitsandbytes is not installed.
-        ValueError: when the weights do not fit the model or the configuration, all in one message; for an empty model
-            without `weights_location`; for a map that leaves something out, or names the disk without `offload_folder`.
+        ImportError: if bitsandbytes is not installed.
+        ValueError: if the weights do not match the model or the config, with all problems in one message; for a model on
+            the meta device without `weights_location`; if the map is incomplete, or uses the disk without `offload_folder`.
 
     Example:
         ```python
@@ -95,7 +95,7 @@ def load_and_quantize_model(
     config = bnb_quantization_config
     layers = layers_to_quantize(model, config)
     if not layers:
-        logger.warning("%s has no linear layers to quantise.", type(model).__name__)
+        logger.warning("%s has no linear layers to quantize.", type(model).__name__)
     where = made_map(
         model,
         {"": _own_device()} if device_map is None else device_map,
@@ -124,18 +124,18 @@ def _require_bitsandbytes() -> None:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f'quantisation needs bitsandbytes, which cannot be imported ({error}): `pip install "accelerate[quantization]"`.'
+            f'quantization needs bitsandbytes, which cannot be imported ({error}): `pip install "accelerate[quantization]"`.'
         ) from error
 
 
 @dataclass
 class _QuantizeJob:
-    """One quantisation: what becomes of each tensor, and where it goes.
+    """One quantization of a model.
 
     Attributes:
-        in_memory: Weights that wait in memory until their module runs on a device.
-        on_disk: The index of those that wait on disk.
-        replaced: The modules that quantised layers have taken the place of, by name.
+        in_memory: Offloaded weights in CPU memory.
+        on_disk: Index of the offloaded weights on disk.
+        replaced: The original modules that quantized layers have replaced, by name.
     """
 
     model: nn.Module
@@ -153,33 +153,33 @@ class _QuantizeJob:
 
     @cached_property
     def main(self) -> torch.device:
-        """Where parts run that wait elsewhere: the first device of the map that computes."""
+        """The device that runs offloaded parts: the first device of the map that computes."""
         return with_index(next((device for device in self.where.values() if device not in OFFLOADED), "cpu"))
 
     @cached_property
     def waiting(self) -> Sequence[str]:
-        """Where weights wait. Without a device that computes, parts in memory run where they are."""
+        """Devices whose weights are offloaded. If no accelerator is used, parts on "cpu" run in place."""
         return OFFLOADED if self.main.type != "cpu" else OFFLOADED[1:]
 
-    # Checks
+    # Validation
 
     def check(self, weights: Folder | None) -> None:
-        """What can be said without looking at the weights."""
+        """Validates the map and the model, before the weights are inspected."""
         check_device_map(self.model, self.where)
         if "disk" in self.where.values() and self.folder is None:
-            raise ValueError("the device_map sends modules to 'disk': pass an offload_folder for their weights.")
+            raise ValueError("the device_map assigns modules to 'disk': pass an offload_folder for their weights.")
         empty = [name for name, tensor in self.model.named_parameters() if tensor.is_meta]
         if weights is None and empty:
             raise ValueError(
                 f"{type(self.model).__name__} is empty ({empty[0]!r} and {len(empty) - 1} others have no values): pass "
-                "weights_location, the file or folder that its weights are read from."
+                "weights_location, the file or folder to load its weights from."
             )
 
     def _check_weights(self, weights: Folder) -> dict[str, WeightFile]:
-        """The file of each tensor.
+        """Returns the file of each tensor.
 
         Raises:
-            WeightsError: listing everything that does not fit.
+            WeightsError: with all mismatches.
         """
         found = inspect(self.model, find_checkpoint(weights), self.tied)
         source = {name: file for file in found.files for name in file.shapes}
@@ -191,7 +191,7 @@ class _QuantizeJob:
             problems += self._mismatches(layer, companions, source)
         loose = [name for name in found.unexpected if name not in beside]
         problems += [
-            f"{name} belongs to a quantised weight, and the layer is not to be quantised: leave it out of skip_modules"
+            f"{name} belongs to a quantized weight, but the layer is not to be quantized: remove it from skip_modules"
             for name in loose
             if name.endswith((".SCB", ".absmax"))
         ]
@@ -208,32 +208,30 @@ class _QuantizeJob:
         if weight not in source:  # reported as missing
             return []
         if bits is not None and bits != wanted:
-            return [f"{layer.name} is quantised to {bits} bits in the files, and is to have {wanted}"]
+            return [f"{layer.name} is quantized to {bits} bits in the files, but the config requests {wanted}"]
         shapes = {
             None: layer.stored_shape,
             8: (layer.outputs, layer.inputs),
             4: ((layer.outputs * layer.inputs + 1) // 2, 1),
         }
         expected, shape = shapes[bits], source[weight].shapes[weight]
-        return (
-            [] if shape == expected else [f"{weight} has the shape {shape} in the files, and {expected} in the model"]
-        )
+        return [] if shape == expected else [f"{weight} has shape {shape} in the files, and {expected} in the model"]
 
-    # Work
+    # Loading
 
     def load(self, weights: Folder) -> None:
-        """Reads the weights, layer by layer; before the first, the model is as it was."""
+        """Loads and quantizes the weights layer by layer; restores the model if validation fails."""
         from .layers import empty_layer
 
         try:
-            quantised = {layer: self._replace(layer, empty_layer(layer, self.config)) for layer in self.layers}
+            quantized = {layer: self._replace(layer, empty_layer(layer, self.config)) for layer in self.layers}
             source = self._check_weights(weights)
         except BaseException:
             for name, module in self.replaced.items():
                 self._put(name, module)
             raise
         self.replaced.clear()
-        for layer, module in quantised.items():
+        for layer, module in quantized.items():
             companions = {
                 name.removeprefix(f"{layer.name}.").removeprefix("weight."): source[name][name]
                 for name in _companions(layer.name, source)
@@ -247,7 +245,7 @@ class _QuantizeJob:
         self._place_rest(source)
 
     def quantize_in_place(self) -> None:
-        """Quantises the values that the model has, and frees each as soon as it is."""
+        """Quantizes the model's present values, and frees each original weight at once."""
         from .layers import empty_layer
 
         for layer in self.layers:
@@ -261,7 +259,7 @@ class _QuantizeJob:
         self._place_rest({})
 
     def dispatch(self) -> None:
-        """Attaches what fetches weights that wait, where some do."""
+        """Attaches the hooks that load offloaded weights, if there are any."""
         uses_disk = "disk" in self.where.values()
         if uses_disk and self.folder is not None:
             save_offload_index(self.on_disk, self.folder)
@@ -297,7 +295,7 @@ class _QuantizeJob:
             self._wait(name, module.release())
 
     def _wait(self, name: str, value: torch.Tensor) -> None:
-        """Puts a weight where it waits."""
+        """Offloads a weight to CPU memory or disk."""
         if device_of(name, self.where) != "disk":
             self.in_memory[name] = value.to("cpu")
             return
@@ -305,17 +303,17 @@ class _QuantizeJob:
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         offload_weight(value, name, self.folder, self.on_disk)
 
-    # The rest
+    # Other tensors
 
     def _place_rest(self, source: Mapping[str, WeightFile]) -> None:
-        """Takes all that is not quantised to its place; of tied tensors the one that has values."""
-        quantised = {f"{layer.name}.weight" for layer in self.layers}
+        """Loads all tensors that are not quantized; of tied ones, the one that has values."""
+        quantized = {f"{layer.name}.weight" for layer in self.layers}
         aliases: dict[str, str] = {}
         for group in self.tied:
             first = next((name for name in group if name in source), group[0])
             aliases.update((name, first) for name in group if name != first)
         for name in _names(self.model):
-            if name not in quantised and name not in aliases:
+            if name not in quantized and name not in aliases:
                 self._place(name, source[name][name] if name in source else None)
         for alias, name in aliases.items():
             owner, key = owner_of(self.model, alias)
@@ -341,19 +339,19 @@ class _QuantizeJob:
 
 
 def _names(model: nn.Module) -> list[str]:
-    """The names of parameters, and of buffers that are part of the state."""
+    """Returns the names of parameters and of persistent buffers."""
     left_out = get_non_persistent_buffers(model, recurse=True, fqns=True)
     buffers = (name for name, _ in model.named_buffers(remove_duplicate=False) if name not in left_out)
     return [*(name for name, _ in model.named_parameters(remove_duplicate=False)), *buffers]
 
 
 def _companions(layer: str, names: Mapping[str, object]) -> list[str]:
-    """The names of what lies beside a layer's quantised weight."""
+    """Returns the names of the tensors that accompany a layer's quantized weight."""
     return [name for ending in _BESIDE if (name := f"{layer}.{ending}") in names]
 
 
 def _own_device() -> torch.device:
-    """This process's device, without making a state that would decide it for good."""
+    """Returns this process's device, without initializing the process state."""
     if world.is_joined():
         return world.current().device
     return torch.empty(0, device=default_kind().name).device

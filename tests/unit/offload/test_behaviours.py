@@ -240,7 +240,7 @@ def test_dispatch_of_everything_to_disk(tmp_path: Path) -> None:
 def test_keys_of_a_map_that_name_nothing(caplog: pytest.LogCaptureFixture) -> None:
     modeling.check_device_map(Net(), {"": "cpu", "layer": 0, "layers.1.a": 0, "head.weight": 0})
     assert [record.getMessage() for record in caplog.records] == [
-        "the device_map has an entry for 'layer', and Net has no such part; the nearest name is 'layers'."
+        "the device_map has an entry for 'layer', but Net has no such part; the nearest name is 'layers'."
     ]
 
 
@@ -253,7 +253,7 @@ def test_a_map_for_a_device_that_is_not_there(tmp_path: Path) -> None:
         functools.partial(accelerate.load_checkpoint_and_dispatch, checkpoint=tmp_path),
     ):
         for where in ({"": 0}, {"": "cuda:0"}, {**{name: "cpu" for name, _ in net.named_children()}, "head": 0}):
-            with pytest.raises(RuntimeError, match=r"device_map sends .* to .*this process sees no"):
+            with pytest.raises(RuntimeError, match=r"device_map assigns .* to .*this process sees no"):
                 call(net, device_map=where)
     assert all(parameter.device.type == "cpu" for parameter in net.parameters()) and not hooked(net)
 

@@ -240,7 +240,9 @@ def test_refusals_change_nothing(weights: Path, tmp_path: Path) -> None:
     refused(weights, empty(), ["'even'"], device_map="even")
     saved = tmp_path / "saved"
     Accelerator(cpu=True).save_model(load_and_quantize_model(empty(), config("8 bits"), weights), str(saved))
-    refused(saved, empty(), ["mix is quantised to 8 bits in the files, and is to have 4"], config=config("fp4"))
+    refused(
+        saved, empty(), ["mix is quantized to 8 bits in the files, but the config requests 4"], config=config("fp4")
+    )
     refused(saved, empty(), ["mix.SCB", "skip_modules"], config=config("8 bits", skip_modules=["mix"]))
     state = read(weights)
     state["mix.weight"] = state["mix.weight"][:, :5].contiguous()
@@ -249,7 +251,7 @@ def test_refusals_change_nothing(weights: Path, tmp_path: Path) -> None:
     refused(
         tmp_path / "damaged.safetensors",
         empty(),
-        ["mix.weight has the shape (64, 5)", "(64, 64) in the model", "blocks.1.up.weight is missing"],
+        ["mix.weight has shape (64, 5)", "(64, 64) in the model", "blocks.1.up.weight is missing"],
     )
 
 

@@ -1,8 +1,8 @@
-"""Hooks around the forward of a module: where weights are fetched just in time, and inputs follow them.
+"""Hooks around the forward of a module, which load offloaded weights and move inputs.
 
-A `ModelHook` acts before and after a forward. `AlignDevicesHook` brings inputs to the device a module runs on and, if the
-module is offloaded, its weights as well; `attach_align_device_hook_on_blocks` lays such hooks over a whole model. Weights
-come from one place, `AlignDevicesHook.fetch`: whoever reads ahead does it there.
+A `ModelHook` runs before and after a forward. `AlignDevicesHook` moves inputs to the device that a module runs on and, if
+the module is offloaded, loads its weights there; `attach_align_device_hook_on_blocks` attaches such hooks to a whole model.
+All weights are loaded by `AlignDevicesHook.fetch`, which also takes prefetched ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The hook that brings inputs, and offloaded weights, to the device a module runs on."""
+"""`AlignDevicesHook`: moves inputs, and offloaded weights, to the device that a module runs on."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from .prefetch import Prefetcher
 
 SkipKeys = str | list[str] | None
 
-# Tied weights stay tied: a parameter has one placeholder however many modules hold it, and one parameter comes back for it.
+# Tied weights stay tied: one placeholder per parameter, however many modules hold it, and one restored parameter for it.
 _PLACEHOLDERS = WeakIdKeyDictionary()
 _RESTORED = WeakIdKeyDictionary()
 
 
 class AlignDevicesHook(ModelHook):
-    """Brings inputs, and weights if they are offloaded, to the device that a module runs on.
+    """Moves inputs, and weights if they are offloaded, to the device that a module runs on.
 
     Args:
-        execution_device: Where the module runs. None: inputs and weights stay where they are.
-        offload: Fetch the weights before each forward, and let go of them after it.
-        io_same_device: Send the output to the device the input came from.
-        weights_map: Where offloaded weights are fetched, by their name in the module. None: kept in memory by the hook.
-        offload_buffers: Offload buffers too; else they stay on the execution device.
-        place_submodules: Do the same for the tensors of all modules inside.
-        skip_keys: Keyword arguments (keys of mappings) that stay where they are.
-        tied_params_map: Copies of shared tensors by address and device, so that each device has one.
-        prefetcher: Reads ahead for the hooks of this model. A hook that does not offload ends its passes: it is around
-            the whole.
+        execution_device: Device that the module runs on. None: inputs and weights are not moved.
+        offload: Load the weights before each forward and release them after it.
+        io_same_device: Move the output to the device of the input.
+        weights_map: Offloaded weights, by their name in the module. None: the hook keeps them in CPU memory.
+        offload_buffers: Offload buffers too; otherwise they stay on the execution device.
+        place_submodules: Include the tensors of all submodules.
+        skip_keys: Keyword arguments (keys of mappings) that are not moved.
+        tied_params_map: Copies of tied tensors by address and device, so that each device has one.
+        prefetcher: Prefetches for the hooks of this model. A hook that does not offload is the model's outermost one and
+            ends the prefetcher's passes.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class AlignDevicesHook(ModelHook):
         self.buffer_original_devices: dict[str, torch.device] = {}
         self.tied_params_names: set[str] = set()
         self.tied_pointers_to_remove: set[tuple[int, torch.device]] = set()
-        # What stands in for the weights between two forwards: one object each, however often they come and go.
+        # Placeholders of the weights between forwards; their identity stays the same from one forward to the next.
         self._placeholders: dict[str, torch.Tensor] = {}
-        self._beside: list[str] = []  # statistics of quantised weights, by name
-        # Further names of these weights: tied ones, inside a module fetched as a whole.
+        self._beside: list[str] = []  # statistics of quantized weights, by name
+        # Other names of these weights: tied ones, where submodules are included.
         self._aliases: dict[str, str] = {}
 
     def __repr__(self) -> str:
@@ -84,7 +84,7 @@ class AlignDevicesHook(ModelHook):
         )
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        """Places the module's tensors: on the execution device, or offloaded."""
+        """Moves the module's tensors to the execution device, or offloads them."""
         if not self.offload:
             if self.execution_device is not None:
                 for name, _ in named_module_tensors(module, recurse=self.place_submodules):
@@ -106,8 +106,8 @@ class AlignDevicesHook(ModelHook):
                 self.tied_params_names.add(name)
             self._placeholders[name] = self._placeholder(module, name, tensors[name])
             self.size += tensors[name].nbytes
-        quantised = [name for name, kept in self._placeholders.items() if type(kept) is not nn.Parameter]
-        beside = [_statistics(name) for name in quantised if "weight" in name]
+        quantized = [name for name, kept in self._placeholders.items() if type(kept) is not nn.Parameter]
+        beside = [_statistics(name) for name in quantized if "weight" in name]
         self._beside = [name for name in beside if name in self.weights_map]
         if self.prefetcher is not None:
             self.prefetcher.register(self)
@@ -125,7 +125,7 @@ class AlignDevicesHook(ModelHook):
         owner, key = owner_of(module, name)
         placeholder = owner._buffers[key] if key in owner._buffers else owner._parameters[key]
         assert placeholder is not None
-        if placeholder is not tensor:  # else it would keep itself alive
+        if placeholder is not tensor:  # otherwise the entry would keep its own key alive
             _PLACEHOLDERS[tensor] = placeholder
         return placeholder
 
@@ -137,7 +137,7 @@ class AlignDevicesHook(ModelHook):
         set_module_tensor_to_device(module, name, device, tied_params_map=self.tied_params_map)
 
     def _offloaded_names(self, module: nn.Module) -> list[str]:
-        """Names of the tensors that come and go. Buffers that are in no state have nowhere to come from."""
+        """Names of the tensors to offload. Non-persistent buffers are in no state dict to load them from."""
         return [
             name
             for name, _ in named_module_tensors(
@@ -150,19 +150,19 @@ class AlignDevicesHook(ModelHook):
 
     @property
     def execution_device(self) -> torch.device | None:
-        """Where the module runs, with its index; None: inputs and weights stay where they are."""
+        """The device that the module runs on, with its index; None: inputs and weights are not moved."""
         return self.device
 
     @execution_device.setter
     def execution_device(self, place: Place | None) -> None:
-        # A device without an index equals that of no tensor, and what is there already would be taken to be elsewhere.
+        # torch.device("cuda") is not equal to torch.device("cuda", 0), so tensors would seem to be elsewhere.
         self.device = None if place is None else with_index(place)
 
     def fetch(self, ahead: bool = True) -> dict[str, torch.Tensor]:
-        """The values of all offloaded weights, on the execution device. The one place where they come from.
+        """Returns all offloaded weights on the execution device; every load of weights goes through here.
 
         Args:
-            ahead: Take what was read ahead, and have the next ones read.
+            ahead: Take prefetched values, and start to prefetch the next ones.
         """
         values = self.prefetcher.take(self) if ahead and self.prefetcher is not None else None
         values = self.read() if values is None else values
@@ -170,33 +170,33 @@ class AlignDevicesHook(ModelHook):
         return values if device is None else {name: self._is_on_device(value, device) for name, value in values.items()}
 
     def read(self, stop: Stop = never) -> dict[str, torch.Tensor]:
-        """The values of all offloaded weights, where they are kept; those on disk are read into memory."""
+        """Returns all offloaded weights in CPU memory; weights on disk are read."""
         assert self.weights_map is not None
         return read_weights(self.weights_map, self._names(), stop)
 
     def is_resident(self) -> bool:
-        """Whether the weights are where they are used, or as good as there."""
+        """Returns whether loading the weights takes negligible time."""
         return self.weights_map is not None and are_resident(self.weights_map, self._names())
 
     def loader(self) -> OffloadedWeightsLoader | None:
-        """What reads the weights of this hook, and of others."""
+        """Returns the loader that reads the weights of this hook and of others."""
         return loader_behind(self.weights_map)
 
     def sources(self) -> list[object] | None:
-        """What the weights come from, to tell whether that has changed; None: they are not to be read ahead."""
-        if self.weights_map is None or self.tied_params_names:  # shared ones are brought once, for all
+        """Returns the sources of the weights, to detect changes; None: do not prefetch them."""
+        if self.weights_map is None or self.tied_params_names:  # tied weights are copied once, for all modules
             return None
         return sources_of(self.weights_map, self._names())
 
     def _names(self) -> list[str]:
-        """The offloaded weights, and the row statistics that lie beside those of 8 bits."""
+        """Names of the offloaded weights, and of the row statistics that accompany 8-bit ones."""
         return [*self._placeholders, *self._beside]
 
     def _is_on_device(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
         if value.device == device:
             return value
         shared = self.tied_params_map.get(value.data_ptr()) if self.tied_params_map else None
-        # Out of pinned memory the copy takes its turn on the stream; the caller need not wait for what is before it.
+        # A copy from pinned memory is queued on the stream, so the caller need not wait for the work before it.
         aside = device.type != "cpu" and value.is_pinned()
         if shared is None:
             return value.to(device, non_blocking=aside)
@@ -210,7 +210,7 @@ class AlignDevicesHook(ModelHook):
         """Fetches offloaded weights and moves the arguments."""
         if self.io_same_device:
             self.input_device = find_device([args, kwargs])
-            if not self.offload and not self.place_submodules:  # around a model with hooks inside
+            if not self.offload and not self.place_submodules:  # the outermost hook of a model
                 require_values(module)
         if self.offload:
             self._fill(module, self.fetch())
@@ -222,7 +222,7 @@ class AlignDevicesHook(ModelHook):
         )
 
     def _fill(self, module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-        """Puts weights in the places of their placeholders."""
+        """Replaces the placeholders by weights."""
         for name, placeholder in self._placeholders.items():
             owner, key = owner_of(module, name)
             value = values[name]
@@ -231,7 +231,7 @@ class AlignDevicesHook(ModelHook):
                 continue
             if value.dtype != placeholder.dtype and value.is_floating_point():
                 value = value.to(placeholder.dtype)
-            # A gradient would be lost with the weight; and a graph would keep every weight until the end.
+            # Its gradient would be lost with the weight, and the autograd graph would keep every weight alive.
             if type(placeholder) is nn.Parameter and not placeholder.__dict__:
                 fetched = nn.Parameter(value, requires_grad=False)
             else:
@@ -243,7 +243,7 @@ class AlignDevicesHook(ModelHook):
         self._tie(module)
 
     def _tie(self, module: nn.Module) -> None:
-        """Gives all names of a weight what the first has."""
+        """Assigns each tied weight under its other names."""
         for alias, name in self._aliases.items():
             owner, key = owner_of(module, alias)
             whole, whole_key = owner_of(module, name)
@@ -251,7 +251,7 @@ class AlignDevicesHook(ModelHook):
 
     @not_compiled
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Lets go of offloaded weights, and sends the output to where the input came from if that is asked for."""
+        """Releases offloaded weights and, with `io_same_device`, moves the output to the device of the input."""
         self._evict(module)
         if self.prefetcher is not None and not self.offload:
             self.prefetcher.finish()
@@ -271,13 +271,13 @@ class AlignDevicesHook(ModelHook):
 
     @not_compiled
     def after_error(self, module: nn.Module) -> None:
-        """Lets go of offloaded weights."""
+        """Releases offloaded weights."""
         self._evict(module)
         if self.prefetcher is not None and not self.offload:
             self.prefetcher.finish(completed=False)
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        """Brings offloaded weights back to the devices they had before."""
+        """Moves offloaded weights back to their original devices."""
         for name, placeholder in self._placeholders.items():
             device = self.original_devices[name]
             if device.type != "meta" and self.weights_map is not None:
@@ -297,30 +297,30 @@ def _statistics(name: str) -> str:
     return f"{name.rpartition('.')[0]}.SCB".lstrip(".")
 
 
-# Looking behind the hooks ---------------------------------------------------------------------------------------------
+# Access to offloaded weights -------------------------------------------------------------------------------------------
 
 
 def offloading_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook that fetches a module's weights, alone or among several; None where they stay."""
+    """Returns the hook that loads a module's weights, also from within a `SequentialHook`; None without one."""
     hook = module.__dict__.get("_hf_hook")
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     return next((one for one in hooks if isinstance(one, AlignDevicesHook) and one.offload), None)
 
 
 def has_offloaded_params(module: nn.Module) -> bool:
-    """Whether a module has a hook that fetches its weights before each forward."""
+    """Returns whether a module has a hook that loads its weights before each forward."""
     return offloading_hook(module) is not None
 
 
 @contextmanager
 def align_module_device(module: nn.Module, execution_device: Place | None = None) -> Iterator[None]:
-    """Brings a module's own parameters to a device, fetched if they are offloaded; afterwards all is as before.
+    """Moves a module's own parameters to a device within a context, loading offloaded ones; restores them on exit.
 
-    Values written to offloaded parameters on their execution device are lost with them.
+    Values written to offloaded parameters on the execution device are lost on exit.
 
     Args:
         module: The module.
-        execution_device: Where to; None: to the hook's execution device, and nowhere without a hook.
+        execution_device: Target device. None: the hook's execution device; without a hook, parameters are not moved.
     """
     hook = offloading_hook(module)
     if hook is not None:
@@ -344,47 +344,49 @@ def align_module_device(module: nn.Module, execution_device: Place | None = None
         yield
     finally:
         for name, parameter in before.items():
-            if module._parameters[name].is_meta:  # type: ignore[union-attr]  # it has no values to bring back
+            if module._parameters[name].is_meta:  # type: ignore[union-attr]  # it has no values to move back
                 module._parameters[name] = parameter
             else:
                 set_module_tensor_to_device(module, name, parameter.device)
 
 
 def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state of a model of which parts are offloaded, on the CPU. Weights on disk are mapped, not read.
+    """Returns the full state dict of a partly offloaded model, on the CPU. Weights on disk are mapped, not read.
 
     Args:
         model: The model.
 
     Raises:
-        RuntimeError: when a tensor has neither values nor a hook that knows them.
+        RuntimeError: if a tensor has no values and no hook that loads them.
     """
     state = fill_offloaded(model, model.state_dict())
     lost = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
     if lost:
         raise RuntimeError(
-            f"{type(model).__name__} has {len(lost)} tensors without values (device meta) and no hook that knows them, such "
+            f"{type(model).__name__} has {len(lost)} tensors without values (device meta) and no hook that loads them, such "
             f"as {lost[0]!r}. Load its weights first."
         )
     return {name: value.to("cpu") if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
 def fill_offloaded(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's state with the values of offloaded weights, mapped from where they wait, in the place of placeholders."""
+    """Replaces the placeholders in a model's state dict by the offloaded weights, mapped from where they are stored."""
     filled = dict(state)
-    for prefix, module in model.named_modules(remove_duplicate=False):  # a state has a module under each of its names
+    for prefix, module in model.named_modules(
+        remove_duplicate=False
+    ):  # a state dict lists a module under all its names
         filled.update(_fetched(module, f"{prefix}." if prefix else "", state))
     return filled
 
 
 def release_offloaded(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Removes all hooks from a model of which parts are offloaded; does nothing to another.
+    """Removes all hooks from a partly offloaded model; does nothing to other models.
 
     Args:
         model: The model.
 
     Returns:
-        The values of tensors that never were anywhere but where their hooks fetched them, by name.
+        Values, by name, of the tensors that are still on the meta device after their hooks were removed.
     """
     if not any(has_offloaded_params(module) for module in model.modules()):
         return {}
@@ -395,10 +397,10 @@ def release_offloaded(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def require_values(model: nn.Module) -> None:
-    """Checks that no tensor came to a dispatched model without values: torch would compute with them all the same.
+    """Raises if a module without a hook has parameters on the meta device, with which torch would compute silently.
 
     Raises:
-        RuntimeError: naming one that no hook fetches, in a module that has no hook.
+        RuntimeError: with the name of the first such parameter.
     """
     fetched: set[int] = set()
     for prefix, module in model.named_modules():
@@ -410,9 +412,10 @@ def require_values(model: nn.Module) -> None:
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta and id(parameter) not in fetched:
                 raise RuntimeError(
-                    f"{prefix}.{key} has no values (device meta), and nothing fetches them: it was added to the model after "
-                    "its weights were offloaded, and followed these to the meta device. Add to the model first (an "
-                    "adapter, say) and offload it then; or remove_hook_from_submodules(model), add, and offload again."
+                    f"{prefix}.{key} has no values (device meta), and no hook loads them: it was added to the model after "
+                    "the weights were offloaded, and was moved to the meta device with them. Extend the model first (by "
+                    "an adapter, for example) and offload it then; or call remove_hook_from_submodules(model), extend "
+                    "the model, and offload it again."
                 )
 
 
@@ -422,16 +425,16 @@ def get_state_dict_from_offload(
     state_dict: Mapping[str, Any],
     device_to_put_offload: Place = "cpu",
 ) -> dict[str, Any]:
-    """A state with those entries filled in that a module's hook has to fetch.
+    """Copies a state dict and replaces a module's placeholders in it by the offloaded weights.
 
     Args:
         module: The module.
-        module_name: Its full name with a dot, or a full name of one of its tensors.
-        state_dict: The state, with placeholders.
-        device_to_put_offload: Where fetched values go.
+        module_name: Its full name with a trailing dot, or the full name of one of its tensors.
+        state_dict: The state dict, with placeholders.
+        device_to_put_offload: Target device of the loaded weights.
 
     Returns:
-        The state as a new dictionary.
+        The new state dict.
     """
     prefix = module_name if not module_name or module_name.endswith(".") else module_name.rpartition(".")[0] + "."
     fetched = _fetched(module, prefix, state_dict)
@@ -439,7 +442,7 @@ def get_state_dict_from_offload(
 
 
 def _fetched(module: nn.Module, prefix: str, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The values of those entries of a state that are placeholders of a module's offloaded weights."""
+    """Returns the offloaded weights of a module whose entries in a state dict are placeholders."""
     hook = offloading_hook(module)
     if hook is None or hook.weights_map is None:
         return {}

@@ -1,4 +1,4 @@
-"""Lays hooks over a whole model: on every module that holds tensors, or block by block with a device map."""
+"""Attaches `AlignDevicesHook`s to a whole model: to each module that has tensors, or block by block for a device map."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def attach_execution_device_hook(
     preload_module_classes: Sequence[str] | None = None,
     tied_params_map: TiedMap | None = None,
 ) -> None:
-    """Has every module that has a state run on a device, with its inputs brought there.
+    """Attaches hooks to all modules that have parameters or buffers, so that they run on a device.
 
     Args:
-        module: The root; modules inside it that have a hook keep it.
-        execution_device: Where.
+        module: The root; submodules that have a hook keep it.
+        execution_device: The device.
         skip_keys: See `AlignDevicesHook`.
-        preload_module_classes: Modules of these classes are treated as one: those inside get no hook.
+        preload_module_classes: Names of classes whose submodules get no hooks of their own.
         tied_params_map: See `AlignDevicesHook`.
     """
     if not hasattr(module, "_hf_hook") and _has_tensors(module):
@@ -58,21 +58,21 @@ def attach_align_device_hook(
     tied_params_map: TiedMap | None = None,
     prefetch: bool | Prefetcher | None = None,
 ) -> None:
-    """Puts an `AlignDevicesHook` on every module that holds tensors itself.
+    """Attaches an `AlignDevicesHook` to every module that has tensors of its own.
 
     Args:
         module: The root.
-        execution_device: Where modules run.
-        offload: Fetch weights before each forward, and let go of them after it.
-        weights_map: Where they are fetched, by their full name.
+        execution_device: Device that the modules run on.
+        offload: Load weights before each forward and release them after it.
+        weights_map: Offloaded weights by full name.
         offload_buffers: Offload buffers too.
         module_name: Full name of `module`.
         skip_keys: See `AlignDevicesHook`.
-        preload_module_classes: Modules of these classes fetch all at once, with what is inside them, because their forward
-            uses weights of modules that it does not call.
+        preload_module_classes: Names of classes whose modules load all their weights at once, submodules included, because
+            their forward uses weights of submodules that it does not call.
         tied_params_map: See `AlignDevicesHook`.
-        prefetch: Whether weights are read ahead; or who does it for the whole model. None: as
-            ``ACCELERATE_OFFLOAD_PREFETCH`` says, else yes.
+        prefetch: Whether to prefetch weights, or the model's prefetcher. None: as set by ``ACCELERATE_OFFLOAD_PREFETCH``,
+            by default yes.
     """
     reader = reader_for(prefetch, execution_device, offload, weights_map)
     whole = offload and type(module).__name__ in (preload_module_classes or ())
@@ -112,13 +112,13 @@ def reader_for(
     offload: bool,
     weights_map: Mapping[str, torch.Tensor] | None,
 ) -> Prefetcher | None:
-    """Who reads ahead; nobody where weights in memory are used in memory.
+    """Selects the prefetcher; None if CPU weights are used on the CPU.
 
     Args:
-        prefetch: Whether somebody is to, or who. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else yes.
-        device: Where modules run.
-        offload: Whether weights are fetched at all.
-        weights_map: Where they are fetched.
+        prefetch: Whether to prefetch, or the prefetcher. None: as set by ``ACCELERATE_OFFLOAD_PREFETCH``, by default yes.
+        device: Device that the modules run on.
+        offload: Whether weights are offloaded at all.
+        weights_map: The offloaded weights.
     """
     if isinstance(prefetch, Prefetcher):
         return prefetch
@@ -140,14 +140,13 @@ def attach_align_device_hook_on_blocks(
     tied_params_map: TiedMap | None = None,
     prefetch: bool | None = None,
 ) -> None:
-    """Lays hooks over a model whose blocks run on devices of their own.
+    """Attaches hooks to a model whose blocks run on different devices.
 
     Args:
         module: The root.
-        execution_device: One device for all, or devices by name of block (or of a tensor that lies directly on a larger
-            module).
-        offload: Whether weights are offloaded: for all, or by the same names.
-        weights_map: Where offloaded weights are fetched, by their full name.
+        execution_device: One device, or devices by name of block (or of a tensor that belongs directly to a larger module).
+        offload: Whether to offload weights; for all blocks, or by the same names.
+        weights_map: Offloaded weights by full name.
         offload_buffers: Offload buffers too.
         module_name: Full name of `module`.
         skip_keys: See `AlignDevicesHook`.
@@ -200,7 +199,7 @@ def _attach_to_all(
 
 
 class _BlockAttacher:
-    """One walk over a model with a device map; arguments as for `attach_align_device_hook_on_blocks`."""
+    """Attaches hooks by a device map; arguments as for `attach_align_device_hook_on_blocks`."""
 
     def __init__(
         self,
@@ -219,7 +218,7 @@ class _BlockAttacher:
         self._offload_buffers = offload_buffers
         self._preload = preload
         self._options: dict[str, Any] = {"skip_keys": skip_keys, "tied_params_map": tied}
-        # One for all: layers of several devices follow each other.
+        # One prefetcher for the model, since consecutive layers may be on different devices.
         self._reader = prefetcher(prefetch) if any(offloaded.values()) else None
 
     def attach(self, module: nn.Module, name: str) -> None:
@@ -228,7 +227,7 @@ class _BlockAttacher:
         else:
             self._own_tensors(module, name)
         if not name and ("" not in self._devices or self._offloaded.get("", False)):
-            # The caller of the whole model gets outputs where its inputs were.
+            # Outputs of the whole model return to the device of its inputs.
             around = AlignDevicesHook(io_same_device=True, prefetcher=self._reader, **self._options)
             add_hook_to_module(module, around, append=True)
         for key, child in module.named_children():
@@ -259,7 +258,7 @@ class _BlockAttacher:
             attach_execution_device_hook(module, device, preload_module_classes=self._preload, **self._options)
 
     def _own_tensors(self, module: nn.Module, name: str) -> None:
-        """Tensors that lie directly on a module whose parts go to several devices, each with an entry of its own."""
+        """Attaches a hook for tensors that belong directly to a module whose submodules are split over devices."""
         prefix = f"{name}." if name else ""
         listed = [key for key, _ in named_module_tensors(module) if prefix + key in self._devices]
         if not listed:

@@ -1,4 +1,4 @@
-"""The hook: what is done before and after a module's forward, and how it gets there."""
+"""`ModelHook`, the base class of hooks around a module's forward, and functions that add and remove hooks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 class ModelHook:
-    """What is done around a module's forward. Subclass it and override what is needed.
+    """Runs code around a module's forward. Subclasses override the methods that they need.
 
     Attributes:
         no_grad: Run the forward under `torch.no_grad`.
@@ -33,7 +33,7 @@ class ModelHook:
             module: The module.
 
         Returns:
-            The module, or what takes its place.
+            The module, or a replacement.
         """
         return module
 
@@ -46,7 +46,7 @@ class ModelHook:
             **kwargs: Its keyword arguments.
 
         Returns:
-            The arguments that the forward is to get.
+            The arguments for the forward.
         """
         return args, kwargs
 
@@ -55,10 +55,10 @@ class ModelHook:
 
         Args:
             module: The module.
-            output: What the forward returned.
+            output: The output of the forward.
 
         Returns:
-            What the caller is to get.
+            The output for the caller.
         """
         return output
 
@@ -82,7 +82,7 @@ class ModelHook:
 
 
 class SequentialHook(ModelHook):
-    """Several hooks as one, in order.
+    """Runs several hooks in order.
 
     Args:
         *hooks: The hooks.
@@ -93,7 +93,7 @@ class SequentialHook(ModelHook):
 
     @property
     def execution_device(self) -> torch.device | None:
-        """Where the module runs: the device of the last hook that has one."""
+        """The device that the module runs on: that of the last hook that has one."""
         devices = [getattr(hook, "execution_device", None) for hook in self.hooks]
         return next((device for device in reversed(devices) if device is not None), None)
 
@@ -128,9 +128,9 @@ class SequentialHook(ModelHook):
 
 
 def not_compiled(method: _Method) -> _Method:
-    """Has a hook's method run as it is under ``torch.compile``, which then compiles what is before and behind it.
+    """Excludes a hook's method from ``torch.compile``, which still compiles the code before and after it.
 
-    As `torch.compiler.disable` does; but that imports the compiler, which takes a second, for everybody.
+    Equivalent to `torch.compiler.disable`, but does not import the compiler (about a second) unless it is in use.
     """
     disabled: list[Callable[..., Any]] = []
 
@@ -149,7 +149,7 @@ def not_compiled(method: _Method) -> _Method:
 
 
 class _Hooked(HookedForward):
-    """A forward with the module's hook around it. The hook is looked up at every call: it may be exchanged."""
+    """Runs a module's forward inside its hook, which is looked up at each call because it may be replaced."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -171,12 +171,12 @@ class _Hooked(HookedForward):
 
 
 def add_hook_to_module(module: _Module, hook: ModelHook, append: bool = False) -> _Module:
-    """Has a hook act around a module's forward, as ``module._hf_hook``.
+    """Attaches a hook to a module's forward, as ``module._hf_hook``.
 
     Args:
-        module: The module; changed in place.
+        module: The module; modified in place.
         hook: The hook.
-        append: Keep a hook that is there, and act after it. False: replace it.
+        append: Keep an existing hook and run this one after it. False: replace it.
 
     Returns:
         The module.
@@ -196,11 +196,11 @@ def add_hook_to_module(module: _Module, hook: ModelHook, append: bool = False) -
 
 
 def remove_hook_from_module(module: _Module, recurse: bool = False) -> _Module:
-    """Removes a module's hook, and puts back what it changed.
+    """Removes a module's hook and restores the module.
 
     Args:
-        module: The module; changed in place.
-        recurse: Do the same for every module inside it.
+        module: The module; modified in place.
+        recurse: Include all submodules.
 
     Returns:
         The module.
@@ -219,5 +219,5 @@ def remove_hook_from_module(module: _Module, recurse: bool = False) -> _Module:
 
 
 def remove_hook_from_submodules(module: nn.Module) -> None:
-    """Removes the hooks of a module and of every module inside it."""
+    """Removes the hooks of a module and of all its submodules."""
     remove_hook_from_module(module, recurse=True)

@@ -1,16 +1,16 @@
-"""Copies weights from memory to a device while it computes: a stream for copies, and a ring of pinned buffers.
+"""Copies weights from CPU memory to a device while the device computes, on a side stream and through pinned buffers.
 
-A `TransferStream` leads to one device; the one to the CPU copies nothing.
+A `TransferStream` serves one device; the one for the CPU copies nothing.
 
-Rules that keep this free of races, for each weight:
+Races are avoided as follows, for each weight:
 
-- Its memory is allocated on the copy stream, so the forward's stream waits for the event behind the copy before it reads.
-- `record_stream` names the forward's stream before the first read: the allocator does not reuse the memory before that
-  stream is done with it, although the copy stream, to whose pool it returns, never waits.
-- A pinned buffer is filled again only after the event behind the last copy out of it.
-- A copy starts after the event of an earlier layer (`mark`), or copies would run ahead and fill the device.
+- Its memory is allocated on the copy stream, so the compute stream waits for the event after the copy before it reads.
+- `record_stream` is called with the compute stream before the first read. The allocator returns the memory to the pool of
+  the copy stream, which never waits; this keeps it from reusing the memory before the compute stream is done with it.
+- A pinned buffer is refilled only after the event of the last copy out of it.
+- A copy starts after the event of an earlier layer (`mark`); otherwise copies would run ahead and fill the device.
 
-Only the thread that reads ahead blocks on the device; the caller of the forward makes its stream wait.
+Only the prefetch thread blocks on the device; the caller of the forward makes its stream wait.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from ..io.mmap_reader import ReadInterruptedError, Stop
 
 _BUFFER = 32 << 20
 _BUFFERS = 2
-# Kinds of device whose module in torch has streams and pinned memory as CUDA's has, and how each makes an event for which
-# the host sleeps instead of spinning.
+# Device types whose torch module has streams and pinned memory like CUDA's, with the options of an event on which the host
+# sleeps instead of spinning.
 _WITH_STREAMS: dict[str, dict[str, Any]] = {"cuda": {"blocking": True}, "xpu": {}}
 
 
 class PendingTransfer:
-    """Weights on their way.
+    """Weights whose copy to a device may not have finished.
 
     Args:
         values: The weights by name.
-        device: Where they go; None: they are there.
-        ready: The event after which they can be used; None: now.
-        copies: Those of them in memory of the stream that copied them.
+        device: The target device; None: the weights are in place.
+        ready: Event after which the weights may be used; None: at once.
+        copies: Weights in memory allocated on the copy stream.
     """
 
     def __init__(
@@ -53,44 +53,44 @@ class PendingTransfer:
         self._copies = copies
 
     def wait(self) -> dict[str, torch.Tensor]:
-        """Makes the device's current stream wait for the weights, and returns them."""
+        """Makes the device's current stream wait for the copies, and returns the weights."""
         if self._ready is not None:
             assert self._device is not None
             stream = _module(self._device).current_stream(self._device)
             stream.wait_event(self._ready)
-            for copy in self._copies:  # not chosen by comparing devices: "cuda" equals no tensor's
+            for copy in self._copies:  # listed rather than compared by device: "cuda" equals no tensor's device
                 copy.record_stream(stream)
         return self._values
 
 
 class TransferStream:
-    """To the CPU, and to devices that copies cannot run beside: weights are left where they are.
+    """Transfers to the CPU, and to devices without streams: weights stay where they are.
 
     Attributes:
-        copies: Whether it brings them elsewhere.
+        copies: Whether weights are copied.
     """
 
     copies = False
 
     def mark(self) -> Any:
-        """Returns a point in what the device was given to do so far; called by the thread that computes."""
+        """Returns an event for the work queued on the device so far; called by the thread that computes."""
         return None
 
     def copy_async(self, values: dict[str, torch.Tensor], mark: Any, stop: Stop) -> PendingTransfer:
-        """Starts to bring weights to the device; called by the thread that reads ahead.
+        """Starts to copy weights to the device; called by the prefetch thread.
 
         Args:
             values: The weights by name.
-            mark: Wait until the device has come this far: what it computed with before is free then.
-            stop: Asked between pieces; true gives up.
+            mark: Event to wait for first; the memory of the layers before it is free then.
+            stop: Checked between chunks; returns true to interrupt.
         """
         return PendingTransfer(values)
 
 
 class DeviceTransferStream(TransferStream):
-    """To a device with streams. Copies run on a stream of their own, out of pinned memory.
+    """Transfers to a device with streams, on a stream of its own and from pinned memory.
 
-    Weights that are in pinned memory already are copied from there; others pass through a ring of pinned buffers.
+    Weights in pinned memory are copied directly; others pass through a ring of pinned buffers.
 
     Args:
         device: The device, with its index.
@@ -111,7 +111,7 @@ class DeviceTransferStream(TransferStream):
         return mark
 
     def _event(self) -> Any:
-        """Makes an event that the host waits for."""
+        """Creates an event on which the host can wait."""
         return self._module.Event(**_WITH_STREAMS[self._device.type])
 
     def copy_async(self, values: dict[str, torch.Tensor], mark: Any, stop: Stop) -> PendingTransfer:
@@ -127,7 +127,7 @@ class DeviceTransferStream(TransferStream):
         return PendingTransfer(moved, self._device, ready, copies)
 
     def _copied(self, value: torch.Tensor, stop: Stop) -> torch.Tensor:
-        """Returns a copy in memory of the current stream; the value itself where another copies it."""
+        """Copies a value to memory allocated on the current stream; returns it unchanged if it is no plain CPU tensor."""
         if value.device.type != "cpu" or type(value) not in (torch.Tensor, torch.nn.Parameter):
             return value
         value = value.detach()
@@ -145,33 +145,33 @@ class DeviceTransferStream(TransferStream):
 
 
 class PinnedRingBuffer:
-    """Pinned buffers, filled one after the other; each is filled again only after the copies out of it are done.
+    """Pinned buffers that are filled in turn; each is refilled only after the copies out of it are done.
 
-    Small tensors share a buffer: if each took one, the host would wait for the copy of every large one before it fills
-    the next.
+    Small tensors share a buffer. If each took its own, the host would wait for the copy of every large one before it could
+    fill the next buffer.
 
     Args:
-        buffers: The buffers, flat, of bytes and of one size.
-        make_event: Makes an event.
+        buffers: Flat byte tensors of equal size.
+        make_event: Creates an event.
     """
 
     def __init__(self, buffers: list[torch.Tensor], make_event: Callable[[], Any]) -> None:
         self._buffers = buffers
-        self._events = [make_event() for _ in buffers]  # behind the last copy out of each
+        self._events = [make_event() for _ in buffers]  # the last copy out of each
         self._turn = 0
-        self._used = 0  # bytes of the buffer whose turn it is
+        self._used = 0  # bytes in use of the current buffer
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, stream: Any, stop: Stop) -> None:
-        """Copies through the buffers.
+        """Copies a tensor through the buffers.
 
         Args:
-            source: Where from; on the CPU, contiguous.
-            target: Where to; on a device, contiguous, of the same shape and dtype.
+            source: Contiguous CPU tensor.
+            target: Contiguous tensor on a device, of the same shape and dtype.
             stream: The device's current stream, on which the copies run.
-            stop: Asked between pieces; true gives up.
+            stop: Checked between chunks; returns true to interrupt.
 
         Raises:
-            Interrupted: when `stop` returned true.
+            ReadInterruptedError: if `stop` returned true.
         """
         from_bytes, to_bytes = source.reshape(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
         room = len(self._buffers[0])
@@ -192,7 +192,7 @@ class PinnedRingBuffer:
 
 
 def stream_to(device: torch.device | None) -> TransferStream:
-    """Returns the transfer stream of a device (with an index); None: weights stay in CPU memory."""
+    """Returns the transfer stream of a device (with an index); None stands for CPU memory."""
     return DeviceTransferStream(device) if device is not None and device.type in _WITH_STREAMS else TransferStream()
 
 

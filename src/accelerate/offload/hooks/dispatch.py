@@ -1,4 +1,4 @@
-"""A model spread over devices, memory and disk: which part waits where, and the hooks that bring it to where it runs."""
+"""Dispatches a model over devices, CPU memory and disk: chooses where its weights are kept, and attaches the hooks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Folder = str | os.PathLike[str]
 
 
 class Dispatch:
-    """One dispatch: which parts are offloaded, where they run, and where their weights are.
+    """One dispatch: the offloaded parts, their execution devices, and their weights.
 
     Args:
         model: The model.
-        where: Devices by name of module or tensor, as `settled` returns them.
-        main_device: Where offloaded parts run; None: the first device of the map that computes.
+        where: Devices by name of module or tensor, as `normalize` returns them.
+        main_device: Device that offloaded parts run on; None: the first device of the map that computes.
         offload_buffers: Offload buffers too.
     """
 
@@ -46,18 +46,18 @@ class Dispatch:
         self._offload_buffers = offload_buffers
         computing = [device for device in where.values() if device not in OFFLOADED]
         self._main = require_device(next(iter(computing), "cpu") if main_device is None else main_device)
-        # Without a device that computes, parts in memory run where they are.
+        # If no accelerator is used, parts on "cpu" run in place and are not offloaded.
         self._waiting = OFFLOADED if self._main.type != "cpu" else OFFLOADED[1:]
 
     def fill(
         self, state_dict: Mapping[str, torch.Tensor] | None, index: Mapping[str, Any], folder: Folder | None
     ) -> None:
-        """Gives parts that do not wait the values that they lack (device meta) and that a state or an index has.
+        """Loads parameters that are not offloaded and still on the meta device, from a state dict or an index.
 
         Args:
             state_dict: Values by name.
-            index: Where values are, by name.
-            folder: Where those are that the index does not say more of.
+            index: Offload index entries by name.
+            folder: Folder of the weights whose entries have no path.
         """
         kept = OffloadedWeightsLoader(state_dict or {}, folder, index)
         tensors = self._model.state_dict(keep_vars=True).items()
@@ -68,7 +68,7 @@ class Dispatch:
         tied = find_tied_parameters(self._model)
         for name in empty:
             device = device_of(name, self._where)
-            if device is not None:  # else it is another name of one that has a device
+            if device is not None:  # otherwise a tied name of a tensor that has a device
                 set_module_tensor_to_device(self._model, name, device, value=kept[name])
         retie_parameters(self._model, tied)
 
@@ -100,12 +100,12 @@ class Dispatch:
         )
         self._mark_root()
         guard_moves(self._model)
-        # Parts moved one by one: what was one tensor is one again, unless a part of it comes and goes.
+        # Parts were moved one by one, so tie their shared tensors again, except offloaded ones.
         still = [[n for n in group if not self._is_offloaded(n)] for group in tied]
         retie_parameters(self._model, [group for group in still if len(group) > 1 and self._same_device(group)])
 
     def _mark_root(self) -> None:
-        """Gives the hook around the whole the main device, which clients look up there."""
+        """Sets the execution device of the outermost hook to the main device, where clients look it up."""
         hook = self._model.__dict__.get("_hf_hook")
         for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
             if isinstance(one, AlignDevicesHook) and one.io_same_device and one.execution_device is None:
@@ -124,15 +124,15 @@ class Dispatch:
         offload_index: Mapping[str, Any] | None,
         tied: list[list[str]],
     ) -> OffloadedWeightsLoader | None:
-        """Where the weights of offloaded parts are: in memory, and on disk."""
+        """Collects the weights of offloaded parts, in memory and on disk."""
         if not set(self._where.values()) & set(self._waiting):
             return None
         own = self._model.state_dict()
         on_disk = [name for name in own if device_of(name, self._where) == "disk"]
         if on_disk and offload_dir is None and offload_index is None:
             raise ValueError(
-                f"the device_map sends {', '.join(n for n, d in self._where.items() if d == 'disk')} to disk: pass an "
-                "offload_dir for their weights, or an offload_index that says where they are."
+                f"the device_map assigns {', '.join(n for n, d in self._where.items() if d == 'disk')} to disk: pass an "
+                "offload_dir for their weights, or an offload_index of files that contain them."
             )
         index = self._written(own, on_disk, offload_dir) if offload_index is None else dict(offload_index)
         in_memory = dict(state_dict or {})
@@ -144,15 +144,15 @@ class Dispatch:
         unknown = [name for name in waiting if name not in in_memory and name not in index]
         if unknown:
             raise ValueError(
-                f"{', '.join(unknown)} have no values (device meta), and neither state_dict nor offload_dir nor "
-                "offload_index has any for them: load the model's weights first, as load_checkpoint_and_dispatch does."
+                f"{', '.join(unknown)} have no values (device meta), and none are in state_dict, offload_dir or "
+                "offload_index: load the model's weights first, as load_checkpoint_and_dispatch does."
             )
         return OffloadedWeightsLoader(state_dict=in_memory, save_folder=offload_dir, index=index)
 
     def _written(
         self, own: Mapping[str, torch.Tensor], on_disk: Sequence[str], offload_dir: Folder | None
     ) -> dict[str, Any]:
-        """The index of a folder, after the weights that it lacked were written there."""
+        """Writes the weights that a folder lacks, and returns its index."""
         if offload_dir is None:
             return {}
         known = read_offload_index(offload_dir) if (Path(offload_dir) / INDEX_NAME).is_file() else {}
@@ -163,7 +163,7 @@ class Dispatch:
         return known
 
     def _complete(self, state: dict[str, torch.Tensor], index: dict[str, Any], tied: list[list[str]]) -> None:
-        """Gives every name of a tied group what one of them has: files keep a tied weight once."""
+        """Adds the other names of tied weights, since files store a tied weight once."""
         for group in tied:
             known = next((name for name in group if name in index or name in state), None)
             for name in group:
@@ -175,7 +175,7 @@ class Dispatch:
                     index[name] = {"weight_name": known, **index[known]}
 
     def _shared(self, tied: list[list[str]], weights: Mapping[str, torch.Tensor] | None) -> TiedMap:
-        """Room for one copy on each device of every tensor that has several names, by its address."""
+        """Returns an empty map from device to copy for each tied tensor, by address."""
         shared: TiedMap = {}
         for group in tied:
             for name in group:

@@ -1,4 +1,4 @@
-"""Hooks for whole models that take turns on a device, and for weights kept in a small format."""
+"""Hooks for whole models that take turns on a device, and for weights stored in a smaller dtype."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .base import ModelHook, add_hook_to_module, not_compiled, remove_hook_from_
 
 
 class CpuOffload(ModelHook):
-    """Keeps a whole model in memory until it is called, and then on its device.
+    """Keeps a whole model in CPU memory until it is called, then moves it to its device.
 
     Args:
-        execution_device: Where it runs. None: this process's device.
-        prev_module_hook: The hook of the model that ran before in a pipeline: that one is offloaded first.
+        execution_device: Device that the model runs on. None: this process's device.
+        prev_module_hook: Hook of the model that ran before in a pipeline, which is offloaded first.
     """
 
     def __init__(
@@ -32,12 +32,12 @@ class CpuOffload(ModelHook):
         self.execution_device = with_index(place)
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        """Moves the model to memory."""
+        """Moves the model to CPU memory."""
         return module.to("cpu")
 
     @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Moves the model, and its arguments, to the device."""
+        """Moves the model and its arguments to the device."""
         if self.prev_module_hook is not None and isinstance(self.prev_module_hook, UserCpuOffloadHook):
             before = self.prev_module_hook.model
             tensor = next(before.parameters(), None)
@@ -49,7 +49,7 @@ class CpuOffload(ModelHook):
 
 
 class UserCpuOffloadHook:
-    """What `cpu_offload_with_hook` hands out: offloads a model, and takes its hook off.
+    """Handle returned by `cpu_offload_with_hook`: offloads a model, and removes its hook.
 
     Args:
         model: The model.
@@ -61,21 +61,21 @@ class UserCpuOffloadHook:
         self.hook = hook
 
     def offload(self) -> None:
-        """Moves the model to memory."""
+        """Moves the model to CPU memory."""
         self.hook.init_hook(self.model)
 
     def remove(self) -> None:
-        """Takes the hook off the model."""
+        """Removes the hook from the model."""
         remove_hook_from_module(self.model)
 
 
 class LayerwiseCastingHook(ModelHook):
-    """Keeps a module's weights in a small format, and converts them while it runs.
+    """Stores a module's weights in a smaller dtype, and casts them for each forward.
 
     Args:
-        storage_dtype: The format between forwards.
-        compute_dtype: The format in the forward.
-        non_blocking: Let conversions run beside the CPU.
+        storage_dtype: dtype between forwards.
+        compute_dtype: dtype in the forward.
+        non_blocking: Cast without blocking the host.
     """
 
     def __init__(self, storage_dtype: torch.dtype, compute_dtype: torch.dtype, non_blocking: bool) -> None:
@@ -84,25 +84,25 @@ class LayerwiseCastingHook(ModelHook):
         self.non_blocking = non_blocking
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        """Converts to the small format."""
+        """Casts to the storage dtype."""
         return module.to(dtype=self.storage_dtype, non_blocking=self.non_blocking)
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Converts to the format of the forward."""
+        """Casts to the compute dtype."""
         module.to(dtype=self.compute_dtype, non_blocking=self.non_blocking)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        """Converts back."""
+        """Casts back to the storage dtype."""
         self.init_hook(module)
         return output
 
     def after_error(self, module: nn.Module) -> None:
-        """Converts back."""
+        """Casts back to the storage dtype."""
         self.init_hook(module)
 
 
-# Formats layer by layer -----------------------------------------------------------------------------------------------
+# Layerwise casting ----------------------------------------------------------------------------------------------------
 
 _CASTABLE = (
     nn.Linear,
@@ -123,15 +123,15 @@ def attach_layerwise_casting_hooks(
     skip_modules_classes: tuple[type[nn.Module], ...] | None = None,
     non_blocking: bool = False,
 ) -> None:
-    """Keeps the weights of linear and convolutional layers in a small format, and converts each while it runs.
+    """Stores the weights of linear and convolutional layers in a smaller dtype, and casts each for its forward.
 
     Args:
         module: The model.
-        storage_dtype: The format between forwards, such as ``torch.float8_e4m3fn``.
-        compute_dtype: The format in the forward, such as ``torch.bfloat16``.
-        skip_modules_pattern: Regular expressions; layers in whose full name one is found are left alone.
-        skip_modules_classes: Classes that are left alone, with what is inside them.
-        non_blocking: Let conversions run beside the CPU.
+        storage_dtype: dtype between forwards, such as ``torch.float8_e4m3fn``.
+        compute_dtype: dtype in the forward, such as ``torch.bfloat16``.
+        skip_modules_pattern: Regular expressions; layers whose full name matches one are skipped.
+        skip_modules_classes: Classes whose modules are skipped, submodules included.
+        non_blocking: Cast without blocking the host.
 
     Example:
         ```python

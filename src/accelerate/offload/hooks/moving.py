@@ -1,4 +1,4 @@
-"""Guards `to`, `cuda` and the like of a model that hooks spread over devices: a move would undo it, or fail half way."""
+"""Guards `to`, `cuda` and similar methods of a dispatched model: a move would undo the dispatch, or fail halfway."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _NAMES = ("to", *DEVICES)
 
 
 class GuardedMove:
-    """Takes the place of a method of a model that moves it. An object, so that a copy of the model guards the copy.
+    """Replaces a method that moves a model. A class, so that a copy of the model gets a guard for the copy.
 
     Args:
         model: The model.
-        name: The method.
+        name: Name of the method.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -31,18 +31,18 @@ class GuardedMove:
         """Moves the model if no part of it is offloaded.
 
         Raises:
-            RuntimeError: when parts of it are.
+            RuntimeError: if a part is offloaded.
         """
         model = self._model
         if self._name != "to" or _names_device(*args, **kwargs):
             if any(map(_fetches, model.modules())):
                 raise RuntimeError(
                     f"{type(model).__name__} has parts that are offloaded to memory or disk, and cannot be moved: their "
-                    "weights are fetched for each forward. To place it elsewhere, call dispatch_model with another "
-                    "device_map; to have it whole in memory, remove_hook_from_submodules(model)."
+                    "weights are loaded for each forward. To place it elsewhere, call dispatch_model with another "
+                    "device_map; to load it into memory as a whole, call remove_hook_from_submodules(model)."
                 )
             logger.warning(
-                "%s is spread over devices by hooks, which still send inputs to the devices of before: call "
+                "%s is dispatched by hooks, which keep sending inputs to the old devices: call "
                 "remove_hook_from_submodules(model) before you move it, or dispatch_model with another device_map.",
                 type(model).__name__,
             )
@@ -62,14 +62,14 @@ def _names_device(*args: Any, **kwargs: Any) -> bool:
 
 
 def guard_moves(model: nn.Module) -> None:
-    """Guards the methods of a model that move it; removing its hooks ends that."""
+    """Guards the methods that move a model, until its hooks are removed."""
     for name in _NAMES:
         if hasattr(type(model), name) and name not in model.__dict__:
             model.__dict__[name] = GuardedMove(model, name)
 
 
 def release_moves(model: nn.Module) -> None:
-    """Undoes `guard_moves`."""
+    """Removes the guards."""
     for name in _NAMES:
         if isinstance(model.__dict__.get(name), GuardedMove):
             del model.__dict__[name]

@@ -22,46 +22,46 @@ from ..disk_weights import OffloadedWeightsLoader
 from ..io.mmap_reader import ReadInterruptedError, Stop, never
 from .device_transfer import PendingTransfer, TransferStream, stream_to
 
-# As much as the largest layer takes may wait ahead of the one that computes, and this much in any case.
+# Bytes that may wait ahead of the layer that computes: the size of the largest layer, or this if it is more.
 _ROOM = 16 << 20
 _FARTHEST = 64
-# Weights that are used where they are take no memory; so much of them is looked up in one go.
+# Resident weights take no extra memory; at most this many bytes of them are looked up at once.
 _NEAR = 64 << 20
 _END = -1
 
 
 class Prefetchable(Protocol):
-    """What is read as one: the weights that one hook fetches.
+    """Weights that are read together: those of one hook.
 
     Attributes:
         size: Bytes of the weights.
-        device: Where they go.
+        device: The target device.
     """
 
     size: int
 
     @property
     def device(self) -> torch.device | None:
-        """Where they go."""
+        """The target device."""
 
     def read(self, stop: Stop) -> dict[str, torch.Tensor]:
-        """The weights by name; called in any thread."""
+        """Reads the weights by name; called in any thread."""
 
     def is_resident(self) -> bool:
-        """Whether reading the weights takes no time worth mentioning."""
+        """Returns whether reading the weights takes negligible time."""
 
     def loader(self) -> OffloadedWeightsLoader | None:
-        """What reads them, together with those of other units."""
+        """Returns the loader that reads the weights, shared with other units."""
 
     def sources(self) -> list[object] | None:
-        """What equals another such list as long as `read` would give the same; None: do not read ahead."""
+        """Returns a list that compares equal as long as `read` would return the same; None: do not prefetch."""
 
 
 class AccessPredictor:
-    """The order in which units are used, by number: learned while they are, and guessed before.
+    """Predicts the next units, by number, from the order in which units were used.
 
-    What came after two units is what will come after them again. Where that is not known yet, units are used in the order
-    of their numbers.
+    A second-order Markov predictor: the unit that followed two others is expected to follow them again. Without a history,
+    units are expected in the order of their numbers.
     """
 
     def __init__(self) -> None:
@@ -69,23 +69,23 @@ class AccessPredictor:
         self._last: tuple[int | None, int | None] = (None, None)
 
     def record(self, number: int) -> None:
-        """A unit is used now."""
+        """Records that a unit is used now."""
         self._after[self._last] = number
         self._last = (self._last[1], number)
 
     def finish(self, completed: bool = True) -> None:
-        """The forward of the whole is over; `completed`: to its end."""
+        """Records the end of the model's forward; `completed`: it did not raise."""
         if completed and self._last[1] is not None:
             self._after[self._last] = _END
         self._last = (None, None)
 
     @property
     def last(self) -> int | None:
-        """The unit used last; None at the beginning."""
+        """The unit used last; None at the start."""
         return self._last[1]
 
     def predictions(self) -> Iterator[int]:
-        """Which units will be used next, one after the other. May go on forever."""
+        """Yields the units expected next; may be infinite."""
         before, last = self._last
         while last is not None:
             number = self._after.get((before, last), last + 1)
@@ -96,10 +96,10 @@ class AccessPredictor:
 
 
 class _Resident(NamedTuple):
-    """One unit that was at hand, and read before its turn.
+    """A resident unit that was read before its turn.
 
     Attributes:
-        sources: What its weights came from.
+        sources: Sources of the weights.
         values: The weights by name.
     """
 
@@ -108,7 +108,7 @@ class _Resident(NamedTuple):
 
 
 class _ReadJob:
-    """One unit being read ahead."""
+    """One unit being prefetched."""
 
     def __init__(
         self, unit: Prefetchable, stream: TransferStream, sources: list[object], thread: ThreadPoolExecutor
@@ -118,13 +118,13 @@ class _ReadJob:
         self.future = thread.submit(_read, unit, stream, stream.mark(), self._cancelled.is_set)
 
     def cancel(self) -> None:
-        """Gives it up."""
+        """Cancels the read, or interrupts it."""
         self._cancelled.set()
         self.future.cancel()
 
 
 def _read(unit: Prefetchable, stream: TransferStream, mark: Any, stop: Stop) -> PendingTransfer | None:
-    """What the thread does. None: nothing came of it, and the weights are to be read when they are needed."""
+    """Reads a unit on the thread. Returns None if it was interrupted or out of memory; it is read when needed then."""
     try:
         with torch.no_grad():
             return stream.copy_async(unit.read(stop), mark, stop)
@@ -133,7 +133,7 @@ def _read(unit: Prefetchable, stream: TransferStream, mark: Any, stop: Stop) -> 
 
 
 class Prefetcher:
-    """Reads ahead for the hooks of one model, in one thread. A copy of it (with its model) starts from nothing."""
+    """Prefetches for the hooks of one model, on one thread. A copy of it (with its model) starts without a history."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -147,15 +147,15 @@ class Prefetcher:
         self._streams: dict[torch.device | None, TransferStream] = {}
         self._jobs: dict[int, _ReadJob] = {}
         self._here: dict[int, _Resident] = {}
-        self._leisure: threading.Event | None = None  # ends what is done while there is nothing to read ahead
+        self._leisure: threading.Event | None = None  # set to end work that runs while nothing is prefetched
         self._largest = _ROOM
         self._thread: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple[Callable[[], Prefetcher], tuple[()]]:
-        return Prefetcher, ()  # threads and learned numbers stay behind
+        return Prefetcher, ()  # threads and the history are not copied
 
     def register(self, unit: Prefetchable) -> int:
-        """Gives a unit its number; the first guess is that units are used in the order they came here."""
+        """Numbers a unit, in the order of registration."""
         number = self._numbers.get(unit)
         if number is None:
             number = self._numbers[unit] = len(self._numbers)
@@ -164,19 +164,19 @@ class Prefetcher:
         return number
 
     def take(self, unit: Prefetchable) -> dict[str, torch.Tensor] | None:
-        """What was read ahead for a unit, waited for if it is being read; and has the next ones read.
+        """Returns the prefetched weights of a unit, waiting for a read in progress, and starts to prefetch the next units.
 
         Args:
             unit: The unit that is used now.
 
         Returns:
-            Its weights by name, or None: read them now.
+            Its weights by name; None if they must be read now.
 
         Raises:
-            Exception: what reading raised.
+            Exception: raised by the read.
         """
         with self._lock:
-            if self._process != os.getpid():  # forked: the thread is not here
+            if self._process != os.getpid():  # after a fork the thread is gone
                 self._begin()
             number = self.register(unit)
             self._order.record(number)
@@ -187,7 +187,7 @@ class Prefetcher:
             return here.values if here.sources == unit.sources() else None
         if job is None:
             return None
-        if job.future.cancel():  # it has not begun: whoever needs it reads it sooner
+        if job.future.cancel():  # not started yet: reading now is faster
             return None
         if job.sources != unit.sources():
             job.cancel()
@@ -196,7 +196,7 @@ class Prefetcher:
         return None if brought is None else brought.wait()
 
     def finish(self, completed: bool = True) -> None:
-        """The forward of the whole model is over: nothing stays in memory ahead of the next one."""
+        """Ends a forward of the model: cancels all jobs, so that nothing stays in memory between forwards."""
         with self._lock:
             last = self._order.last
             self._order.finish(completed)
@@ -208,7 +208,7 @@ class Prefetcher:
             self._here.clear()
 
     def _plan(self) -> None:
-        """Has those read that come next, as far as there is room, and gives up what was a wrong guess."""
+        """Starts to read the next units, as far as memory allows, and cancels wrong predictions."""
         coming: set[int] = set()
         waiting = near = 0  # bytes
         for number in islice(self._order.predictions(), _FARTHEST):
@@ -238,11 +238,11 @@ class Prefetcher:
         return stream
 
     def _is_near(self, unit: Prefetchable) -> bool:
-        """Whether a thread would take longer than reading."""
+        """Returns whether reading takes less time than handing the unit to the thread."""
         return not self._stream(unit).copies and unit.is_resident()
 
     def _read_here(self, number: int, unit: Prefetchable) -> bool:
-        """Reads a unit at once: several in a row cost much less than each between two layers that compute."""
+        """Reads a resident unit now: several reads in a row cost much less than one between each two layers."""
         if number in self._here:
             return True
         sources = unit.sources()
@@ -250,7 +250,7 @@ class Prefetcher:
             return False
         try:
             self._here[number] = _Resident(sources, unit.read(never))
-        except Exception:  # noqa: BLE001 - it will be raised where the weights are needed
+        except Exception:  # noqa: BLE001 - raised again where the weights are needed
             return False
         return True
 
@@ -265,7 +265,7 @@ class Prefetcher:
         self._jobs[number] = _ReadJob(unit, self._stream(unit), sources, self._thread)
 
     def _remap_when_idle(self, unit: Prefetchable | None) -> None:
-        """Has the loader make faster what was slow in this forward, until something is to be read ahead."""
+        """Remaps files that were slow to map in this forward, until the next unit is prefetched."""
         loader = None if unit is None else unit.loader()
         if loader is None or not loader.slow or (self._leisure is not None and not self._leisure.is_set()):
             return
@@ -275,15 +275,15 @@ class Prefetcher:
             loader.remap_huge_pages(ended.is_set)
             ended.set()
 
-        # A daemon: it may be at it for long, and nobody waits for it.
+        # A daemon, so that the process can exit while it runs.
         threading.Thread(target=work, name="accelerate-renewal", daemon=True).start()
 
 
 def prefetcher(wanted: bool | None = None) -> Prefetcher | None:
-    """A new one, if reading ahead is wanted.
+    """Creates a prefetcher if prefetching is enabled.
 
     Args:
-        wanted: The caller's word. None: as ``ACCELERATE_OFFLOAD_PREFETCH`` says, else yes.
+        wanted: Whether to prefetch. None: as set by ``ACCELERATE_OFFLOAD_PREFETCH``, by default yes.
     """
     on = env.flag("ACCELERATE_OFFLOAD_PREFETCH", default=True) if wanted is None else wanted
     return Prefetcher() if on else None

@@ -1,3 +1,3 @@
-"""Weights from disk: memory maps, direct I/O, safetensors files."""
+"""Reads weights from disk: memory maps, direct I/O, safetensors files."""
 
 from __future__ import annotations

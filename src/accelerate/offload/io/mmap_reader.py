@@ -1,7 +1,7 @@
-"""Tensors in place: parts of a file seen as memory, read when they are needed and given back to the system after use.
+"""Maps tensors from files (mmap) instead of copying them.
 
-Each view is a mapping of its own, which ends with the last tensor on it; no copy is made, and the pages stay in the
-system's cache. Nothing here knows about models.
+Each mapping lives as long as the last tensor that views it; its pages are those of the page cache. This module is
+independent of models.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Where the cache holds a file in pages of this size, mapping a gigabyte takes a millisecond; with small ones, 200.
+# Mapping a gigabyte takes about 1 ms if the page cache holds the file in pages of this size, 200 ms with 4 KiB pages.
 _LARGE_PAGE = 2 << 20
 _CHUNK = 8 << 20
 _WINDOW = 64 << 20
 _POPULATE_READ = 22  # Linux 5.14; not in Python's mmap yet
-# Reading a part anew costs less processor time than mapping it in small pages twice; but a slow disk has other things to do.
-_SLOWEST = 50e6  # bytes a second
+# Rereading a range takes less CPU time than mapping it twice in small pages, but would saturate a slow disk.
+_SLOWEST = 50e6  # bytes per second
 _TRIES = 3
-_IN_VAIN: dict[int, int] = {}  # device -> how often in a row that took too long, or brought small pages again
+_FAILED_REMAPS: dict[int, int] = {}  # device -> consecutive remaps that were too slow or yielded small pages again
 
 Stop = Callable[[], bool]
 
 
 def never() -> bool:
-    """A `Stop` that never stops."""
+    """Never interrupts; the default `Stop`."""
     return False
 
 
 class ReadInterruptedError(Exception):
-    """Reading was given up, because nobody waits for it any more."""
+    """Reading was canceled."""
 
 
 class TruncatedFileError(Exception):
-    """A file is shorter than it was, or cannot be read."""
+    """A file is shorter than it was, or is no longer readable."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor lies in a file.
+    """The byte range, dtype and shape of a tensor in a file.
 
     Attributes:
-        start: Its first byte.
-        stop: Behind its last byte.
-        dtype: Its format.
-        shape: Its shape.
+        start: Offset of the first byte.
+        stop: Offset behind the last byte.
+        dtype: The dtype.
+        shape: The shape.
     """
 
     start: int
@@ -62,18 +62,18 @@ class Span:
 
 
 class ByteRange(NamedTuple):
-    """A part of a file that is brought into memory as one: from `start` to before `stop`."""
+    """A range of a file that is read as one: from `start` up to, but not including, `stop`."""
 
     start: int
     stop: int
 
 
 class MappedRange(NamedTuple):
-    """A part of a file in memory.
+    """A byte range in memory.
 
     Attributes:
-        memory: What it lies in, as a buffer; there as long as a tensor on it.
-        offset: Where in that it begins.
+        memory: The buffer that holds it; alive as long as a tensor views it.
+        offset: Where the range starts in the buffer.
     """
 
     memory: Any
@@ -82,12 +82,12 @@ class MappedRange(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Where tensors of one file lie in the parts that are brought for them.
+    """Assigns tensors of one file to the byte ranges that are read for them.
 
     Attributes:
         spans: The tensors.
-        runs: The parts, in order.
-        places: For each tensor the number of its part, and where in it the tensor begins.
+        runs: The byte ranges, in order.
+        places: For each tensor the index of its range and its offset in it.
     """
 
     spans: tuple[Span, ...]
@@ -96,12 +96,12 @@ class TensorLayout:
 
     @classmethod
     def of(cls, spans: Sequence[Span], size: int, page: int | None = None) -> TensorLayout:
-        """The parts that hold some tensors; those that touch are one.
+        """Computes aligned ranges for some tensors and merges adjacent ones.
 
         Args:
-            spans: Where the tensors are.
+            spans: The tensors.
             size: Length of the file in bytes.
-            page: Parts begin and end where such pages do. None: where large ones do, around a tensor that fills any.
+            page: Alignment of the ranges. None: the huge page size for large tensors, the allocation granularity for others.
         """
         runs: list[ByteRange] = []
         numbers: dict[Span, int] = {}
@@ -118,7 +118,7 @@ class TensorLayout:
         return cls(tuple(spans), tuple(runs), places)
 
     def tensors(self, parts: Sequence[MappedRange]) -> list[torch.Tensor]:
-        """The tensors over the memory of the parts."""
+        """Returns the tensors as views of the ranges."""
         return [
             _tensor(parts[number], span, offset) for span, (number, offset) in zip(self.spans, self.places, strict=True)
         ]
@@ -130,14 +130,14 @@ def _tensor(part: MappedRange, span: Span, offset: int) -> torch.Tensor:
     if not count:
         return torch.empty(span.shape, dtype=span.dtype)
     place = part.offset + offset
-    if place % span.dtype.itemsize:  # a file that was not written for being mapped
+    if place % span.dtype.itemsize:  # unaligned, so torch cannot view it
         values = torch.frombuffer(part.memory, dtype=torch.uint8, count=span.stop - span.start, offset=place)
         return values.clone().view(span.dtype).view(span.shape)
     return torch.frombuffer(part.memory, dtype=span.dtype, count=count, offset=place).view(span.shape)
 
 
 class _Window:
-    """A stretch of a file that is mapped at once; its pages come into memory part by part, and go with the last tensor."""
+    """One mmap of a range of a file. Pages are populated range by range and released with the last tensor."""
 
     def __init__(self, owner: object, descriptor: int, start: int, stop: int) -> None:
         self._memory = mmap.mmap(descriptor, stop - start, access=mmap.ACCESS_COPY, offset=start)
@@ -147,18 +147,18 @@ class _Window:
         self._address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr() - start
 
     def part(self, owner: object, run: ByteRange) -> MappedRange | None:
-        """A part; None when it is not in here, or may have been written to since it was given out."""
+        """Returns a range; None if it is outside the window or was returned before and may have been written to."""
         if not self.covers(owner, run) or run in self._given:
             return None
         self._given.add(run)
         return MappedRange(self._memory, run.start - self._start)
 
     def covers(self, owner: object, run: ByteRange) -> bool:
-        """Whether a part is in here."""
+        """Returns whether a range of this file lies in the window."""
         return owner is self._owner and self._start <= run.start and run.stop <= self._stop
 
     def read_in(self, run: ByteRange, stop: Stop) -> None:
-        """Brings a part into memory, piece by piece."""
+        """Populates the pages of a range, chunk by chunk."""
         for start in range(run.start, run.stop, _CHUNK):
             if stop():
                 raise ReadInterruptedError
@@ -167,18 +167,18 @@ class _Window:
 
 
 class MmapWindowCache:
-    """The window that was mapped last: whatever else is mapped and unmapped, all processors have to agree on it."""
+    """Caches the last window, since each mmap and munmap costs a TLB shootdown on all processors."""
 
     def __init__(self) -> None:
         self._last: _Window | None = None
 
     def part(self, owner: object, descriptor: int, run: ByteRange, size: int) -> tuple[MappedRange, _Window]:
-        """A part of a file, whose pages need not be in memory yet, and its window.
+        """Returns a range of a file, whose pages need not be resident, with its window.
 
         Args:
-            owner: Stands for the file; the number of its descriptor may be another's tomorrow.
-            descriptor: The file.
-            run: The part.
+            owner: Identifies the file; its descriptor may be reused for another one.
+            descriptor: File descriptor.
+            run: The byte range.
             size: Length of the file.
         """
         last = self._last
@@ -190,21 +190,21 @@ class MmapWindowCache:
         return part, last
 
     def cover(self, owner: object, run: ByteRange) -> bool:
-        """Whether a part of a file is in it."""
+        """Returns whether the cached window contains a range of a file."""
         last = self._last
         return last is not None and last.covers(owner, run)
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Drops the cached window."""
         self._last = None
 
 
 class MmapFile:
-    """An open file seen as memory.
+    """An open file whose ranges are mapped into memory.
 
     Args:
-        descriptor: The file; stays open as long as this is used.
-        windows: Shared by the files of a model.
+        descriptor: File descriptor; must stay open as long as this object is used.
+        windows: Window cache, shared by the files of a model.
     """
 
     def __init__(self, descriptor: int, windows: MmapWindowCache) -> None:
@@ -213,18 +213,18 @@ class MmapFile:
         status = os.fstat(descriptor)
         self._device, self._size = status.st_dev, status.st_size
         self._synced = False
-        self._small: dict[ByteRange, bool] = {}  # parts whose pages are known, and whether they are small
+        self._small: dict[ByteRange, bool] = {}  # measured ranges, and whether the cache holds them in small pages
 
     def part(self, run: ByteRange, stop: Stop) -> MappedRange:
-        """A part, read into memory. What is written to it stays with it.
+        """Maps a range and populates its pages. Writes are private to the mapping (copy-on-write).
 
         Args:
-            run: The part.
-            stop: Asked between pieces; true gives up.
+            run: The byte range.
+            stop: Checked between chunks; returns true to interrupt.
 
         Raises:
-            TruncatedFileError: when that much is not there any more.
-            Interrupted: when `stop` said so.
+            TruncatedFileError: if the file ends before the range does.
+            ReadInterruptedError: if `stop` returned true.
         """
         if run.stop == run.start:
             return MappedRange(b"", 0)
@@ -235,63 +235,67 @@ class MmapFile:
         before = _faults()
         window.read_in(run, stop)
         after = _faults()
-        if after[1] == before[1]:  # all of it was in the cache
+        if after[1] == before[1]:  # no major faults: all of it was in the cache
             self._small[run] = _small(after[0] - before[0], run.stop - run.start)
         return part
 
     def is_open(self, run: ByteRange) -> bool:
-        """Whether a part lies in what is mapped already."""
+        """Returns whether a range lies in the cached window."""
         return self._windows.cover(self, run)
 
     def is_known(self, run: ByteRange) -> bool:
-        """Whether it is known by what pages a part comes."""
+        """Returns whether the page size of a range has been measured."""
         return run in self._small
 
     def is_slow(self, run: ByteRange) -> bool:
-        """Whether a part was found in small pages, and `remap_huge_pages` may change that."""
-        return self._small.get(run, False) and _IN_VAIN.get(self._device, 0) < _TRIES and hasattr(os, "posix_fadvise")
+        """Returns whether a range is in small pages and `remap_huge_pages` may change that."""
+        return (
+            self._small.get(run, False)
+            and _FAILED_REMAPS.get(self._device, 0) < _TRIES
+            and hasattr(os, "posix_fadvise")
+        )
 
     def remap_huge_pages(self, run: ByteRange, stop: Stop) -> bool:
-        """Has the cache hold a part in large pages that it holds in small ones, since somebody else read it.
+        """Evicts a range from the page cache and rereads it, so that the cache holds it in huge pages.
 
-        Mapping small pages costs a share of every forward; this costs reading the part once. Given up for a device where
-        that takes long, or brings small pages again.
+        A file that another program read first is often cached in small pages, which slows down every forward; rereading
+        costs I/O once. Stops trying on a device where rereading is slow or yields small pages again.
 
         Args:
-            run: A part that nobody uses just now.
-            stop: Asked between pieces; true gives up.
+            run: The byte range; nothing should use it now.
+            stop: Checked between chunks; returns true to interrupt.
 
         Returns:
-            Whether there is nothing left to do; somebody may use the part all the same.
+            True if nothing is left to do; False if the range was in use and could not be evicted.
         """
         if not self.is_slow(run):
             return True
         count = run.stop - run.start
         try:
             minor, major = self._faults_of(run, stop)
-            if major or not _small(minor, count):  # another process has done so, or it is not in the cache any more
+            if major or not _small(minor, count):  # in huge pages by now, or no longer cached
                 self._small[run] = False
                 return True
-            if not self._synced:  # what is not on disk yet cannot be dropped
+            if not self._synced:  # dirty pages cannot be evicted
                 os.fsync(self._descriptor)
                 self._synced = True
-            self._windows.close()  # nor what is mapped
+            self._windows.close()  # nor can mapped ones
             os.posix_fadvise(self._descriptor, run.start, count, os.POSIX_FADV_DONTNEED)
             begin = time.perf_counter()
             minor, major = self._faults_of(run, stop)
-        except TruncatedFileError:  # whoever needs it will say so
+        except TruncatedFileError:  # raised again by the next read
             return True
-        if not major:  # it was not dropped
+        if not major:  # not evicted
             return False
         self._small[run] = False
         if _small(minor + major, count) or count < _SLOWEST * (time.perf_counter() - begin):
-            _IN_VAIN[self._device] = _IN_VAIN.get(self._device, 0) + 1
+            _FAILED_REMAPS[self._device] = _FAILED_REMAPS.get(self._device, 0) + 1
         else:
-            _IN_VAIN[self._device] = 0
+            _FAILED_REMAPS[self._device] = 0
         return True
 
     def _faults_of(self, run: ByteRange, stop: Stop) -> tuple[int, int]:
-        """How many faults it takes to map a part: pages in the cache, and pages on disk."""
+        """Maps a range and returns the number of minor (cached) and major (read from disk) page faults."""
         before = _faults()
         _Window(self, self._descriptor, run.start, run.stop).read_in(run, stop)
         after = _faults()
@@ -299,7 +303,7 @@ class MmapFile:
 
 
 def _small(faults: int, count: int) -> bool:
-    """Whether so many faults mean that some bytes are in small pages. Part of a large page may be, at either end."""
+    """Returns whether a number of faults means small pages; the ends of a range may be in small pages in any case."""
     return count >= 2 * _LARGE_PAGE and faults * _LARGE_PAGE > 2 * count
 
 
@@ -307,19 +311,19 @@ def _small(faults: int, count: int) -> bool:
 
 
 def advise_huge_pages(memory: mmap.mmap) -> None:
-    """Has the system use large pages for some memory, where it can."""
+    """Advises the kernel to back a mapping with huge pages, where supported."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:  # a kernel without them
+        except OSError as error:  # the kernel has no huge pages
             if error.errno != errno.EINVAL:
                 raise
 
 
 @functools.lru_cache(maxsize=1)
 def _madvise() -> Callable[..., int] | None:
-    """The system's own: unlike Python's, it lets other threads run, and it takes what Python does not know yet."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):  # only Linux has what we ask for
+    """Returns the C function: unlike Python's, it releases the GIL and accepts newer flags."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
         return None
     function: Any = ctypes.CDLL(None, use_errno=True).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -327,12 +331,12 @@ def _madvise() -> Callable[..., int] | None:
 
 
 def _populate(address: int, count: int) -> bool:
-    """Brings the pages of some mapped bytes, the first of which begins one, into memory. Returns whether that worked."""
+    """Populates the pages of a mapping, from a page-aligned address on. Returns whether that succeeded."""
     madvise = _madvise()
     if madvise is not None:
         if madvise(address, count, _POPULATE_READ) == 0:
             return True
-        if ctypes.get_errno() != errno.EINVAL:  # which is what a kernel says that cannot do it
+        if ctypes.get_errno() != errno.EINVAL:  # EINVAL: the kernel is older than MADV_POPULATE_READ
             return False
     bytes_there: Any = (ctypes.c_char * count).from_address(address)
     for place in range(0, count, mmap.PAGESIZE):
@@ -341,11 +345,11 @@ def _populate(address: int, count: int) -> bool:
 
 
 def _faults() -> tuple[int, int]:
-    """How often this thread found a page not mapped so far: in the cache, and not even there."""
+    """Returns this thread's minor and major page faults so far; zeros where the system does not count them."""
     try:
         import resource
 
         usage = resource.getrusage(resource.RUSAGE_THREAD)
-    except (ImportError, AttributeError):  # not on every system
+    except (ImportError, AttributeError):  # not available on every system
         return 0, 0
     return usage.ru_minflt, usage.ru_majflt

@@ -1,7 +1,7 @@
-"""A safetensors file: its header compared with its length to the last byte, its tensors mapped from it.
+"""Safetensors files, with the header validated against the length of the file and the tensors mapped from it.
 
-Nothing is read before it is used, and the map is private: who writes to a tensor gets pages of their own, the file stays as
-it is. The safetensors library does the same; one header read for all tensors is what makes this faster.
+Nothing is read before it is used. The mapping is private: a write to a tensor copies its pages, and the file is unchanged.
+The safetensors library maps files likewise; reading the header once for all tensors makes this faster.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ FORMATS = {
 
 
 class SafetensorsFile(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file by name.
+    """Maps names to the tensors of a safetensors file.
 
     Args:
         path: The file.
 
     Attributes:
         path: The file.
-        shapes: The shape of each tensor.
+        shapes: Shapes by name.
 
     Raises:
-        OSError, ValueError: when it cannot be read, its header is damaged or does not describe its content to the last byte.
+        OSError, ValueError: if the file cannot be read, or its header is damaged or does not cover the data exactly.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,10 +69,10 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
         self._storage: Any = None
         for name, (_, _, kind) in self._places.items():
             if kind not in FORMATS:
-                self._by_the_library(name)  # which knows whether it knows the format
+                self._by_the_library(name)  # raises for a dtype that the library does not support either
 
     def spans(self) -> dict[str, Span]:
-        """Where each tensor lies, but for those that only the library can read."""
+        """Returns the span of each tensor, except those that only the library can read."""
         return {
             name: Span(self._start + begin, self._start + end, FORMATS[kind], self.shapes[name])
             for name, (begin, end, kind) in self._places.items()
@@ -88,13 +88,13 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
             return empty.reshape(shape)
         whole: Any = self._storage
         if whole is None:
-            if _identity(self.path) != self._identity:  # the header says nothing about what is there now
+            if _identity(self.path) != self._identity:  # the header may not match the file any more
                 raise RuntimeError(
-                    f"{self.path} was changed or replaced while a model has weights in it. Leave the file as it is while "
-                    "the model is in use, or load the model anew."
+                    f"{self.path} was changed or replaced while a model has weights in it. Keep the file unchanged while "
+                    "the model is in use, or load the model again."
                 )
             whole = self._storage = torch.UntypedStorage.from_file(os.fspath(self.path), False, self._size)
-        # A storage of its own for each: who copies, saves or compares one does not do so with the whole file.
+        # Each tensor has its own storage, so that copying, saving or comparing one does not involve the whole file.
         part = whole[self._start + begin : self._start + end]
         return empty.set_(part, 0, shape)  # type: ignore[call-overload,no-any-return]
 
@@ -114,13 +114,13 @@ class SafetensorsFile(Mapping[str, torch.Tensor]):
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What tells a file apart from another, or from itself written anew."""
+    """Returns numbers that differ between files and between versions of one file."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
-    """The entries of the header, and where the data behind it starts."""
+    """Reads the header; returns its entries and the offset of the data."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -130,17 +130,17 @@ def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
         text = file.read(length)
     header = parse_json(text) if text[:1] == b"{" else None
     if not isinstance(header, dict):
-        raise ValueError("it does not begin with a header of safetensors")
+        raise ValueError("it does not start with a safetensors header")
     notes = header.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError(
-            f"the '__metadata__' of its header is {short_repr(notes)}; expected a mapping of names to texts"
+            f"the '__metadata__' of its header is {short_repr(notes)}; expected a mapping of names to strings"
         )
     return header, 8 + length
 
 
 def _entry_span(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int, str]]:
-    """The shape that the header gives to a tensor, where it begins and ends, and its format."""
+    """Parses a header entry; returns the shape, and the begin, end and dtype of the data."""
     try:
         (begin, end), shape, kind = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
     except (KeyError, TypeError, ValueError):
@@ -150,16 +150,16 @@ def _entry_span(name: str, entry: Any) -> tuple[tuple[int, ...], tuple[int, int,
         raise ValueError(f"its header has no usable dtype, shape and offsets for {name!r}")
     dtype = FORMATS.get(kind)
     if dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{name!r} has {end - begin} bytes, which is not what its shape {shape} in {kind} takes")
+        raise ValueError(f"{name!r} has {end - begin} bytes, which does not match its shape {shape} in {kind}")
     return shape, (begin, end, kind)
 
 
 def _check_spans(places: list[tuple[int, int, str]], size: int) -> None:
-    """Raises where tensors, in order, leave out a byte of the data or share one."""
+    """Raises ValueError if the sorted spans overlap or do not cover the data exactly."""
     reached = 0
     for begin, end, _ in places:
         if begin != reached or end < begin:
-            raise ValueError(f"its tensors leave a gap or overlap at byte {reached} of the data")
+            raise ValueError(f"its tensors overlap or leave a gap at byte {reached} of the data")
         reached = end
     if reached != size:
-        raise ValueError(f"its tensors take {reached} bytes, and {size} are there")
+        raise ValueError(f"its tensors take {reached} bytes, but the data has {size}")

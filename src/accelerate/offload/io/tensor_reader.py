@@ -1,7 +1,7 @@
-"""Tensors of one file that are read together, forward after forward: in place, or past the page cache.
+"""Reads groups of tensors of one file, repeatedly: mapped from the page cache, or by direct I/O past it.
 
-What the cache holds is mapped, at no cost. What it does not hold is read past it, which is the fastest way to have it once.
-Where that happens again, and memory has room for all, it is read through the cache, to be there the third time.
+Tensors in the page cache are mapped, without a copy. Others are read by direct I/O, the fastest way to read them once. If
+this happens twice and memory has room for all weights, they are read through the cache, so that the third read maps them.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ...runtime.system.page_cache import CacheProbe
 from .direct_io import BufferPool, DirectFile
 from .mmap_reader import ByteRange, MmapFile, MmapWindowCache, Span, Stop, TensorLayout, TruncatedFileError, never
 
-_RENEWALS = 5  # tries, since parts may be in use at the time
-_SMALL = 64 << 10  # so many bytes of weights are kept once they were read: reading them again would cost more time
+_RENEWALS = 5  # attempts, since ranges may be in use at the time
+_SMALL = 64 << 10  # groups up to this size stay in memory after the first read, since rereading them costs more
 
 
 class CachedFile:
-    """An open file with weights. It stays readable when it is deleted or another takes its name.
+    """An open file with weights. It stays readable after its path is deleted or replaced.
 
     Args:
         path: The file.
-        buffers: Where parts go that are read past the cache.
-        windows: What parts are mapped by.
+        buffers: Buffers for direct I/O.
+        windows: Cache of mmap windows.
     """
 
     def __init__(self, path: str | os.PathLike[str], buffers: BufferPool, windows: MmapWindowCache) -> None:
         self.path = Path(path)
-        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        # Without O_NONBLOCK, opening a FIFO would block until it has a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
@@ -45,7 +45,7 @@ class CachedFile:
 
     @cached_property
     def direct(self) -> DirectFile:
-        """The same file, past the cache."""
+        """The same file, opened for direct I/O."""
         return DirectFile(self._descriptor, self._buffers)
 
     @cached_property
@@ -53,24 +53,24 @@ class CachedFile:
         return CacheProbe(self._descriptor, self.size)
 
     def reaches(self, end: int) -> bool:
-        """Whether the file still has so many bytes."""
+        """Returns whether the file has at least `end` bytes."""
         return os.fstat(self._descriptor).st_size >= end
 
     def holds(self, runs: Sequence[ByteRange]) -> bool:
-        """Whether the cache seems to hold some parts. What it lacks of them is read when they are mapped."""
+        """Estimates whether the page cache holds some ranges, by the page in the middle of each."""
         holds = self._probe.is_cached
         return all(run.start == run.stop or holds((run.start + run.stop) // 2) for run in runs)
 
 
 class TensorRead:
-    """Some tensors of a file, to be read as often as they are needed.
+    """Some tensors of a file that are read together.
 
     Args:
-        spans: Where they are.
-        open_file: Gives the file, opened or kept open.
-        room: Whether memory has room for all that is offloaded.
-        slow: Called with this, once mapping was found to be slower than it could be; `remap_huge_pages` mends that.
-        keep: Keep small ones in memory.
+        spans: The tensors.
+        open_file: Returns the open file.
+        room: Returns whether free memory has room for all offloaded weights.
+        slow: Called with this object once its pages prove to be small; `remap_huge_pages` fixes that.
+        keep: Keep small groups in memory.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TensorRead:
         self._open = open_file
         self._room = room
         self._slow = slow
-        self._known = False  # whether mapping is slow
+        self._known = False  # whether the page size has been measured
         self._renewals = 0
         size = open_file().size
         self._mapped = TensorLayout.of(spans, size)
@@ -95,11 +95,11 @@ class TensorRead:
         self._passed = False
 
     def is_resident(self) -> bool:
-        """Whether reading them now takes no time worth mentioning."""
+        """Returns whether reading takes negligible time."""
         return self._kept is not None or self._open().holds(self._direct.runs)
 
     def remap_huge_pages(self, stop: Stop) -> bool:
-        """Makes mapping them faster, at leisure; see `Mapping.remap_huge_pages`. Returns whether to come back to it."""
+        """Remaps the tensors in huge pages; see `MmapFile.remap_huge_pages`. Returns whether to try again later."""
         self._renewals += 1
         if not self._room():
             return False
@@ -108,14 +108,14 @@ class TensorRead:
         return not all(done) and self._renewals < _RENEWALS
 
     def read(self, stop: Stop = never) -> list[torch.Tensor]:
-        """The tensors, in memory. What is written to them stays with them.
+        """Reads the tensors into memory. Writes to them do not reach the file.
 
         Args:
-            stop: Asked between pieces; true gives up.
+            stop: Checked between chunks; returns true to interrupt.
 
         Raises:
-            RuntimeError: when the file has become shorter, or cannot be read.
-            Interrupted: when `stop` said so.
+            RuntimeError: if the file has become shorter, or is no longer readable.
+            ReadInterruptedError: if `stop` returned true.
         """
         if self._small:
             if self._kept is None:
@@ -128,7 +128,7 @@ class TensorRead:
         try:
             if not file.reaches(self._end):
                 raise TruncatedFileError
-            # What is beside parts that were there a moment ago is there, too.
+            # If the ranges are still mapped, assume that the rest of their pages is cached, too.
             if all(map(file.mapping.is_open, self._mapped.runs)) or file.holds(self._direct.runs):
                 return self._in_place(file, stop)
             if self._passed and self._room():
@@ -140,8 +140,8 @@ class TensorRead:
             return self._direct.tensors(found) if len(found) == len(parts) else self._in_place(file, stop)
         except TruncatedFileError:
             raise RuntimeError(
-                f"{file.path} has been cut short or cannot be read any more, while a model reads its weights there. Leave "
-                "the file as it is while the model is in use."
+                f"{file.path} was truncated or is no longer readable, while a model reads its weights from it. Keep the "
+                "file unchanged while the model is in use."
             ) from None
 
     def _in_place(self, file: CachedFile, stop: Stop) -> list[torch.Tensor]:

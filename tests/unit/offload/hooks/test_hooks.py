@@ -374,7 +374,7 @@ def test_the_state_of_an_offloaded_model() -> None:
     accelerate.cpu_offload(net, CPU, offload_buffers=True)
     whole = get_state_dict_offloaded_model(net)
     assert whole.keys() == state.keys() and all(torch.equal(whole[name], state[name]) for name in state)
-    with torch.device("meta"), pytest.raises(RuntimeError, match="no hook that knows them"):
+    with torch.device("meta"), pytest.raises(RuntimeError, match="no hook that loads them"):
         get_state_dict_offloaded_model(Blk())
 
 

@@ -71,7 +71,7 @@ def test_dimensions_that_no_tensor_has(tmp_path: Path, shape: list[int]) -> None
 def test_notes_that_are_no_mapping_of_texts(tmp_path: Path, notes: Any) -> None:
     path = write(tmp_path / "m.safetensors", {"__metadata__": notes}, b"")
     with pytest.raises(
-        ValueError, match="the '__metadata__' of its header is .*; expected a mapping of names to texts"
+        ValueError, match="the '__metadata__' of its header is .*; expected a mapping of names to strings"
     ):
         SafetensorsFile(path)
 

@@ -132,7 +132,7 @@ def test_a_file_that_was_cut_short(path: Path, cached: bool) -> None:
     if not cached:
         forget(path)
     os.truncate(path, 2_000_000)
-    with pytest.raises(RuntimeError, match=r"weights has been cut short .* Leave the file as it is"):
+    with pytest.raises(RuntimeError, match=r"weights was truncated .* Keep the file unchanged"):
         wanted.read()
 
 
@@ -160,7 +160,7 @@ def whole(mapping: MmapFile, size: int) -> torch.Tensor:
 
 
 def test_what_others_read_in_small_pages_is_read_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmap_reader, "_IN_VAIN", {})
+    monkeypatch.setattr(mmap_reader, "_FAILED_REMAPS", {})
     path.write_bytes(path.read_bytes() * 3)
     forget(path)
     with open(path, "rb", buffering=0) as file:
