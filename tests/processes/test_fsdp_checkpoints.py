@@ -179,7 +179,7 @@ def _cut(path: Path) -> None:
 @pytest.mark.parametrize("name", SHARDED_RUNS)
 def test_what_is_damaged_is_named_on_every_rank(run_ranks: Any, tmp_path: Path, name: str) -> None:
     wanted = [
-        "optimizer_0/__1_0.distcp: corrupt: its content is not what was saved",
+        "optimizer_0/__1_0.distcp: corrupt: its content differs from what was saved",
         "pytorch_model_fsdp_0/__0_0.distcp: corrupt: it has",
         "pytorch_model_fsdp_0/.metadata: missing",
         "save_state was called between the micro-steps of an update",
@@ -235,7 +235,7 @@ def test_what_does_not_fit_is_listed(run_ranks: Any, tmp_path: Path) -> None:
                 or f"{model}: extra: 'embedding.weight'" in told
             )
             assert f"{model}: shape: 'layers.1.norm.weight' is of shape [6], and of shape [7]" in told
-            assert f"{optimizer}: missing: no state of 'more.bias', which AdamW has" in told
+            assert f"{optimizer}: missing: no state of 'more.bias', a parameter of AdamW" in told
 
 
 # Other runs ---------------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ def test_weights_are_the_same_for_all_who_read_them(run_ranks: Any, tmp_path: Pa
     assert _differences(expected, run_ranks(1, _read_by_torch, shards)[0]) == []
     assert main(["checkpoint", "verify", str(tmp_path / name)]) == 0
     told = capsys.readouterr().out
-    assert "pytorch_model_fsdp_0/__1_0.distcp  weights, a process's part" in told and "whole" in told
+    assert "pytorch_model_fsdp_0/__1_0.distcp  weights, shards of a process" in told and "whole" in told
     assert main(["merge-weights", shards, merged, "--remove_checkpoint_dir"]) in (None, 0)
     assert (
         _differences(expected, {"head.weight": expected["head.weight"], **load_file(f"{merged}/model.safetensors")})

@@ -218,7 +218,7 @@ def cut(shards: Path, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> N
 )
 def test_pieces_that_overlap_or_leave_something_out(shards: Path, boxes: Any) -> None:
     cut(shards, boxes)
-    refused(shards, "a.weight: its pieces overlap or do not make up the shape (20, 30)")
+    refused(shards, "a.weight: its chunks overlap or do not cover the shape (20, 30)")
 
 
 def test_a_piece_larger_than_its_bytes(shards: Path) -> None:

@@ -1,6 +1,6 @@
-"""Whether what a checkpoint holds is what a run has: weights by name and shape, optimizers and schedulers by their kind.
+"""Compares saved states with live ones: weights by FQN and shape, optimizers and schedulers by class and options.
 
-Pure functions over mappings; the values may be tensors, or stand for tensors of which each rank holds a part.
+Pure functions over mappings whose values may be tensors, local shards or lazy tensors.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from ..errors import Problem
 from ..storage.schema import is_tensor, type_mismatches, value_types
 
 EXTRA_STATE_KEY = "_extra_state"
-"""The last part of the name under which torch keeps what a module has besides tensors."""
+"""Last part of the FQN of a module's extra state."""
 Ties = Mapping[str, set[str]]
-"""Name -> all names of the same tensor, where there are several."""
+"""FQN -> all FQNs of the same tensor, for tied tensors."""
 
 # Weights ----------------------------------------------------------------------------------------------------------------
 
 
 def tied_names(state: Mapping[str, Any]) -> Ties:
-    """Those of a state that has one object under several names."""
+    """Finds tied tensors: values of a state that are one object under several FQNs."""
     groups: dict[int, list[str]] = {}
     for name, value in state.items():
         groups.setdefault(id(value), []).append(name)
@@ -31,20 +31,20 @@ def tied_names(state: Mapping[str, Any]) -> Ties:
 
 
 def group_ties(groups: Iterable[Iterable[str]]) -> Ties:
-    """Those of groups of names that stand for one tensor."""
+    """Builds `Ties` from groups of FQNs."""
     return {name: set(group) for group in map(list, groups) if len(group) > 1 for name in group}
 
 
 def compare_weights(
     path: str, kind: str, live: Mapping[str, Any], saved: Mapping[str, Any], live_ties: Ties, saved_ties: Ties
 ) -> list[Problem]:
-    """What does not fit between a model's state and a saved one.
+    """Lists the differences between a model's state and a saved one.
 
     Args:
-        path: Of the part of the checkpoint, for findings.
-        kind: The model's class.
+        path: Path of the item in the checkpoint, for problems.
+        kind: Class name of the model.
         live, saved: The states.
-        live_ties, saved_ties: Their tied names.
+        live_ties, saved_ties: Their tied tensors.
     """
     return [
         *(
@@ -64,22 +64,22 @@ def compare_weights(
 
 
 def missing_keys(one: Mapping[str, Any], other: Mapping[str, Any], one_ties: Ties) -> list[str]:
-    """The names that one state has and another lacks, also under the names that are tied to them."""
+    """Returns the keys of one state that another lacks, under their tied names too."""
     return [name for name in one if name not in other and not one_ties.get(name, set()) & other.keys()]
 
 
 def compatible_entries(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a saved state that fits."""
+    """Returns the saved entries that exist in the live state with the same shape."""
     return {name: value for name, value in saved.items() if name in live and _is_compatible(name, live[name], value)}
 
 
 def _is_compatible(name: str, live: Any, saved: Any) -> bool:
-    # What a module keeps besides tensors is its own business.
+    # The module checks its extra state itself.
     return (_shape(live) == _shape(saved) and not _is_numpy(saved)) or name.split(".")[-1] == EXTRA_STATE_KEY
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor, or of one that a rank holds or a checkpoint has; None of what is no tensor."""
+    """Returns the shape of a tensor, local shard or lazy tensor; None for other values."""
     shape = getattr(value, "shape", None)
     return None if shape is None else tuple(shape)
 
@@ -92,13 +92,13 @@ def _described(value: Any) -> str:
 
 
 def _is_numpy(value: Any) -> bool:
-    """True for arrays, which have shapes and are no tensors."""
+    """Returns True for numpy arrays, which have shapes but are not tensors."""
     return isinstance(value, (np.ndarray, np.generic))
 
 
 # Optimizers and schedulers ----------------------------------------------------------------------------------------------
 
-# torch's optimizers whose states are numbers or have the shape of the parameter -> what they always keep of one.
+# torch optimizers whose states are scalars or have the shape of the parameter -> keys that every state has.
 _STATE_KEYS = {
     "SGD": frozenset[str](),
     "Adam": frozenset({"step", "exp_avg", "exp_avg_sq"}),
@@ -113,28 +113,28 @@ _STATE_KEYS = {
     "ASGD": frozenset({"step", "eta", "ax", "mu"}),
 }
 SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
-"""Keys under which these optimizers keep one number of a parameter."""
+"""Keys of scalar states of these optimizers."""
 _PARAM_KEYS = {"params", "param_names"}
 _ALL_STATE_KEYS = frozenset[str]().union(*_STATE_KEYS.values())
-# What schedulers write into the groups of an optimizer.
+# Keys that schedulers add to parameter groups.
 _SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside everything that was put around it."""
+    """Removes all wrappers around an optimizer."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
         optimizer = inner
     return optimizer
 
 
 def optimizer_class_name(optimizer: Any) -> str:
-    """The class of an optimizer, as a checkpoint records it; of one that somebody derived from torch's, torch's."""
+    """Returns the class name that a checkpoint records: of the closest torch class for subclasses of torch's optimizers."""
     classes = type(unwrap_optimizer(optimizer)).__mro__
     return next(filter(_is_torch_optimizer, classes), classes[0]).__name__
 
 
 def has_param_shaped_state(optimizer: Any) -> bool:
-    """Whether all states of an optimizer are numbers or have the shape of the parameter."""
+    """Returns True if all states of an optimizer are scalars or have the shape of the parameter."""
     return _state_keys(optimizer) is not None
 
 
@@ -150,17 +150,17 @@ def _is_torch_optimizer(kind: type) -> bool:
 def compare_optimizers(
     path: str, optimizer: Any, groups: Iterable[Mapping[str, Any]], states: Iterable[Any]
 ) -> list[Problem]:
-    """Whether a state can be of this kind of optimizer, by what it has options and values for.
+    """Lists signs that a state was saved by another class of optimizer, judged by its options and state keys.
 
     Args:
-        path: Of the part of the checkpoint, for findings.
+        path: Path of the item in the checkpoint, for problems.
         optimizer: The optimizer.
-        groups: The options of each of the saved parameter groups.
-        states: What was saved of each parameter.
+        groups: Options of each saved parameter group.
+        states: Saved state of each parameter.
     """
     groups, states = list(groups), list(states)
     expected, saved = _state_keys(optimizer), _keys(states)
-    if expected is None:  # all there is to go by is what it keeps now; that may vary
+    if expected is None:  # only its current state shows its keys, and they may vary
         ways = [(live - saved, saved - live) for live in _current_state_keys(optimizer)]
         lacks, foreign = ways[0]
         differs = all(less and more for less, more in ways)
@@ -170,7 +170,7 @@ def compare_optimizers(
     if saved and differs:
         return [class_mismatch(path, "optimizer", optimizer_class_name(optimizer), lacks, foreign)]
     defaults = getattr(unwrap_optimizer(optimizer), "defaults", {})
-    # Releases add switches, which are on, off or not set.
+    # Releases of torch add options that are booleans or None.
     needed = {key for key, value in defaults.items() if value is not None and not isinstance(value, bool)}
     known, found = _keys(optimizer.param_groups) | defaults.keys(), _keys(groups)
     foreign = found - known - _SCHEDULER_KEYS - _PARAM_KEYS
@@ -188,7 +188,7 @@ def compare_optimizers(
 
 
 def _mistyped_values(expected: frozenset[str] | None, state: Any) -> Iterator[str]:
-    """Lists values that no optimizer whose states are numbers or tensors has for a parameter."""
+    """Yields errors for values that no optimizer with scalar or tensor states has."""
     for key, value in state.items() if expected is not None and isinstance(state, Mapping) else ():
         floats = is_tensor(value) and (value.dtype.is_floating_point or value.dtype.is_complex)
         if value is not None and key not in SCALARS and not floats and key in _ALL_STATE_KEYS:
@@ -198,7 +198,7 @@ def _mistyped_values(expected: frozenset[str] | None, state: Any) -> Iterator[st
 
 
 def _current_state_keys(optimizer: Any) -> list[set[str]]:
-    """What an optimizer keeps of parameters, by the names it uses and by those it saves (bitsandbytes' puts all in one)."""
+    """Returns the keys of live states and those of ``state_dict``, which differ in bitsandbytes."""
     state = optimizer.state_dict().get("state", {})
     return [_keys(optimizer.state.values()), _keys(state.values())]
 
@@ -208,6 +208,6 @@ def _keys(mappings: Iterable[Any]) -> set[str]:
 
 
 def class_mismatch(path: str, what: str, kind: str, lacks: Iterable[str], has: Iterable[str]) -> Problem:
-    """The finding that a state is one of another class."""
+    """Returns the problem that a state was saved by another class."""
     text = f"it is of another kind of {what} than {kind}: no {sorted(lacks)}, but {sorted(has)}"
     return Problem(path, "state", text)

@@ -1,7 +1,7 @@
-"""Reads folders that torch.distributed.checkpoint wrote: what is in them first, then one tensor at a time.
+"""Reads checkpoints in the format of torch.distributed.checkpoint (DCP), one tensor at a time and without a process group.
 
-torch's own reader unpickles the description of such a folder without restriction, and values that are no tensors too; this
-one takes plain data and nothing else. Nothing needs a process group.
+DCP's own reader unpickles metadata and non-tensor values without restriction, which runs code from the file. This one
+accepts the classes of DCP's metadata and plain data, and nothing else.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ..storage.thread_map import thread_map
 from .shard_layout import Chunk, is_tiled, narrow_to, overlap
 
 METADATA_FILE = ".metadata"
-"""The file that says which tensors there are, and where each piece of them lies."""
+"""File that lists the tensors and the location of each of their chunks."""
 _READ_SIZE = 2**20
 _MAX_METADATA_SIZE = 4 * MAX_METADATA_BYTES
 _THREADS = 4
 
-# Module -> the names in it that a description is made of.
+# Module -> the names in it that metadata may refer to.
 _ALLOWED: dict[str, frozenset[str]] = {
     "builtins": frozenset({"set", "frozenset", "slice"}),
     "collections": frozenset({"OrderedDict"}),
@@ -57,27 +57,27 @@ _ALLOWED: dict[str, frozenset[str]] = {
             "_MEM_FORMAT_ENCODING",
         }
     ),
-    # where earlier releases of torch had two of them
+    # the module of these two in earlier releases of torch
     "torch.distributed._shard.sharded_tensor.metadata": frozenset({"MEM_FORMAT_ENCODING", "TensorProperties"}),
 }
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """An unpickler that knows the types of a description, and refuses every other name."""
+    """Unpickles DCP metadata; raises for every global that is not in `_ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "pathlib":  # the folder's name when it was saved, perhaps on another system
+        if module.split(".")[0] == "pathlib":  # path of the folder when it was saved, perhaps on another system
             return PurePath
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which has no place in it")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which DCP metadata never contains")
 
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A part of a tensor, or a whole value: where it belongs, and the bytes of a file that hold it."""
+    """Byte range of a file with a chunk of a tensor, or with another value."""
 
     file: str
     start: int
@@ -88,12 +88,13 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """A tensor of the folder; a value that is none has no dtype.
+    """A tensor or another value in the folder.
 
     Attributes:
-        path: The keys that lead to it in the state that was saved, such as ``("model", "layer.weight")``.
-        shape, dtype: The tensor's.
-        pieces: What to put it together from.
+        path: Path of keys in the saved state, such as ``("model", "layer.weight")``.
+        shape: Shape of the full tensor.
+        dtype: Dtype of the tensor; None for other values.
+        chunks: Chunks that make up the tensor.
     """
 
     path: tuple[str, ...]
@@ -102,26 +103,25 @@ class StoredEntry:
     chunks: tuple[StoredChunk, ...]
 
     def is_tiled(self) -> bool:
-        """Whether every element of the tensor lies in exactly one piece."""
+        """Returns True if every element of the tensor lies in exactly one chunk."""
         return is_tiled(self.shape, [(chunk.offsets, chunk.sizes) for chunk in self.chunks])
 
     def exceeds(self, chunk: StoredChunk) -> bool:
-        """Whether the values of a piece take more bytes than its file has for it: they are not compressed."""
+        """Returns True if the uncompressed elements of a chunk need more bytes than its byte range has."""
         return self.dtype is not None and math.prod(chunk.sizes) * self.dtype.itemsize > chunk.length
 
 
 class DCPReader:
-    """A folder of torch.distributed.checkpoint, checked as far as that is possible without reading the values.
+    """A DCP folder, validated as far as possible without reading values.
 
     Args:
-        folder: The folder with the file `METADATA_FILE`.
+        folder: Folder with the file `METADATA_FILE`.
 
     Attributes:
-        entries: What is in it, by the dotted name.
+        entries: Entries by FQN.
 
     Raises:
-        LoadError: when the description is missing, damaged or not trustworthy, or a file is missing or too short: all of
-            them in one error.
+        LoadError: listing all problems: metadata that is missing, damaged or unsafe; files that are missing or truncated.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -141,21 +141,21 @@ class DCPReader:
                     text = f"{name}: bytes {chunk.start} to {end} of {short_repr(chunk.file)} cannot hold it"
                     yield Problem(METADATA_FILE, "corrupt", text)
             if entry.dtype is not None and not entry.is_tiled():
-                text = f"{name}: its pieces overlap or do not make up the shape {entry.shape}"
+                text = f"{name}: its chunks overlap or do not cover the shape {entry.shape}"
                 yield Problem(METADATA_FILE, "corrupt", text)
         for file, end in sorted(needed.items()):
             try:
                 size = file_size(path_inside(self.folder, file))
             except FileNameError as error:
-                yield Problem(METADATA_FILE, "corrupt", f"it names a file that is not read: {error}")
+                yield Problem(METADATA_FILE, "corrupt", f"it names a file that is refused: {error}")
                 continue
             if size is None:
-                yield Problem(file, "missing", f"{METADATA_FILE} names it; copy it here from where it was saved")
+                yield Problem(file, "missing", f"{METADATA_FILE} lists it; copy it here from where it was saved")
             elif size < end:
                 yield Problem(file, "corrupt", f"it has {size} bytes, at least {end} expected")
 
     def verify(self) -> None:
-        """Reads everything and compares it with the checksums that `torch.save` wrote.
+        """Reads all files and compares them with the CRCs that `torch.save` wrote.
 
         Raises:
             LoadError: naming every damaged file.
@@ -178,10 +178,10 @@ class DCPReader:
         return None
 
     def read_tensor(self, name: str) -> torch.Tensor:
-        """Reads a tensor, one piece after the other.
+        """Reads a full tensor, one chunk after the other.
 
         Raises:
-            LoadError: when a piece is damaged.
+            LoadError: if a chunk is damaged.
         """
         entry = self.entries[name]
         result = torch.empty(entry.shape, dtype=entry.dtype)
@@ -189,15 +189,15 @@ class DCPReader:
         return result
 
     def read_into(self, name: str, offsets: tuple[int, ...], target: torch.Tensor) -> None:
-        """Reads a part of a tensor, one piece after the other.
+        """Reads a part of a tensor: the overlap of each stored chunk with it.
 
         Args:
-            name: The tensor.
-            offsets: Where the part begins.
-            target: Where it goes; its shape says how far the part goes.
+            name: FQN of the tensor.
+            offsets: Index of the first element of the part.
+            target: Tensor of the size of the part to copy it into.
 
         Raises:
-            LoadError: when a piece is damaged.
+            LoadError: if a chunk is damaged.
         """
         wanted = Chunk(offsets, tuple(target.shape))
         for chunk in self.entries[name].chunks:
@@ -214,10 +214,10 @@ class DCPReader:
         return part
 
     def read_value(self, name: str) -> Any:
-        """Reads a value that is no tensor; one that is more than plain data is refused.
+        """Reads a value other than a tensor.
 
         Raises:
-            LoadError: when it is damaged, or refused.
+            LoadError: if it is damaged, or more than plain data.
         """
         return self._load(name, self.entries[name].chunks[0])
 
@@ -227,7 +227,7 @@ class DCPReader:
             try:
                 return torch.load(part, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
             except pickle.UnpicklingError as error:
-                text = "it holds something else than tensors and plain data, which is not loaded"
+                text = "it contains something else than tensors and plain data, which is not loaded"
                 raise self._corrupt_error(name, chunk, text) from error
             except Exception as error:
                 raise self._corrupt_error(name, chunk, _first_line(error)) from error
@@ -246,23 +246,22 @@ def _read_metadata(folder: Path) -> Any:
     path = folder / METADATA_FILE
     if folder.exists() and not folder.is_dir():
         raise LoadError(
-            f"{folder} is a file; expected a folder of shards.", [Problem(str(folder), "missing", "no folder")]
+            f"{folder} is a file; expected a folder with a sharded checkpoint.",
+            [Problem(str(folder), "missing", "no folder")],
         )
     if not folder.is_dir():
-        raise LoadError(
-            f"{folder}: there is no such folder.", [Problem(str(folder), "missing", "there is no such folder")]
-        )
+        raise LoadError(f"{folder}: no such folder.", [Problem(str(folder), "missing", "no such folder")])
     if not path.exists():
         raise LoadError(
-            f"{folder} holds no sharded checkpoint: there is no file {METADATA_FILE} in it.{_hint(folder)}",
-            [Problem(METADATA_FILE, "missing", "it says what is in the folder")],
+            f"{folder} is not a sharded checkpoint: it has no file {METADATA_FILE}.{_hint(folder)}",
+            [Problem(METADATA_FILE, "missing", "it lists the contents of the folder")],
         )
     from torch.distributed.checkpoint.metadata import Metadata
 
     try:
         found = _MetadataUnpickler(io.BytesIO(read_bytes(path, _MAX_METADATA_SIZE))).load()
         if not isinstance(found, Metadata):
-            raise pickle.UnpicklingError(f"expected a description of a checkpoint, found {type(found).__name__}")
+            raise pickle.UnpicklingError(f"expected DCP metadata, found {type(found).__name__}")
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         raise LoadError(f"{path} is damaged: {text}", [Problem(METADATA_FILE, "corrupt", text)]) from error
@@ -271,18 +270,18 @@ def _read_metadata(folder: Path) -> Any:
 
 def _hint(folder: Path) -> str:
     found = sorted(path.parent.name for path in folder.glob(f"*/{METADATA_FILE}"))
-    return f" Name one of the folders in it: {', '.join(found)}." if found else ""
+    return f" Pass one of the folders in it: {', '.join(found)}." if found else ""
 
 
 def _parse_entries(metadata: Any, folder: Path) -> dict[str, StoredEntry]:
-    """The description in our own words."""
+    """Converts DCP metadata to entries, checking all types."""
     paths = metadata.planner_data or {}
     infos: dict[str, dict[tuple[int, ...] | None, Any]] = {}
     entries = {}
     try:
         for index, info in metadata.storage_data.items():
             if getattr(info, "transform_descriptors", None):
-                raise ValueError(f"{index.fqn} is stored through {info.transform_descriptors}, which is not known here")
+                raise ValueError(f"{index.fqn} is stored through {info.transform_descriptors}, which is not supported")
             infos.setdefault(index.fqn, {})[None if index.offset is None else tuple(index.offset)] = info
         for name, facts in metadata.state_dict_metadata.items():
             path = tuple(str(part) for part in paths.get(name, (name,)))
@@ -317,7 +316,7 @@ def _stored_chunk(info: Any, offsets: tuple[int, ...] = (), sizes: tuple[int, ..
 
 
 def _verify_zip(part: _FileView) -> None:
-    """Compares the records of what `torch.save` wrote with their checksums; 0 stands for one that was left out."""
+    """Compares the records of a `torch.save` archive with their CRCs; a CRC of 0 means that it was left out."""
     with zipfile.ZipFile(part) as archive:
         for record in archive.infolist():
             if record.CRC:
@@ -327,7 +326,7 @@ def _verify_zip(part: _FileView) -> None:
 
 
 class _FileView(io.RawIOBase):
-    """A stretch of an open file, as a file of its own."""
+    """A byte range of an open file, as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0

@@ -1,6 +1,6 @@
-"""Folders in torch.distributed.checkpoint's layout, written without a word between the ranks: each one its own file.
+"""Writes checkpoints in the format of torch.distributed.checkpoint (DCP) without communication: each rank writes one file.
 
-When all are written, one rank describes them. What that takes is what each rank says of its file: a list of `WriteResult`.
+Each rank returns a list of `WriteResult`; one rank then writes the metadata of all files.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .dcp_reader import METADATA_FILE
 from .shard_layout import Chunk, LocalShard, is_tiled
 
 Key = tuple[Any, ...]
-"""The keys that lead to a value in a nested state, such as ``("model", "layer.weight")``."""
+"""Path of keys to a value in a nested state, such as ``("model", "layer.weight")``."""
 
 
 @dataclass(frozen=True)
 class WriteItem:
-    """What belongs into a rank's file, besides the value.
+    """A value in a rank's file.
 
     Attributes:
-        keys: Where the value belongs; several where tensors are tied.
-        shape: The whole tensor's; None for a value that is no tensor.
-        box: Which part of it.
+        keys: Paths of the value; several for tied tensors.
+        shape: Shape of the full tensor; None for values other than tensors.
+        chunk: The chunk of it that is written.
     """
 
     keys: tuple[Key, ...]
@@ -41,13 +41,13 @@ class WriteItem:
 
 @dataclass(frozen=True)
 class WriteResult:
-    """Where a piece was written.
+    """Location of a written item.
 
     Attributes:
-        shard: What was written.
-        dtype: The tensor's; None for other values.
-        file: The rank's file in the folder.
-        start, length: Its bytes.
+        item: The item.
+        dtype: Dtype of the tensor; None for other values.
+        file: Name of the rank's file in the folder.
+        offset, length: Byte range in it.
     """
 
     item: WriteItem
@@ -58,15 +58,15 @@ class WriteResult:
 
 
 def shard_file(rank: int) -> str:
-    """The name of a rank's file."""
+    """Returns the name of a rank's file."""
     return f"__{rank}_0.distcp"
 
 
 def plan_writes(state: Mapping[Key, Any]) -> list[tuple[WriteItem, Any]] | None:
-    """What this rank writes of a state, with the live values; None: nothing.
+    """Returns the items that this rank writes, with views of their live values; None if there are none.
 
     Args:
-        state: `LocalShard` tensors and other values, by the keys that lead there. Other values are this rank's to write.
+        state: `LocalShard` tensors and other values, by path. This rank writes all other values.
     """
     keys_of: dict[Any, list[Key]] = {}
     for key, value in state.items():
@@ -83,7 +83,7 @@ def plan_writes(state: Mapping[Key, Any]) -> list[tuple[WriteItem, Any]] | None:
 
 
 def write_items(state: Sequence[tuple[WriteItem, Any]], writer: FileWriter, file: str) -> list[WriteResult]:
-    """Writes a rank's file; gives what is to be said of it."""
+    """Writes a rank's file."""
     results = []
     for item, value in state:
         offset = writer.size
@@ -94,31 +94,31 @@ def write_items(state: Sequence[tuple[WriteItem, Any]], writer: FileWriter, file
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in memory that holds nothing else, since `torch.save` writes all of it."""
+    """Returns the tensor over a storage of its own size, since `torch.save` writes whole storages."""
     tensor = tensor.detach()
     if is_dense_cpu(tensor) and tensor.numel():
         if tensor.untyped_storage().nbytes() == tensor.nbytes and type(tensor) is torch.Tensor:
             return tensor
         return torch.frombuffer(memoryview(byte_view(tensor)), dtype=tensor.dtype).view(tensor.shape)
-    return tensor.to("cpu", copy=True).contiguous()  # the first is a copy of this tensor alone
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def write_metadata(folder: Path, results: Iterable[WriteResult]) -> None:
-    """Writes the file that says what is in a folder.
+    """Writes the metadata file of a folder.
 
     Args:
         folder: The folder.
-        places: What all ranks said of their files.
+        results: Results of all ranks.
 
     Raises:
-        ValueError: when a tensor was not written as a whole.
+        ValueError: if the chunks of a tensor do not tile it.
     """
     with open(folder / METADATA_FILE, "xb") as file:
         pickle.dump(build_metadata(results), file)
 
 
 def build_metadata(results: Iterable[WriteResult]) -> Any:
-    """What is in a folder, as torch.distributed.checkpoint has it. Of copies of a piece, the first counts."""
+    """Returns DCP's metadata of a folder. Of replicas of a chunk, the first counts."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         BytesStorageMetadata,
@@ -162,5 +162,5 @@ def _check_tiled(values: Mapping[str, Any]) -> None:
             count = sum(chunk.sizes.numel() for chunk in chunks)
             raise ValueError(
                 f"{name} of shape {list(value.size)} has {value.size.numel()} elements, and the ranks wrote {count}, in "
-                f"pieces that leave some out or write some twice: {short_repr(chunks)}"
+                f"chunks that leave gaps or overlap: {short_repr(chunks)}"
             )

@@ -1,4 +1,4 @@
-"""States that ranks share, whole in the memory of rank 0: a stretch of bytes at a time, and nothing more on other ranks."""
+"""Gathers a sharded state on rank 0 in buckets, so that other ranks need no more memory than one bucket."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from .shard_layout import Chunk, LocalShard, is_tiled, narrow_to
 _BUCKET_SIZE = 64 * 2**20
 _ALIGNMENT = 16
 
-# Key, shape of the whole tensor, number format, and the box of it that a rank sends.
+# Key, shape of the full tensor, dtype, and the chunk that the rank sends.
 _Offer = tuple[Any, tuple[int, ...], torch.dtype, Chunk]
 
 
 def gather_full_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The whole state on the CPU of rank 0, in memory of its own, and an empty one elsewhere. Collective.
+    """Gathers the full state in CPU memory of rank 0. Collective.
 
-    Tensors travel through gloo on the CPU, for the last rank sends only when rank 0 has received from all others: NCCL's
-    watchdog would end it, and NCCL opens a communicator for each pair.
+    Ranks other than 0 send their chunks one rank after the other, in buckets of about 64 MiB. They are sent by gloo over the
+    CPU: while rank 0 receives from other ranks, NCCL's watchdog would time out the last one, and NCCL opens a communicator
+    per pair.
 
     Args:
-        state: Each rank's part: `LocalShard` tensors, and other values where this rank is the one to give them. Keys of one
-            tensor (tied names) share it afterwards, too.
+        state: This rank's `LocalShard` tensors, and other values on the rank that owns them.
+
+    Returns:
+        The full state on rank 0, in which keys of tied tensors share one tensor; an empty dict on other ranks.
     """
     collectives = checkpoint_group(SaveError)
     tied = _tied_keys(state)
@@ -39,7 +42,7 @@ def gather_full_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
     }
     offer = [(key, state[key].layout.shape, view.dtype, chunk) for (key, chunk), view in views.items()]
 
-    def own() -> Any:  # modules say what they hold besides tensors
+    def own() -> Any:
         return (
             offer,
             {key: _picklable(value) for key, value in state.items() if not isinstance(value, LocalShard)},
@@ -53,7 +56,7 @@ def gather_full_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
     def allocate() -> None:
         nonlocal buffer
-        # Nothing is allocated once tensors are on their way: a rank that failed there would leave another one waiting.
+        # Allocates before the first send: an out-of-memory error in between would leave a peer blocked.
         buffer = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=collectives.device)
         if collectives.rank == 0:
             _check_tiled(offer_ for offers, _, _ in offers_by_rank for offer_ in offers)
@@ -81,7 +84,7 @@ def gather_full_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
                 for (key, _, _, chunk), view in _bucket_views(buffer, bucket):
                     narrow_to(result[key], chunk, (0,) * len(chunk.offsets)).copy_(view)
 
-    # No rank goes back to the training, and waits there, before rank 0 has everything.
+    # Blocks until rank 0 has everything: in a collective of the training, ranks would run into its timeout.
     run_on_all_ranks(collectives, "gathering a state on rank 0", transfer, SaveError)
     if collectives.rank:
         return {}
@@ -91,7 +94,7 @@ def gather_full_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _tied_keys(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Key -> the first key with the same tensor."""
+    """Returns key -> the first key with the same tensor."""
     first: dict[int, Any] = {}
     tied = {}
     for key, value in state.items():
@@ -101,13 +104,13 @@ def _tied_keys(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def _check_tiled(offers: Iterable[_Offer]) -> None:
-    """Raises where ranks hold no whole tensor together: some of it would be whatever memory held before."""
+    """Raises if the chunks of all ranks do not tile a tensor, since the gaps would be uninitialized memory."""
     chunks: dict[Any, tuple[tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]] = {}
     for key, shape, _, chunk in offers:
         chunks.setdefault(key, (shape, []))[1].append((chunk.offsets, chunk.sizes))
     for key, (shape, found) in chunks.items():
         if not is_tiled(shape, found):
-            raise ValueError(f"the parts that ranks hold of {key} overlap or do not make up the shape {list(shape)}")
+            raise ValueError(f"the shards of {key} overlap or do not cover the shape {list(shape)}")
 
 
 def _picklable(value: Any) -> Any:
@@ -115,7 +118,7 @@ def _picklable(value: Any) -> Any:
 
 
 def _buckets(offer: Sequence[_Offer]) -> Iterator[list[_Offer]]:
-    """What a rank sends at once; both sides come to the same."""
+    """Splits chunks into buckets; sender and receiver compute the same ones."""
     bucket: list[_Offer] = []
     size = 0
     for offer_ in offer:
@@ -129,7 +132,7 @@ def _buckets(offer: Sequence[_Offer]) -> Iterator[list[_Offer]]:
 
 
 def _aligned_size(offer_: _Offer) -> int:
-    """The bytes of a tensor in the buffer, where the next one begins aligned for every dtype."""
+    """Returns the bytes that a chunk occupies in a bucket, padded to the alignment of every dtype."""
     return -(-offer_[3].numel * offer_[2].itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -138,7 +141,7 @@ def _bucket_size(bucket: Sequence[_Offer]) -> int:
 
 
 def _bucket_views(buffer: torch.Tensor, bucket: Sequence[_Offer]) -> Iterator[tuple[_Offer, torch.Tensor]]:
-    """Yields each tensor of a stretch with its place in the buffer."""
+    """Yields the view of each chunk in the buffer."""
     start = 0
     for offer_ in bucket:
         _, _, dtype, chunk = offer_

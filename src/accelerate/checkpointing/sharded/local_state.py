@@ -1,6 +1,7 @@
-"""What this rank holds of models and optimizers: whole tensors, shards of a device mesh, stretches of FSDP 1's flat tensors.
+"""A rank's local state of models and optimizers: full tensors, DTensor shards, ranges of FSDP 1's flat parameters.
 
-Everything has the name that it has in the plain model, and is the live memory: to save from, and to load into.
+Every value has the FQN it has in the unwrapped model, and shares memory with the live state: it is saved from there and
+loaded into there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def clean_fqn(name: str) -> str:
-    """A name in a wrapped model, as it is in the plain one."""
+    """Removes the prefixes of wrappers (FSDP, activation checkpointing, torch.compile) from an FQN."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -31,20 +32,20 @@ def clean_fqn(name: str) -> str:
 
 @dataclass(frozen=True)
 class ExtraState:
-    """What a module's state holds besides tensors."""
+    """The extra state of a module (`torch.nn.Module.get_extra_state`)."""
 
     module: nn.Module
 
     def set(self, value: Any) -> None:
-        """Gives it to the module."""
+        """Calls ``set_extra_state`` of the module."""
         self.module.set_extra_state(value)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """The model's state: `LocalShard` tensors and `ExtraState`, by name. Tied names have one and the same.
+    """Returns `LocalShard` tensors and `ExtraState`, by FQN. FQNs of tied tensors map to the same object.
 
     Args:
-        model: Without the containers of DistributedDataParallel.
+        model: Model without DistributedDataParallel.
     """
     flat = _flat_param_shards(model)
     _reshard_unsharded(model)
@@ -74,7 +75,7 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor |
 
 
 def _reshard_unsharded(model: nn.Module) -> None:
-    """Has units of FSDP 2 that a forward gathered, and no backward freed, hold their shards again."""
+    """Reshards FSDP 2 modules that a forward without a backward left unsharded."""
     if unit_class := getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None):
         for unit in model.modules():
             if isinstance(unit, unit_class):
@@ -82,7 +83,7 @@ def _reshard_unsharded(model: nn.Module) -> None:
 
 
 def _flat_param_handles(model: nn.Module) -> list[Any]:
-    """What FSDP 1 keeps of each unit."""
+    """Returns the handles of FSDP 1's flat parameters, resharded if a forward without a backward left them unsharded."""
     if "torch.distributed.fsdp" not in sys.modules:
         return []
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -93,7 +94,7 @@ def _flat_param_handles(model: nn.Module) -> list[Any]:
         handle = unit._handle
         if handle is not None:
             if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
-                _reshard(unit, handle, True)  # gathered by a forward that no backward followed
+                _reshard(unit, handle, True)
             handles.append(handle)
     return handles
 
@@ -105,7 +106,7 @@ def _local_flat_param(handle: Any) -> torch.Tensor:
 
 
 def _flat_param_layouts(handle: Any) -> list[ShardLayout]:
-    """Where this rank's values of each parameter of a unit are, in its part of the flat tensor."""
+    """Returns the layout of each original parameter within this rank's shard of a flat parameter."""
     flat = handle.flat_param
     is_writer = 0 in dist.get_process_group_ranks(handle.process_group)
     if not handle.uses_sharded_strategy:
@@ -121,7 +122,7 @@ def _flat_param_layouts(handle: Any) -> list[ShardLayout]:
 
 
 def _flat_param_shards(model: nn.Module) -> dict[nn.Module, dict[str, LocalShard]]:
-    """The parameters that lie in flat tensors: module -> name in it -> what this rank holds."""
+    """Returns the shards of parameters that live in flat parameters: module -> name in it -> `LocalShard`."""
     found: dict[nn.Module, dict[str, LocalShard]] = {}
     for handle in _flat_param_handles(model):
         flat, local = handle.flat_param, _local_flat_param(handle)
@@ -137,12 +138,12 @@ def _flat_param_shards(model: nn.Module) -> dict[nn.Module, dict[str, LocalShard
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """A parameter as an optimizer has it: one of a model, or a flat tensor of several.
+    """A parameter as an optimizer holds it: an original parameter, or a flat parameter made of several.
 
     Attributes:
         tensor: The parameter.
-        parts: Name and layout of each parameter of the plain model that lies in it.
-        local_shape: The shape that this rank's part of a state has which is as large as the parameter.
+        originals: (FQN, layout) of each original parameter in it.
+        local_shape: Shape of this rank's part of optimizer states that have the shape of the parameter.
     """
 
     tensor: torch.Tensor
@@ -152,12 +153,12 @@ class ParamInfo:
 
 @dataclass
 class ParamIndex:
-    """What parameters of several models are called.
+    """FQNs of the parameters of several models.
 
     Attributes:
-        parameters: The parameter's identity -> it.
-        aliases: Names of tied parameters -> the name that counts.
-        order: Name -> place in the model.
+        params: ``id`` of a parameter -> `ParamInfo`.
+        aliases: FQN of a tied parameter -> its canonical FQN.
+        positions: FQN -> its position in the model.
     """
 
     params: dict[int, ParamInfo] = field(default_factory=dict)
@@ -166,7 +167,7 @@ class ParamIndex:
 
 
 def index_params(models: Sequence[nn.Module]) -> ParamIndex:
-    """The parameters of models by their names; of several models, with the model's number in front."""
+    """Indexes the parameters of models by FQN; with several models, the model's number is the first part of an FQN."""
     index = ParamIndex()
     for number, model in enumerate(models):
         prefix = f"{number}." if len(models) > 1 else ""
@@ -203,15 +204,15 @@ def _param_infos(model: nn.Module) -> Iterator[tuple[torch.Tensor, list[tuple[st
 
 
 def trainable_params(model: nn.Module) -> set[str]:
-    """The names of the parameters that are trained."""
+    """Returns the FQNs of parameters that require gradients."""
     return {name for tensor, originals, _ in _param_infos(model) if tensor.requires_grad for name, _ in originals}
 
 
 def resolve_param_groups(optimizer: Any, models: Sequence[nn.Module]) -> tuple[list[list[ParamInfo]], ParamIndex]:
-    """The parameters of an optimizer's groups, with their names in the models.
+    """Returns the parameters of an optimizer's groups, and their FQNs in the models.
 
     Raises:
-        ValueError: when a parameter is in none of the models.
+        ValueError: if a parameter belongs to none of the models.
     """
     params = {id(param) for group in optimizer.param_groups for param in group["params"]}
     used = [model for model in models if any(id(param) in params for param in _all_params(model))]
@@ -219,8 +220,8 @@ def resolve_param_groups(optimizer: Any, models: Sequence[nn.Module]) -> tuple[l
     lost = params - index.params.keys()
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(params)} parameters of {type(optimizer).__name__} belong to no prepared model, so that "
-            "their states have no name to be saved under: prepare the model with the optimizer."
+            f"{len(lost)} of {len(params)} parameters of {type(optimizer).__name__} belong to no prepared model, and have "
+            "no FQN to save their states under: prepare the model together with the optimizer."
         )
     return [[index.params[id(param)] for param in group["params"]] for group in optimizer.param_groups], index
 
@@ -233,7 +234,7 @@ def _all_params(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def group_fqns(groups: Iterable[Sequence[ParamInfo]], index: ParamIndex) -> list[list[str]]:
-    """The names in each group; where flat tensors hold several, in the order of the model."""
+    """Returns the FQNs of each group, in the order of the model where flat parameters hold several."""
     found = []
     for group in groups:
         own = [name for param in group for name, _ in param.originals]
@@ -244,7 +245,7 @@ def group_fqns(groups: Iterable[Sequence[ParamInfo]], index: ParamIndex) -> list
 
 
 def optimizer_state(optimizer: Any, groups: Iterable[Sequence[ParamInfo]]) -> dict[tuple[str, str], Any]:
-    """(parameter's name, key) -> `Held` tensors, and other values where this rank is the one to save them."""
+    """Returns (FQN, key) -> `LocalShard` tensors, and other values on the rank that saves them."""
     state: dict[tuple[str, str], Any] = {}
     for group in groups:
         for param in group:

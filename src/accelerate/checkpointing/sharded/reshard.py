@@ -1,6 +1,7 @@
-"""Whether saved weights and optimizer states fit what ranks hold, and their way there: each rank reads its own part.
+"""Loads saved weights and optimizer states into local shards, whatever sharding they were saved with.
 
-Nothing here talks to other ranks, so it does not matter how many saved the checkpoint.
+Each rank reads the chunks that overlap with its own shards. No communication is needed, and the number of ranks that saved
+does not matter.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from .state_reader import LazyOptimizerState, LazyStateDict, LazyTensor
 
 
 def check_weights(path: str, model: nn.Module, state: Mapping[str, Any], saved: LazyStateDict) -> list[Problem]:
-    """What does not fit between a model's state and a saved one."""
+    """Lists the differences between a model's state and a saved one."""
     return compare_weights(path, type(model).__name__, state, saved, tied_names(state), saved.tied)
 
 
 def key_mismatches(state: Mapping[str, Any], saved: LazyStateDict) -> tuple[list[str], list[str]]:
-    """The names that a saved state lacks, and those that it has and the model's lacks."""
+    """Returns the FQNs that the saved state lacks, and the unexpected ones in it."""
     return missing_keys(state, saved, tied_names(state)), missing_keys(saved, state, saved.tied)
 
 
 def compatible_weights(state: Mapping[str, Any], saved: LazyStateDict) -> LazyStateDict:
-    """The part of a saved state that fits."""
+    """Returns the entries of a saved state that fit the model."""
     return LazyStateDict(compatible_entries(state, saved), [])
 
 
 def load_weights(state: Mapping[str, Any], saved: LazyStateDict) -> None:
-    """Fills a model's state; of names that are tied, any will do."""
+    """Copies a saved state into a model's state; a tied tensor is read once, under any of its FQNs."""
     tied = tied_names(state)
     done: set[int] = set()
     for name, value in state.items():
@@ -70,12 +71,12 @@ def _fill_shard(target: LocalShard, source: LazyTensor) -> None:
 
 
 class OptimizerTarget:
-    """An optimizer to load a state into, whose parameters have names.
+    """Loads states into an optimizer whose parameters have FQNs.
 
     Args:
-        path: Of the part of the checkpoint, for findings.
+        path: Path of the item in the checkpoint, for problems.
         optimizer: The optimizer.
-        models: Those that its parameters belong to.
+        models: The models that its parameters belong to.
     """
 
     def __init__(self, path: str, optimizer: Any, models: Sequence[nn.Module]) -> None:
@@ -86,7 +87,7 @@ class OptimizerTarget:
         self._fqns = local_state.group_fqns(self._groups, self._index)
 
     def with_param_names(self, saved: LazyOptimizerState) -> LazyOptimizerState:
-        """The state with this optimizer's names, where it has numbers or names of tied parameters."""
+        """Returns the state keyed by this optimizer's FQNs, where it has numbers or aliases of tied parameters."""
         if saved.is_named:
             aliases = self._index.aliases
             params = [[aliases.get(name, name) for name in group] for group in saved.params]
@@ -103,7 +104,7 @@ class OptimizerTarget:
         )
 
     def check(self, saved: LazyOptimizerState) -> list[Problem]:
-        """What does not fit."""
+        """Lists the differences between the optimizer and a saved state."""
         kind = optimizer_class_name(self._optimizer)
         sizes, live_sizes = [list(map(len, groups)) for groups in (saved.params, self._fqns)]
         differs = Problem(self.path, "shape", f"its groups have {sizes} parameters, and {live_sizes} in {kind}")
@@ -113,9 +114,9 @@ class OptimizerTarget:
             return problems
         saved_groups, own_groups = _group_numbers(self.with_param_names(saved).params), _group_numbers(self._fqns)
         for name in own_groups.keys() - saved_groups.keys():
-            problems.append(Problem(self.path, "missing", f"no state of {name!r}, which {kind} has"))
+            problems.append(Problem(self.path, "missing", f"no state of {name!r}, a parameter of {kind}"))
         for name in saved_groups.keys() - own_groups.keys():
-            problems.append(Problem(self.path, "extra", f"a state of {name!r}, which {kind} does not have"))
+            problems.append(Problem(self.path, "extra", f"state of {name!r}, not a parameter of {kind}"))
         for name in saved_groups.keys() & own_groups.keys():
             if saved_groups[name] != own_groups[name]:
                 text = f"{name!r} is in group {saved_groups[name]}, and in group {own_groups[name]} of {kind}"
@@ -147,7 +148,7 @@ class OptimizerTarget:
         return ((p, name, layout) for group in self._groups for p in group for name, layout in p.originals)
 
     def load(self, saved: LazyOptimizerState) -> None:
-        """Gives the optimizer the state; live memory is used again where it fits."""
+        """Loads a state into the optimizer, reusing live tensors of the same shape and dtype."""
         saved = self.with_param_names(saved)
         state: dict[int, dict[str, Any]] = {}
         groups, number = [], 0
@@ -160,7 +161,7 @@ class OptimizerTarget:
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _values(self, param: ParamInfo, saved: LazyOptimizerState) -> dict[str, Any]:
-        """This rank's part of a parameter's state; none where it holds nothing of the parameter."""
+        """Returns this rank's part of a parameter's state; empty if it holds no part of the parameter."""
         if not any(layout.chunks for _, layout in param.originals):
             return {}
         keys = dict.fromkeys(key for name, _ in param.originals for key in saved.state.get(name, {}))
@@ -191,12 +192,12 @@ def _group_numbers(groups: Sequence[Sequence[str]]) -> dict[str, int]:
 
 
 def _empty_like(param: ParamInfo, dtype: torch.dtype) -> torch.Tensor:
-    """A state as large as this rank's part of a parameter; what belongs to no parameter in it is 0."""
+    """Returns zeros with the local shape of a parameter; elements of a flat parameter that are padding stay 0."""
     return torch.zeros_like(param.tensor, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
 
 
 def _replicate(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """A tensor that all ranks hold as a whole; as the parameter is, if it is more than a number."""
+    """Returns a replicated DTensor on the mesh of the parameter, or scalars and states of plain parameters unchanged."""
     if not value.dim() or not is_dtensor(param):
         return value
     from torch.distributed.tensor import DTensor, Replicate

@@ -1,6 +1,7 @@
-"""Tensors of which each rank holds a part: where the part lies in the whole, as boxes, and who saves it.
+"""Shards of tensors: which chunks of the full tensor a rank holds, and which rank saves them.
 
-A box is a stretch of every dimension. A shard along a dimension is one box; a stretch of a flattened tensor is a few.
+A chunk is a hyperrectangle, given by offsets and sizes as in DCP's `ChunkStorageMetadata`. A DTensor shard is one chunk; a
+range of a flattened tensor (FSDP 1) decomposes into several.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from ...runtime.tensors.dtensor import is_dtensor
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a tensor.
+    """A hyperrectangle of a tensor.
 
     Attributes:
-        offsets, sizes: Where it begins, and how far it goes, in every dimension.
-        start: Where its values begin in what the rank holds, flattened.
+        offsets, sizes: First index and extent in each dimension.
+        start: Index of its first element in the flattened local shard.
     """
 
     offsets: tuple[int, ...]
@@ -37,12 +38,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """What a rank holds of a tensor.
+    """The chunks of a tensor that a rank holds.
 
     Attributes:
-        shape: The whole tensor's.
-        boxes: The parts, in the order in which their values lie in memory.
-        writes: Of ranks that hold the same, this one saves it.
+        shape: Shape of the full tensor.
+        chunks: Chunks in the order of their elements in local memory.
+        is_writer: True on the one rank among replicas that saves the chunks.
     """
 
     shape: tuple[int, ...]
@@ -51,22 +52,22 @@ class ShardLayout:
 
     @property
     def writes_scalars(self) -> bool:
-        """Whether this rank saves the first element, and with it what exists once for the whole tensor."""
+        """True on the rank that saves the first element, and with it values that exist once per tensor, such as a step."""
         return self.is_writer and any(not any(chunk.offsets) for chunk in self.chunks)
 
     def rebased(self) -> ShardLayout:
-        """The same of a rank that holds nothing in front of it."""
+        """Returns the layout with `Chunk.start` counted from the first chunk."""
         at = self.chunks[0].start if self.chunks else 0
         return replace(self, chunks=tuple(replace(chunk, start=chunk.start - at) for chunk in self.chunks))
 
 
 @dataclass(frozen=True, eq=False)
 class LocalShard:
-    """A tensor of which this rank holds a part.
+    """A rank's local part of a tensor.
 
     Attributes:
-        layout: Which part.
-        local: Its values: those of the boxes, one behind the other.
+        layout: The chunks it consists of.
+        local: Live memory with the elements of the chunks, one chunk after the other.
     """
 
     layout: ShardLayout
@@ -74,11 +75,11 @@ class LocalShard:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The whole tensor's."""
+        """Shape of the full tensor."""
         return self.layout.shape
 
     def chunk_views(self) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """Each box with the live values in it."""
+        """Yields each chunk with a view of its elements."""
         for chunk in self.layout.chunks:
             if tuple(self.local.shape) == chunk.sizes:
                 yield chunk, self.local
@@ -87,12 +88,12 @@ class LocalShard:
 
 
 def full_layout(shape: tuple[int, ...], is_writer: bool) -> ShardLayout:
-    """The layout of a tensor that a rank holds as a whole."""
+    """Returns the layout of an unsharded tensor."""
     return ShardLayout(tuple(shape), (Chunk((0,) * len(shape), tuple(shape)),), is_writer)
 
 
 def flat_range_to_layout(shape: tuple[int, ...], start: int, stop: int, at: int, is_writer: bool) -> ShardLayout:
-    """The layout of elements `start` to `stop` of a flattened tensor, which lie at `at` in what the rank holds."""
+    """Returns the layout of elements `start` to `stop` of a flattened tensor, stored from index `at` of local memory."""
     chunks = []
     for offsets, sizes in _flat_range_to_chunks(tuple(shape), start, stop):
         chunks.append(Chunk(offsets, sizes, at))
@@ -103,7 +104,10 @@ def flat_range_to_layout(shape: tuple[int, ...], start: int, stop: int, at: int,
 def _flat_range_to_chunks(
     shape: tuple[int, ...], start: int, stop: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """A stretch of a flattened tensor as boxes: the rest of a row, whole rows, the beginning of a row."""
+    """Decomposes a range of a flattened tensor into (offsets, sizes): the rest of a row, whole rows, the start of a row.
+
+    Rows are slices along dimension 0; partial rows recurse into the other dimensions. At most ``2 * ndim - 1`` chunks result.
+    """
     if start >= stop:
         return
     if not shape:
@@ -125,7 +129,7 @@ def _flat_range_to_chunks(
 
 
 def local_shard(tensor: torch.Tensor) -> LocalShard:
-    """What this rank holds of a tensor: a shard of a DTensor, and all of any other. The values are the live ones."""
+    """Returns this rank's shard of a DTensor, or all of any other tensor, over live memory."""
     if is_dtensor(tensor):
         dtensor: Any = tensor
         return LocalShard(_dtensor_layout(dtensor), dtensor.detach().to_local())
@@ -139,13 +143,13 @@ def _dtensor_layout(tensor: Any) -> ShardLayout:
     mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
-            f"a tensor of shape {list(shape)} waits to be summed over ranks ({placements}): it has no state"
+            f"cannot save a tensor of shape {list(shape)} with partial placements {placements}: reduce it over ranks first"
         )
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return ShardLayout(shape, (), False)
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    # Meshes beside the one of rank 0 hold copies of it, and so do ranks along dimensions that are not sharded.
+    # Meshes without rank 0 are replicas of its mesh, as are ranks along replicated mesh dimensions.
     is_writer = bool((mesh.mesh == 0).any()) and all(
         at == 0 for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate()
     )
@@ -157,7 +161,7 @@ def _dtensor_layout(tensor: Any) -> ShardLayout:
 
 
 def overlap(one: Chunk, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk | None:
-    """The part that a box shares with another, if there is one."""
+    """Returns the intersection of a chunk with another, or None if they are disjoint."""
     starts = tuple(map(max, one.offsets, offsets))
     ends = tuple(min(a + m, b + n) for a, m, b, n in zip(one.offsets, one.sizes, offsets, sizes, strict=True))
     if any(start >= end for start, end in zip(starts, ends, strict=True)):
@@ -166,15 +170,15 @@ def overlap(one: Chunk, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chu
 
 
 def is_tiled(shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-    """True if boxes lie within a shape and every element lies in exactly one of them.
+    """Returns True if chunks lie within a shape and every element of it lies in exactly one of them.
 
-    Boxes within the shape that do not overlap and have as many elements as it cover it. A sweep along the dimension in which
-    most of them begin apart finds overlaps: boxes cut along one dimension, or along the rows of a flattened tensor, take
-    ``n log n`` steps.
+    Disjoint chunks within the shape cover it exactly when their element counts add up. Overlaps are found by a sweep along
+    the dimension with the most distinct offsets: chunks cut along one dimension, or along the rows of a flattened tensor,
+    take ``O(n log n)`` steps.
 
     Args:
-        shape: The tensor's.
-        boxes: (offsets, sizes) of each.
+        shape: Shape of the tensor.
+        chunks: (offsets, sizes) of each chunk.
     """
     whole_tensor = ((0,) * len(shape), tuple(shape))
     if len(chunks) == 1 and chunks[0] == whole_tensor:
@@ -191,7 +195,7 @@ def is_tiled(shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], tup
 
 
 def _any_overlap(chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], dimensions: int) -> bool:
-    """Whether any two boxes with elements share one."""
+    """Returns True if any two non-empty chunks share an element."""
     if len(chunks) < 2:
         return False
     if not dimensions:
@@ -207,7 +211,7 @@ def _any_overlap(chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], dime
 
 
 def narrow_to(tensor: torch.Tensor, chunk: Chunk, origin: tuple[int, ...]) -> torch.Tensor:
-    """The view of a box, in a tensor that begins at `origin` of the whole one."""
+    """Returns the view of a chunk within a tensor whose first element has the index `origin` in the full tensor."""
     for dimension, (offset, size, at) in enumerate(zip(chunk.offsets, chunk.sizes, origin, strict=True)):
         tensor = tensor.narrow(dimension, offset - at, size)
     return tensor

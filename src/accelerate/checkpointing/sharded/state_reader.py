@@ -1,7 +1,7 @@
-"""What a checkpoint holds of a model or an optimizer, whatever it was saved by: tensors to take any part of.
+"""Lazily read states of models and optimizers in a checkpoint: any part of a tensor can be read by itself.
 
-Weights have names everywhere. States of optimizers have the names of parameters where they were sharded, and numbers, in
-the order of the parameter groups, where they were not.
+Weights are keyed by FQN in every format. Optimizer states are keyed by FQN in sharded formats, and by number in the order
+of the parameter groups otherwise.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class LazyTensor:
     """A tensor in a checkpoint.
 
     Attributes:
-        shape, dtype: The tensor's.
-        fill: ``fill(offsets, target)`` copies the part that begins at `offsets` and is as large as `target`.
+        shape, dtype: Shape and dtype of the full tensor.
+        copy_into: ``copy_into(offsets, target)`` copies the chunk at `offsets`, of the size of `target`, into it.
     """
 
     shape: tuple[int, ...]
@@ -37,14 +37,14 @@ class LazyTensor:
     copy_into: Callable[[tuple[int, ...], torch.Tensor], None]
 
     def read(self) -> torch.Tensor:
-        """The whole tensor, in memory of its own."""
+        """Reads the full tensor into new memory."""
         result = torch.empty(self.shape, dtype=self.dtype)
         self.copy_into((0,) * len(self.shape), result)
         return result
 
 
 def lazy_tensor(tensor: torch.Tensor) -> LazyTensor:
-    """A tensor that was read whole (over a memory map: what is not asked for is not read)."""
+    """Wraps a tensor; if it is memory-mapped, only the chunks that are copied are read."""
 
     def copy_into(offsets: tuple[int, ...], target: torch.Tensor) -> None:
         target.copy_(narrow_to(tensor, Chunk(offsets, tuple(target.shape)), (0,) * tensor.dim()))
@@ -66,11 +66,11 @@ def _read_entry(reader: DCPReader, name: str) -> Any:
 
 
 class LazyStateDict(Mapping[str, Any]):
-    """The state of a model in a checkpoint: `LazyTensor` tensors and other values, by name.
+    """The state of a model in a checkpoint: FQN -> `LazyTensor` or another value.
 
     Args:
         values: The state.
-        tied: Groups of names that stand for one tensor.
+        tied: Groups of FQNs of one tensor.
     """
 
     def __init__(self, values: Mapping[str, Any], tied: Iterable[list[str]]) -> None:
@@ -88,10 +88,10 @@ class LazyStateDict(Mapping[str, Any]):
 
 
 def wrap_weights(state: Any) -> LazyStateDict:
-    """Those of a state that was read whole.
+    """Wraps a model state that `torch.load` or safetensors returned.
 
     Raises:
-        ValueError: when it is none.
+        ValueError: if it is not a mapping.
     """
     if not isinstance(state, dict):
         raise ValueError(f"expected a mapping of names to tensors, found {type(state).__name__}")
@@ -100,15 +100,15 @@ def wrap_weights(state: Any) -> LazyStateDict:
 
 
 def read_dcp_weights(folder: Path) -> LazyStateDict:
-    """Those in a folder of shards.
+    """Reads the model state in a DCP folder.
 
     Raises:
-        LoadError: naming the files that are missing or damaged.
+        LoadError: naming missing and damaged files.
     """
     reader = DCPReader(folder)
     names = {entry.path[1:]: name for name, entry in reader.entries.items() if entry.path[0] == MODEL}
     if not names:
-        raise ValueError("it holds no weights of a model")
+        raise ValueError("it has no model weights")
     groups: dict[Any, list[str]] = {}
     for path, name in names.items():
         groups.setdefault(reader.entries[name].chunks, []).append(".".join(path))
@@ -124,9 +124,9 @@ class LazyOptimizerState:
     """The state of an optimizer in a checkpoint.
 
     Attributes:
-        groups: Of each parameter group, its options.
-        params: Of each parameter group, what its parameters are called: names, or numbers.
-        state: Parameter -> key -> `LazyTensor` tensor or another value.
+        groups: Options of each parameter group.
+        params: Parameters of each group: FQNs or numbers.
+        state: Parameter -> key -> `LazyTensor` or another value.
     """
 
     groups: list[dict[str, Any]]
@@ -135,15 +135,15 @@ class LazyOptimizerState:
 
     @property
     def is_named(self) -> bool:
-        """Whether parameters have names."""
+        """True if parameters are identified by FQN."""
         return any(isinstance(param, str) for group in self.params for param in group)
 
 
 def wrap_optimizer_state(state: Any) -> LazyOptimizerState:
-    """That of a state that was read whole.
+    """Wraps an optimizer state that `torch.load` returned.
 
     Raises:
-        ValueError: when it is none.
+        ValueError: if it is not an optimizer state.
     """
     if text := optimizer_state_error(state):
         raise ValueError(text)
@@ -160,7 +160,7 @@ def wrap_optimizer_state(state: Any) -> LazyOptimizerState:
 def _apply_param_names(
     groups: list[dict[str, Any]], params: list[list[Any]], state: dict[Any, Any]
 ) -> LazyOptimizerState:
-    """With the names that torch notes of an optimizer that was made of named parameters."""
+    """Replaces numbers by the ``param_names`` that torch records for optimizers built from named parameters."""
     names = [group.pop("param_names", None) for group in groups]
     numbers = [param for group in params for param in group]
     fqns = [name for found in names for name in found or ()]
@@ -171,10 +171,10 @@ def _apply_param_names(
 
 
 def read_dcp_optimizer(folder: Path) -> LazyOptimizerState:
-    """That in a folder of shards.
+    """Reads the optimizer state in a DCP folder.
 
     Raises:
-        LoadError: naming the files that are missing or damaged.
+        LoadError: naming missing and damaged files.
     """
     reader = DCPReader(folder)
     groups: dict[int, dict[str, Any]] = {}
@@ -187,8 +187,8 @@ def read_dcp_optimizer(folder: Path) -> LazyOptimizerState:
             case (kind, "state", param, key) if kind == OPTIMIZER:
                 state.setdefault(param, {})[key] = _read_entry(reader, name)
             case _:
-                raise ValueError(f"{'.'.join(entry.path)} is no part of an optimizer's state")
+                raise ValueError(f"{'.'.join(entry.path)} is not part of an optimizer state")
     if not groups:
-        raise ValueError("it holds no state of an optimizer")
+        raise ValueError("it has no optimizer state")
     ordered = [groups[number] for number in sorted(groups)]
     return _apply_param_names(ordered, [list(group.pop("params", [])) for group in ordered], state)

@@ -1,11 +1,11 @@
-"""How a checkpoint lands on disk: written beside its target, then made real by one rename.
+"""Commits checkpoints atomically: a checkpoint is written to a sibling of its target folder and renamed into place.
 
     X.incomplete   being written; never read, removed by the next save
     X              a checkpoint
-    X.committed    whole, and about to take the place of an older X: whoever finds it finishes that first (`recover`)
-    X.deleted      on its way out; never read, removed by the next save
+    X.committed    complete, and about to replace an older X; `recover` finishes the replacement
+    X.deleted      being removed; never read, removed by the next save
 
-Each step leaves a complete checkpoint behind whatever happens to the process.
+After a crash at any step, a complete checkpoint is left.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ DELETED = ".deleted"
 
 
 def sibling(target: Path, suffix: str) -> Path:
-    """The folder beside `target` that stands for one of its stages."""
+    """Returns the folder beside `target` for one of its stages."""
     return target.with_name(target.name + suffix)
 
 
 def stage(target: Path) -> Path:
-    """Makes the empty folder that a checkpoint is written to before it becomes `target`.
+    """Creates the empty folder that a checkpoint is written to before it becomes `target`.
 
     Raises:
-        OSError: where it cannot be made.
-        FileExistsError: when `target` is a file, or beside it is a replacement that was interrupted and is damaged now.
+        OSError: if it cannot be created.
+        FileExistsError: if `target` is a file, or an interrupted replacement of it is damaged.
     """
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; a checkpoint is a folder")
     recover(target)
     if sibling(target, COMMITTED).is_dir():
         raise FileExistsError(
-            f"{sibling(target, COMMITTED)} was to take the place of {target}, and is not whole: move it away or remove it"
+            f"{sibling(target, COMMITTED)} was to replace {target}, and is not complete: move it away or remove it"
         )
     wait_for_unlinks()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,17 +68,17 @@ def commit(
     number: int,
     kinds: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Makes what lies in `staging` the checkpoint `target`.
+    """Makes the content of `staging` the checkpoint `target`.
 
     Args:
-        staging: What `stage` gave, with every rank's part written and synced.
-        target: The checkpoint's folder. One that is there is replaced; files in it that are no part of a checkpoint stay.
-        records: The files whose records are known; others in `staging` (written by hooks) are read.
-        world_size, step, number, kinds: For the manifest.
+        staging: Folder from `stage`, with the synced files of all ranks.
+        target: Folder of the checkpoint. An existing checkpoint is replaced; other files in the folder stay.
+        records: Records of files; those without one in `staging` (written by hooks) are read to compute it.
+        world_size, step, number, kinds: Fields of the manifest.
     """
     known = {record.path: record for record in records}
     present = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-    for name in present:  # a name that no load would take is refused by the save
+    for name in present:  # refuse names that no load would accept
         path_inside(staging, name)
     complete = [known.get(name) or fingerprint(staging / name, name) for name in present]
     lost = sorted(known.keys() - set(present))
@@ -92,7 +92,7 @@ def commit(
     os.rename(staging, place)
     try:
         sync_folder(target.parent)
-    except OSError:  # it may not be on disk, and must not be taken for saved
+    except OSError:  # the rename may not be durable, so the save has failed
         os.rename(place, staging)
         raise
     if place != target:
@@ -100,31 +100,29 @@ def commit(
 
 
 def recover(target: Path) -> bool:
-    """Finishes a replacement that was committed and interrupted, once all of it has been verified.
+    """Finishes an interrupted replacement of `target`, after verifying all files. Can be interrupted and repeated.
 
-    One that is damaged is left as it is, with a warning: what `target` holds is judged by itself. This can be interrupted
-    anywhere, and repeated.
+    A damaged replacement stays as it is, with a warning; `target` is then judged by itself.
 
     Returns:
-        Whether there was something to finish, and it was finished.
+        True if a replacement was finished.
     """
     committed = sibling(target, COMMITTED)
     if committed.is_symlink() or not committed.is_dir():
         return False
-    if _holds_no_files(committed) and target.exists():  # all of them had been moved
+    if _holds_no_files(committed) and target.exists():  # every file had been moved
         _remove(committed)
         sync_folder(target.parent)
         return True
     try:
         new = manifests.read(committed)
-        # Those that are not there any more have been moved already.
+        # Files that are missing here were moved to the target.
         problems = manifests.verify(committed, new, locate=lambda name: _locate(committed, target, name))
     except (OSError, ValueError) as error:
         problems = [Problem(manifests.NAME, "corrupt", str(error))]
     if problems:
         logger.warning(
-            "%s was to take the place of %s, and is not whole. Both are left as they are; move it away once you have looked "
-            "at it:\n%s",
+            "%s was to replace %s, and is not complete. Both are left as they are; inspect it, then move it away:\n%s",
             committed,
             target,
             bullet_list(problems, 5),
@@ -143,12 +141,12 @@ def _holds_no_files(folder: Path) -> bool:
 
 
 def _locate(committed: Path, target: Path, name: str) -> Path:
-    """Where a file of a committed checkpoint is: still beside the target, or in it."""
+    """Returns the path of a file of a committed checkpoint: beside the target, or already moved into it."""
     if os.path.lexists(committed / name):
         return path_for_write(committed, name)
     try:
         return path_for_write(target, name)
-    except FileNameError:  # it was never moved to behind a link
+    except FileNameError:  # files are never moved through a link
         return committed / name
 
 
@@ -159,7 +157,7 @@ def _replace_target(committed: Path, target: Path, new: manifests.Manifest) -> N
         _move_files(committed, target, new.paths, old)
         for folder in {(target / name).parent for name in new.paths} | {target}:
             sync_folder(folder)
-        # Names in several folders reach the disk in any order: the manifest moves when the others are there.
+        # Directory entries of several folders reach the disk in any order: sync them before the manifest moves.
         os.replace(committed / manifests.NAME, target / manifests.NAME)
         sync_folder(target)
     _remove(committed)
@@ -179,7 +177,7 @@ def _move_files(committed: Path, target: Path, new: frozenset[str], old: set[str
 
 
 def _make_own_folders(target: Path, name: str) -> None:
-    """Makes the folders in `target` that lead to a file; a link among them makes room, and what it points to stays."""
+    """Creates the parent folders of a file in `target`; a link among them is removed, and its destination stays."""
     for parent in reversed((target / name).relative_to(target).parents[:-1]):
         folder = target / parent
         if folder.is_symlink():
@@ -188,7 +186,7 @@ def _make_own_folders(target: Path, name: str) -> None:
 
 
 def _files_of(folder: Path) -> set[str]:
-    """The files of a folder that belong to the checkpoint in it: by its manifest, else by their names."""
+    """Returns the files of the checkpoint in a folder: from its manifest, or else by their names."""
     try:
         known: Iterable[str] = manifests.read(folder).paths
     except (OSError, ValueError):
@@ -204,13 +202,13 @@ def _is_own_file(folder: Path, name: str) -> bool:
 
 
 def delete(target: Path) -> None:
-    """Removes a checkpoint so that a half-removed one is never taken for whole."""
+    """Removes a checkpoint; a partly removed one is never taken for complete."""
     doomed = sibling(target, DELETED)
     _remove(doomed)
     os.rename(target, doomed)
     with deferred_unlink([path for path in doomed.rglob("*") if path.is_file()]):
         shutil.rmtree(doomed, ignore_errors=True)
-    if doomed.exists():  # over NFS, a file that somebody holds open keeps its folder
+    if doomed.exists():  # on NFS, a file that is open keeps its folder
         wait_for_unlinks()
         _remove(doomed)
 

@@ -1,7 +1,7 @@
-"""Bytes to disk: a new file in stretches, each with its checksum, several on their way at once; old files out of the way.
+"""Writes files in blocks with a checksum each, by several threads, and defers the release of replaced files.
 
-Whole stretches bypass the page cache where the system can (O_DIRECT): a checkpoint is not read again soon, and filling the
-cache with it costs more time than the disk needs. The rest goes the ordinary way, and one sync covers both.
+Full blocks bypass the page cache (O_DIRECT) where the system supports it: checkpoints are rarely read again soon, and
+filling the cache with them takes longer than the disk needs. The rest is buffered, and one fsync covers both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from ...runtime.system.page_cache import open_direct
 
 BLOCK_SIZE = 8 * 2**20
-"""Bytes that one checksum covers, and that are written at once."""
+"""Bytes per checksum and per write."""
 _READ_SIZE = 2**20
 _THREADS = 2
 _BUFFERS = 2 * _THREADS
@@ -31,12 +31,12 @@ _BUFFERS = 2 * _THREADS
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size and checksums of one file.
+    """Size and checksums of a file.
 
     Attributes:
         path: Path in the checkpoint, with slashes.
         size: Bytes.
-        sums: CRC-32 of each `BLOCK_SIZE` bytes, as 8 hexadecimal digits.
+        checksums: CRC-32 of each block of `BLOCK_SIZE` bytes, as 8 hexadecimal digits.
     """
 
     path: str
@@ -45,14 +45,14 @@ class FileRecord:
 
 
 class FileWriter:
-    """A new file, as `torch.save` and others write to it. Holds `_BUFFERS` stretches in memory at most.
+    """A new file that `torch.save` and others write to. Buffers at most `_BUFFERS` blocks in memory.
 
     Args:
-        path: Where; it must not exist.
+        path: Path of the file, which must not exist.
 
     Attributes:
-        size: Bytes so far.
-        error: What failed, here or on a thread. The next call raises it.
+        size: Bytes written so far.
+        error: First error, of any thread. The next call raises it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,7 @@ class FileWriter:
         self.size = 0
 
     def write(self, data: Any) -> int:
-        """Takes all of a bytes-like object; its memory may change when this returns."""
+        """Copies a bytes-like object into buffers; its memory may change afterwards."""
         source = np.frombuffer(data, dtype=np.uint8)
         try:
             self._append(source)
@@ -89,7 +89,7 @@ class FileWriter:
             self.size += count
 
     def _next_buffer(self) -> Any:
-        """Memory for a stretch, the one before being handed on; waits for the disk when all memory is in use."""
+        """Submits the current block and returns memory for the next one; blocks while all buffers are in use."""
         number = self.size // BLOCK_SIZE
         if number:
             self._full.put((self.size - BLOCK_SIZE, self._buffer))
@@ -100,7 +100,7 @@ class FileWriter:
             thread.start()
             self._threads.append(thread)
         if number < _BUFFERS:
-            return np.frombuffer(mmap.mmap(-1, BLOCK_SIZE), dtype=np.uint8)  # begins at a page, as O_DIRECT wants it
+            return np.frombuffer(mmap.mmap(-1, BLOCK_SIZE), dtype=np.uint8)  # page-aligned, as O_DIRECT needs it
         buffer = self._free.get()
         self._check()
         return buffer
@@ -120,7 +120,7 @@ class FileWriter:
             self._free.put(buffer)
 
     def _write_block(self, start: int, data: Any) -> None:
-        """Sums a stretch up and writes it."""
+        """Computes the checksum of a block and writes it."""
         self._checksums[start] = f"{zlib.crc32(data):08x}"
         view = memoryview(data)
         done = 0
@@ -133,14 +133,21 @@ class FileWriter:
         while done < len(view):
             count = os.pwrite(self._descriptor, view[done:], start + done)
             if not count:
-                raise OSError(errno.EIO, "the disk takes nothing more", str(self._path))
+                raise OSError(errno.EIO, "the disk accepts no more bytes", str(self._path))
             done += count
 
     def flush(self) -> None:
-        """Nothing that a reader could wait for is held back: there is none before `finish`."""
+        """Does nothing: data is on disk after `finish` only."""
 
     def finish(self, path: str) -> FileRecord:
-        """Writes what is left and syncs the file to disk; returns its record under the name it has in the checkpoint."""
+        """Writes the last block and syncs the file.
+
+        Args:
+            path: Path in the checkpoint, for the record.
+
+        Returns:
+            The file's record.
+        """
         self._stop()
         self._check()
         start = max(self.size - 1, 0) // BLOCK_SIZE * BLOCK_SIZE
@@ -164,14 +171,14 @@ class FileWriter:
 
 
 def write_file(path: Path, name: str, write: Callable[[FileWriter], None]) -> FileRecord:
-    """Makes a new file with what `write` writes, on disk when this returns."""
+    """Creates a file with the bytes that `write` produces; it is synced to disk on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = FileWriter(path)
     try:
         write(writer)
         return writer.finish(name)
     except Exception as error:
-        # torch.save says that writing failed, and the writer's error says why, but not where.
+        # torch.save hides the writer's error, which has the cause but not the path.
         cause = error if writer.error is None else writer.error
         if isinstance(cause, OSError) and cause.filename is None:
             raise OSError(cause.errno, cause.strerror, str(path)) from error
@@ -183,7 +190,7 @@ def write_file(path: Path, name: str, write: Callable[[FileWriter], None]) -> Fi
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings a folder's list of names to disk. (Systems that cannot open a folder have nothing like it.)"""
+    """Syncs the directory entries of a folder to disk. (Windows cannot open folders, and needs no sync.)"""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -198,15 +205,15 @@ _pending_closes: list[threading.Thread] = []
 
 @contextmanager
 def deferred_unlink(files: Iterable[Path]) -> Iterator[None]:
-    """Of files that are removed or replaced in the block, a thread gives the room back, which takes the system a while.
+    """Releases the disk space of files that the block removes or replaces on a thread, since freeing it is slow.
 
-    They are held open until then, so that nothing is left of them whenever the process ends.
+    The files are held open until then, so that the system frees them even if the process is killed.
     """
     descriptors = []
     for path in files:
         try:
             descriptors.append(os.open(path, os.O_RDONLY))
-        except OSError:  # not there, or not to be opened: it is removed at once
+        except OSError:  # missing or unreadable: released at once
             continue
 
     def close() -> None:
@@ -218,17 +225,17 @@ def deferred_unlink(files: Iterable[Path]) -> Iterator[None]:
     finally:
         thread = threading.Thread(target=close, name="checkpoint remover", daemon=True)
         thread.start()
-        _pending_closes.append(thread)  # once it can be waited for
+        _pending_closes.append(thread)
 
 
 def wait_for_unlinks() -> None:
-    """Returns when files that were removed have given their room back."""
+    """Blocks until the disk space of removed files is released."""
     while _pending_closes:
         _pending_closes.pop().join()
 
 
 def fingerprint(path: Path, name: str) -> FileRecord:
-    """The record of a file that somebody else wrote; it is synced to disk as well."""
+    """Computes the record of a file that another writer made, and syncs it to disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
@@ -241,10 +248,10 @@ _memory = threading.local()
 
 
 def block_checksum(descriptor: int, start: int) -> str:
-    """The checksum of one stretch of an open file."""
-    if not hasattr(_memory, "piece"):
-        _memory.block = memoryview(bytearray(_READ_SIZE))  # kept by the thread: fresh memory costs as much as the sum
-    if hasattr(os, "posix_fadvise"):  # all of it asked for at once costs half of what growing steps do
+    """Computes the checksum of one block of an open file."""
+    if not hasattr(_memory, "block"):  # reused per thread: page faults of new memory cost as much as the CRC
+        _memory.block = memoryview(bytearray(_READ_SIZE))
+    if hasattr(os, "posix_fadvise"):  # one large readahead takes half the time of the kernel's growing ones
         os.posix_fadvise(descriptor, start, BLOCK_SIZE, os.POSIX_FADV_WILLNEED)
     total, end = 0, start + BLOCK_SIZE
     while start < end and (count := os.preadv(descriptor, [_memory.block], start)):

@@ -1,4 +1,4 @@
-"""The names that files of a checkpoint have, as the documented layouts have them, and the numbered folders of a project."""
+"""File names of the documented checkpoint layouts, and numbered checkpoint folders of a project."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ CHECKPOINT_PREFIX = "checkpoint_"
 
 
 def indexed_name(stem: str, index: int, suffix: str) -> str:
-    """``optimizer.bin``, ``optimizer_1.bin``, ``optimizer_2.bin`` …"""
+    """Returns ``optimizer.bin``, ``optimizer_1.bin``, ``optimizer_2.bin`` …"""
     return f"{stem}{f'_{index}' if index else ''}{suffix}"
 
 
 def model_file(index: int, safe: bool) -> str:
-    """The file with the weights of a model."""
+    """Returns the name of a weights file."""
     return indexed_name(SAFE_MODEL_NAME, index, ".safetensors") if safe else indexed_name(MODEL_NAME, index, ".bin")
 
 
 def full_model_file(index: int) -> str:
-    """The file with the whole weights of a sharded model."""
+    """Returns the name of the file with the full weights of a sharded model."""
     return indexed_name(FSDP_MODEL_NAME, index, ".bin")
 
 
 def optimizer_file(index: int) -> str:
-    """The file with the state of an optimizer."""
+    """Returns the name of an optimizer's file."""
     return indexed_name(OPTIMIZER_NAME, index, ".bin")
 
 
 def model_folder(index: int) -> str:
-    """The folder with the shards of a model."""
+    """Returns the name of the folder with the shards of a model."""
     return f"{FSDP_MODEL_NAME}_{index}"
 
 
 def optimizer_folder(index: int) -> str:
-    """The folder with the shards of an optimizer's state."""
+    """Returns the name of the folder with the shards of an optimizer."""
     return f"{OPTIMIZER_NAME}_{index}"
 
 
 def rng_file(rank: int) -> str:
-    """The file with the random states of a rank."""
+    """Returns the name of the file with a rank's random states."""
     return f"{RNG_STATE_NAME}_{rank}.pkl"
 
 
 def custom_file(index: int) -> str:
-    """The file of a registered object."""
+    """Returns the name of a registered object's file."""
     return f"{CUSTOM_NAME}_{index}.pkl"
 
 
 def gradients_file(rank: int) -> str:
-    """The file with the gradients a rank had accumulated."""
+    """Returns the name of the file with a rank's accumulated gradients."""
     return f"{GRADIENTS_NAME}_{rank}.bin"
 
 
@@ -81,38 +81,38 @@ _OF_RANKS = re.compile(rf"{RNG_STATE_NAME}_\d+\.pkl|{GRADIENTS_NAME}_\d+\.bin")
 
 
 def is_shared(name: str) -> bool:
-    """Whether a part has the name of one that is the same for all ranks: of a file, or of a folder of shards."""
+    """Returns True for the names of items that are the same on all ranks: files and folders of shards."""
     return _SHARED.fullmatch(name) is not None or _FOLDER.fullmatch(name) is not None
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether a file has the name of any part of a checkpoint; one in a folder of shards with that in front."""
+    """Returns True for the names of files that checkpoints consist of; for shards, with the folder in front."""
     return any(pattern.fullmatch(name) for pattern in (_SHARED, _OF_RANKS, _IN_FOLDER))
 
 
 def item_of(name: str) -> str:
-    """The part of a checkpoint that a file belongs to: itself, or the folder of shards it lies in."""
+    """Returns the item that a file belongs to: the file itself, or its folder of shards."""
     return name.split("/")[0] if _IN_FOLDER.fullmatch(name) else name
 
 
 def checkpoint_files_in(folder: Path) -> set[str]:
-    """The files in a folder that have the name of a part of a checkpoint, by their path in it."""
+    """Returns the paths of files in a folder that `is_checkpoint_file` accepts."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name for name in found if is_checkpoint_file(name)}
 
 
 def shard_folders(folder: Path) -> list[Path]:
-    """The folders of shards in a checkpoint."""
+    """Returns the folders of shards in a checkpoint."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name))
 
 
 _DESCRIPTIONS = {
-    PROGRESS_NAME: "where the run stands",
+    PROGRESS_NAME: "progress of the run",
     SCALER_NAME: "gradient scaler",
-    f"{FSDP_MODEL_NAME}_*/.metadata": "weights: what is where",
-    f"{FSDP_MODEL_NAME}_*/*": "weights, a process's part",
-    f"{OPTIMIZER_NAME}_*/.metadata": "optimizer: what is where",
-    f"{OPTIMIZER_NAME}_*/*": "optimizer, a process's part",
+    f"{FSDP_MODEL_NAME}_*/.metadata": "weights, index of the shards",
+    f"{FSDP_MODEL_NAME}_*/*": "weights, shards of a process",
+    f"{OPTIMIZER_NAME}_*/.metadata": "optimizer, index of the shards",
+    f"{OPTIMIZER_NAME}_*/*": "optimizer, shards of a process",
     f"{OPTIMIZER_NAME}*.bin": "optimizer",
     f"{SCHEDULER_NAME}*.bin": "learning rate scheduler",
     f"{SAMPLER_NAME}*.bin": "order of a loader",
@@ -126,18 +126,18 @@ _DESCRIPTIONS = {
 
 
 def describe_file(name: str) -> str:
-    """What a file of a checkpoint holds, by its name."""
+    """Describes the content of a file of a checkpoint, by its name."""
     return next((text for pattern, text in _DESCRIPTIONS.items() if fnmatch.fnmatchcase(name, pattern)), "")
 
 
 def checkpoint_number(folder: Path) -> int | None:
-    """The number of a folder ``checkpoint_<number>``; None for others."""
+    """Returns the number of a folder ``checkpoint_<number>``, or None for other names."""
     digits = folder.name.removeprefix(CHECKPOINT_PREFIX)
     return int(digits) if digits != folder.name and digits.isdecimal() else None
 
 
 def numbered_checkpoints(project: Path) -> list[Path]:
-    """The folders ``checkpoints/checkpoint_<number>`` of a project, in order of their numbers."""
+    """Returns the folders ``checkpoints/checkpoint_<number>`` of a project, in order of their numbers."""
     if not (project / CHECKPOINTS_FOLDER).is_dir():
         return []
     found = {

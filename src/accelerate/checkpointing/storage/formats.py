@@ -1,7 +1,7 @@
-"""The formats of files: how a state becomes bytes, and how it is read without running code.
+"""File formats: serializes states, and reads them without running code from the file.
 
-Tensors are written from where they lie and read through a memory map. `torch.save`'s own CRC is left out: the manifest
-has checksums.
+Tensors are written from live memory and read through memory maps. The CRCs of `torch.save` are turned off, since the
+manifest has checksums.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ...runtime.system import file_names
 from .file_writer import FileRecord, FileWriter
 from .verified_reader import ChecksummedReader
 
-# Where torch puts tensors in memory: a file's tensors that are mapped then compute as their copies do, bit for bit.
+# Alignment of torch's allocator: kernels then compute bit-identical results on mapped tensors and copies.
 _ALIGNMENT = 64
 
 
 def write_torch(state: Any, writer: FileWriter) -> None:
-    """Writes any state as `torch.save` does."""
+    """Writes any state with `torch.save`."""
     with _without_crc():
-        torch.save(state, writer)  # type: ignore[arg-type]  # it needs no more than write and flush
+        torch.save(state, writer)  # type: ignore[arg-type]  # torch.save needs write and flush only
 
 
 _crc_lock = threading.Lock()
@@ -56,17 +56,17 @@ def _without_crc() -> Iterator[None]:
 
 
 def read_torch(path: Path, *, record: FileRecord | None = None, **kwargs: Any) -> Any:
-    """What `torch.save` wrote: tensors on the CPU, over a memory map. Never runs code from the file.
+    """Reads a file of `torch.save`, with tensors memory-mapped on the CPU. Never runs code from the file.
 
     Args:
         path: The file.
-        record: Compare the file with it meanwhile; tensors have memory of their own then.
-        **kwargs: For `torch.load`.
+        record: Verifies the file against this record while reading; tensors then have their own memory.
+        **kwargs: Arguments of `torch.load`.
 
     Raises:
-        DamagedError: where the file is not as its record says.
-        pickle.UnpicklingError: where the file holds a type that is not allowed.
-        RuntimeError, EOFError …: where it is no such file.
+        CorruptFileError: if the file differs from its record.
+        pickle.UnpicklingError: if the file contains a type that is not allowed.
+        RuntimeError, EOFError …: if the file has another format.
     """
     kwargs = {"map_location": "cpu", "mmap": True, **kwargs}
     kwargs.pop("weights_only", None)
@@ -76,20 +76,20 @@ def read_torch(path: Path, *, record: FileRecord | None = None, **kwargs: Any) -
                 try:
                     state = torch.load(file, weights_only=True, **{**kwargs, "mmap": False})  # type: ignore[arg-type]
                 except Exception:
-                    file.verify_rest()  # a damaged file is told to be that, whatever torch made of it
+                    file.verify_rest()  # reports a damaged file as such, whatever torch raised
                     raise
                 file.verify_rest()
                 return state
         try:
             return torch.load(path, weights_only=True, **kwargs)
         except RuntimeError as error:
-            if "mmap can only be used" not in str(error):  # the format from before torch 1.6
+            if "mmap can only be used" not in str(error):  # files of torch before 1.6
                 raise
             return torch.load(path, weights_only=True, **{**kwargs, "mmap": False})
 
 
 def _numpy_types() -> list[Any]:
-    """What numpy arrays of numbers are made of: plain data, under the names of numpy 1 and 2."""
+    """Returns the types in pickles of numeric numpy arrays, under the names of numpy 1 and 2."""
     import _codecs
 
     import numpy as np
@@ -127,12 +127,12 @@ _SAFE_DTYPES = {
 def write_safetensors(
     state: Mapping[str, torch.Tensor], writer: FileWriter, values: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Writes tensors in the safetensors format, straight from their memory.
+    """Writes tensors in the safetensors format, from live memory.
 
     Args:
         state: The tensors.
         writer: The file.
-        values: Where to take the values from, one tensor after the other, when `state` has none (device meta).
+        values: Source of the values, read one tensor at a time, if `state` is on device meta.
 
     Raises:
         ValueError: for a value that the format cannot hold.
@@ -173,18 +173,18 @@ def _byte_view(tensor: torch.Tensor) -> memoryview:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU, over a memory map."""
+    """Returns the tensors of a safetensors file, memory-mapped on the CPU."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
 
 
 def write_json(state: Any, writer: FileWriter) -> None:
-    """Writes plain data as text."""
+    """Writes plain data as JSON."""
     writer.write(json.dumps(state, indent=1, sort_keys=True).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
-    """Plain data from text."""
+    """Reads plain data from JSON."""
     return file_names.read_json(path)

@@ -1,6 +1,6 @@
-"""The manifest: what belongs to a checkpoint, byte for byte. It is written last; a folder without one was never finished.
+"""The manifest lists all files of a checkpoint with their checksums. It is written last; a folder without one is incomplete.
 
-The file is its own canonical form with a checksum of itself, so that a change of any byte shows.
+The file is the canonical serialization of its content plus a checksum, so that a change of any byte is detected.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one finished checkpoint consists of.
+    """Contents of a complete checkpoint.
 
     Attributes:
-        files: Every file, in order of its path.
+        files: All files, sorted by path.
         world_size: Number of processes that saved it.
-        step: `Accelerator.step` when it was saved.
-        iteration: Its number.
+        step: Value of `Accelerator.step`.
+        iteration: Number of the checkpoint.
         format: Version of the layout.
         versions: Library -> version that saved it.
-        saved_at: When, in UTC, as ISO 8601.
-        kinds: Part -> the class of what it is the state of, for parts that no other class can have.
+        saved_at: UTC time, as ISO 8601.
+        kinds: Item -> class name of the object that it belongs to, for items that only that class can load.
     """
 
     files: tuple[FileRecord, ...]
@@ -55,7 +55,7 @@ class Manifest:
     def of(
         cls, files: Iterable[FileRecord], *, world_size: int, step: int, iteration: int, kinds: Mapping[str, str]
     ) -> Manifest:
-        """The manifest of a checkpoint that is being saved now, by these libraries."""
+        """Creates the manifest of a checkpoint that is being saved."""
         return cls(
             tuple(sorted(files, key=lambda record: record.path)),
             world_size,
@@ -67,7 +67,7 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """Serializes the manifest."""
         body = {
             "files": {record.path: {"crc32": list(record.checksums), "size": record.size} for record in self.files},
             "format": self.format,
@@ -82,12 +82,12 @@ class Manifest:
         return _serialize(body)
 
     def write(self, writer: FileWriter) -> None:
-        """Writes the file's content."""
+        """Writes the manifest."""
         writer.write(self.to_bytes())
 
     @property
     def paths(self) -> frozenset[str]:
-        """The paths of all files."""
+        """Paths of all files."""
         return frozenset(record.path for record in self.files)
 
 
@@ -98,7 +98,7 @@ def _serialize(body: dict[str, Any]) -> bytes:
 
 
 def library_versions() -> dict[str, str]:
-    """The libraries whose version may matter to what a checkpoint holds."""
+    """Returns the versions of libraries that affect the content of a checkpoint."""
     from ... import __version__
 
     return {
@@ -110,11 +110,11 @@ def library_versions() -> dict[str, str]:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a folder.
+    """Reads the manifest of a folder.
 
     Raises:
-        FileNotFoundError: when there is none.
-        ValueError: when it is damaged, or of a format that this version does not know, or names files outside the folder.
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, has an unsupported format, or names files outside the folder.
     """
     content = read_bytes(folder / NAME)
     try:
@@ -124,7 +124,7 @@ def read(folder: Path) -> Manifest:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
-        raise ValueError("it is damaged: its content and its checksum do not agree")
+        raise ValueError("it is damaged: its content does not match its checksum")
     _check_types(body)
     if body["format"] != FORMAT or body["stretch"] != BLOCK_SIZE:
         raise ValueError(
@@ -136,13 +136,13 @@ def read(folder: Path) -> Manifest:
     return Manifest(files, kinds=body.get("kinds", {}), **rest)
 
 
-# Key -> its type, and the least number.
+# Key -> minimum of integers, or type of the values of a mapping.
 _NUMBERS = {"format": 0, "iteration": 0, "step": 0, "stretch": 1, "world_size": 1}
 _MAPPINGS = {"files": dict, "versions": str, "kinds": str}
 
 
 def _check_types(body: dict[str, Any]) -> None:
-    """Raises ValueError for a manifest whose checksum is right, and whose values are of other types than ours."""
+    """Raises ValueError for values of the wrong type in a manifest with a correct checksum."""
     for key, least in _NUMBERS.items():
         value = body.get(key)
         if type(value) is not int or not least <= value < 2**63:
@@ -158,7 +158,7 @@ def _check_types(body: dict[str, Any]) -> None:
 
 
 def _parse_record(folder: Path, path: str, fields: dict[str, Any]) -> FileRecord:
-    """A record of the manifest, its types and its path checked."""
+    """Parses the record of a file and checks its types and path."""
     path_inside(folder, path)
     size, checksums = fields.get("size"), fields.get("crc32")
     if path == NAME or type(size) is not int or not 0 <= size < 2**63 or not isinstance(checksums, list):
@@ -167,7 +167,7 @@ def _parse_record(folder: Path, path: str, fields: dict[str, Any]) -> FileRecord
         )
     if len(checksums) != max(1, -(-size // BLOCK_SIZE)) or not all(isinstance(one, str) for one in checksums):
         raise ValueError(
-            f"its entry of {short_repr(path)} has {len(checksums)} checksums, which is not what {size} bytes have"
+            f"its entry of {short_repr(path)} has {len(checksums)} checksums, which does not match {size} bytes"
         )
     return FileRecord(path, size, tuple(checksums))
 
@@ -181,19 +181,18 @@ def verify(
     size_only: Container[str] = (),
     locate: Callable[[str], Path] | None = None,
 ) -> list[Problem]:
-    """Compares the files of a folder with its manifest, by several threads.
+    """Compares the files of a folder with its manifest, on several threads.
 
     Args:
         folder: The checkpoint.
         manifest: Its manifest.
-        share: (index, count): check this part of the bytes only, for processes that check one checkpoint together. Sizes
-            are checked by the first.
-        only: Leave out files whose path this is false for.
-        unread: Of these files only the size is compared.
-        locate: Where a file is, by its path; None: in `folder`.
+        share: (index, count): verifies this part of the blocks, to split the work among processes. Index 0 checks sizes.
+        only: Selects files by path.
+        size_only: Paths of files whose content is not read.
+        locate: Maps the path of a file to its location; None: in `folder`.
 
     Returns:
-        A `Problem` for each file that is missing, of another size or of another content.
+        A `Problem` for each file that is missing or has another size or content.
     """
     index, count = share
     at = locate or (lambda path: folder / path)
@@ -219,11 +218,13 @@ def verify(
         return None if intact else record.path
 
     damaged = sorted({path for path in thread_map(check, jobs, _THREADS) if path is not None})
-    return problems + [Problem(path, "corrupt", "its content is not what was saved (checksum)") for path in damaged]
+    return problems + [
+        Problem(path, "corrupt", "its content differs from what was saved (checksum)") for path in damaged
+    ]
 
 
 def _size_problem(path: Path, record: FileRecord) -> Problem | None:
-    """Returns what is wrong with a file by its kind and size."""
+    """Returns the problem of a file that is missing, irregular or of another size."""
     try:
         found = file_size(path)
     except FileNameError as error:
@@ -236,5 +237,5 @@ def _size_problem(path: Path, record: FileRecord) -> Problem | None:
 
 
 def has_all_files(folder: Path, manifest: Manifest) -> bool:
-    """Whether all files of a manifest are in a folder, with the sizes they were saved with. Their content is not read."""
+    """Returns True if a folder has all files of a manifest, with the recorded sizes. Their content is not read."""
     return not any(_size_problem(folder / record.path, record) for record in manifest.files)

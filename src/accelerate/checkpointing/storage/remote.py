@@ -1,7 +1,7 @@
-"""Checkpoints at URLs, through fsspec: written and verified in a local folder, and carried there or back as files.
+"""Checkpoints at URLs, through fsspec: written and verified in a local folder, uploaded and downloaded as files.
 
-A store of objects has no rename. So the manifest goes last, and what has none is no checkpoint; one that is there is never
-written over.
+Object stores have no rename. So the manifest is uploaded last, a folder without one is no checkpoint, and an existing
+checkpoint is never overwritten.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..consensus import broadcast_from_rank0, run_on_all_ranks
 from ..errors import CheckpointError, LoadError, SaveError
 from . import manifest as manifests
 
-# Two letters at least: one is a drive.
+# At least two letters: a single one is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
 INSTALL = (
     'needs fsspec: `pip install "accelerate[remote]"`, and for some stores their own package (s3fs, gcsfs, adlfs …)'
@@ -28,7 +28,7 @@ INSTALL = (
 
 
 def is_url(path: str | os.PathLike[str] | None) -> bool:
-    """Whether a place is to be reached through fsspec."""
+    """Returns True if fsspec reaches a path."""
     return isinstance(path, str) and _URL.match(path) is not None
 
 
@@ -39,8 +39,7 @@ class RemoteFolder:
         url: The URL.
 
     Raises:
-        CheckpointError: when there is no way to get there: fsspec or a package of the store is not installed, or nobody
-            knows the protocol.
+        CheckpointError: if fsspec or the package of the store is not installed, or the protocol does not exist.
     """
 
     def __init__(self, url: str) -> None:
@@ -56,15 +55,15 @@ class RemoteFolder:
         self.path = str(path).rstrip("/")
 
     def holds_checkpoint(self) -> bool:
-        """Whether there is a finished checkpoint."""
+        """Returns True if the folder has a manifest, and so a complete checkpoint."""
         return bool(self.files.exists(f"{self.path}/{manifests.NAME}"))
 
     def upload(self, folder: Path, last: str = "") -> None:
-        """Puts the files of a folder there.
+        """Uploads the files of a folder.
 
         Args:
-            folder: The folder.
-            last: The file that goes last, and makes the others count.
+            folder: The local folder.
+            last: File that is uploaded last, and makes the others count.
         """
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         for name in sorted(names, key=lambda name: name == last):
@@ -76,12 +75,12 @@ class RemoteFolder:
                 raise OSError(f"{self.url}/{name} has {size} bytes, not the {(folder / name).stat().st_size} written")
 
     def download(self, folder: Path) -> None:
-        """Fetches all files from there into a new folder; which are missing or damaged the load will find.
+        """Downloads all files into a new folder; loading finds missing and damaged ones.
 
         Raises:
-            FileNotFoundError: where there are none.
-            FileNameError: where a name leads out of the folder; nothing has been fetched then.
-            OSError: where they do not fit on the disk.
+            FileNotFoundError: if there are none.
+            FileNameError: before any download, if a name leads out of the folder.
+            OSError: if they do not fit on the disk.
         """
         found = self.files.find(self.path, detail=True) if self.files.exists(self.path) else {}
         if not found:
@@ -90,32 +89,32 @@ class RemoteFolder:
         size = sum(facts.get("size") or 0 for facts in found.values())
         if size > (free := shutil.disk_usage(folder).free):
             raise OSError(
-                f"{self.url} has {size} bytes, and {folder} has room for {free}: set TMPDIR to a larger place"
+                f"{self.url} has {size} bytes, and {folder} has {free} bytes free: set TMPDIR to a larger disk"
             )
         for path, here in targets.items():
             here.parent.mkdir(parents=True, exist_ok=True)
             self.files.get_file(path, str(here))
 
     def _name_of(self, path: str) -> str:
-        """The name of a file in the folder, from the path that a listing gives."""
+        """Returns the name of a file relative to the folder, from its path in a listing."""
         prefix = f"{self.path}/" if self.path else ""
         if not path.startswith(prefix):
-            raise FileNameError(f"the listing of {self.url} has {short_repr(path)}, which is not below it")
+            raise FileNameError(f"the listing of {self.url} contains {short_repr(path)}, which is not below it")
         return path.removeprefix(prefix) if prefix else path.removeprefix("/")
 
 
 class Upload:
-    """A checkpoint on its way to a URL.
+    """A checkpoint that is staged locally and then uploaded. Every rank creates one.
 
     Args:
-        world: This process and its peers, who all make one.
-        url: Where it goes; rank 0's counts.
+        world: This process and its peers.
+        url: The URL; rank 0's value is used.
 
     Attributes:
-        folder: Where it is written first.
+        folder: Local folder to save to.
 
     Raises:
-        SaveError: on every rank, when it cannot go there.
+        SaveError: on every rank, if the URL cannot be used.
     """
 
     def __init__(self, world: World, url: str) -> None:
@@ -125,42 +124,42 @@ class Upload:
             if world.rank != 0:
                 return ""
             if RemoteFolder(self.url).holds_checkpoint():
-                raise SaveError("there is a checkpoint already, which is not written over: choose another name")
+                raise SaveError("there is a checkpoint already, which is not overwritten: choose another name")
             return tempfile.mkdtemp(prefix="accelerate_")
 
         self._scratch = Path(run_on_all_ranks(world.collectives, f"preparing {self.url}", make, SaveError)[0])
         self.folder = self._scratch / "checkpoint"
 
     def check_shared_folder(self, group: int) -> None:
-        """Refuses machines whose temporary folders are not one: the manifest would be of some of the files only."""
+        """Raises OSError if machines have separate temporary folders: the manifest would cover one machine's files only."""
         if group != 0:
             raise OSError(
-                f"{self.folder}, where the files are gathered on their way to {self.url}, is not shared by all machines: "
-                "set TMPDIR to a folder that is, or save to a folder"
+                f"{self.folder}, where files are staged for the upload to {self.url}, is not shared by all machines: "
+                "set TMPDIR to a shared folder, or save to a folder"
             )
 
     def send(self) -> None:
-        """Carries it there, on the rank that has committed it."""
+        """Uploads the checkpoint. Called on the rank that committed it."""
         RemoteFolder(self.url).upload(self.folder, last=manifests.NAME)
 
     def clean_up(self) -> None:
-        """Removes the local folder, on the rank that has made it."""
+        """Removes the local folder. Called on the rank that created it."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def load_from_url(world: World, url: str, load: Callable[[Path], Any]) -> Any:
-    """Loads a checkpoint from a URL: the first rank of each machine downloads it for the others.
+    """Loads a checkpoint from a URL; the first rank of each machine downloads it.
 
     Args:
         world: This process and its peers.
-        url: Where it is; rank 0's counts.
-        load: Loads it from a folder.
+        url: The URL; rank 0's value is used.
+        load: Loads a checkpoint from a local folder.
 
     Returns:
-        What `load` returned.
+        The result of `load`.
 
     Raises:
-        LoadError: on every rank, when it cannot be fetched.
+        LoadError: on every rank, if the download fails.
     """
     url = broadcast_from_rank0(world.collectives, f"opening {url}", url, LoadError)
     scratch = tempfile.mkdtemp(prefix="accelerate_") if world.local_rank == 0 else ""
@@ -178,7 +177,7 @@ def load_from_url(world: World, url: str, load: Callable[[Path], Any]) -> Any:
             loaded = load(folder)
         except LoadError as error:
             raise LoadError(str(error).replace(str(folder), url), error.problems, error.changed) from None
-        world.collectives.barrier()  # nobody reads any more
+        world.collectives.barrier()  # all ranks have read the files
         return loaded
     finally:
         if scratch:
@@ -186,16 +185,16 @@ def load_from_url(world: World, url: str, load: Callable[[Path], Any]) -> Any:
 
 
 def open_url(url: str) -> Any:
-    """A file at a URL, to be written; a context."""
+    """Opens a file at a URL for writing, as a context."""
     folder = RemoteFolder(url)
     return folder.files.open(folder.path, "wb")
 
 
 def upload_folder(url: str, write: Callable[[Path], Any]) -> None:
-    """Saves a folder of files to a URL.
+    """Uploads a folder of files.
 
     Args:
-        url: Where to.
+        url: The URL.
         write: Writes the files into a local folder.
     """
     folder = RemoteFolder(url)

@@ -1,7 +1,7 @@
-"""Types of what small files hold, compared with what a run has now: a value of another type is found before it is loaded.
+"""Compares the types of loaded values with those of live state before it is loaded.
 
-Files are read without running code, and their checksums match; even so another program, or an older version of a class, may
-have put something else in them than an object takes.
+Reading a file runs no code, and its checksum matches; another program or another version of a class may still have saved
+values that an object cannot load.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ...runtime.system.file_names import short_repr
 
 
 def type_mismatches(live: Any, saved: Any, at: str) -> Iterator[str]:
-    """Yields what has another type in a saved state than in the live one; None fits everywhere, and so do unknown types.
+    """Yields an error for each value whose type differs from that of the live one. None and unlisted types match everything.
 
     Args:
-        live: The state as it is now.
+        live: The current state.
         saved: The state that was read.
-        at: The state's place, for the text.
+        at: Path of the state, for the error.
     """
     expected, found = value_types(live), value_types(saved)
     if expected and found and not expected & found:
@@ -38,7 +38,7 @@ def type_mismatches(live: Any, saved: Any, at: str) -> Iterator[str]:
 
 
 def value_types(value: Any) -> frozenset[str]:
-    """The kinds of a value, in words; none for None and types that are not known here. One element is number and tensor."""
+    """Returns the type names of a value; empty for None and unlisted types. A tensor of one element is a number too."""
     if is_tensor(value):
         return frozenset({"a tensor", "a number"} if math.prod(value.shape) == 1 else {"a tensor"})
     for kind, types in _TYPES.items():
@@ -57,19 +57,19 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def is_tensor(value: Any) -> bool:
-    """True for a tensor, or what stands for one that is read later."""
+    """Returns True for tensors and lazy tensors."""
     return isinstance(getattr(value, "dtype", None), torch.dtype) and hasattr(value, "shape")
 
 
 def is_count(value: Any, least: int = 0) -> bool:
-    """True for a whole number that is large enough and fits into 64 bits."""
+    """Returns True for an integer of at least `least` that fits into 64 bits."""
     return type(value) is int and least <= value < 2**63
 
 
 def optimizer_state_error(state: Any) -> str:
-    """Returns why a value cannot be the state of any optimizer; empty if it can."""
+    """Returns the reason why a value cannot be an optimizer's state, or ""."""
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
-        return "it holds no state of an optimizer (`state` and `param_groups`)"
+        return "it is not the state of an optimizer (`state` and `param_groups`)"
     groups, values = state["param_groups"], state["state"]
     if not isinstance(groups, (list, tuple)) or not all(
         isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple)) for group in groups

@@ -1,4 +1,4 @@
-"""Copies of many tensors, on a few threads of our own: torch's pool spins while it waits, which a busy machine pays for."""
+"""Copies tensors to host memory, on threads of its own: idle threads of torch's pool spin, which slows a busy machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _THREADS = 4
 
 
 def is_dense_cpu(tensor: Any) -> bool:
-    """Whether a tensor's values are one stretch of this process's memory, as it stands."""
+    """Returns True if a tensor's elements are one contiguous range of this process's memory, stored as they are."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
@@ -31,14 +31,14 @@ def is_dense_cpu(tensor: Any) -> bool:
 
 
 def can_copy(target: Any, source: Any) -> bool:
-    """Whether `copy_all` can copy the one into the other."""
+    """Returns True if `copy_tensors` can copy `source` into `target`."""
     return (
         is_dense_cpu(target) and is_dense_cpu(source) and target.shape == source.shape and target.dtype == source.dtype
     )
 
 
 def copy_tensors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copies the second tensor of each pair into the first; each pair `fits`."""
+    """Copies (target, source) pairs that satisfy `can_copy`, split into blocks over threads."""
     blocks = []
     for target, source in pairs:
         into, out_of = byte_view(target), byte_view(source)
@@ -52,12 +52,12 @@ def copy_tensors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def byte_view(tensor: torch.Tensor) -> Any:
-    """The memory of a plain tensor as an array of bytes."""
+    """Returns the memory of a dense CPU tensor as a numpy array of bytes."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def _is_dense_on_device(tensor: Any) -> bool:
-    """Whether a tensor of another device has its values in one block of memory there."""
+    """Returns True if a device tensor's elements are one dense block of device memory."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.layout is torch.strided
@@ -67,18 +67,17 @@ def _is_dense_on_device(tensor: Any) -> bool:
 
 
 class StagingBuffer:
-    """A staging buffer: copies of tensors in memory that the next ones use again; fresh memory takes longer to get than to
-    fill.
+    """Host copies of tensors, in memory that the next save reuses: page faults of new memory take longer than the copy.
 
-    Copies from devices with streams go to pinned memory, and run beside the host until `wait`.
+    Copies from devices with streams use pinned memory, and run asynchronously until `wait`.
 
-        room.clear()
-        copies = [room.copy(tensor) for tensor in tensors]
-        room.wait()  # now the tensors may change, and the copies may be read
+        buffer.clear()
+        copies = [buffer.copy(tensor) for tensor in tensors]
+        buffer.wait()  # tensors may change now, and copies are valid
     """
 
     pinned_device_types = ("cuda", "xpu")
-    """Device types with pinned memory, whose module in torch has streams as CUDA's has."""
+    """Device types that copy asynchronously to pinned memory, and whose torch module has streams like CUDA's."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
@@ -87,14 +86,14 @@ class StagingBuffer:
         self._devices: set[torch.device] = set()
 
     def clear(self) -> None:
-        """Takes all of it back; what the last copies had no use for is released."""
+        """Makes the memory of all copies reusable; frees memory that the previous save did not use."""
         self._free = {}
         for memory, pinned in self._used:
             self._free.setdefault((len(memory), pinned), []).append(memory)
         self._used, self._pairs = [], []
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Starts to copy a tensor to the CPU; returns the copy, which holds the values after `wait`."""
+        """Starts to copy a tensor to the CPU and returns the copy, which is valid after `wait`."""
         if is_dense_cpu(tensor):
             target = self._allocate_like(tensor, pinned=False)
             self._pairs.append((target, tensor))
@@ -109,12 +108,12 @@ class StagingBuffer:
         return target
 
     def copy_cpu_tensors(self) -> None:
-        """Copies the tensors of the CPU now, so that memory behind them may be freed; those of devices go on."""
+        """Completes the copies of CPU tensors, so that their memory may be freed; device copies continue."""
         pairs, self._pairs = self._pairs, []
         copy_tensors(pairs)
 
     def wait(self) -> None:
-        """Returns when all copies are done: one synchronization for each device."""
+        """Blocks until all copies are complete, with one synchronization per device."""
         self.copy_cpu_tensors()
         devices, self._devices = self._devices, set()
         for device in devices:
@@ -131,12 +130,13 @@ class StagingBuffer:
         if pinned:
             try:
                 return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:  # the system limits how much may be pinned
+            except RuntimeError as error:  # systems limit pinned memory
                 logger.debug("staging a checkpoint in memory that is not pinned: %s", error)
         return torch.empty(size, dtype=torch.uint8)
 
     def _start_copy(self, target: torch.Tensor, source: torch.Tensor, streams: bool) -> None:
-        target.copy_(source, non_blocking=streams)  # on the current stream, behind the kernels that wrote the source
+        # Runs on the current stream, and so after the kernels that wrote the source.
+        target.copy_(source, non_blocking=streams)
 
     def _synchronize(self, device: torch.device) -> None:
         torch.get_device_module(device).current_stream(device).synchronize()

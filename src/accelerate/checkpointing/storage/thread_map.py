@@ -1,5 +1,6 @@
-"""A few threads for work that waits for the disk or sums bytes. (An executor takes no work while the interpreter ends, which
-is just when a save in the background is waited for.)"""
+"""Maps a function over items on a few threads. (`concurrent.futures` accepts no work during interpreter shutdown, which is
+when a background save is waited for.)
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ _R = TypeVar("_R")
 
 
 def thread_map(action: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
-    """``[action(item) for item in items]`` by several threads. The first item that fails has its error raised."""
+    """Returns ``[action(item) for item in items]``, computed by threads; raises the error of the first item that fails."""
     if min(threads, len(items)) < 2:
         return [action(item) for item in items]
     results: list[Any] = [None] * len(items)
@@ -24,7 +25,7 @@ def thread_map(action: Callable[[_T], _R], items: Sequence[_T], threads: int) ->
         while not errors and (number := next(numbers)) < len(items):
             try:
                 results[number] = action(items[number])
-            except BaseException as error:  # noqa: BLE001 - raised below, on the thread that called
+            except BaseException as error:  # noqa: BLE001 - raised below, on the calling thread
                 errors[number] = error
 
     workers = [threading.Thread(target=work, name="checkpoint") for _ in range(min(threads, len(items)))]

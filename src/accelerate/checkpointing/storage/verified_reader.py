@@ -1,7 +1,7 @@
-"""A file read once: each stretch is compared with its checksum before anything sees a byte of it.
+"""Reads a file once, verifying the checksum of each block before any of its bytes is returned.
 
-Threads read ahead into a few buffers, which are used again and again. A file that is not in the page cache is read past it
-where the system can (O_DIRECT): its bytes are needed once, and memory for a second copy of them costs more than the disk.
+Threads read ahead into a few reusable buffers. A file that is not in the page cache is read with O_DIRECT where the system
+supports it: its bytes are needed once, and a second copy in the cache costs more than the disk.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _MIN_SPLIT_COPY = 2**18
 
 
 class CorruptFileError(Exception):
-    """A file is not what was saved."""
+    """A file differs from its record."""
 
 
 class ChecksummedReader(io.RawIOBase):
-    """A file of a checkpoint, as `torch.load` reads it. A context; leave it after `verify_rest`.
+    """A file of a checkpoint that `torch.load` can read. Call `verify_rest` before leaving its context.
 
     Args:
         path: The file.
-        record: What it was when it was saved.
+        record: Its record in the manifest.
 
     Raises:
-        DamagedError: here or when it is read, where it is something else now.
+        CorruptFileError: here or in a read, if the file differs from its record.
     """
 
     def __init__(self, path: Path, record: FileRecord) -> None:
@@ -66,25 +66,25 @@ class ChecksummedReader(io.RawIOBase):
         super().close()
 
     def readable(self) -> bool:
-        """It is."""
+        """Returns True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Returns True."""
         return True
 
     def tell(self) -> int:
-        """Where it is read next."""
+        """Returns the position of the next read."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Goes on elsewhere."""
+        """Moves the position of the next read."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._record.size}[whence]
         self._position = base + offset
         return self._position
 
     def readinto(self, memory: Any) -> int:
-        """Fills memory with verified bytes, as far as the file goes."""
+        """Fills memory with verified bytes, up to the end of the file."""
         target = np.frombuffer(memory, dtype=np.uint8)
         done = 0
         while done < len(target) and self._position < self._record.size:
@@ -96,7 +96,7 @@ class ChecksummedReader(io.RawIOBase):
         return done
 
     def _copy(self, target: Any, block: Any) -> None:
-        """Copies to memory that is mostly fresh, which takes longer to get than to fill: by two threads."""
+        """Copies on two threads: the target is mostly new memory, whose page faults take longer than the copy."""
         middle = len(block) // 2 if len(block) > _MIN_SPLIT_COPY else 0
         other = self._threads.submit(np.copyto, target[:middle], block[:middle]) if middle else None
         np.copyto(target[middle:], block[middle:])
@@ -104,13 +104,13 @@ class ChecksummedReader(io.RawIOBase):
             other.result()
 
     def verify_rest(self) -> None:
-        """Compares what nobody has read."""
+        """Verifies all blocks that have not been read."""
         for number in range(len(self._record.checksums)):
             if number not in self._read:
                 self._block(number)
 
     def _block(self, number: int) -> Any:
-        """One stretch, verified; those after it are on their way. The last one, where archives have their list, stays."""
+        """Returns a verified block and prefetches the next ones. The last one, which has a zip's directory, stays cached."""
         last = len(self._record.checksums) - 1
         wanted = range(number, min(number + _READ_AHEAD, last + 1))
         if number != last:
@@ -138,5 +138,5 @@ class ChecksummedReader(io.RawIOBase):
         while done < size and (count := os.preadv(self._descriptor, [view[done:size]], start + done)):
             done += count
         if done < size or f"{zlib.crc32(view[:size]):08x}" != self._record.checksums[number]:
-            raise CorruptFileError("its content is not what was saved (checksum)")
+            raise CorruptFileError("its content differs from what was saved (checksum)")
         return buffer[:size]
