@@ -123,7 +123,7 @@ class Evil:
 
 def test_nothing_from_the_files_is_run(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shards / ".metadata").write_bytes(pickle.dumps(Evil()))
-    refused(shards, "builtins.print", "no place in it")
+    refused(shards, "builtins.print", "no place in DCP metadata")
     shutil.rmtree(shards)
     shards_of(shards, {"model": {**STATE, "extra": Evil()}})
     with pytest.raises(LoadError, match="something else than tensors"):

@@ -55,7 +55,7 @@ def _step(accelerator: Accelerator, save: Path | None = None, load: bool = True)
 
 def _save_and_load(accelerator: Accelerator, folder: Path, load: bool) -> None:
     # Ranks that run one by one have no peers whose shards would complete theirs.
-    with mock.patch.object(gathering, "_check_tiled"), mock.patch.object(dcp_writer, "_check_tiled"):
+    with mock.patch.object(gathering, "check_tiled"), mock.patch.object(dcp_writer, "check_tiled"):
         accelerator.save_state(str(folder))
         if load:
             for rank in range(1, accelerator.num_processes):  # the ranks that run in earnest never meet

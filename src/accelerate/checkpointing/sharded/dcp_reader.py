@@ -72,7 +72,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which DCP metadata never contains")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which has no place in DCP metadata")
 
 
 @dataclass(frozen=True)
@@ -244,13 +244,9 @@ def _first_line(error: Exception) -> str:
 
 def _read_metadata(folder: Path) -> Any:
     path = folder / METADATA_FILE
-    if folder.exists() and not folder.is_dir():
-        raise LoadError(
-            f"{folder} is a file; expected a folder with a sharded checkpoint.",
-            [Problem(str(folder), "missing", "no folder")],
-        )
     if not folder.is_dir():
-        raise LoadError(f"{folder}: no such folder.", [Problem(str(folder), "missing", "no such folder")])
+        text = "it is a file; expected a folder with a sharded checkpoint" if folder.exists() else "no such folder"
+        raise LoadError(f"{folder}: {text}.", [Problem(str(folder), "missing", text)])
     if not path.exists():
         raise LoadError(
             f"{folder} is not a sharded checkpoint: it has no file {METADATA_FILE}.{_hint(folder)}",
@@ -263,9 +259,13 @@ def _read_metadata(folder: Path) -> Any:
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"expected DCP metadata, found {type(found).__name__}")
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        raise LoadError(f"{path} is damaged: {text}", [Problem(METADATA_FILE, "corrupt", text)]) from error
+        raise _metadata_error(folder, error) from error
     return found
+
+
+def _metadata_error(folder: Path, error: Exception) -> LoadError:
+    text = f"{type(error).__name__}: {error}"
+    return LoadError(f"{folder / METADATA_FILE} is damaged: {text}", [Problem(METADATA_FILE, "corrupt", text)])
 
 
 def _hint(folder: Path) -> str:
@@ -286,13 +286,12 @@ def _parse_entries(metadata: Any, folder: Path) -> dict[str, StoredEntry]:
         for name, facts in metadata.state_dict_metadata.items():
             path = tuple(str(part) for part in paths.get(name, (name,)))
             is_tensor = hasattr(facts, "chunks")
-            boxes = (
-                [(_int_tuple(box.offsets), _int_tuple(box.sizes)) for box in facts.chunks or ()] if is_tensor else []
-            )
-            chunks = [_stored_chunk(infos[name][offsets], offsets, sizes) for offsets, sizes in boxes]
-            if not is_tensor:
-                chunks = [_stored_chunk(infos[name][None])]
-            shape, dtype = (_int_tuple(facts.size), facts.properties.dtype) if is_tensor else ((), None)
+            if is_tensor:
+                boxes = [(_int_tuple(box.offsets), _int_tuple(box.sizes)) for box in facts.chunks or ()]
+                chunks = [_stored_chunk(infos[name][offsets], offsets, sizes) for offsets, sizes in boxes]
+                shape, dtype = _int_tuple(facts.size), facts.properties.dtype
+            else:
+                chunks, shape, dtype = [_stored_chunk(infos[name][None])], (), None
             if not path or not is_shape(shape) or (is_tensor and not isinstance(dtype, torch.dtype)):
                 raise ValueError(
                     f"{short_repr(name)} has the keys {short_repr(path)}, the shape {short_repr(shape)} and the dtype "
@@ -300,10 +299,7 @@ def _parse_entries(metadata: Any, folder: Path) -> dict[str, StoredEntry]:
                 )
             entries[name] = StoredEntry(path, shape, dtype, tuple(chunks))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        text = f"{type(error).__name__}: {error}"
-        raise LoadError(
-            f"{folder / METADATA_FILE} is damaged: {text}", [Problem(METADATA_FILE, "corrupt", text)]
-        ) from error
+        raise _metadata_error(folder, error) from error
     return entries
 
 

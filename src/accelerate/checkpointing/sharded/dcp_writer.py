@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from ...runtime.system.file_names import short_repr
 from ..storage.file_writer import FileWriter
 from ..storage.formats import write_torch
 from ..storage.staging import byte_view, is_dense_cpu
 from .dcp_reader import METADATA_FILE
-from .shard_layout import Chunk, LocalShard, is_tiled
+from .shard_layout import Chunk, LocalShard, check_tiled
 
 Key = tuple[Any, ...]
 """Path of keys to a value in a nested state, such as ``("model", "layer.weight")``."""
@@ -144,23 +143,10 @@ def build_metadata(results: Iterable[WriteResult]) -> Any:
             if chunk is None or shape is None or result.dtype is None:
                 values[name] = BytesStorageMetadata()
                 continue
-            known = values.setdefault(
-                name, TensorStorageMetadata(TensorProperties(dtype=result.dtype), torch.Size(shape), [])
-            )
-            known.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)))
-    _check_tiled(values)
-    return Metadata(values, planner_data=paths, storage_data=stored)
-
-
-def _check_tiled(values: Mapping[str, Any]) -> None:
+            tensor = TensorStorageMetadata(TensorProperties(dtype=result.dtype), torch.Size(shape), [])
+            part = ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+            values.setdefault(name, tensor).chunks.append(part)
     for name, value in values.items():
-        chunks = getattr(value, "chunks", None)
-        if chunks is None:
-            continue
-        chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
-        if not is_tiled(tuple(value.size), chunks):
-            count = sum(chunk.sizes.numel() for chunk in chunks)
-            raise ValueError(
-                f"{name} of shape {list(value.size)} has {value.size.numel()} elements, and the ranks wrote {count}, in "
-                f"chunks that leave gaps or overlap: {short_repr(chunks)}"
-            )
+        if isinstance(value, TensorStorageMetadata):
+            check_tiled(name, tuple(value.size), [(tuple(part.offsets), tuple(part.sizes)) for part in value.chunks])
+    return Metadata(values, planner_data=paths, storage_data=stored)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ...runtime.system.file_names import short_repr
 from ...runtime.tensors.dtensor import is_dtensor
 
 
@@ -106,7 +107,7 @@ def _flat_range_to_chunks(
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Decomposes a range of a flattened tensor into (offsets, sizes): the rest of a row, whole rows, the start of a row.
 
-    Rows are slices along dimension 0; partial rows recurse into the other dimensions. At most ``2 * ndim - 1`` chunks result.
+    Rows are slices along dimension 0; partial rows recurse into the other dimensions: at most ``2 * ndim - 1`` chunks.
     """
     if start >= stop:
         return
@@ -180,9 +181,6 @@ def is_tiled(shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], tup
         shape: Shape of the tensor.
         chunks: (offsets, sizes) of each chunk.
     """
-    whole_tensor = ((0,) * len(shape), tuple(shape))
-    if len(chunks) == 1 and chunks[0] == whole_tensor:
-        return all(size >= 0 for size in shape)
     for offsets, sizes in chunks:
         if not len(offsets) == len(sizes) == len(shape):
             return False
@@ -192,6 +190,14 @@ def is_tiled(shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], tup
     if math.prod(shape) != sum(math.prod(sizes) for _, sizes in filled):
         return False
     return not _any_overlap(filled, len(shape))
+
+
+def check_tiled(
+    name: object, shape: tuple[int, ...], chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> None:
+    """Raises ValueError if the chunks of all ranks leave gaps in a tensor, or overlap."""
+    if not is_tiled(shape, chunks):
+        raise ValueError(f"the chunks of {name} overlap or do not cover the shape {list(shape)}: {short_repr(chunks)}")
 
 
 def _any_overlap(chunks: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], dimensions: int) -> bool:

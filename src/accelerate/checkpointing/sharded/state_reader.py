@@ -6,7 +6,7 @@ of the parameter groups otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def _read_entry(reader: DCPReader, name: str) -> Any:
 # Weights ----------------------------------------------------------------------------------------------------------------
 
 
-class LazyStateDict(Mapping[str, Any]):
+class LazyStateDict(dict[str, Any]):
     """The state of a model in a checkpoint: FQN -> `LazyTensor` or another value.
 
     Args:
@@ -74,17 +74,8 @@ class LazyStateDict(Mapping[str, Any]):
     """
 
     def __init__(self, values: Mapping[str, Any], tied: Iterable[list[str]]) -> None:
-        self._values = values
+        super().__init__(values)
         self.tied = group_ties(tied)
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
 
 def wrap_weights(state: Any) -> LazyStateDict:

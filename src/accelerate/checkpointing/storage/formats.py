@@ -18,6 +18,7 @@ import torch
 
 from ...runtime.system import file_names
 from .file_writer import FileRecord, FileWriter
+from .staging import byte_view
 from .verified_reader import ChecksummedReader
 
 # Alignment of torch's allocator: kernels then compute bit-identical results on mapped tensors and copies.
@@ -151,7 +152,8 @@ def write_safetensors(
     writer.write(struct.pack("<Q", len(text)) + text)
     for name in wide_first:
         if state[name].numel():
-            writer.write(_byte_view(state[name] if values is None else values[name]))
+            tensor = state[name] if values is None else values[name]
+            writer.write(byte_view(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()))
 
 
 def _check_supported(name: str, value: Any) -> torch.Tensor:
@@ -164,12 +166,6 @@ def _check_supported(name: str, value: Any) -> torch.Tensor:
             f"{name!r} is {what}, which the safetensors format cannot hold: save with safe_serialization=False."
         )
     return value
-
-
-def _byte_view(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    data: Any = flat.view(torch.uint8).numpy()
-    return memoryview(data)
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

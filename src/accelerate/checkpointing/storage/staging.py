@@ -19,14 +19,15 @@ _THREADS = 4
 
 def is_dense_cpu(tensor: Any) -> bool:
     """Returns True if a tensor's elements are one contiguous range of this process's memory, stored as they are."""
+    return _is_plain(tensor) and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Returns True for strided tensors whose memory holds their elements as they are."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.device.type == "cpu"
         and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not tensor.is_quantized
+        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
     )
 
 
@@ -44,11 +45,7 @@ def copy_tensors(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         into, out_of = byte_view(target), byte_view(source)
         for start in range(0, len(into), _COPY_SIZE):
             blocks.append((into[start : start + _COPY_SIZE], out_of[start : start + _COPY_SIZE]))
-
-    def copy(block: tuple[Any, Any]) -> None:
-        np.copyto(*block)
-
-    thread_map(copy, blocks, _THREADS)
+    thread_map(lambda block: np.copyto(*block), blocks, _THREADS)
 
 
 def byte_view(tensor: torch.Tensor) -> Any:
@@ -58,11 +55,8 @@ def byte_view(tensor: torch.Tensor) -> Any:
 
 def _is_dense_on_device(tensor: Any) -> bool:
     """Returns True if a device tensor's elements are one dense block of device memory."""
-    return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.layout is torch.strided
-        and (tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)))
-        and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+    return _is_plain(tensor) and (
+        tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
     )
 
 

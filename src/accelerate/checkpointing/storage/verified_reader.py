@@ -73,10 +73,6 @@ class ChecksummedReader(io.RawIOBase):
         """Returns True."""
         return True
 
-    def tell(self) -> int:
-        """Returns the position of the next read."""
-        return self._position
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Moves the position of the next read."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._record.size}[whence]
