@@ -349,6 +349,18 @@ class DataLoaderAdapter(DataLoaderStateMixin, DataLoader):
         finally:
             self.__dict__["dataset"], self.collate_fn, self.worker_init_fn = dataset, collate_fn, worker_init_fn
 
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.begin()
+        try:
+            yield from self._epoch()
+            self._finish_epoch()
+        finally:
+            self.end()
+
+    def _epoch(self) -> Iterator[Any]:
+        """Returns the batches of one epoch."""
+        return self._batches()
+
     def torch_iterator(self) -> Any:
         """Returns an iterator over the underlying torch loader, without the state of the loop."""
         return super().__iter__()

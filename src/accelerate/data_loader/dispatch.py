@@ -107,21 +107,16 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         batches, step = super().__len__(), self._batches_per_step()
         return batches // step if self._drop_last else -(-batches // step)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.begin()
-        try:
-            self._begin_epoch()
-            move = make_transfer_fn(self.state.device if self._device is None else self._device, self._non_blocking)
-            for step in self._steps(world.current().collectives):
-                self.step_sizes = step.step_sizes
-                self.end_of_dataloader = step.last
-                if step.last and step.rows is not None:
-                    self.remainder = step.rows
-                self._update_short_rows(step.batch, None)
-                yield step.batch if move is None else move(step.batch)
-            self._finish_epoch()
-        finally:
-            self.end()
+    def _epoch(self) -> Iterator[Any]:
+        self._begin_epoch()
+        move = make_transfer_fn(self.state.device if self._device is None else self._device, self._non_blocking)
+        for step in self._steps(world.current().collectives):
+            self.step_sizes = step.step_sizes
+            self.end_of_dataloader = step.last
+            if step.last and step.rows is not None:
+                self.remainder = step.rows
+            self._update_short_rows(step.batch, None)
+            yield step.batch if move is None else move(step.batch)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_broadcaster": None}

@@ -68,17 +68,12 @@ class DataLoaderShard(DataLoaderAdapter):
             **kwargs,
         )
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.begin()
-        try:
-            self._begin_epoch()
-            self._synchronize_rng()
-            batches = self._batches()
-            move = make_transfer_fn(self.device, self._non_blocking)
-            yield from batches if move is None else map(move, batches)
-            self._finish_epoch()
-        finally:
-            self.end()
+    def _epoch(self) -> Iterator[Any]:
+        self._begin_epoch()
+        self._synchronize_rng()
+        batches = self._batches()
+        move = make_transfer_fn(self.device, self._non_blocking)
+        return batches if move is None else map(move, batches)
 
     def _iterable_batches(self) -> Iterator[Any]:
         if not isinstance(self.dataset, StreamShard):
@@ -122,11 +117,3 @@ class SkipDataLoader(DataLoaderAdapter):
         self, dataset: Any, skip_batches: int = 0, use_stateful_dataloader: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(dataset, use_stateful_dataloader=use_stateful_dataloader, skip_batches=skip_batches, **kwargs)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.begin()
-        try:
-            yield from self._batches()
-            self._finish_epoch()
-        finally:
-            self.end()

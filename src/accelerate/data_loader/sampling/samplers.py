@@ -69,16 +69,28 @@ def sampler_chain(sampler: Any) -> list[Any]:
 
 def samplers_with_epoch(sampler: Any) -> list[Any]:
     """Returns the samplers of a chain that have a ``set_epoch``, except ours, which only forward it."""
-    ours = (BatchSamplerShard, SamplerShard, SkipBatchSampler)
-    return [link for link in sampler_chain(sampler) if hasattr(link, "set_epoch") and not isinstance(link, ours)]
+    return [
+        link for link in sampler_chain(sampler) if hasattr(link, "set_epoch") and not isinstance(link, _StepSampler)
+    ]
 
 
-def _forward_epoch(sampler: Any, epoch: int) -> None:
-    for receiver in samplers_with_epoch(sampler):
-        receiver.set_epoch(epoch)
+class _StepSampler:
+    """Base of the samplers that wrap another one, and determine the `StepSizes` of each step."""
+
+    def with_step_sizes(self) -> Iterator[tuple[Any, StepSizes | None]]:
+        """Yields this rank's index batches (or items), each with the `StepSizes` of its step or None."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        return (indices for indices, _ in self.with_step_sizes())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the samplers inside."""
+        for receiver in samplers_with_epoch(self):
+            receiver.set_epoch(epoch)
 
 
-class BatchSamplerShard(BatchSampler):
+class BatchSamplerShard(_StepSampler, BatchSampler):
     """One rank's shard of the batches of another batch sampler.
 
     With `split_batches` every batch is split into `num_processes` shards; else rank 0 takes batch 0, rank 1 batch 1, and
@@ -146,7 +158,6 @@ class BatchSamplerShard(BatchSampler):
         return 0 < rest <= self.process_index * (self.batch_size // self.num_processes)
 
     def with_step_sizes(self) -> Iterator[tuple[list[Any], StepSizes | None]]:
-        """Yields this rank's index batches, each with the `StepSizes` of its step or None."""
         rank = self.process_index  # read now, not in the constructor: transformers changes both on a prepared loader
         for parts, step_sizes in shard_batches(
             self.batch_sampler,
@@ -158,13 +169,6 @@ class BatchSamplerShard(BatchSampler):
         ):
             if parts[rank]:
                 yield parts[rank], step_sizes
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return (indices for indices, _ in self.with_step_sizes())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the batch sampler."""
-        _forward_epoch(self.batch_sampler, epoch)
 
 
 def check_split(batch_size: int | None, num_processes: int) -> None:
@@ -186,7 +190,7 @@ def check_split(batch_size: int | None, num_processes: int) -> None:
         )
 
 
-class SamplerShard(Sampler[Any]):
+class SamplerShard(_StepSampler, Sampler[Any]):
     """One rank's shard of a sampler each of whose items is a batch (a loader with ``batch_size=None``).
 
     Args:
@@ -207,20 +211,12 @@ class SamplerShard(Sampler[Any]):
         return full + (extra > 0 if self.even_batches else self.process_index < extra)
 
     def with_step_sizes(self) -> Iterator[tuple[Any, StepSizes | None]]:
-        """Yields this rank's items, each with the `StepSizes` of its step or None."""
         for parts, step_sizes in shard_items(self.sampler, self.num_processes, even=self.even_batches):
             if parts[self.process_index]:
                 yield parts[self.process_index][0], step_sizes
 
-    def __iter__(self) -> Iterator[Any]:
-        return (item for item, _ in self.with_step_sizes())
 
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the sampler."""
-        _forward_epoch(self.sampler, epoch)
-
-
-class SkipBatchSampler(BatchSampler):
+class SkipBatchSampler(_StepSampler, BatchSampler):
     """A batch sampler (or sampler) without its first batches, which are drawn but never fetched.
 
     Args:
@@ -243,22 +239,12 @@ class SkipBatchSampler(BatchSampler):
         return max(0, len(self.batch_sampler) - self.skip_batches)
 
     def with_step_sizes(self) -> Iterator[tuple[Any, StepSizes | None]]:
-        """Yields the remaining index batches, each with the `StepSizes` of its step or None."""
         return itertools.islice(iter_with_step_sizes(self.batch_sampler), self.skip_batches, None)
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self.batch_sampler), self.skip_batches, None)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch of the batch sampler."""
-        _forward_epoch(self.batch_sampler, epoch)
 
 
 def iter_with_step_sizes(sampler: Iterable[Any]) -> Iterator[tuple[Any, StepSizes | None]]:
     """Iterates over a sampler, and adds the `StepSizes` of each step; None if the sampler is not a shard."""
-    return (
-        sampler.with_step_sizes() if hasattr(sampler, "with_step_sizes") else ((indices, None) for indices in sampler)
-    )
+    return sampler.with_step_sizes() if isinstance(sampler, _StepSampler) else ((indices, None) for indices in sampler)
 
 
 def index_sampler(loader: DataLoader[Any]) -> Any:
