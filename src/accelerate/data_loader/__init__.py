@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from ..runtime.system.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from .base import DataLoaderAdapter, DataLoaderStateMixin
+    from .base import DataLoaderAdapter
     from .batches.batch_broadcast import CannotDispatchError, ReadingRankError
     from .batches.batch_sharding import StepSizes
     from .build import build_loader, logger
     from .dispatch import DataLoaderDispatcher
     from .gathering import gather_for_metrics, gather_items, gather_rows
     from .iterable import IterableDatasetShard
+    from .loop_state import DataLoaderStateMixin
     from .mesh import data_shard_of_mesh
     from .plan import DataPlan, DatasetKind, ReadMode, Shuffle, plan_data
     from .prepare import override_even_batches, prepare_data_loader
@@ -66,7 +67,7 @@ __getattr__ = lazy_exports(
         "DataLoaderAdapter": "base",
         "DataLoaderDispatcher": "dispatch",
         "DataLoaderShard": "shard",
-        "DataLoaderStateMixin": "base",
+        "DataLoaderStateMixin": "loop_state",
         "DataPlan": "plan",
         "DatasetKind": "plan",
         "gather_for_metrics": "gathering",

@@ -21,9 +21,10 @@ from ..runtime.collective_backend import Collectives, TorchCollectives
 from ..runtime.tensors.pytree import contains_only_tensors, honor_type, map_tensors, recursively_apply
 from ..runtime.world import DataShard
 from ..state import GradientState
-from .base import DataLoaderAdapter, DataLoaderStateMixin
+from .base import DataLoaderAdapter
 from .batches.batch_sharding import StepSizes
 from .batches.batch_slicing import like_mapping
+from .loop_state import DataLoaderStateMixin
 
 # Subgroups of the first ranks of a group, created on demand; they live as long as the group.
 _groups: weakref.WeakKeyDictionary[Collectives, dict[int, Collectives]] = weakref.WeakKeyDictionary()
