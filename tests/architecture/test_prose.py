@@ -12,7 +12,6 @@ from tests.architecture import prose
 PENDING = [
     "accelerator",
     "checkpointing",
-    "commands",
     "launch",
     "launchers",
     "optimizer",

@@ -212,7 +212,7 @@ def test_the_printed_dialogs(example: str, pipe: Callable[..., Any], tmp_path: P
 def test_ctrl_c_leaves_the_file_as_it_was(terminal: Terminal, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("distributed_type: 'NO'\n")
     screen = terminal()
-    screen.expect("c.yaml is there already. It is replaced after the last answer")
+    screen.expect("c.yaml exists. It is replaced after the last answer")
     screen.expect("In which compute environment")
     screen.send(ENTER)
     screen.expect("Which type of machine")
@@ -298,9 +298,9 @@ def test_a_terminal_without_questionary(terminal: Terminal, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (".", ". is no file: name one"),
+        (".", ". is not a file: name one"),
         ("/dev/null", "/dev/null is no file"),
-        ("file/c.yaml", "file is no folder that you may write to"),
+        ("file/c.yaml", "file is not a writable folder"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused_before_the_first_question(

@@ -1,4 +1,4 @@
-"""The ``accelerate`` command: a table of subcommands, of which only the one asked for is imported."""
+"""The ``accelerate`` command: a table of subcommands, each imported on use."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = module.main(words[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has seen enough: `accelerate launch -h | head`
+    except BrokenPipeError:  # the reader closed the pipe: `accelerate launch -h | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
@@ -60,7 +60,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`accelerate COMMAND --help` says more about each.",
+            "See `accelerate COMMAND --help` for each command.",
         ]
     )
 
@@ -69,7 +69,7 @@ def _unknown(word: str) -> int:
     import difflib
 
     near = difflib.get_close_matches(word, COMMANDS, n=1)
-    hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(COMMANDS)}."
+    hint = f" Did you mean {near[0]}?" if near else f" Commands are {', '.join(COMMANDS)}."
     print(f"accelerate: unknown command {word}.{hint}", file=sys.stderr)
     return 2
 

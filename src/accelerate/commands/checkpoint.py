@@ -1,4 +1,4 @@
-"""``accelerate checkpoint verify DIR`` and ``accelerate checkpoint list PROJECT_DIR``: is it whole, and what is in it."""
+"""``accelerate checkpoint verify DIR`` and ``accelerate checkpoint list PROJECT_DIR``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .parsers import CommandParser, make_parser
 
 
 def checkpoint_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Returns the command's parser."""
     parser = make_parser("checkpoint", "Verifies a checkpoint, or lists those of a project.", subparsers)
     actions = parser.add_subparsers(dest="action", required=True, parser_class=CommandParser)
     verify = actions.add_parser("verify", description="Reads a checkpoint whole and compares it with its manifest.")
@@ -24,7 +24,7 @@ def checkpoint_command_parser(subparsers: Any = None) -> argparse.ArgumentParser
 
 
 def checkpoint_command(args: argparse.Namespace) -> int:
-    """Prints the findings; the exit code: 0 where all is well, 1 where something is wrong."""
+    """Prints the findings and returns the exit code: 0 if all is well, else 1."""
     return _verify(args.folder) if args.action == "verify" else _list(args.folder)
 
 

@@ -1,6 +1,6 @@
-"""``accelerate env``: versions, devices and configuration, ready to paste into a report.
+"""``accelerate env``: versions, devices and configuration, for bug reports.
 
-What is broken is reported, never a reason not to report the rest.
+Errors of one item are reported in its place and do not affect the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PACKAGES = (
     *("tensorboard", "timm", "tokenizers", "torch_npu", "torch_xla", "torchao", "torchdata", "torchvision", "trackio"),
     *("transformer_engine", "transformers", "triton", "trl", "wandb"),
 )
-# Variables that change what a run does, by how their names begin.
+# Prefixes of variables that affect a run.
 _PREFIXES = (
     *("ACCELERATE_", "DEEPSPEED_", "FSDP_", "MEGATRON_", "PARALLELISM_CONFIG_", "HF_", "TRANSFORMERS_", "AWS_"),
     *("TORCH", "PYTORCH_", "NCCL_", "GLOO_", "CCL_", "TP_", "UCX_", "OMP_", "KMP_", "MKL_", "MASTER_", "RANK"),
@@ -44,7 +44,7 @@ _MASK = "(set, not shown)"
 
 
 def env_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Returns the command's parser."""
     parser = make_parser("env", "Shows versions, devices and configuration, for a report.", subparsers)
     add(parser, "--config_file", help="configuration file to show instead of the default one")
     add(parser, "--json", action="store_true", help="print JSON")
@@ -113,10 +113,10 @@ def _report(path: str | None, configuration: Mapping[str, Any] | str) -> dict[st
 
 
 def _or_error(look: Callable[[], Any]) -> str:
-    """What `look` finds, or why it finds nothing."""
+    """Returns the result of `look`, or the error it raises."""
     try:
         return str(look())
-    except Exception as error:  # noqa: BLE001 - a report of something broken is what this command is for
+    except Exception as error:  # noqa: BLE001 - the command must report on broken installations
         return f"unknown ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
@@ -155,7 +155,7 @@ def _cores() -> str:
 
 
 def _devices() -> dict[str, str]:
-    """Name and memory of each device of the default kind, by its number."""
+    """Returns name and memory of each device of the default type, by index."""
     try:
         kind = _kind()
         module = None if kind.name in ("cpu", "mps", "xla") else kind.torch_module()
@@ -174,7 +174,7 @@ def _device(module: Any, number: int) -> str:
 
 
 def _configuration(path: str | None) -> tuple[dict[str, Any] | str, SettingsError | None]:
-    """The configuration, and what is wrong with it."""
+    """Returns the configuration and the problem with it, if any."""
     try:
         if path is None:
             path = config_file.default_path()
@@ -191,10 +191,10 @@ def _configuration(path: str | None) -> tuple[dict[str, Any] | str, SettingsErro
 
 
 def variables(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The variables that change what a run does; of those that look like secrets only that they are set.
+    """Returns the variables that affect a run; values of those that look like secrets are hidden.
 
     Args:
-        environment: Instead of this process's.
+        environment: The environment; None for that of this process.
     """
     found = env.snapshot() if environment is None else environment
     return {

@@ -1,4 +1,4 @@
-"""``accelerate launch``: reads the command line, starts the script, hands on its exit code."""
+"""``accelerate launch``: parses the command line, starts the script and returns its exit code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _start(words: parse.ParsedArgs, *, replace: bool) -> int:
 
 
 def launch_command(args: argparse.Namespace) -> None:
-    """Launches what `args`, from `launch_command_parser`, describe, and returns when it has ended.
+    """Launches for `args` of `launch_command_parser`, and returns when the processes have ended.
 
     Raises:
         SystemExit: with the exit code, unless it is 0.
@@ -60,10 +60,10 @@ def launch_command(args: argparse.Namespace) -> None:
 
 
 def launch_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The parser of ``accelerate launch``, for programs that launch through it.
+    """Returns the parser of ``accelerate launch``, for programs that launch through it.
 
     Args:
-        subparsers: What ``add_subparsers`` gives, to become one of its commands.
+        subparsers: The result of ``add_subparsers``, to add the parser to.
     """
     from .launch_parser import make
 

@@ -1,4 +1,4 @@
-"""The help of ``accelerate launch``: the groups of flags that matter for what is on the line already."""
+"""Help of ``accelerate launch``: the groups of flags that apply to the flags already on the command line."""
 
 from __future__ import annotations
 

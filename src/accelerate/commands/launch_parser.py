@@ -15,10 +15,10 @@ from .parsers import with_dashes
 
 
 class LaunchParser(argparse.ArgumentParser):
-    """Knows every flag; reads words as ``accelerate launch`` does.
+    """An argparse parser with all flags, which parses like ``accelerate launch``.
 
-    What it gives holds every option by name, ``training_script``, ``training_script_args``, and in ``_given`` the names
-    of those that were on the command line, so that a configuration file can fill in the others.
+    The namespace holds every option by name, ``training_script``, ``training_script_args``, and in ``_given`` the names of
+    options on the command line, so that a configuration file can fill in the others.
     """
 
     def parse_known_args(  # type: ignore[override]  # argparse's own is overloaded on the namespace

@@ -1,4 +1,4 @@
-"""``accelerate merge-weights``: merges the weights that several processes saved in shards into files that others read."""
+"""``accelerate merge-weights``: merges sharded weights into one safetensors file, or several with an index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ description = (
 
 
 def merge_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Returns the command's parser."""
     parser = make_parser("merge-weights", description, subparsers)
     add(parser, "checkpoint_directory", help="folder of the shards, such as checkpoint_3/pytorch_model_fsdp_0")
     add(parser, "output_path", help="folder for the merged weights, made if it is not there")
@@ -38,7 +38,7 @@ def merge_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
 
 
 def merge_command(args: argparse.Namespace) -> None:
-    """Merges.
+    """Merges the weights.
 
     Raises:
         CheckpointError: when the shards cannot be read, or the merged weights not written.

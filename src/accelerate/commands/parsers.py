@@ -1,4 +1,4 @@
-"""What the small subcommands share: a parser that takes dashes for underscores, and whose errors are one line.
+"""Argument parsing of the small subcommands: dashes for underscores, and one-line errors.
 
 Help and messages show each flag in the documented spelling only.
 """
@@ -31,7 +31,7 @@ def with_dashes(spellings: tuple[str, ...]) -> list[str]:
 
 
 def make_parser(name: str, description: str, subparsers: Any = None) -> argparse.ArgumentParser:
-    """A parser of its own, or one among `subparsers` (what ``add_subparsers`` gives)."""
+    """Returns a standalone parser, or one added to `subparsers` (the result of ``add_subparsers``)."""
     if subparsers is not None:
         parser: argparse.ArgumentParser = subparsers.add_parser(name, description=description)
         return parser
@@ -39,7 +39,7 @@ def make_parser(name: str, description: str, subparsers: Any = None) -> argparse
 
 
 def add(parser: argparse.ArgumentParser, *spellings: str, **options: Any) -> None:
-    """Adds a flag with dashes as well, whatever kind of parser `parser` is."""
+    """Adds a flag, with dashes as well, to any argparse parser or group."""
     if isinstance(parser, CommandParser):
         parser.add_argument(*spellings, **options)
     else:
@@ -48,5 +48,7 @@ def add(parser: argparse.ArgumentParser, *spellings: str, **options: Any) -> Non
 
 def _shown_as(spellings: tuple[str, ...], action: argparse.Action) -> argparse.Action:
     if action.option_strings:
-        action.option_strings = list(spellings)  # what help and messages show; the parser knows the others by now
+        action.option_strings = list(
+            spellings
+        )  # the spellings in help and messages; the parser has registered the others already
     return action

@@ -1,4 +1,4 @@
-"""``accelerate test``: launches a script that checks this machine's set-up and says what it checked."""
+"""``accelerate test``: launches a script that checks this machine's setup and lists its checks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SCRIPT = Path(__file__).parents[1] / "test_utils" / "scripts" / "test_script.py
 
 
 def test_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Returns the command's parser."""
     parser = make_parser(
         "test",
-        "Checks this machine's set-up: launches a script as `accelerate launch` would, and prints what it checked. "
+        "Checks this machine's setup: launches a script like `accelerate launch`, and prints a line for each check. "
         "Flags of launch may follow.",
         subparsers,
     )

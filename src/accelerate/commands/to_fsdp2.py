@@ -1,4 +1,4 @@
-"""``accelerate to-fsdp2``: turns a configuration file for FSDP 1 into one for FSDP 2, and says what has no counterpart."""
+"""``accelerate to-fsdp2``: converts a configuration file for FSDP 1 to FSDP 2, and lists options without a counterpart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..settings.enums import FSDP_SHARDING_STRATEGY
 from ..settings.option import OptionSpec, SettingsError
 from .parsers import add, make_parser
 
-# Whether the strategy frees gathered parameters after the forward.
+# Sharding strategy -> reshard_after_forward.
 _RESHARDS = {
     "FULL_SHARD": True,
     "SHARD_GRAD_OP": False,
@@ -23,28 +23,28 @@ _RESHARDS = {
     "HYBRID_SHARD": True,
     "HYBRID_SHARD_ZERO2": False,
 }
-# What more there is to say about a strategy.
+# Notes on strategies.
 _STRATEGY_NOTES = {
     "NO_SHARD": "FSDP 2 always shards; to keep whole replicas, use distributed_type MULTI_GPU instead",
-    "HYBRID_SHARD": "replicas across nodes are asked for by parallelism_config_dp_replicate_size",
-    "HYBRID_SHARD_ZERO2": "replicas across nodes are asked for by parallelism_config_dp_replicate_size",
+    "HYBRID_SHARD": "replicas across nodes are set by parallelism_config_dp_replicate_size",
+    "HYBRID_SHARD_ZERO2": "replicas across nodes are set by parallelism_config_dp_replicate_size",
 }
-# Options without a counterpart, and why.
+# Options without a counterpart, and the reason.
 _DROPPED = {
-    "fsdp_backward_prefetch": "FSDP 2 always gathers the next unit before the gradients of this one are reduced",
-    "fsdp_forward_prefetch": "FSDP 2 is told per module, by set_modules_to_forward_prefetch",
-    "fsdp_sync_module_states": "FSDP 2 broadcasts where cpu_ram_efficient_loading asks for it, and nowhere else",
+    "fsdp_backward_prefetch": "FSDP 2 always prefetches the next unit before the gradients of the current one are reduced",
+    "fsdp_forward_prefetch": "FSDP 2 sets it per module, by set_modules_to_forward_prefetch",
+    "fsdp_sync_module_states": "FSDP 2 broadcasts only with cpu_ram_efficient_loading",
     "fsdp_use_orig_params": "FSDP 2 keeps the original parameters always",
 }
 
 
 class Conversion(NamedTuple):
-    """A content for FSDP 2.
+    """Converted content.
 
     Attributes:
-        content: The new content; the old one where there was nothing to convert.
-        notes: What was done, and what has no counterpart, a line each.
-        converted: Whether anything was.
+        content: The new content; the old one if there was nothing to convert.
+        notes: A line for each change and for each option without a counterpart.
+        converted: Whether anything was converted.
     """
 
     content: dict[str, Any]
@@ -53,11 +53,11 @@ class Conversion(NamedTuple):
 
 
 def convert(content: Mapping[str, Any], path: str) -> Conversion:
-    """A file's content for FSDP 2.
+    """Converts a file's content to FSDP 2.
 
     Args:
-        content: As `launch.config_io.load` gives it.
-        path: For the messages.
+        content: The content, as returned by `launch.config_io.load`.
+        path: The file's path, for messages.
 
     Raises:
         SettingsError: when the content cannot be understood.
@@ -84,7 +84,7 @@ def convert(content: Mapping[str, Any], path: str) -> Conversion:
 
 
 def _converted(entry: OptionSpec, value: Any) -> tuple[str | None, Any, str | None]:
-    """An option's key and value in FSDP 2 (no key: it has none), and what to say about it."""
+    """Returns an option's key and value in FSDP 2 (None for an option without a counterpart), and a note."""
     if entry.dest == "fsdp_version":
         return entry.key, 2, None
     if entry.dest in _DROPPED:
@@ -102,7 +102,7 @@ def _converted(entry: OptionSpec, value: Any) -> tuple[str | None, Any, str | No
 
 
 def convert_config_to_fsdp2(config: dict[str, Any]) -> dict[str, Any]:
-    """The content of a configuration file for FSDP 1, turned into one for FSDP 2.
+    """Converts the content of a configuration file for FSDP 1 to FSDP 2.
 
     Raises:
         ValueError: when it cannot be understood.
@@ -114,10 +114,10 @@ def convert_config_to_fsdp2(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_fsdp2_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Returns the command's parser."""
     parser = make_parser(
         "to-fsdp2",
-        "Turns a configuration file for FSDP 1 into one for FSDP 2, and says what has no counterpart there.",
+        "Converts a configuration file for FSDP 1 to FSDP 2, and lists options without a counterpart.",
         subparsers,
     )
     add(parser, "--config_file", required=True, help="the file to convert")

@@ -13,13 +13,13 @@ from .parsers import add, make_parser
 
 
 def tpu_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Returns the command's parser."""
     parser = make_parser("tpu-config", "Runs commands on every worker of a TPU, through gcloud's ssh.", subparsers)
-    where: Any = parser.add_argument_group("Config Arguments", "What `accelerate config` can keep in a file.")
+    where: Any = parser.add_argument_group("Config Arguments", "Arguments that `accelerate config` stores in a file.")
     add(where, "--config_file", help="configuration file instead of the default one")
     add(where, "--tpu_name", help="name of the TPU (default: the file's)")
     add(where, "--tpu_zone", help="zone of the TPU (default: the file's)")
-    what: Any = parser.add_argument_group("TPU Arguments", "What runs there.")
+    what: Any = parser.add_argument_group("TPU Arguments", "Arguments of the commands.")
     add(what, "--use_alpha", action="store_true", help="use gcloud alpha")
     add(what, "--command_file", help="file with commands to run")
     add(what, "--command", action="append", nargs="+", help="a command to run, may be repeated")
@@ -31,12 +31,12 @@ def tpu_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
 
 
 def command(args: argparse.Namespace) -> list[str]:
-    """gcloud's command line for `args` and the configuration file they lead to.
+    """Returns gcloud's command line for `args` and their configuration file.
 
-    Flags that say what to run replace what the file says about it; a flag for the name or the zone replaces that key.
+    Command flags replace the file's commands; a flag for the name or the zone replaces that key.
 
     Raises:
-        SettingsError: when something is missing, or cannot be read.
+        SettingsError: if a value is missing, or a file cannot be read.
     """
     from ..launch.config_file import load_config
     from ..launch.engines import tpu
@@ -54,7 +54,7 @@ def command(args: argparse.Namespace) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command, or prints it; the exit code."""
+    """Runs or prints the command and returns the exit code."""
     from ..launch.engines.tpu import run_remotely
 
     try:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tpu_command_launcher(args: argparse.Namespace) -> None:
-    """Runs what `args`, from `tpu_command_parser`, describe.
+    """Runs the command for `args` of `tpu_command_parser`.
 
     Raises:
         SystemExit: with the exit code, unless it is 0.

@@ -1,4 +1,4 @@
-"""``accelerate config`` and its subcommands: the parser. The questions are imported when they are asked."""
+"""Parser of ``accelerate config`` and its subcommands; the questions are imported on use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ description = "Asks a few questions and writes the configuration file that `acce
 
 
 def get_config_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The parser of ``accelerate config`` with its subcommands."""
+    """Returns the parser of ``accelerate config`` with its subcommands."""
     parser = config_command_parser(subparsers)
     inner = parser.add_subparsers(title="subcommands", dest="subcommand")
     default_command_parser(inner, [])
@@ -26,7 +26,7 @@ def get_config_parser(subparsers: Any = None) -> argparse.ArgumentParser:
 
 
 def config_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The parser of ``accelerate config`` itself."""
+    """Returns the parser of ``accelerate config`` without subcommands."""
     parser = make_parser("config", description, subparsers)
     add(parser, "--config_file", help="the file to write instead of the default one")
     parser.set_defaults(func=config_command)
@@ -37,7 +37,7 @@ def config_command(args: argparse.Namespace) -> None:
     """Asks the questions and writes the file.
 
     Raises:
-        SystemExit: with code 2 when that could not be done, 130 after Ctrl-C.
+        SystemExit: with code 2 if an answer is missing or the file cannot be written, 130 after Ctrl-C.
     """
     from .questionnaire import run
 

@@ -1,6 +1,6 @@
-"""The configuration file as objects, for programs that read or write it.
+"""Configuration files as objects, for programs that read or write them.
 
-Launching reads it through `launch.config_file`: what a file may hold, and what is said about a mistake, is the same.
+Parsing and validation are those of `launch.config_file`, which launching uses.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def load_config_from_file(config_file: str | os.PathLike[str] | None) -> Cluster
     """Reads a configuration file.
 
     Args:
-        config_file: The file, yaml or json; None reads the default one.
+        config_file: The file, YAML or JSON; None reads the default one.
 
     Raises:
-        FileNotFoundError: when there is no such file.
-        ValueError: when its content cannot be used, naming the key.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if its content is invalid; the message names the key.
     """
     path = os.fspath(config_file) if config_file is not None else default_config_file
     if not os.path.isfile(path):
@@ -50,7 +50,7 @@ def load_config_from_file(config_file: str | os.PathLike[str] | None) -> Cluster
 
 @dataclass
 class BaseConfig:
-    """What every configuration says: where to run, how to share the work, in which precision."""
+    """Fields that all configurations share: compute environment, distributed type, precision."""
 
     compute_environment: ComputeEnvironment
     distributed_type: DistributedType | SageMakerDistributedType
@@ -64,14 +64,14 @@ class BaseConfig:
         self.distributed_type = (kinds or SageMakerDistributedType)(self.distributed_type)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys and values of the file; keys without a value are left out."""
+        """Returns the keys and values of the file; keys without a value are omitted."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         plain = {name: value.value if isinstance(value, enum.Enum) else value for name, value in values.items()}
         return {name: value for name, value in plain.items() if value is not None}
 
     @staticmethod
     def process_config(config_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """A file's content with defaults for what every configuration says."""
+        """Returns a file's content completed by defaults of the shared fields."""
         defaults = {
             "compute_environment": "LOCAL_MACHINE",
             "distributed_type": "NO",
@@ -83,20 +83,20 @@ class BaseConfig:
 
     @classmethod
     def from_yaml_file(cls: type[_C], yaml_file: str | os.PathLike[str] | None = None) -> _C:
-        """Reads a yaml file; None reads the default one.
+        """Reads a YAML file; None reads the default one.
 
         Raises:
-            ValueError: when its content cannot be used.
+            ValueError: if its content is invalid.
         """
         path = os.fspath(yaml_file) if yaml_file is not None else default_yaml_config_file
         return cls._from_content(load(path), path)
 
     @classmethod
     def from_json_file(cls: type[_C], json_file: str | os.PathLike[str] | None = None) -> _C:
-        """Reads a json file; None reads the default one.
+        """Reads a JSON file; None reads the default one.
 
         Raises:
-            ValueError: when its content cannot be used.
+            ValueError: if its content is invalid.
         """
         path = os.fspath(json_file) if json_file is not None else default_json_config_file
         return cls._from_content(load(path), path)
@@ -118,17 +118,17 @@ class BaseConfig:
             raise SettingsError(f"configuration file {path}: {error}") from None
 
     def to_yaml_file(self, yaml_file: str | os.PathLike[str]) -> None:
-        """Writes a yaml file, keys in alphabetical order; the file is whole or not there."""
+        """Writes a YAML file atomically, with keys in alphabetical order."""
         write(yaml_file, dump(self.to_dict()))
 
     def to_json_file(self, json_file: str | os.PathLike[str]) -> None:
-        """Writes a json file, keys in alphabetical order; the file is whole or not there."""
+        """Writes a JSON file atomically, with keys in alphabetical order."""
         write(json_file, dump(self.to_dict(), as_json=True))
 
 
 @dataclass
 class ClusterConfig(BaseConfig):
-    """A configuration for one's own machines. Keys of a section lie in a mapping of their own."""
+    """A configuration of the user's own machines. Options of a section are in a nested mapping."""
 
     num_processes: int = -1
     machine_rank: int = 0
@@ -163,7 +163,7 @@ class SageMakerConfig(BaseConfig):
     """A configuration for Amazon SageMaker.
 
     Raises:
-        ValueError: when the instance type or the role is missing.
+        ValueError: if the instance type or the role is missing.
     """
 
     ec2_instance_type: str = ""

@@ -22,17 +22,17 @@ description = "Writes a configuration file for this machine: all its devices, or
 def write_basic_config(
     mixed_precision: str = "no", save_location: str | os.PathLike[str] = default_config_file
 ) -> Path | Literal[False]:
-    """Writes a configuration file for this machine: all its devices, or its CPU when it has none.
+    """Writes a configuration file for this machine: all its devices, or its CPU if it has none.
 
     Args:
         mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``.
         save_location: The file.
 
     Returns:
-        The file's path, or False when it exists already: it is left as it is.
+        The file's path, or False if it exists, in which case it is left unchanged.
 
     Raises:
-        ValueError: for another precision.
+        ValueError: if the precision is unknown.
     """
     option = next(entry for entry in option_specs(LaunchSettings) if entry.dest == "mixed_precision")
     precision = option.convert(mixed_precision, "mixed_precision")
@@ -78,13 +78,13 @@ def default_command_parser(parser: Any, parents: list[argparse.ArgumentParser]) 
         default=default_config_file,
         help="the file to write instead of the default one",
     )
-    add(made, "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="number format")
+    add(made, "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision")
     made.set_defaults(func=default_config_command)
     return made
 
 
 def default_config_command(args: argparse.Namespace) -> None:
-    """Writes the file and says where."""
+    """Writes the file and prints its path."""
     try:
         written = write_basic_config(args.mixed_precision, args.save_location)
     except (SettingsError, OSError) as error:

@@ -1,4 +1,4 @@
-"""``accelerate config explain``: what a launch would use, value by value, and where each value comes from."""
+"""``accelerate config explain``: the values that a launch would use, and the source of each."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
     from ...launch.host import HostInfo
     from ...launch.plan import LaunchPlan
 
-description = "Shows what a launch with these flags would use, and where each value comes from; starts nothing."
+description = "Shows the values that a launch with these flags would use, and the source of each; starts nothing."
 
 _USAGE = """\
 usage: accelerate config explain [--all] [--json] [flags of launch] [script]
 
-Shows what a launch with these flags would use, and where each value comes
-from; starts nothing.
+Shows the values that a launch with these flags would use, and the source of
+each; starts nothing.
 
-  --all       values that nobody chose as well
-  --json      for programs
+  --all       include values that have their defaults
+  --json      print JSON
   -h, --help  this text
 
 `accelerate launch --dry_run` prints the command, as a shell takes it."""
 _OWN = ("--all", "--json", "-h", "--help")
-_NAME, _VALUE, _SOURCE = 29, 20, 27  # widths of the columns; 80 with what is between them
-_NOBODY = "default"
+_NAME, _VALUE, _SOURCE = 29, 20, 27  # widths of the columns; 80 with the gaps
+_DEFAULT = "default"
 
 
 class Row(NamedTuple):
-    """An option's value, and who chose it.
+    """An option's value and its source.
 
     Attributes:
         entry: The option.
         value: Its value, as the launcher or the child reads it.
         source: ``flag``, ``file``, ``variable``, ``machine`` or ``default``.
-        detail: The file's key, the variable's name, or who has started this process on the machine.
+        detail: The file's key, the variable's name, or the scheduler that started this process.
     """
 
     entry: OptionSpec
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What a launch would use."""
+    """The values that a launch would use."""
 
     rows: tuple[Row, ...]
     settings: LaunchSettings
@@ -63,13 +63,13 @@ class Explanation(NamedTuple):
 
 
 def explain(argv: Sequence[str]) -> Explanation:
-    """What a launch with these words would use here.
+    """Resolves a launch on this machine.
 
     Args:
-        argv: The words after ``accelerate launch``; the script may be missing.
+        argv: Arguments of ``accelerate launch``; the script may be missing.
 
     Raises:
-        SettingsError: when they cannot be used.
+        SettingsError: if they are invalid.
     """
     from ...launch.host import detect_host, resolve_settings
     from ...launch.plan import build_plan
@@ -89,7 +89,7 @@ def explain(argv: Sequence[str]) -> Explanation:
 
 
 def _scheduler(machine: HostInfo) -> str | None:
-    """Who has started this process as one of several, and says where it stands."""
+    """Returns the scheduler that started this process and assigned its rank, or None."""
     if machine.rank_info is not None:
         return machine.rank_info.source
     return "SLURM" if machine.slurm_step is not None else None
@@ -113,16 +113,16 @@ def _row(
         return Row(entry, here[name], "variable", name)
     if name is not None and name in plan.overridable:
         return Row(entry, entry.convert(plan.environment[name], name), "machine")
-    return Row(entry, value, _NOBODY)
+    return Row(entry, value, _DEFAULT)
 
 
 def _cloud_rows(settings: LaunchSettings, chosen: Mapping[str, parse.SourcedValue]) -> Iterator[Row]:
-    """What the file says about Amazon SageMaker, or else about a pod of TPUs: keys that no flag stands for."""
+    """Yields rows of file keys without a flag: of Amazon SageMaker, or of a TPU pod."""
     on_sagemaker = settings.compute_environment == "AMAZON_SAGEMAKER"
     values = settings.sagemaker if on_sagemaker else settings.pod
     for entry in option_specs(type(values)):
         if on_sagemaker or entry.dest in chosen:
-            source = chosen.get(entry.dest, parse.SourcedValue(None, _NOBODY))
+            source = chosen.get(entry.dest, parse.SourcedValue(None, _DEFAULT))
             titled = entry._replace(group="Amazon SageMaker" if on_sagemaker else "TPU")
             yield Row(titled, entry.get(values), source.source, source.detail)
 
@@ -134,7 +134,7 @@ def _table(found: Explanation, everything: bool) -> Iterator[str]:
     settings, plan = found.settings, found.plan
     yield f"configuration file  {found.file.path if found.file is not None else 'none'}"
     yield f"starts              {_summary(settings, plan, found.device)}"
-    shown = [row for row in found.rows if everything or row.source != _NOBODY]
+    shown = [row for row in found.rows if everything or row.source != _DEFAULT]
     group = ""
     for row in sorted(shown, key=lambda row: [row.entry.group for row in shown].index(row.entry.group)):
         if row.entry.group != group:
@@ -193,7 +193,7 @@ def _as_json(found: Explanation, everything: bool) -> str:
     values = {
         row.entry.dest: {"value": _public(row), "source": row.source} | ({"where": row.detail} if row.detail else {})
         for row in found.rows
-        if everything or row.source != _NOBODY
+        if everything or row.source != _DEFAULT
     }
     there = found.plan.merged_environment(env.snapshot())
     facts = {

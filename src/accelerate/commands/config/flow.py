@@ -1,7 +1,6 @@
-"""How a table of questions is gone through: which are asked, and what the file holds of the answers.
+"""Asks the questions of a table, as earlier answers require, and collects the content of the configuration file.
 
-`walk` is driven by the table alone (`questions.py`) and asks through a prompter (`prompts.py`): nothing here prints or
-reads.
+`ask_all` is driven by the table (`questions.py`) and asks through a prompter (`prompts.py`); it neither prints nor reads.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from .routing_questions import ENTRIES, MACHINES, STEPS
 
 Answers = dict[str, Any]
 When = Mapping[str, Any]
-"""What earlier answers must be: a value, several in a tuple, or a function of the answer. None means not asked."""
+"""Conditions on earlier answers: a value, a tuple of values, or a predicate. An answer of None means not asked."""
 
 
 class Question(NamedTuple):
-    """One row of the table: an option by name (its text is the option's ``ask``), and when it is asked.
+    """A row of the table: an option (its ``ask`` is the text), and the condition under which it is asked.
 
     Attributes:
-        name: The option, as in `steps.ENTRIES`.
-        when: What earlier answers must be.
-        default: The answer of an empty line, or a function of the answers; the option's own default if left out.
-        choices: The values offered, if not all of the option's; a mapping says what is shown for each.
-        check: Compares the answer with earlier ones; gives what is wrong with it, or None.
-        write: The value as it stands in the file; None leaves the key out.
-        fixed: The answer that goes without asking.
+        name: The option's name, as in `routing_questions.ENTRIES`.
+        when: Conditions on earlier answers.
+        default: The answer to an empty line, or a function of the answers; the option's own default if omitted.
+        choices: The values offered, if not all of the option's; a mapping gives their labels.
+        check: Validates the answer against earlier ones; returns the problem, or None.
+        write: Converts the answer to the file's value; None omits the key.
+        fixed: An answer that is recorded without asking.
     """
 
     name: str
@@ -42,12 +41,12 @@ class Question(NamedTuple):
 
 
 class QuestionGroup(NamedTuple):
-    """Questions about one thing.
+    """Questions on one topic.
 
     Attributes:
         questions: In the order in which they are asked.
-        when: What earlier answers must be.
-        gate: A question with yes or no that comes first; no skips the rest.
+        when: Conditions on earlier answers.
+        gate: A yes/no question that is asked first; no skips the group.
     """
 
     questions: tuple[Question, ...]
@@ -56,7 +55,7 @@ class QuestionGroup(NamedTuple):
 
 
 def matches(when: When, answers: Answers) -> bool:
-    """Whether the answers so far are what `when` says."""
+    """Returns whether the answers so far meet the conditions."""
     for name, wanted in when.items():
         found = answers.get(name)
         if callable(wanted):
@@ -68,13 +67,13 @@ def matches(when: When, answers: Answers) -> bool:
 
 
 def ask_all(areas: Iterable[QuestionGroup], ask: Prompter, answers: Answers, file: dict[str, Any]) -> None:
-    """Asks what the table says.
+    """Asks the questions of a table.
 
     Args:
         areas: The table.
-        ask: Puts a prompt to the person and gives the answer.
-        answers: Earlier answers by name; those given now are added.
-        file: What the file will hold; steps, gates and secrets leave nothing in it.
+        ask: Displays a prompt and returns the answer.
+        answers: Earlier answers by name; updated in place.
+        file: Content of the file, updated in place; routing questions, gates and secrets are not stored.
     """
     for area in areas:
         if not matches(area.when, answers):
@@ -110,13 +109,13 @@ def _store(question: Question, value: Any, file: dict[str, Any]) -> None:
 
 
 def prompt(question: Question, answers: Answers) -> Prompt:
-    """What is asked, with the default that the answers so far lead to."""
+    """Builds the prompt of a question, with the default that follows from earlier answers."""
     entry = ENTRIES[question.name]
     default = question.default(answers) if callable(question.default) else question.default
     if default is None:
         default = entry.option.default
     if default is not None and question.check is not None and question.check(default, answers) is not None:
-        default = None  # earlier answers rule it out
+        default = None  # invalid with earlier answers
     text = str(entry.option.ask).format(devices=MACHINES[answers.get("machine", "NO")][1])
     choices = _choices(entry, question)
 

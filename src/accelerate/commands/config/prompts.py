@@ -1,7 +1,7 @@
-"""One question at a time, to a person: arrow keys in a terminal, plain numbered lines everywhere else.
+"""Displays one question at a time: arrow keys in a terminal, plain numbered lines everywhere else.
 
-A `Prompt` says what is asked; a prompter is a function from a prompt to its answer. A wrong answer is asked for again;
-the end of input and Ctrl-C leave as `SettingsError` and KeyboardInterrupt.
+A prompter is a function from a `Prompt` to its answer. It repeats the question after an invalid answer; the end of input
+raises `SettingsError` and Ctrl-C KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 from ...settings import env
 from ...settings.option import SettingsError, short_repr
 
-_WIDTH = 76  # of 80 columns, less what questionary puts around a question
+_WIDTH = 76  # 80 columns less questionary's decoration
 _NO_QUESTIONARY = 'Arrow keys come with questionary: pip install "accelerate[config]". Numbers do as well.'
 
 Prompter = Callable[["Prompt"], Any]
 
 
 class Choice(NamedTuple):
-    """One of several answers: its value, what is shown for it, and the number that stands for it."""
+    """One of several answers: its value, its label, and its number."""
 
     value: Any
     label: str
@@ -32,13 +32,13 @@ class Prompt(NamedTuple):
     """A question, ready to be asked.
 
     Attributes:
-        name: What it is about, for messages.
+        name: The option's name, for messages.
         text: The question.
-        read: Turns what was typed into the answer; raises `SettingsError`.
-        hint: What stands in brackets: the answer of an empty line.
-        default: That answer; None where there must be one.
-        choices: The answers allowed, if they are few.
-        secret: Whether the answer is kept off the screen.
+        read: Converts the typed text to the answer; raises `SettingsError`.
+        hint: Text in brackets: the answer to an empty line.
+        default: The answer to an empty line; None if an answer is required.
+        choices: The allowed answers, if the question has choices.
+        secret: Whether the answer is not echoed.
     """
 
     name: str
@@ -51,10 +51,10 @@ class Prompt(NamedTuple):
 
 
 def answer(prompt: Prompt, line: str) -> Any:
-    """What a typed line says: a choice by its label, value or number; nothing for the default.
+    """Parses a typed line: a choice by label, value or number; an empty line selects the default.
 
     Raises:
-        SettingsError: when it is no answer; the text says what is allowed.
+        SettingsError: if it is not a valid answer; the message lists valid ones.
     """
     text = line.strip()
     if not text:
@@ -74,7 +74,7 @@ def answer(prompt: Prompt, line: str) -> Any:
 
 
 class Numbered:
-    """Asks in plain lines: choices have numbers. Piped answers are shown as if they had been typed."""
+    """Asks in plain lines with numbered choices. Piped answers are echoed as if they were typed."""
 
     def __init__(self, typed: bool) -> None:
         self.typed = typed
@@ -112,7 +112,7 @@ class Numbered:
 
 
 class ArrowKeys:
-    """Asks with questionary: choices are moved through with the arrow keys."""
+    """Asks with questionary: choices are selected with the arrow keys."""
 
     def __init__(self, questionary: Any) -> None:
         self.questionary = questionary
@@ -126,10 +126,10 @@ class ArrowKeys:
             kind = self.questionary.password if prompt.secret else self.questionary.text
             question = kind(_in_columns(prompt), validate=lambda text: self._complaint(prompt, text) or True)
         try:
-            said = question.unsafe_ask()
+            answered = question.unsafe_ask()
         except EOFError:
             raise SettingsError(f'the answers end before "{prompt.text}" ({prompt.name}) has one.') from None
-        return said if prompt.choices else answer(prompt, said)
+        return answered if prompt.choices else answer(prompt, answered)
 
     @staticmethod
     def _complaint(prompt: Prompt, text: str) -> str | None:
@@ -141,9 +141,9 @@ class ArrowKeys:
 
 
 def prompter() -> Prompter:
-    """The way to ask here: arrow keys where there is a terminal, and questionary."""
+    """Returns the prompter for this process: arrow keys if there is a terminal and questionary is installed."""
     typed = sys.stdin.isatty()
-    if not (typed and sys.stdout.isatty()) or env.get("TERM") == "dumb":  # no cursor to move
+    if not (typed and sys.stdout.isatty()) or env.get("TERM") == "dumb":  # the terminal cannot move the cursor
         return Numbered(typed)
     try:
         import questionary
@@ -154,7 +154,7 @@ def prompter() -> Prompter:
 
 
 def _titled(choice: Choice) -> str:
-    """What stands on a choice's line; a stage or a version is a number, and shown as well."""
+    """Returns the line of a choice; values that are numbers (stages, versions) are displayed as well."""
     return f"{choice.number}: {choice.label}" if isinstance(choice.value, int) else choice.label
 
 

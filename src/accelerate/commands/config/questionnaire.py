@@ -1,4 +1,4 @@
-"""``accelerate config``, without a subcommand: asks the questions and writes the file, all of it or nothing."""
+"""``accelerate config`` without a subcommand: asks the questions and writes the file atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .flow import Answers, ask_all
 from .prompts import Prompter, prompter
 from .role import KEYS_NOTE, make_role
 
-# What every file says, unless an answer says otherwise.
+# Defaults of every file, overridden by answers.
 _LOCAL = {
     "compute_environment": "LOCAL_MACHINE",
     "debug": False,
@@ -43,15 +43,15 @@ _SAGEMAKER = {
     "transformers_version": SageMakerSettings.transformers_version,
     "use_cpu": False,
 }
-# Who shares the work, where it is not the kind of machine that says so.
+# Engines, which override the `distributed_type` of the machine.
 _ENGINES = {"use_deepspeed": "DEEPSPEED", "use_fsdp": "FSDP", "use_megatron_lm": "MEGATRON_LM"}
 
 
 def fill_in(ask: Prompter) -> tuple[dict[str, Any], Answers]:
-    """Asks everything there is to ask.
+    """Asks all questions.
 
     Returns:
-        What the file will hold, and the answers by name.
+        The content of the file, and the answers by name.
     """
     file: dict[str, Any] = {}
     answers: Answers = {}
@@ -67,13 +67,13 @@ def fill_in(ask: Prompter) -> tuple[dict[str, Any], Answers]:
 
 
 def run(path: str | None) -> int:
-    """Asks on the terminal, or takes piped answers, and writes the file.
+    """Asks on the terminal, or reads piped answers, and writes the file.
 
     Args:
-        path: The file, json by its ending, else yaml; None stands for the default one.
+        path: The file, JSON if it ends in .json, else YAML; None for the default one.
 
     Returns:
-        The exit code: 0, 2 when an answer is missing or the file cannot be written, 130 after Ctrl-C.
+        The exit code: 0, 2 if an answer is missing or the file cannot be written, 130 after Ctrl-C.
     """
     target = path or config_file.default_path()
     try:
@@ -93,20 +93,20 @@ def run(path: str | None) -> int:
 
 
 def _check_target(target: str) -> None:
-    """Nobody should answer twenty questions for a file that cannot be written.
+    """Checks, before any question is asked, that the file can be written.
 
     Raises:
-        SettingsError: when it cannot.
+        SettingsError: if it cannot.
     """
     if os.path.exists(target) and not os.path.isfile(target):  # a folder, /dev/null
-        raise SettingsError(f"{target} is no file: name one, such as config.yaml.")
+        raise SettingsError(f"{target} is not a file: name one, such as config.yaml.")
     folder = os.path.dirname(os.path.realpath(target))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     if not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-        raise SettingsError(f"{target} cannot be written: {folder} is no folder that you may write to.")
+        raise SettingsError(f"{target} cannot be written: {folder} is not a writable folder.")
     if os.path.exists(target):
-        print(f"{target} is there already. It is replaced after the last answer; Ctrl-C keeps it as it is.")
+        print(f"{target} exists. It is replaced after the last answer; Ctrl-C keeps it unchanged.")
 
 
 def _configure_aws(answers: Mapping[str, Any]) -> None:

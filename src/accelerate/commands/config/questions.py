@@ -1,8 +1,8 @@
-"""The questions of `accelerate config`: their order, and which follows from which answer.
+"""The questions of `accelerate config`: their order and conditions.
 
-To add one: give the option an ``ask=`` where it is declared (`settings.launcher`, `settings.sections`,
-`settings.clouds`) and add a row here. A row names the option, and says when it is asked; `flow.Question` has what else a
-row can say, `answers.py` what it says in words. A question that only leads to others is declared in `steps.py`.
+To add one, give the option an ``ask=`` where it is declared (`settings.launcher`, `settings.option_groups`,
+`settings.clouds`) and add a row here. A row names the option and its conditions; see `flow.Question` for its other fields
+and `predicates.py` for conditions and checks. A question that only selects others is declared in `routing_questions.py`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ DEEPSPEED = QuestionGroup(
         Question("moe"),
         Question("deepspeed_moe_layer_cls_names", when={"moe": True}),
         Question("deepspeed_multinode_launcher", when={"machine_rank": 0}, default="pdsh"),
-        # The other launchers start all machines from the first.
+        # The other launchers start all machines from the first one.
         Question("deepspeed_multinode_launcher", when={"machine_rank": more_than_none}, fixed="standard"),
         Question(
             "deepspeed_hostfile",
@@ -174,7 +174,7 @@ FSDP = QuestionGroup(
         ),
         Question("fsdp_use_orig_params", when={"fsdp_version": 1}),
         Question("fsdp_cpu_ram_efficient_loading"),
-        # Ranks that have not read the weights must be sent them.
+        # Ranks that do not read the weights must receive them.
         Question(
             "fsdp_sync_module_states", when={"fsdp_version": 1, "fsdp_cpu_ram_efficient_loading": True}, fixed=True
         ),
@@ -254,7 +254,7 @@ PROCESSES = QuestionGroup(
 
 PRECISION = QuestionGroup(
     (
-        # DeepSpeed's own file says it.
+        # Set in DeepSpeed's own file.
         Question("mixed_precision", when={"deepspeed_file": not_yes}, default="no"),
         Question("downcast_bf16", when={"machine": "XLA", "mixed_precision": "bf16"}, write=yes_or_no),
     )
@@ -312,7 +312,7 @@ ACCOUNT = QuestionGroup(
         ),
         Question("iam_role_name", when={"iam_role": "name"}),
         Question("iam_role_name", when={"iam_role": "create"}, fixed=ROLE_NAME),
-        # Only making the role needs them now.
+        # Needed only to create the role.
         Question("aws_access_key_id", when={"iam_role": "create", "authorization": "keys"}),
         Question("aws_secret_access_key", when={"iam_role": "create", "authorization": "keys"}),
     )

@@ -1,7 +1,7 @@
-"""Changes a configuration file's text to another content while comments, order and spelling of the rest stay.
+"""Edits a configuration file's text to new content, preserving comments, order and spelling of everything else.
 
-What is made is read back before it is used; where it would not say what it should, the file is written anew and its
-comments are lost, which the caller is told.
+The result is parsed and compared with the content. If they differ, the file is written from scratch without its comments,
+which the return value reports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Rewritten(NamedTuple):
-    """A file's new text, and whether its comments are still in it."""
+    """A file's new text, and whether its comments are preserved."""
 
     text: str
     kept_comments: bool
@@ -26,13 +26,13 @@ class Rewritten(NamedTuple):
 def rewritten(
     data: bytes, content: Mapping[str, Any], as_json: bool, renamed: Mapping[str, str] | None = None
 ) -> Rewritten:
-    """The text of a file that holds `data`, once it is to say `content`.
+    """Edits the text of a file to new content.
 
     Args:
         data: The file's bytes.
-        content: What it is to say.
-        as_json: Whether it is in JSON.
-        renamed: New keys by the old ones whose place and comments they take; spellings of one option need not be named.
+        content: The new content.
+        as_json: Whether the file is JSON.
+        renamed: Old key -> new key that takes its place and comments; other spellings of the same option need no entry.
     """
     if as_json:
         return Rewritten(dump(content, as_json=True, sort=False), True)
@@ -47,7 +47,7 @@ def rewritten(
 
 
 def _options() -> dict[str, str]:
-    """The option that each key spells."""
+    """Returns the option of each key."""
     top, inside = config_file.key_tables()
     return {key: entry.dest for table in (*inside.values(), top) for key, entry in table.items()}
 
@@ -57,7 +57,7 @@ def _edited(text: str, content: Mapping[str, Any], options: Mapping[str, str]) -
 
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     lines = text.splitlines(keepends=True)
-    if not isinstance(node, yaml.MappingNode) or not _format_node(node) or not lines[-1].endswith("\n"):
+    if not isinstance(node, yaml.MappingNode) or not _is_block_mapping(node) or not lines[-1].endswith("\n"):
         return None
     made = "".join(_lines(node, lines, 0, len(lines), parse(text.encode()), content, options))
     try:
@@ -66,8 +66,8 @@ def _edited(text: str, content: Mapping[str, Any], options: Mapping[str, str]) -
         return None
 
 
-def _format_node(node: yaml.Node) -> bool:
-    """Whether `node` is a mapping with one key at the beginning of each of its lines."""
+def _is_block_mapping(node: yaml.Node) -> bool:
+    """Returns whether `node` is a block mapping with one key per line."""
     import yaml
 
     if not isinstance(node, yaml.MappingNode) or node.flow_style or not node.value:
@@ -85,25 +85,25 @@ def _lines(
     content: Mapping[str, Any],
     options: Mapping[str, str],
 ) -> Iterator[str]:
-    """The lines `begin` to `end`, which `node` stands on and which say `old`, once they are to say `content`."""
+    """Yields the lines `begin` to `end` of `node`, whose value is `old`, edited so that their value is `content`."""
     names = [key.value for key, _ in node.value]
     keys = [key.start_mark.line for key, _ in node.value]
-    # Comments and empty lines above a key belong to it; those above the first and below the last to the whole.
+    # Comments and empty lines above a key belong to it; those above the first and below the last key to the mapping.
     tops = [keys[0], *(_above(lines, before, line) for before, line in zip(keys, [*keys[1:], end], strict=True))]
     yield from lines[begin : keys[0]]
     indent = " " * node.start_mark.column
-    following = 0  # the place among the old keys that comes after the last one written
+    following = 0  # index among the old keys after the last one written
     for name, value in content.items():
         there = name in old and name in names
         before = name if there else _before(name, names, content, options)
         where = names.index(before) if before is not None else following
-        replaces = before is not None  # else its lines are nobody's: the comments of a key that goes, go with it
+        replaces = before is not None  # otherwise the comments of a removed key are removed with it
         above = lines[tops[where] : keys[where]] if replaces else []
         following = where + 1 if replaces else following
         inner = node.value[where][1] if there else None
         if there and old[name] == value:
             yield from lines[tops[where] : tops[where + 1]]
-        elif isinstance(value, Mapping) and value and inner is not None and _format_node(inner):
+        elif isinstance(value, Mapping) and value and inner is not None and _is_block_mapping(inner):
             yield from above
             first = inner.start_mark.line
             yield from lines[keys[where] : first]
@@ -117,7 +117,7 @@ def _lines(
 
 
 def _before(name: str, names: list[str], content: Mapping[str, Any], options: Mapping[str, str]) -> str | None:
-    """The old key that `name` takes the place of: it is gone, and spelt the same option."""
+    """Returns the removed key that `name` replaces, another spelling of the same option, or None."""
     option = options.get(name, name)
     return next((old for old in names if old not in content and option in (old, options.get(old))), None)
 
@@ -129,7 +129,7 @@ def _above(lines: list[str], before: int, line: int) -> int:
 
 
 def _behind(pair: tuple[yaml.Node, yaml.Node], lines: list[str]) -> str:
-    """The comment behind a value that stands on its key's line."""
+    """Returns the comment after a value on its key's line."""
     key, value = pair
     rest = lines[value.end_mark.line][value.end_mark.column :].strip() if value.end_mark.line < len(lines) else ""
     return f"  {rest}" if value.end_mark.line == key.start_mark.line and rest.startswith("#") else ""

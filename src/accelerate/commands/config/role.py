@@ -1,4 +1,4 @@
-"""The role that a job on Amazon SageMaker takes on, made in the person's own account."""
+"""Creates the IAM role of Amazon SageMaker jobs in the user's account."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ KEYS_NOTE = (
 
 
 def make_role(answers: Mapping[str, Any]) -> str:
-    """Makes the role that SageMaker's jobs take on, with Amazon's own policy for SageMaker.
+    """Creates the role that SageMaker jobs assume, with Amazon's policy for SageMaker.
 
     Args:
         answers: ``profile``, or ``aws_access_key_id`` and ``aws_secret_access_key``; ``region``.
 
     Returns:
-        One line that says what was done. A role of that name that is already there is kept as it is.
+        A one-line report. An existing role of that name is kept unchanged.
 
     Raises:
-        SettingsError: when boto3 is not installed, or AWS refuses.
+        SettingsError: if boto3 is not installed, or AWS denies the request.
     """
     try:
         import boto3
@@ -53,7 +53,7 @@ def make_role(answers: Mapping[str, Any]) -> str:
         try:
             client.attach_role_policy(RoleName=ROLE_NAME, PolicyArn=POLICY)
         except ClientError:
-            client.delete_role(RoleName=ROLE_NAME)  # it would look whole the next time
+            client.delete_role(RoleName=ROLE_NAME)  # without the policy, the next run would take it for complete
             raise
     except (BotoCoreError, ClientError) as error:
         raise SettingsError(f"the role {ROLE_NAME} could not be made: {error}") from None

@@ -1,7 +1,7 @@
-"""Questions that only lead to others, and every option that `accelerate config` can ask for, by name.
+"""Questions that only select other questions, and all options that `accelerate config` can ask for, by name.
 
-A step is declared as an option is (`settings.option`), so that its answer is read and checked in the same way. Most
-leave nothing in the file; those with a ``key`` do.
+A routing question is declared like an option (`settings.option`), so its answer is parsed and validated in the same way.
+Only those with a ``key`` are stored in the file.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from ...settings.clouds import SageMakerSettings, TpuCommandSettings
 from ...settings.launcher import LaunchSettings
 from ...settings.option import OptionSpec, Settings, option, option_specs
 
-# What runs the processes: the file's `distributed_type` -> what a person calls it, and what is counted. The first four
-# have the numbers that the documentation shows.
+# The file's `distributed_type` -> its label, and the unit that is counted. The documentation numbers the first four.
 MACHINES = {
     "NO": ("No distributed training", "GPU(s)"),
     "MULTI_CPU": ("multi-CPU", "processes"),
@@ -28,7 +27,7 @@ MACHINES = {
 
 
 class RoutingQuestions(Settings):
-    """Questions whose answers decide what is asked next; ``help`` says what a yes leads to."""
+    """Questions whose answers select the next questions; ``help`` names those that follow a yes."""
 
     compute_environment: str = option(
         "LOCAL_MACHINE",

@@ -1,4 +1,4 @@
-"""``accelerate config update``: a file of an earlier release in today's spelling, with what it does not say filled in."""
+"""``accelerate config update``: migrates a file of an earlier release to current keys, and adds missing defaults."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ...settings.enums import FSDP_SHARDING_STRATEGY
 from ...settings.option import OptionSpec, SettingsError, format_value
 from ..parsers import add
 
-description = "Brings a configuration file of an earlier release up to date, and says what was changed."
+description = "Migrates a configuration file of an earlier release to current keys and values, and lists the changes."
 
-# In this section keys without the prefix are today's.
+# Sections whose current keys omit the prefix.
 _UNPREFIXED = ("fp8_config",)
-_WITHOUT_EFFECT = {"ipex_config": "Intel's extension has ended, and PyTorch itself has what it did"}
+_WITHOUT_EFFECT = {"ipex_config": "Intel's extension is discontinued, and PyTorch includes its optimizations"}
 # Values of earlier releases, by the option.
 _OLD_VALUES: dict[str, dict[str, str]] = {
     "fsdp_sharding_strategy": {str(number): name for number, name in enumerate(FSDP_SHARDING_STRATEGY, 1)},
@@ -28,7 +28,7 @@ _OLD_VALUES: dict[str, dict[str, str]] = {
 
 
 class Update(NamedTuple):
-    """A content brought up to date.
+    """Migrated content.
 
     Attributes:
         content: The new content.
@@ -40,14 +40,14 @@ class Update(NamedTuple):
 
 
 def migrate(content: Mapping[str, Any], path: str) -> Update:
-    """A file's content in today's spelling, and with today's defaults for what it does not say.
+    """Migrates a file's content to current keys and values, and adds missing defaults.
 
     Args:
-        content: As `launch.config_io.load` gives it.
-        path: For the messages.
+        content: The content, as returned by `launch.config_io.load`.
+        path: The file's path, for messages.
 
     Raises:
-        SettingsError: when the content cannot be understood: unknown keys, values of the wrong kind.
+        SettingsError: if the content is invalid: unknown keys, values of the wrong type.
     """
     understood = config_file.parse_content(content, path)
     top, inside = config_file.key_tables()
@@ -82,13 +82,13 @@ def migrate(content: Mapping[str, Any], path: str) -> Update:
 
 
 def _place(target: dict[str, Any], entry: OptionSpec, where: str, name: str, value: Any, changes: list[str]) -> None:
-    """Puts an option of the file under today's key, and its value in today's spelling."""
+    """Stores an option of the file under its current key, with the current spelling of its value."""
     section = _section(entry)
     key = name if section in _UNPREFIXED else entry.key
     now = f"{section}.{key}" if section is not None else key
     if where != now:
         changes.append(f"{where}: renamed, it is {now} today")
-    if value is None and key in target:  # another spelling of it says more
+    if value is None and key in target:  # another spelling of the key has a value
         return
     replaced = _OLD_VALUES[entry.dest].get(str(value).lower(), value) if entry.dest in _OLD_VALUES else value
     if replaced != value:
@@ -101,7 +101,7 @@ def _section(entry: OptionSpec) -> str | None:
 
 
 def _defaults(compute_environment: str) -> dict[str, Any]:
-    """What `accelerate config` writes where nobody asks for anything else."""
+    """Returns the defaults that `accelerate config` writes."""
     from dataclasses import MISSING, fields
 
     from .config_args import BaseConfig, ClusterConfig, SageMakerConfig
@@ -112,10 +112,10 @@ def _defaults(compute_environment: str) -> dict[str, Any]:
 
 
 def update_config(args: argparse.Namespace) -> Path:
-    """Brings the file up to date, and prints what was changed; the file's path.
+    """Migrates the file, prints the changes, and returns the file's path.
 
     Raises:
-        SettingsError: when the file does not exist or cannot be understood: it is left as it is.
+        SettingsError: if the file does not exist or is invalid; it is left unchanged.
     """
     path = args.config_file if args.config_file is not None else config_file.default_path()
     if not os.path.isfile(path):
@@ -150,7 +150,7 @@ def update_config_command(args: argparse.Namespace) -> None:
     """Runs the command.
 
     Raises:
-        SystemExit: with code 2 when the file cannot be read, understood or written.
+        SystemExit: with code 2 if the file cannot be read, is invalid, or cannot be written.
     """
     try:
         update_config(args)

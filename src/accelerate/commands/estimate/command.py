@@ -40,14 +40,14 @@ __all__ = [
     "verify_on_hub",
 ]
 
-# Number format -> how many times smaller than in float32 a model is.
+# dtype -> reduction of the size against float32.
 _SHRINKS = {"float32": 1, "float16": 2, "int8": 4, "int4": 8}
 _WIDTH = 80
 _SEQUENCE_LENGTH = 128
 
 
 def estimate_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
-    """The command's parser."""
+    """Returns the command's parser."""
     parser = make_parser(
         "estimate-memory",
         "Estimates the memory that a model needs: its largest layer, all of it, and weights, gradients and state when it is "
@@ -59,7 +59,7 @@ def estimate_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         parser,
         "--library_name",
         choices=("timm", "transformers"),
-        help="the library the model is for, if it does not say",
+        help="the model's library, if its configuration does not name it",
     )
     add(
         parser,
@@ -68,21 +68,21 @@ def estimate_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         default=list(_SHRINKS),
         choices=list(_SHRINKS),
         metavar="DTYPE",
-        help=f"number formats to show: {', '.join(_SHRINKS)} (all)",
+        help=f"dtypes to show: {', '.join(_SHRINKS)} (all)",
     )
     add(
         parser,
         "--trust_remote_code",
         action="store_true",
-        help="run the code that the model's repository brings: read it first",
+        help="run the code in the model's repository: read it first",
     )
     add(
         parser,
         "--batch_size",
         type=_positive,
-        help="also follow a training step with this many samples, activations included",
+        help="also trace a training step with this many samples, activations included",
     )
-    add(parser, "--sequence_length", type=_positive, help=f"tokens in a sample of that step ({_SEQUENCE_LENGTH})")
+    add(parser, "--sequence_length", type=_positive, help=f"tokens per sample of that step ({_SEQUENCE_LENGTH})")
     add(parser, "--json", action="store_true", help="print bytes as JSON instead of a table")
     device_map.add_flags(parser)
     per_rank.add_flags(parser)
@@ -97,36 +97,36 @@ def _positive(text: str) -> int:
 
 
 def estimate_training_usage(bytes: int, mixed_precision: str, msamp_config: str | None = None) -> dict[str, float]:
-    """What training with Adam holds, without activations.
+    """Returns the memory of training with Adam, without activations.
 
     Args:
-        bytes: Size of the model in the format it is estimated in.
+        bytes: Size of the model in the estimated dtype.
         mixed_precision: ``float32``, or ``float16`` or ``bfloat16`` for mixed precision.
-        msamp_config: Accepted for compatibility; there is no estimate for MS-AMP.
+        msamp_config: Accepted for compatibility; MS-AMP is not estimated.
 
     Returns:
-        Bytes of ``model``, ``optimizer`` and ``gradients``, whose sum is what training needs; ``step`` is what the
-        optimizer's step alone works on. -1 each for a format that is not trained in.
+        Bytes of ``model``, ``optimizer`` and ``gradients``, whose sum training needs, and of the optimizer's ``step``
+        alone. All are -1 for a dtype without training.
     """
     if mixed_precision == "float32":
         return {"model": bytes, "optimizer": bytes * 2, "gradients": bytes, "step": bytes * 4}
     if mixed_precision in ("float16", "bfloat16") and msamp_config is None:
-        # gradients come in the small format and are kept in both for the step: half as much again
+        # gradients are computed in 16 bits and held in both dtypes for the step: half as much again
         return {"model": bytes, "optimizer": bytes * 2, "gradients": bytes + bytes // 2, "step": bytes * 2}
     return dict.fromkeys(("model", "optimizer", "gradients", "step"), -1)
 
 
 def training_total(usage: dict[str, float]) -> float | None:
-    """What training needs in all; None for a format that is not trained in."""
+    """Returns the total of training, or None for a dtype without training."""
     total = usage["model"] + usage["optimizer"] + usage["gradients"]
     return total if total >= 0 else None
 
 
 def gather_data(args: argparse.Namespace) -> list[list[Any]]:
-    """The figures of the table: a row of format, largest layer, total (bytes) and `estimate_training_usage` for each format.
+    """Returns the rows of the table: dtype, largest layer, total (bytes) and `estimate_training_usage` for each dtype.
 
     Raises:
-        EstimateError: when there is no such model, or it cannot be made.
+        EstimateError: if the model cannot be found or built.
     """
     return _rows(create_empty_model(args.model_name, args.library_name, args.trust_remote_code), args.dtypes)
 
@@ -143,11 +143,10 @@ def _rows(model: Any, dtypes: Sequence[str]) -> list[list[Any]]:
 
 
 def trace_model(args: argparse.Namespace) -> tuple[str, str, dict[str, StepMemory]]:
-    """The memory of a training step with the batch that `args` describe: the model's class, the batch in
-    words, and a figure for each precision.
+    """Traces a training step: returns the model's class, a description of the batch, and the memory by precision.
 
     Raises:
-        EstimateError: when the step cannot be followed.
+        EstimateError: if the step cannot be traced.
     """
     from .step import TraceError, trace_step
 
@@ -158,15 +157,15 @@ def trace_model(args: argparse.Namespace) -> tuple[str, str, dict[str, StepMemor
             try:
                 steps[label] = trace_step(model, *_batch(args), mixed=dtype != "float32", at_once=not _on_cpu(args))
             except TraceError as error:
-                raise EstimateError(f"a training step of {name} cannot be followed: {error}") from error
+                raise EstimateError(f"a training step of {name} cannot be traced: {error}") from error
     return name, words, steps
 
 
 def trace_ranks(args: argparse.Namespace, plan: RankPlan) -> tuple[str, str, RankMemory]:
-    """What a rank of a planned run holds in a training step: the model's class, the batch in words, and the figures.
+    """Traces a training step of a rank: returns the model's class, a description of the batch, and the memory.
 
     Raises:
-        EstimateError: when the step cannot be followed.
+        EstimateError: if the step cannot be traced.
     """
     from .sharding import rank_memory
     from .step import TraceError, trace_units
@@ -183,12 +182,12 @@ def trace_ranks(args: argparse.Namespace, plan: RankPlan) -> tuple[str, str, Ran
             at_once=not plan.on_cpu,
         )
     except TraceError as error:
-        raise EstimateError(f"a training step of {name} cannot be followed: {error}") from error
+        raise EstimateError(f"a training step of {name} cannot be traced: {error}") from error
     return name, words, rank_memory(step, plan.sharding)
 
 
 def _trained(args: argparse.Namespace) -> tuple[Any, str, str]:
-    """The model as it is trained, the name of its class, and the batch in words."""
+    """Returns the model with its head, the name of its class, and a description of the batch."""
     import torch
 
     with torch.device("meta"):
@@ -209,12 +208,12 @@ def _batch(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def create_ascii_table(headers: list[str], rows: list[list[Any]], title: str) -> str:
-    """A table as text, with lines around its cells and a title above.
+    """Formats a table with box-drawing borders and a title.
 
     Args:
-        headers: One for each column.
-        rows: A list of values for each row.
-        title: Stands centred in a row of its own.
+        headers: One per column.
+        rows: A list of values per row.
+        title: Printed centered in a row of its own.
     """
     cells = [[str(value) for value in row] for row in (headers, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
@@ -239,7 +238,7 @@ def estimate_command(args: argparse.Namespace) -> None:
     """Prints the estimate.
 
     Raises:
-        EstimateError: when there is no such model, it cannot be made, or flags do not go together.
+        EstimateError: if the model cannot be found or built, or flags contradict each other.
     """
     limits = device_map.parse_limits(args)
     settings = per_rank.parse_settings(args)
@@ -369,10 +368,11 @@ def _print_json(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; see `accelerate_cli.main`."""
     args = estimate_command_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # our message says it in a line
-    env.publish(
-        {"TRANSFORMERS_VERBOSITY": env.get("TRANSFORMERS_VERBOSITY", "error")}
-    )  # its remarks are about training
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
+        logging.CRITICAL
+    )  # reported in one line by `TraceError`
+    # transformers' warnings concern training.
+    env.publish({"TRANSFORMERS_VERBOSITY": env.get("TRANSFORMERS_VERBOSITY", "error")})
     try:
         estimate_command(args)
     except EstimateError as error:

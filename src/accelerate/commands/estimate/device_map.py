@@ -1,6 +1,6 @@
-"""``accelerate estimate-memory --device_map``: which device each part of a model would go to, from sizes alone.
+"""``accelerate estimate-memory --device_map``: the device map of a model, computed from sizes alone.
 
-The map is the one that `dispatch_model` would follow; neighbouring layers are shown as a range.
+It equals the map that `dispatch_model` uses; adjacent layers are printed as a range.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 @dataclass(frozen=True)
 class MapReport:
-    """What one device gets.
+    """Modules assigned to one device.
 
     Attributes:
-        device: Its number, ``cpu`` or ``disk``.
-        modules: Names in the map.
-        size: Bytes of them.
-        limit: Bytes that it may take; None without limit.
+        device: The device's index, ``cpu`` or ``disk``.
+        modules: FQNs in the map.
+        size: Their size in bytes.
+        limit: Memory limit in bytes; None without one.
     """
 
     device: int | str
@@ -52,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_limits,
         metavar="DEVICE=SIZE",
-        help="what each device may take, as in 0=10GiB 1=10GiB cpu=30GiB; those left out are not used (disk: no limit)",
+        help="memory limit of each device, as in 0=10GiB 1=10GiB cpu=30GiB; devices left out are not used (disk: no limit)",
     )
     add(
         parser,
@@ -86,10 +86,10 @@ def _limits(text: str) -> list[tuple[int | str, int]]:
 
 
 def parse_limits(args: argparse.Namespace) -> dict[int | str, int] | None:
-    """Limits by device; None where none are given.
+    """Returns the memory limits by device, or None if none are given.
 
     Raises:
-        EstimateError: for a device that has two, and for limits or classes without a map.
+        EstimateError: if a device has two limits, or limits or classes are given without a map.
     """
     if args.device_map is None and (args.max_memory or args.no_split_module_classes):
         flag = "--max_memory" if args.max_memory else "--no_split_module_classes"
@@ -107,17 +107,17 @@ def parse_limits(args: argparse.Namespace) -> dict[int | str, int] | None:
 def assign(
     model: nn.Module, kind: str, limits: Mapping[int | str, int] | None, whole: Sequence[str] | None, dtype: str
 ) -> list[MapReport]:
-    """Where parts of a model go.
+    """Computes a device map.
 
     Args:
-        model: On the meta device.
+        model: A model on the meta device.
         kind: One of `MAPS`.
-        limits: Bytes by device; None: what is free on this machine.
-        whole: Classes that are not split; None: those the model names.
-        dtype: The number format of the weights.
+        limits: Bytes by device; None: the free memory of this machine.
+        whole: Classes that are not split; None: the model's own list.
+        dtype: dtype of the weights.
 
     Raises:
-        EstimateError: when something fits nowhere.
+        EstimateError: if a module fits on no device.
     """
     from ...offload.device_map import infer_auto_device_map
     from ...offload.max_memory import get_balanced_memory, get_max_memory

@@ -1,7 +1,7 @@
-"""Finds the model that `accelerate estimate-memory` is asked about, and makes it without memory.
+"""Finds the model for `accelerate estimate-memory` and builds it on the meta device.
 
-A name is a folder, a configuration file, a model on the Hub (or in the cache of what came from there), or one of timm's.
-Only its configuration is read.
+A name is a folder, a configuration file, a model on the Hub (or in its local cache), or an architecture of timm. Only the
+configuration is read.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _CONFIG = "config.json"
 
 
 class EstimateError(ValueError):
-    """The model cannot be found, or not be made."""
+    """Raised if a model cannot be found or built."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's configuration is.
+    """Location of a model's configuration.
 
     Attributes:
-        name: As it was asked for.
+        name: The name given by the user.
         library: ``transformers`` or ``timm``.
-        path: The configuration on this machine, or None: the library fetches it by its name.
+        path: The local configuration; None if the library downloads it by name.
     """
 
     name: str
@@ -42,17 +42,18 @@ def find_source(name: str, library: str | None = None, token: str | None = None)
 
     Args:
         name: A folder, a configuration file, or a name on the Hub.
-        library: Its library, where that is not said there.
-        token: For a model that not everybody may see.
+        library: Its library, if the configuration does not name it.
+        token: Access token, for a private or gated model.
 
     Raises:
-        EstimateError: saying which of these it is: not found, no access, no connection, no model, an unknown library.
+        EstimateError: if the model is not found, not accessible, not a model, or of an unknown library, or if the Hub cannot
+            be reached.
     """
     path = Path(name).expanduser()
     if path.exists():
         return _local(name, path / _CONFIG if path.is_dir() else path, library)
     if library == "timm" and "/" not in name:
-        return ModelSource(name, "timm")  # timm knows its own architectures
+        return ModelSource(name, "timm")  # an architecture name of timm
     if name.startswith((".", "/", "~")) or name.endswith(".json"):
         raise EstimateError(f"there is no file or folder {name}.")
     info = verify_on_hub(name, token)
@@ -75,10 +76,10 @@ def find_source(name: str, library: str | None = None, token: str | None = None)
 
 
 def verify_on_hub(repo: str, token: str | None = None) -> Any:
-    """What the Hub says of a model.
+    """Requests information on a model from the Hub.
 
     Returns:
-        Its ``ModelInfo``; or ``"gated"`` (no access), ``"repo"`` (not there) or ``"offline"`` (no answer).
+        Its ``ModelInfo``; or ``"gated"`` (no access), ``"repo"`` (not found) or ``"offline"`` (no response).
     """
     from huggingface_hub import errors, model_info
 
@@ -97,7 +98,7 @@ def verify_on_hub(repo: str, token: str | None = None) -> Any:
 
 
 def check_has_model(error: Exception) -> str:
-    """Which library raised an error about a model that it does not know: ``timm``, ``transformers`` or ``unknown``."""
+    """Returns the library that raised an unknown-model error: ``timm``, ``transformers`` or ``unknown``."""
     if isinstance(error, RuntimeError) and "Unknown model" in str(error):
         return "timm"
     if isinstance(error, OSError) and _CONFIG in str(error):
@@ -106,7 +107,7 @@ def check_has_model(error: Exception) -> str:
 
 
 def add_timm_hub_prefix(model_name: str) -> str:
-    """A model of the Hub as timm wants it named: ``hf-hub:timm/resnet50.a1_in1k``."""
+    """Returns timm's name of a model on the Hub: ``hf-hub:timm/resnet50.a1_in1k``."""
     return model_name if model_name.startswith(("hf-hub:", "hf_hub:")) else f"hf-hub:{model_name}"
 
 
@@ -146,9 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _library(library: str | None, name: str) -> str:
     if library is None:
-        raise EstimateError(
-            f"{name} does not say which library it is for: say so with --library_name {{timm,transformers}}."
-        )
+        raise EstimateError(f"{name} does not name its library: pass --library_name {{timm,transformers}}.")
     if library not in LIBRARIES:
         raise EstimateError(f"{name} is for {library}; estimates are there for models of {' and '.join(LIBRARIES)}.")
     return library
@@ -160,16 +159,16 @@ def create_empty_model(
     trust_remote_code: bool = False,
     access_token: str | None = None,
 ) -> nn.Module:
-    """Makes a model on the meta device, in float32: it has shapes and takes no memory.
+    """Builds a model on the meta device, in float32.
 
     Args:
         model_name: A folder, a configuration file, or a name on the Hub.
-        library_name: ``transformers`` or ``timm``; None finds out.
-        trust_remote_code: Run the code that the model brings.
-        access_token: For a model that not everybody may see.
+        library_name: ``transformers`` or ``timm``; None detects it.
+        trust_remote_code: Whether to run the model's own code.
+        access_token: Access token, for a private or gated model.
 
     Raises:
-        EstimateError: when there is no such model, or it cannot be made.
+        EstimateError: if the model cannot be found or built.
     """
     import torch
 
@@ -180,16 +179,16 @@ def create_empty_model(
 def build_model(
     source: ModelSource, trust_remote_code: bool = False, token: str | None = None, with_head: bool = False
 ) -> nn.Module:
-    """Makes a model where tensors are made just now.
+    """Builds a model on the current default device.
 
     Args:
-        source: What `find` gave.
-        trust_remote_code: Run the code that the model brings.
-        token: For a model that not everybody may see.
-        with_head: The class that the configuration names, such as BertForMaskedLM, instead of the bare model.
+        source: The result of `find_source`.
+        trust_remote_code: Whether to run the model's own code.
+        token: Access token, for a private or gated model.
+        with_head: Whether to build the class that the configuration names, such as BertForMaskedLM, not the base model.
 
     Raises:
-        EstimateError: when it cannot be made.
+        EstimateError: if it cannot be built.
     """
     try:
         import torch
@@ -197,7 +196,7 @@ def build_model(
         from ...runtime.system.availability import is_torch_version
 
         if is_torch_version("<", "2.13.0"):
-            # Models import the compiler, and torch 2.6 cannot do so while tensors are made on the meta device.
+            # Models import the compiler, which fails in torch 2.6 under a meta default device.
             with torch.device("cpu"):
                 torch.compiler.list_backends()
         if source.library == "timm":
@@ -210,9 +209,9 @@ def build_model(
             raise EstimateError(f"{source.name} cannot be made: {error}.") from error
         extra = '"accelerate[estimate]"' if error.name == "transformers" else error.name
         raise EstimateError(f"{source.name} needs {error.name}, which is not installed: pip install {extra}") from None
-    except Exception as error:  # a library, or code that the model brings, may raise anything
-        known = check_has_model(error)
-        what = f"{known} knows no such model" if known != "unknown" else f"{type(error).__name__}"
+    except Exception as error:  # a library, or the model's own code, may raise anything
+        library = check_has_model(error)
+        what = f"{library} has no such model" if library != "unknown" else type(error).__name__
         raise EstimateError(f"{source.name} cannot be made: {what}: {' '.join(str(error).split())[:400]}") from error
 
 
@@ -221,10 +220,10 @@ def _make_transformers(source: ModelSource, trust: bool, token: str | None, with
     import transformers
 
     where = source.name
-    if source.path is not None:  # code that a model brings is found beside its configuration, by the folder only
+    if source.path is not None:  # the model's own code is found only by the folder of its configuration
         where = str(source.path.parent if source.path.name == _CONFIG else source.path)
     config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust, token=token)
-    # Not in the format the weights were saved in. (The attribute has another name before transformers 5.)
+    # Not the dtype of the saved weights. (The attribute has another name before transformers 5.)
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
     own_code = getattr(config, "auto_map", None) or {}
     if own_code and not trust and type(config).__module__.startswith("transformers_modules"):
@@ -246,7 +245,7 @@ def _make_timm(source: ModelSource) -> nn.Module:
         return timm.create_model(name, pretrained=False)
     config = _read(source.path)
     if "architecture" not in config:
-        raise EstimateError(f"{source.path} is no configuration of timm's: it has no key architecture.")
+        raise EstimateError(f"{source.path} is not a configuration of timm: it has no key architecture.")
     options = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
     options.update(config.get("model_args") or {})
     return timm.create_model(config["architecture"], pretrained=False, **options)

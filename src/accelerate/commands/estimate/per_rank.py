@@ -1,6 +1,6 @@
-"""``accelerate estimate-memory --num_processes ...``: what each rank of a run would hold, as `accelerate launch` is told.
+"""``accelerate estimate-memory --num_processes ...``: the memory of each rank, for given flags of `accelerate launch`.
 
-The launcher's flags, or a configuration file of its, become a `Sharding`; units are chosen as training chooses them.
+The launcher's flags, or a configuration file, are converted to a `Sharding`; units are wrapped as in training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ...settings.plugins.fsdp import FullyShardedDataParallelPlugin
 
-# The launcher's options that memory depends on.
+# The launcher's options that affect memory.
 _OPTIONS = (
     "config_file",
     "cpu",
@@ -46,16 +46,16 @@ _HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
 
 
 class RankPlan(NamedTuple):
-    """How a model is to be trained.
+    """A plan of distributed training.
 
     Attributes:
-        processes: How many there are.
+        processes: Number of processes.
         precision: ``no``, ``bf16``, ``fp16`` or ``fp8``.
-        sharding: How they share it.
-        units: Chooses the modules that are gathered on their own.
+        sharding: The sharding strategy.
+        units: Selects the modules to wrap.
         checkpoint: Whether units recompute their activations.
-        on_cpu: Whether they compute on the CPU.
-        title: All that in words.
+        on_cpu: Whether processes compute on the CPU.
+        title: A description for the report.
     """
 
     processes: int
@@ -68,9 +68,9 @@ class RankPlan(NamedTuple):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds those flags of the launcher, to the command's parser; what is not given leaves no trace in what it gives."""
+    """Adds the launcher's flags to the command's parser; flags that are not given are missing from its namespace."""
     group: Any = parser.add_argument_group(
-        "What each rank of a run holds", "as `accelerate launch` is told; a flag of fsdp stands for --use_fsdp"
+        "Memory of each rank", "flags of `accelerate launch`; a flag of FSDP implies --use_fsdp"
     )
     for entry in option_specs(LaunchSettings):
         if entry.dest not in _OPTIONS:
@@ -99,10 +99,10 @@ def _converter(entry: OptionSpec) -> Callable[[str], Any]:
 
 
 def parse_settings(args: argparse.Namespace) -> LaunchSettings | None:
-    """What the flags and the file they name say; None where there are none.
+    """Returns the launcher's settings from flags and configuration file, or None if no flag was given.
 
     Raises:
-        EstimateError: when they cannot be used.
+        EstimateError: if they are invalid.
     """
     from ...launch import config_file, parse
 
@@ -121,10 +121,10 @@ def parse_settings(args: argparse.Namespace) -> LaunchSettings | None:
 
 
 def make_plan(settings: LaunchSettings) -> RankPlan:
-    """How a run that is launched so shares a model.
+    """Returns the plan of a run with these settings.
 
     Raises:
-        EstimateError: for what is not estimated, or does not go together.
+        EstimateError: if the settings contradict each other or select an engine that is not supported.
     """
     mesh = settings.parallelism if settings.use_parallelism_config else None
     for name, asked in (
@@ -133,7 +133,7 @@ def make_plan(settings: LaunchSettings) -> RankPlan:
         *((f"parallelism_config_{name}", mesh is not None and getattr(mesh, name) > 1) for name in _SPLIT),
     ):
         if asked:
-            raise EstimateError(f"what ranks hold with {name} is not estimated: leave it out for an upper bound.")
+            raise EstimateError(f"estimates do not support {name}: leave it out for an upper bound.")
     processes, precision = settings.processes, settings.mixed_precision or "no"
     if not settings.use_fsdp:
         sharding = Sharding(version=0, buckets=processes > 1)
@@ -156,7 +156,7 @@ def make_plan(settings: LaunchSettings) -> RankPlan:
     else:
         ranks = settings.processes_here if hybrid else processes
     if processes % max(ranks, 1) or ranks < 1:
-        raise EstimateError(f"{processes} processes cannot be divided into groups of {ranks} that share a model.")
+        raise EstimateError(f"{processes} processes cannot be divided into sharding groups of {ranks}.")
     whole = kind == "NO_SHARD" or ranks == 1
     sharding = Sharding(
         ranks=ranks,
@@ -195,8 +195,8 @@ def _plugin(settings: LaunchSettings) -> FullyShardedDataParallelPlugin:
         return FullyShardedDataParallelPlugin(
             fsdp_version=fsdp.version,
             reshard_after_forward=fsdp.reshard_after_forward,
-            auto_wrap_policy=fsdp.auto_wrap_policy or "NO_WRAP",  # type: ignore[arg-type]  # as files spell it
-            transformer_cls_names_to_wrap=fsdp.transformer_layer_cls_to_wrap,  # type: ignore[arg-type]  # words, by commas
+            auto_wrap_policy=fsdp.auto_wrap_policy or "NO_WRAP",  # type: ignore[arg-type]  # a file's spelling
+            transformer_cls_names_to_wrap=fsdp.transformer_layer_cls_to_wrap,  # type: ignore[arg-type]  # comma-separated
             min_num_params=fsdp.min_num_params,
             cpu_offload=fsdp.offload_params,
             activation_checkpointing=fsdp.activation_checkpointing,

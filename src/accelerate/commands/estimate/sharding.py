@@ -1,7 +1,7 @@
-"""What one rank holds when a model is trained on several: arithmetic over a step that was followed on one.
+"""Computes the memory of one rank in distributed training from a training step traced on one process.
 
-A step is a list of moments (a unit is entered, a gradient comes, ...) with the activations held then. The way parameters
-are shared says what else is there at each: shards, gathered units, whole gradients on their way to be reduced.
+A step is a list of events (a unit's forward begins, a gradient is complete, ...) with the activations held at each. A
+simulation of the sharding strategy adds the other memory: shards, all-gathered units, and gradients before they are reduced.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-_ALIGNMENT = 16  # bytes; FSDP 1 begins each original parameter of a unit there
-_STEP_COUNT = 4  # bytes; AdamW counts the steps of each parameter
+_ALIGNMENT = 16  # bytes; FSDP 1 aligns the original parameters of a unit
+_STEP_COUNT = 4  # bytes of AdamW's step count of each parameter
 
 
 class EventKind(Enum):
-    """What happens at a moment of a training step."""
+    """Kind of an event of a training step."""
 
     START = "a step begins"
     FORWARD = "a unit's forward begins"
@@ -34,8 +34,8 @@ class Weight:
 
     Attributes:
         shape: Its sizes.
-        width: Bytes of an element as it is kept.
-        trained: Whether it gets a gradient.
+        width: Bytes per element in storage.
+        trained: Whether it has a gradient.
     """
 
     shape: tuple[int, ...]
@@ -44,16 +44,16 @@ class Weight:
 
     @property
     def numel(self) -> int:
-        """Elements of all of it."""
+        """Returns the number of elements."""
         return _product(self.shape)
 
     def rows(self, rank: int, ranks: int) -> int:
-        """How many elements a rank holds of the first dimension cut into equal pieces, the last ones smaller."""
+        """Returns the number of elements on a rank, sharded over the first dimension; the last shards are smaller."""
         most = self.padded(ranks)
         return max(0, min(most, self.numel - rank * most))
 
     def padded(self, ranks: int) -> int:
-        """Elements of the largest such piece."""
+        """Returns the number of elements of the largest such shard."""
         if not self.shape or not self.numel:
             return self.numel
         return -(-self.shape[0] // ranks) * _product(self.shape[1:])
@@ -61,31 +61,31 @@ class Weight:
 
 @dataclass(frozen=True)
 class FSDPUnit:
-    """Parameters that are gathered and freed together."""
+    """Parameters that are all-gathered and freed together."""
 
     weights: tuple[Weight, ...]
 
     @property
     def width(self) -> int:
-        """Bytes of an element, as kept."""
+        """Returns the bytes per element in storage."""
         return max((weight.width for weight in self.weights), default=4)
 
     @property
     def trained(self) -> bool:
-        """Whether any of it gets a gradient."""
+        """Returns whether any parameter has a gradient."""
         return any(weight.trained for weight in self.weights)
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens in a step.
+    """An event of a training step.
 
     Attributes:
-        kind: What.
-        unit: To which unit; -1 for none.
-        weight: To which of its parameters, for a gradient.
-        now: Bytes of activations at that moment.
-        most: The most of them until the next.
+        kind: The kind of event.
+        unit: Index of the unit; -1 for none.
+        weight: Index of the unit's parameter, for a gradient.
+        now: Bytes of activations at the event.
+        most: Peak bytes of activations until the next event.
     """
 
     kind: EventKind
@@ -97,35 +97,35 @@ class Event:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """A training step of a whole model.
+    """A traced training step.
 
     Attributes:
-        units: Inner ones first, the model itself (with all parameters that are in no other) last.
-        moments: In order.
-        buffers: Bytes of what is no parameter and stays.
-        at_once: The optimizer works on all parameters together, not on one after the other.
+        units: Inner units first; last the root unit, with all remaining parameters.
+        events: Events in order.
+        buffers: Bytes of buffers.
+        at_once: Whether the optimizer steps on all parameters at once (foreach) instead of one after the other.
     """
 
     units: tuple[FSDPUnit, ...]
-    moments: tuple[Event, ...]
+    events: tuple[Event, ...]
     buffers: int = 0
     at_once: bool = False
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How ranks share a model.
+    """A sharding strategy.
 
     Attributes:
-        ranks: How many hold one copy together.
-        version: 2: every parameter is cut; 1: units are flattened and cut; 0: nothing is cut, as with DDP.
-        frees: Gathered parameters are freed between a unit's forward and backward.
-        compute: Bytes of an element in a forward, where that is another format than the kept one.
-        offload: Shards, their gradients and the optimizer's state are in the machine's memory.
-        prefetch: The backward gathers the next unit before it computes this one.
-        original: FSDP 1 keeps the original parameters visible (use_orig_params).
-        buckets: Gradients are copied into buckets to be reduced (DDP on several ranks).
-        copies: Whoever carries shards does so in buffers of its own, as gloo does on the CPU, for as long as it takes.
+        ranks: Number of ranks that hold one replica.
+        version: 2: parameters are sharded one by one; 1: units are flattened and sharded; 0: replicated, as with DDP.
+        frees: Whether gathered parameters are freed between a unit's forward and backward.
+        compute: Bytes per element in the forward, if it differs from storage.
+        offload: Whether shards, their gradients and the optimizer's state are in host memory.
+        prefetch: Whether the backward all-gathers the next unit before it computes the current one.
+        original: Whether FSDP 1 keeps the original parameters (use_orig_params).
+        buckets: Whether gradients are copied into buckets for the all-reduce (DDP on several ranks).
+        copies: Whether the backend copies shards into buffers of its own during a collective, as gloo does on the CPU.
     """
 
     ranks: int = 1
@@ -141,16 +141,16 @@ class Sharding:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes that a rank holds; of uneven shards, the largest.
+    """Memory of a rank in bytes; of uneven shards, the largest.
 
     Attributes:
-        weights: Its shard of the parameters, and the buffers of the model.
-        gradients: Its shard of the gradients.
-        optimizer: Adam's two moments of the shard, and its step counts.
-        activations: The most that is held of what the backward needs of the forward, and results in between.
-        gathered: The most that is held of gathered parameters, and of gradients before and while they are reduced.
-        peak: The most that is on the device at one time; less than the sum, as these come and go.
-        host: Of `weights`, `gradients` and `optimizer`, what is in the machine's memory instead of the device's.
+        weights: Shards of the parameters, and the model's buffers.
+        gradients: Shards of the gradients.
+        optimizer: Adam's two moments of the shards, and its step counts.
+        activations: Peak of activations saved for the backward and of temporaries.
+        gathered: Peak of all-gathered parameters and of unreduced gradients.
+        peak: Peak of all memory on the device; less than the sum, since the peaks do not coincide.
+        host: The part of `weights`, `gradients` and `optimizer` that is in host memory.
     """
 
     weights: int
@@ -163,7 +163,7 @@ class RankMemory:
 
 
 def rank_memory(step: StepTrace, sharding: Sharding, rank: int = 0) -> RankMemory:
-    """What `rank` holds in a step that its peers take together with it."""
+    """Returns the memory of `rank` in a step."""
     parts = [shard_of(unit, sharding, rank) for unit in step.units]
     weights, gradients, optimizer = (
         sum(getattr(each, name) for each in parts) for name in ("weights", "gradients", "optimizer")
@@ -174,7 +174,7 @@ def rank_memory(step: StepTrace, sharding: Sharding, rank: int = 0) -> RankMemor
         on_device = 0 if sharding.offload else kept + level.shards
         peak = max(peak, on_device + level.passing + level.activations)
         gathered = max(gathered, level.passing)
-        if level.kind is not EventKind.UPDATE:  # what the optimizer works on is none
+        if level.kind is not EventKind.UPDATE:  # temporaries of the optimizer are no activations
             activations = max(activations, level.activations)
     return RankMemory(
         weights + step.buffers,
@@ -189,16 +189,16 @@ def rank_memory(step: StepTrace, sharding: Sharding, rank: int = 0) -> RankMemor
 
 @dataclass(frozen=True)
 class UnitShard:
-    """Bytes of a unit: those a rank keeps, and those that travel.
+    """Bytes of a unit on a rank, and of its collectives.
 
     Attributes:
-        weights: Of the shard.
-        gradients: Of its gradients.
-        optimizer: Of Adam's state for it.
-        whole: Of the gathered unit, padding included.
-        sent: Of the shard in the format it is sent in, where that is a copy; else 0.
-        reduced: Of what is given to a reduction, padding included.
-        sizes: Elements of each piece that the optimizer steps on.
+        weights: Bytes of the shard.
+        gradients: Bytes of its gradients.
+        optimizer: Bytes of Adam's state of it.
+        whole: Bytes of the all-gathered unit, with padding.
+        sent: Bytes of the all-gather's input if that is a copy of the shard (another dtype or device), else 0.
+        reduced: Bytes of the reduce-scatter's input, with padding.
+        sizes: Number of elements of each tensor that the optimizer steps on.
     """
 
     weights: int
@@ -211,7 +211,7 @@ class UnitShard:
 
 
 def shard_of(unit: FSDPUnit, sharding: Sharding, rank: int) -> UnitShard:
-    """What a rank keeps of a unit."""
+    """Returns a rank's shard of a unit."""
     if sharding.version == 0:
         return _whole(unit)
     return _flat(unit, sharding, rank) if sharding.version == 1 else _sharded(unit, sharding, rank)
@@ -244,7 +244,7 @@ def _sharded(unit: FSDPUnit, sharding: Sharding, rank: int) -> UnitShard:
 
 
 def _flat(unit: FSDPUnit, sharding: Sharding, rank: int) -> UnitShard:
-    """The parameters behind each other, cut into equal pieces."""
+    """Shards the concatenation of the parameters into equal pieces (FSDP 1's flat parameter)."""
     ranks, compute = sharding.ranks, sharding.compute or unit.width
     aligned = _ALIGNMENT // compute if sharding.original else 1
     places, end = [], 0
@@ -273,11 +273,11 @@ def _flat(unit: FSDPUnit, sharding: Sharding, rank: int) -> UnitShard:
 
 
 class PeakCandidate(NamedTuple):
-    """How much is there at some point of a step, beside weights and the optimizer's state.
+    """Memory at some point of a step, without weights and the optimizer's state.
 
     Attributes:
-        kind: What happened last.
-        passing: Bytes of gathered parameters, and of gradients before and while they are reduced.
+        kind: The latest event.
+        passing: Bytes of all-gathered parameters and of unreduced gradients.
         activations: Bytes of activations.
         shards: Bytes of reduced gradients.
     """
@@ -289,71 +289,69 @@ class PeakCandidate(NamedTuple):
 
 
 def peak_candidates(step: StepTrace, sharding: Sharding, rank: int = 0) -> Iterator[PeakCandidate]:
-    """Every level of a step that may be the highest, in order."""
+    """Yields the points of a step at which memory may peak, in order."""
     return _StepSimulator(step, sharding, [shard_of(unit, sharding, rank) for unit in step.units]).levels()
 
 
 class _StepSimulator:
-    """Goes through a step, and knows what is gathered, on its way and reduced."""
+    """Replays a step, tracking all-gathered units, collectives in flight and reduced gradients."""
 
     def __init__(self, step: StepTrace, sharding: Sharding, parts: Sequence[UnitShard]) -> None:
         self.step, self.sharding, self.parts = step, sharding, parts
         self.root = len(step.units) - 1
         self.whole: dict[int, int] = {}  # unit -> bytes gathered
-        self.sent: dict[int, int] = {}  # unit -> buffer of a gather that has arrived or is on its way
-        self.raw = [0] * len(parts)  # whole gradients of each unit
+        self.sent: dict[int, int] = {}  # unit -> buffer of an all-gather in flight or just completed
+        self.raw = [0] * len(parts)  # unreduced gradients of each unit
         self.reducing = 0  # the buffer of the latest reduction
         self.shards = 0  # shards of gradients
         self.order: list[int] = []  # of forwards
         self.buckets = sum(part.gradients for part in parts) if sharding.buckets else 0
 
     def levels(self) -> Iterator[PeakCandidate]:
-        """See `levels`."""
+        """See `peak_candidates`."""
         cut = self.sharding.version > 0
         backward = False
-        for moment in self.step.moments:
-            backward = backward or moment.kind is EventKind.BACKWARD
-            if moment.kind is EventKind.GRADIENT:
-                self._gradient(moment)
-            elif moment.kind is EventKind.END:
+        for event in self.step.events:
+            backward = backward or event.kind is EventKind.BACKWARD
+            if event.kind is EventKind.GRADIENT:
+                self._gradient(event)
+            elif event.kind is EventKind.END:
                 self.shards = 0
             elif (
-                cut
-                and moment.kind in _CHANGES
-                and not (backward and moment.kind in (EventKind.FORWARD, EventKind.DONE))
+                cut and event.kind in _CHANGES and not (backward and event.kind in (EventKind.FORWARD, EventKind.DONE))
             ):
-                for passing in _CHANGES[moment.kind](self, moment.unit):
-                    yield PeakCandidate(moment.kind, self._extra() + passing, moment.now, self.shards)
-            held = moment.most
-            if moment.kind is EventKind.UPDATE:
-                held = moment.now + self._working(moment.most - moment.now)
-            yield PeakCandidate(moment.kind, self._extra(), held, self.shards)
+                for passing in _CHANGES[event.kind](self, event.unit):
+                    yield PeakCandidate(event.kind, self._extra() + passing, event.now, self.shards)
+            held = event.most
+            if event.kind is EventKind.UPDATE:
+                held = event.now + self._working(event.most - event.now)
+            yield PeakCandidate(event.kind, self._extra(), held, self.shards)
 
     def _extra(self) -> int:
         return sum(self.whole.values()) + sum(self.sent.values()) + sum(self.raw) + self.reducing + self.buckets
 
     def _working(self, size: int) -> int:
-        """What the optimizer works on, of `size` where it steps on whole parameters."""
+        """Returns the optimizer's temporaries on this rank; `size` is their size for unsharded parameters."""
         if self.sharding.offload:
-            return 0  # it steps in the machine's memory
+            return 0  # it steps in host memory
         whole = [weight.numel for unit in self.step.units for weight in unit.weights if weight.trained]
         here = [piece for part in self.parts for piece in part.sizes]
         amount = sum if self.step.at_once else max
         return -(-size * amount(here or [0]) // amount(whole)) if whole else size
 
-    def _gradient(self, moment: Event) -> None:
-        weight = self.step.units[moment.unit].weights[moment.weight]
+    def _gradient(self, event: Event) -> None:
+        weight = self.step.units[event.unit].weights[event.weight]
         if self.sharding.version == 0:
             self.shards += weight.numel * weight.width
         else:
-            self.raw[moment.unit] += self._size(weight)
+            self.raw[event.unit] += self._size(weight)
 
     def _size(self, weight: Weight) -> int:
-        """Bytes of a whole gradient, as the backward makes it."""
+        """Returns the bytes of an unreduced gradient."""
         return weight.numel * (self.sharding.compute or weight.width)
 
     def _gather(self, unit: int) -> Iterator[int]:
-        """Gathers a unit; gives what is there in passing besides."""
+        """All-gathers a unit and yields the bytes that it holds temporarily."""
         if unit in self.whole:
             return
         part = self.parts[unit]
@@ -403,7 +401,7 @@ class _StepSimulator:
         yield self._gathering(part)
 
     def _gathering(self, part: UnitShard) -> int:
-        """What is there while a unit is gathered, beside the whole of it."""
+        """Returns the temporary bytes of a unit's all-gather, without its output."""
         return part.sent + (part.whole if self.sharding.copies else 0)
 
     def _reduced(self, unit: int) -> Iterator[int]:
@@ -415,17 +413,17 @@ class _StepSimulator:
             self.reducing = 0
 
     def _reduce(self, unit: int, part: UnitShard) -> Iterator[int]:
-        flat = part.reduced  # gradients are put behind each other
+        flat = part.reduced  # gradients are concatenated
         if self.sharding.version == 2:
-            self.reducing, flat = flat, 0  # and stay until the next reduction; the one before is over
+            self.reducing, flat = flat, 0  # held until the next reduce-scatter; the previous one has completed
         yield flat
-        # Version 2 lets go of all gradients but the last one, which a variable of torch's still names.
+        # Version 2 releases all unreduced gradients but the last one, which a variable in torch still references.
         trained = [weight for weight in self.step.units[unit].weights if weight.trained]
         self.raw[unit] = self._size(trained[-1]) if self.sharding.version == 2 else 0
         output = part.reduced // self.sharding.ranks
         yield flat + output + (part.reduced if self.sharding.copies else 0)
         self.shards += part.gradients
-        yield flat + (output if self.sharding.compute else 0)  # in the format it is kept in, it is the shard
+        yield flat + (output if self.sharding.compute else 0)  # without a cast, the output is the shard itself
         self.raw[unit] = 0
 
 

@@ -1,7 +1,7 @@
-"""What a training step holds in memory, found without any: the step is run on tensors that have a shape and no values.
+"""Traces the memory of a training step on fake tensors, which have shapes but no values.
 
-Everything a real step would allocate is counted by its size, when it comes and when it goes, so that activations need no
-rule of thumb. What is not seen: the working memory inside a kernel, and what an allocator keeps for later.
+Every storage that a real step would allocate is counted from allocation to release, so activations need no rule of thumb.
+Workspace inside kernels and memory cached by the allocator are not counted.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class StepMemory:
 
     Attributes:
         weights: Parameters and buffers.
-        gradients: All gradients, as they are at the end of the backward.
+        gradients: All gradients at the end of the backward.
         optimizer: Adam's two moments and its step counts.
-        activations: The most that is held beside these three: what the backward needs of the forward, results in between.
-        peak: The most that is held at one time; less than the sum, since activations go as gradients come.
+        activations: Peak of all other memory: activations saved for the backward, and temporaries.
+        peak: Peak of all memory; less than the sum, since activations are freed as gradients are computed.
     """
 
     weights: int
@@ -41,13 +41,13 @@ class StepMemory:
 
 
 class TraceError(RuntimeError):
-    """A step depends on values, or takes inputs that nobody described: its memory cannot be found."""
+    """Raised if a step depends on values of tensors, or on inputs of an unsupported kind."""
 
 
 def trace_step(
     model: nn.Module, batch_size: int, sequence_length: int, mixed: bool, at_once: bool = False
 ) -> StepMemory:
-    """What one process that trains alone holds; see `follow_units`."""
+    """Returns the memory of training on one process; see `trace_units`."""
     step = trace_units(model, batch_size, sequence_length, mixed=mixed, at_once=at_once)
     found = rank_memory(step, Sharding(version=0))
     return StepMemory(found.weights, found.gradients, found.optimizer, found.activations, found.peak)
@@ -64,20 +64,20 @@ def trace_units(
     checkpoint: bool = False,
     at_once: bool = False,
 ) -> StepTrace:
-    """Follows the second of two training steps: from then on Adam has its state.
+    """Traces the second of two training steps on fake tensors; Adam's state exists from the second step on.
 
     Args:
-        model: On the meta device; it stays as it is.
-        batch_size: Samples in a batch.
-        sequence_length: Tokens in a sample, for models of text.
-        mixed: Whether the forward runs in a 16-bit format (autocast).
-        units: Chooses the modules inside a model that are gathered on their own, inner ones first.
-        half: Whether the parameters come to the forward in a 16-bit format.
+        model: A model on the meta device; not modified.
+        batch_size: Samples per batch.
+        sequence_length: Tokens per sample, for language models.
+        mixed: Whether the forward runs under autocast to 16 bits.
+        units: Selects the modules to wrap, inner ones first.
+        half: Whether parameters are cast to 16 bits for the forward.
         checkpoint: Whether units recompute their activations in the backward.
-        at_once: Whether Adam steps on all parameters together, as torch does on accelerators.
+        at_once: Whether Adam uses its foreach implementation, torch's default on accelerators.
 
     Raises:
-        CannotFollow: when the step cannot be run without values.
+        TraceError: if the step depends on values of tensors.
     """
     import copy
 
@@ -104,20 +104,20 @@ def trace_units(
     except Exception as error:
         text = str(error).strip().split("\n")[0][:200]
         raise TraceError(f"{type(error).__name__}: {text}") from error
-    return StepTrace(watch.weights(widths), tuple(watch.moments), buffers, at_once)
+    return StepTrace(watch.weights(widths), tuple(watch.events), buffers, at_once)
 
 
 class _UnitHooks:
-    """Notes what happens to units in a step.
+    """Records the events of units in a step by module and autograd hooks.
 
     Attributes:
-        moments: In order, since `restart`.
-        backward: Whether the backward has begun: a forward is a recomputation then.
+        events: Events since `restart`, in order.
+        backward: Whether the backward has begun; a forward is then a recomputation.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[nn.Module], tracker: _MemoryTracker) -> None:
         self.units, self.tracker = units, tracker
-        self.moments: list[Event] = []
+        self.events: list[Event] = []
         self.backward = False
         self._reduced: set[int] = set()
         self._learned: set[tuple[int, int]] = set()
@@ -130,7 +130,7 @@ class _UnitHooks:
             taken.update((parameter, name) for name, parameter in self.parameters[-1])
 
     def attach(self, cast: torch.dtype | None, checkpoint: bool) -> None:
-        """Puts hooks on units and parameters."""
+        """Registers hooks on units and parameters."""
         from torch.distributed._composable import checkpoint as recompute
 
         for number, (unit, parameters) in enumerate(zip(self.units, self.parameters, strict=True)):
@@ -165,7 +165,7 @@ class _UnitHooks:
         unit.register_forward_hook(after)
 
     def _passing(self, number: int, args: Any, kwargs: Any) -> Any:
-        """The same inputs, which say when their gradients are there."""
+        """Returns the inputs, passed through a function whose backward records the end of the unit's backward."""
         tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor) and v.requires_grad]
         if not tensors:
             return args, kwargs
@@ -186,12 +186,12 @@ class _UnitHooks:
         self.note(EventKind.GRADIENT, number, place)
 
     def reduce(self, number: int) -> None:
-        """Notes that a unit's backward is over."""
+        """Records the end of a unit's backward."""
         self._reduced.add(number)
         self.note(EventKind.REDUCED, number)
 
     def finish(self) -> None:
-        """Notes the end of the backward, for units whose inputs have no gradients."""
+        """Records the end of the backward, also of units whose inputs have no gradients."""
         for number in range(len(self.units)):
             if number not in self._reduced:
                 self.reduce(number)
@@ -199,22 +199,22 @@ class _UnitHooks:
         self.note(EventKind.UPDATE)
 
     def restart(self, held: int) -> None:
-        """Begins a step, with so many bytes of weights and state."""
+        """Begins a step with `held` bytes of weights and optimizer state."""
         self._reduced.clear()
-        self.moments.clear()
+        self.events.clear()
         self.tracker.held = held
         self.note(EventKind.START)
 
     def note(self, kind: EventKind, unit: int = -1, weight: int = -1) -> None:
-        """Adds a moment."""
-        if self.moments:
-            self.moments[-1] = replace(self.moments[-1], most=self.tracker.most_loose)
+        """Records an event."""
+        if self.events:
+            self.events[-1] = replace(self.events[-1], most=self.tracker.most_loose)
         now = self.tracker.live - self.tracker.held
         self.tracker.most_loose = now
-        self.moments.append(Event(kind, unit, weight, now, now))
+        self.events.append(Event(kind, unit, weight, now, now))
 
     def weights(self, widths: dict[str, int]) -> tuple[FSDPUnit, ...]:
-        """The units; a parameter that got no gradient counts as not trained."""
+        """Returns the units; a parameter without a gradient counts as frozen."""
         return tuple(
             FSDPUnit(
                 tuple(
@@ -227,7 +227,7 @@ class _UnitHooks:
 
 
 class _Identity(torch.autograd.Function):
-    """Gives tensors on, and calls a function when all of their gradients are there."""
+    """Returns its inputs, and calls a function in the backward, when all their gradients are computed."""
 
     @staticmethod
     def forward(ctx: Any, done: Callable[[], None], *tensors: torch.Tensor) -> Any:
@@ -245,8 +245,10 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _give_storage(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Puts tensors that count as the CPU's in the place of those of the meta device, tied ones as one. Kernels that look at
-    the device are chosen as in a real step then. Parameters get another dtype if one is given."""
+    """Replaces meta tensors by fake CPU tensors, so that kernels are dispatched as in a real step.
+
+    Tied tensors stay tied. Floating-point parameters are cast to `dtype` if it is given.
+    """
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers, vars(module)):
@@ -264,7 +266,7 @@ def _step(
     model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor], mixed: bool, watch: _UnitHooks
 ) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        output = model(**inputs)  # loops keep it until the end of the step, its logits with it
+        output = model(**inputs)  # training loops keep it, with its logits, until the end of the step
         if mixed:
             output = convert_to_fp32(output)
         loss = _loss(output)
@@ -282,14 +284,14 @@ def _loss(output: Any) -> torch.Tensor:
     values = tree_leaves(dict(output) if hasattr(output, "keys") else output)
     parts = [value.float().sum() for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
     if not parts:
-        raise TraceError("the model returns no numbers to train on")
+        raise TraceError("the model returns no floating-point tensor to train on")
     return torch.stack(parts).sum()
 
 
 def _inputs(model: nn.Module, batch_size: int, sequence_length: int) -> dict[str, torch.Tensor]:
-    """A batch for the model: tokens or images, as its configuration describes them."""
+    """Returns a batch of tokens or images for the model, as its configuration describes them."""
     config = getattr(model, "config", None)
-    picture = getattr(model, "default_cfg", {}).get("input_size") if config is None else None  # timm's description
+    picture = getattr(model, "default_cfg", {}).get("input_size") if config is None else None  # timm
     if picture is not None:
         return {"x": torch.zeros(batch_size, *picture)}
     name = getattr(model, "main_input_name", None)
@@ -305,11 +307,11 @@ def _inputs(model: nn.Module, batch_size: int, sequence_length: int) -> dict[str
     if name == "pixel_values" and size is not None:
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return {"pixel_values": torch.zeros(batch_size, getattr(config, "num_channels", 3), height, width)}
-    raise TraceError(f"only batches of tokens and of images are known, and {type(model).__name__} takes {name}")
+    raise TraceError(f"only batches of tokens and of images are supported, and {type(model).__name__} takes {name}")
 
 
 def _with_labels(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch with labels, for a model that computes its own loss: one for each row of logits."""
+    """Returns the batch with labels, one per row of logits, for a model that computes its own loss."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return inputs
     with torch.no_grad():
@@ -325,12 +327,12 @@ def _bytes(tensors: Iterable[Any]) -> int:
 
 
 class _MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that come out of operations, until they go.
+    """Counts the bytes of live storages that operations have allocated.
 
     Attributes:
-        live: Bytes that are there now.
-        held: Those of them that are weights, gradients and the optimizer's.
-        most_loose: The most there were beside `held`, since somebody set it.
+        live: Bytes of live storages.
+        held: Bytes of weights, gradients and optimizer state among them.
+        most_loose: Peak of `live - held` since it was last reset.
     """
 
     def __init__(self) -> None:

@@ -233,7 +233,7 @@ def test_the_hubs_answers_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_pa
     refused("a/b", "no model that can be estimated")
     siblings = [{"rfilename": "config.json"}]
     answering(monkeypatch, ModelInfo(id="a/b", siblings=siblings))
-    refused("a/b", "does not say which library")
+    refused("a/b", "does not name its library")
     answering(monkeypatch, ModelInfo(id="a/b", siblings=siblings, library_name="diffusers"))
     refused("a/b", "is for diffusers")
     answering(monkeypatch, ModelInfo(id="a/b", siblings=siblings, library_name="timm"))

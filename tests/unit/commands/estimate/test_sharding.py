@@ -41,11 +41,11 @@ def steps(draw: st.DrawFn) -> StepTrace:
     """A model of some blocks, trained: forwards in order, backwards in reverse, gradients of the root where they come."""
     found = tuple(draw(st.lists(units, min_size=1, max_size=5)))
     root, sizes = len(found) - 1, random.Random(draw(st.integers(0, 2**16)))
-    moments: list[Event] = []
+    events: list[Event] = []
 
     def note(kind: EventKind, unit: int = -1, weight: int = -1) -> None:
         now = sizes.randrange(1000)
-        moments.append(Event(kind, unit, weight, now, now + sizes.randrange(1000)))
+        events.append(Event(kind, unit, weight, now, now + sizes.randrange(1000)))
 
     def gradients(unit: int) -> None:
         for place, weight in enumerate(found[unit].weights):
@@ -68,7 +68,7 @@ def steps(draw: st.DrawFn) -> StepTrace:
     note(EventKind.REDUCED, root)
     note(EventKind.UPDATE)
     note(EventKind.END)
-    return StepTrace(found, tuple(moments), sizes.randrange(1000), draw(st.booleans()))
+    return StepTrace(found, tuple(events), sizes.randrange(1000), draw(st.booleans()))
 
 
 @settings(max_examples=40)
@@ -133,20 +133,20 @@ def test_a_step_by_hand() -> None:
     """Two units of 100 elements on two ranks, FSDP 2: every buffer at its time."""
     one = FSDPUnit((Weight((100,)),))
     kinds = (EventKind.FORWARD, 1), (EventKind.FORWARD, 0), (EventKind.DONE, 0), (EventKind.DONE, 1)
-    moments = [Event(kind, unit) for kind, unit in kinds]
-    moments += [
+    events = [Event(kind, unit) for kind, unit in kinds]
+    events += [
         Event(EventKind.BACKWARD, 1),
         Event(EventKind.BACKWARD, 0),
         Event(EventKind.GRADIENT, 0, 0),
         Event(EventKind.REDUCED, 0),
     ]
-    moments += [
+    events += [
         Event(EventKind.GRADIENT, 1, 0),
         Event(EventKind.REDUCED, 1),
         Event(EventKind.UPDATE),
         Event(EventKind.END),
     ]
-    step = StepTrace((one, one), tuple(moments))
+    step = StepTrace((one, one), tuple(events))
     seen: dict[EventKind, list[int]] = {}
     for level in peak_candidates(step, Sharding(ranks=2)):
         seen.setdefault(level.kind, []).append(level.passing // 400)
@@ -160,7 +160,7 @@ def test_a_step_by_hand() -> None:
 
 def test_activations_are_the_most_that_is_held_but_by_the_optimizer() -> None:
     unit = FSDPUnit((Weight((10,)),))
-    moments = (
+    events = (
         Event(EventKind.FORWARD, 0, now=0, most=300),
         Event(EventKind.DONE, 0, now=100, most=100),
         Event(EventKind.BACKWARD, 0, now=100, most=500),
@@ -168,8 +168,8 @@ def test_activations_are_the_most_that_is_held_but_by_the_optimizer() -> None:
         Event(EventKind.UPDATE, now=0, most=900),
         Event(EventKind.END),
     )
-    found = rank_memory(StepTrace((unit,), moments), Sharding(version=0))
-    kept = 40 + 84  # the weights, and Adam's moments with their count
+    found = rank_memory(StepTrace((unit,), events), Sharding(version=0))
+    kept = 40 + 84  # the weights, and Adam's events with their count
     assert (found.activations, found.peak) == (500, kept + 40 + 900)
-    backward = rank_memory(StepTrace((unit,), (*moments[:4], Event(EventKind.END))), Sharding(version=0))
+    backward = rank_memory(StepTrace((unit,), (*events[:4], Event(EventKind.END))), Sharding(version=0))
     assert (backward.activations, backward.peak) == (500, kept + 500)
