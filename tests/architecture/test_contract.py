@@ -109,7 +109,7 @@ def strings() -> set[str]:
 
 def missing_variables(variables: list[str]) -> Iterator[str]:
     settings = importlib.import_module("accelerate.settings.launcher").LaunchSettings
-    options = importlib.import_module("accelerate.settings.option").entries(settings)
+    options = importlib.import_module("accelerate.settings.option").option_specs(settings)
     known = strings() | {entry.variable for entry in options}
     yield from (f"${name}" for name in variables if name not in known)
 

@@ -299,7 +299,7 @@ def test_a_terminal_without_questionary(terminal: Terminal, tmp_path: Path) -> N
     ("name", "said"),
     [
         (".", ". is not a file: name one"),
-        ("/dev/null", "/dev/null is no file"),
+        ("/dev/null", "/dev/null is not a file"),
         ("file/c.yaml", "file is not a writable folder"),
     ],
 )
