@@ -379,7 +379,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"accelerate estimate-memory: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
