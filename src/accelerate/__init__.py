@@ -1,7 +1,7 @@
-"""Run one plain PyTorch loop on one CPU, many GPUs, many machines or a TPU.
+"""Runs a plain PyTorch training loop on one CPU, many GPUs, many machines or a TPU.
 
-A public name is looked up in its real home when it is first used: importing this package imports nothing else, torch
-least of all. In a rank of a launch it installs the hook that records the exception which ends the rank.
+Public names are imported from the modules that define them on first use (PEP 562), so that importing this package imports
+neither torch nor any submodule. In a launched rank it installs the hook that records the exception which ends the rank.
 """
 
 from __future__ import annotations

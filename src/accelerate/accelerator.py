@@ -1,7 +1,7 @@
-"""`Accelerator`: the one object a training script talks to.
+"""`Accelerator`: the public API of training scripts.
 
-A façade: it reads the settings once, joins the run, picks the strategy, and from then on a method is a docstring and a few
-lines of delegation. How a run is distributed is the strategy's business, never asked here.
+A façade: the constructor resolves the settings, joins the process group and selects the strategy, and methods delegate to
+it. Nothing here branches on how the run is distributed.
 """
 
 from __future__ import annotations
@@ -74,37 +74,37 @@ _HANDLERS = (
 
 
 class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
-    """Lets one training loop run on one process or many, on any device.
+    """Runs one training loop on any number of processes and any device.
 
     Args:
         device_placement: Move models, optimizers and batches to `device`.
-        split_batches: Older place of `DataLoaderConfiguration.split_batches`.
-        mixed_precision: ``no``, ``fp16``, ``bf16`` (or ``fp8``); None takes the launcher's choice.
-        gradient_accumulation_steps: Micro-steps per update; 1 takes the launcher's choice.
-        cpu: Use the CPU even where an accelerator is at hand.
-        dataloader_config: How data is shared between the processes.
-        deepspeed_plugin: DeepSpeed in detail; several by name, of which the first is in use.
-        fsdp_plugin: Fully sharded training in detail.
-        torch_tp_plugin: Older place of `ParallelismConfig.tp_size`.
-        megatron_lm_plugin: Megatron-LM in detail.
-        rng_types: Random number generators to synchronise at the start of each epoch.
+        split_batches: Legacy alias of `DataLoaderConfiguration.split_batches`.
+        mixed_precision: ``no``, ``fp16``, ``bf16`` (or ``fp8``); None uses the launcher's setting.
+        gradient_accumulation_steps: Micro-batches per optimizer step; 1 uses the launcher's setting.
+        cpu: Use the CPU even if an accelerator is available.
+        dataloader_config: How loaders distribute data over processes.
+        deepspeed_plugin: Settings of DeepSpeed, or several by name, of which the first is active.
+        fsdp_plugin: Settings of FSDP.
+        torch_tp_plugin: Legacy alias of `ParallelismConfig.tp_size`.
+        megatron_lm_plugin: Settings of Megatron-LM.
+        rng_types: Random number generators to synchronize at the start of each epoch.
         log_with: Trackers: names, `LoggerType` members, or instances of `GeneralTracker`.
-        project_dir: Where checkpoints and logs go.
-        project_config: The same in detail.
-        gradient_accumulation_plugin: Gradient accumulation in detail.
-        step_scheduler_with_optimizer: Schedulers step only when their optimizers did.
-        kwargs_handlers: How autocast, DDP, the gradient scaler, the process group and the profiler are set up.
+        project_dir: Folder for checkpoints and logs.
+        project_config: Folders for checkpoints and logs, and naming of checkpoints.
+        gradient_accumulation_plugin: Settings of gradient accumulation.
+        step_scheduler_with_optimizer: Step schedulers only after their optimizers stepped.
+        kwargs_handlers: Settings of autocast, DDP, the gradient scaler, the process group and the profiler.
         dynamo_backend: Compile models with this backend of ``torch.compile``.
-        dynamo_plugin: The same in detail.
-        deepspeed_plugins: The same as `deepspeed_plugin`.
-        parallelism_config: The sizes of the device mesh.
-        downcast_bf16: On TPUs in bf16, keep fp64 at 32 bits (a setting of old); without effect elsewhere.
-        schedule_per_update: Schedulers step once an update, whatever the number of processes. By default an update of N
-            processes counts N steps, since it consumes N batches.
-        kwarg_handlers: Older spelling of `kwargs_handlers`.
+        dynamo_plugin: Settings of ``torch.compile``.
+        deepspeed_plugins: Alias of `deepspeed_plugin`.
+        parallelism_config: Sizes of the device mesh.
+        downcast_bf16: On TPUs in bf16, keep fp64 at 32 bits (a legacy setting); no effect elsewhere.
+        schedule_per_update: Step schedulers once per optimizer step. By default an optimizer step on N processes counts as
+            N scheduler steps, since it consumes N batches.
+        kwarg_handlers: Alias of `kwargs_handlers`.
 
     Raises:
-        ValueError, TypeError: for settings that contradict each other, or that this version does not have.
+        ValueError, TypeError: for settings that contradict each other or are not supported.
 
     Example:
         ```python
@@ -207,7 +207,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         self.log_with = filter_trackers(log_with, self.logging_dir)
         self.trackers: list[GeneralTracker] = []
 
-    # Who am I --------------------------------------------------------------------------------------------------------
+    # State -----------------------------------------------------------------------------------------------------------
 
     @property
     def distributed_type(self) -> DistributedType:
@@ -256,7 +256,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def use_distributed(self) -> bool:
-        """Whether there are peers to talk to."""
+        """Whether there are several processes."""
         return self.state.use_distributed
 
     @property
@@ -271,17 +271,17 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def is_fsdp2(self) -> bool:
-        """Whether the run uses FSDP in its second version."""
+        """Whether the run uses FSDP2 (``fully_shard``)."""
         return self.state.is_fsdp2
 
     @property
     def fp8_backend(self) -> FP8BackendType:
-        """The library that computes in 8 bits, or ``NO``."""
+        """The library for fp8, or ``NO``."""
         return FP8BackendType.NO
 
     @property
     def fp8_enabled(self) -> bool:
-        """Whether models compute in 8 bits."""
+        """Whether models compute in fp8."""
         return self.mixed_precision == "fp8"
 
     @property
@@ -291,7 +291,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def delayed_fp8_autocast(self) -> bool:
-        """Whether models enter fp8's autocast after they were wrapped; False without fp8."""
+        """Whether models enter fp8's autocast after being wrapped; False without fp8."""
         return False
 
     @property
@@ -317,27 +317,27 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def tensor_parallel_rank(self) -> int:
-        """This process's place among the ranks that share a layer's tensors."""
+        """This process's rank in its tensor-parallel group."""
         return self._mesh_rank("tp")
 
     @property
     def pipeline_parallel_rank(self) -> int:
-        """This process's place in the pipeline of a model's stages."""
+        """This process's rank in its pipeline-parallel group."""
         return self._mesh_rank("pp")
 
     @property
     def context_parallel_rank(self) -> int:
-        """This process's place among the ranks that share a sequence."""
+        """This process's rank in its context-parallel group."""
         return self._mesh_rank("cp")
 
     @property
     def data_parallel_rank(self) -> int:
-        """This process's place among the replicas of the model."""
+        """Index of this process's model replica."""
         return self._mesh_rank("dp_replicate")
 
     @property
     def data_parallel_shard_rank(self) -> int:
-        """This process's place among the ranks that share the model's shards."""
+        """This process's rank in its sharding group."""
         return self._mesh_rank("dp_shard")
 
     def _mesh_rank(self, dimension: str) -> int:
@@ -346,11 +346,11 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         rank: int = self.torch_device_mesh[dimension].get_local_rank()
         return rank
 
-    # Settings of loading and accumulation ------------------------------------------------------------------------------
+    # Data loading and accumulation -------------------------------------------------------------------------------------
 
     @property
     def dataloader_config(self) -> DataLoaderConfiguration:
-        """How data is shared between the processes; loaders prepared from now on follow it."""
+        """How loaders distribute data over processes; applies to loaders prepared after it is set."""
         return self.strategy.config.dataloader_config
 
     @dataloader_config.setter
@@ -402,7 +402,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-steps per update."""
+        """Micro-batches per optimizer step."""
         return self.gradient_state.num_steps
 
     @gradient_accumulation_steps.setter
@@ -411,7 +411,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def sync_gradients(self) -> bool:
-        """Whether gradients are synchronised at this micro-step, and the optimizer steps."""
+        """Whether gradients are synchronized and the optimizer steps at this micro-batch."""
         return self.gradient_state.sync_gradients
 
     @sync_gradients.setter
@@ -420,7 +420,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def step(self) -> int:
-        """Micro-steps that `accumulate` has counted since the last end of a loader."""
+        """Micro-batches that `accumulate` has counted since a loader last ended."""
         return self._counter.step
 
     @step.setter
@@ -429,17 +429,17 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def optimizer_step_was_skipped(self) -> bool:
-        """Whether any optimizer left out its last step because fp16 gradients overflowed."""
+        """Whether any optimizer skipped its last step because fp16 gradients overflowed."""
         return any(optimizer.step_was_skipped for optimizer in self._optimizers)
 
     @property
     def project_dir(self) -> str | os.PathLike[str] | None:
-        """Where checkpoints and logs go."""
+        """Folder for checkpoints and logs."""
         return self.project_configuration.project_dir
 
     @property
     def logging_dir(self) -> str | os.PathLike[str] | None:
-        """Where trackers write that need a folder."""
+        """Folder for trackers that write files."""
         return self.project_configuration.logging_dir
 
     @property
@@ -449,23 +449,23 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @property
     def should_save_model(self) -> bool:
-        """Whether this process writes files that are the same on all."""
+        """Whether this process writes files that are equal on all processes."""
         if self.project_configuration.save_on_each_node:
             return self.is_local_main_process
         return self.is_main_process
 
-    # Together and apart ----------------------------------------------------------------------------------------------
+    # Synchronization -------------------------------------------------------------------------------------------------
 
     def wait_for_everyone(self) -> None:
-        """Returns once every process has called it."""
+        """Blocks until every process has called it."""
         self.state.wait_for_everyone()
 
     def set_trigger(self) -> None:
-        """Raises this process's flag; `check_trigger` on any process sees it."""
+        """Sets this process's flag for `check_trigger`."""
         self.flag_tensor = torch.tensor(1, device=self.device)
 
     def check_trigger(self) -> bool:
-        """Whether any process has raised its flag since the last call; lowers it. All processes call this together."""
+        """Returns whether any process called `set_trigger` since the last call, and clears the flag. A collective."""
         flag = self.flag_tensor if self.flag_tensor is not None else torch.tensor(0, device=self.device)
         raised = world.current().collectives.all_reduce(flag).item() >= 1
         self.flag_tensor = None
@@ -497,15 +497,15 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
     @overload
     def prepare(self, *args: Any, device_placement: _Places = None) -> Any: ...
     def prepare(self, *args: Any, device_placement: list[bool | None] | None = None) -> Any:
-        """Makes models, optimizers, loaders and schedulers ready for the run, and returns them in the same order.
+        """Prepares models, optimizers, loaders and schedulers for the run, and returns them in the same order.
 
         Args:
-            *args: In any order: modules, optimizers, loaders, schedulers. Returns prepared objects, None and objects of
-                other kinds as they came, with a warning about those that look like a mistake (a dataset, a list of models).
-            device_placement: For each argument, whether to move it to `device`; None takes the general setting.
+            *args: Modules, optimizers, loaders and schedulers in any order. Prepared objects, None and objects of other
+                types are returned unchanged, with a warning for likely mistakes (a dataset, a list of models).
+            device_placement: For each argument, whether to move it to `device`; None uses the constructor's setting.
 
         Raises:
-            ValueError: for an object that cannot be prepared, saying what to do. Nothing has been changed then.
+            ValueError: for an object that cannot be prepared, before any is modified.
         """
         placement = device_placement if device_placement is not None else [None] * len(args)
         if len(placement) != len(args):
@@ -521,7 +521,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         )
         self.strategy.check(bundle)
         self._register(self.strategy.prepare(bundle))
-        # Schedulers come last: they belong to the optimizers as prepared, this call's among them.
+        # Schedulers come last, since they need the prepared optimizers.
         for place, scheduler in bundle.schedulers.items():
             bundle.schedulers[place] = self.prepare_scheduler(scheduler)
         results = bundle.in_order()
@@ -534,8 +534,8 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
         Args:
             model: The module.
-            device_placement: Move it to `device`; None takes the general setting.
-            evaluation_mode: The model is used without gradients: nothing is set up to synchronise them.
+            device_placement: Move it to `device`; None uses the constructor's setting.
+            evaluation_mode: Set up no gradient synchronization, for a model without training.
         """
         if any(model is known for known in self._models):
             return model
@@ -558,7 +558,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         return prepared
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
-        """Prepares one scheduler; its optimizer is looked for among those prepared so far."""
+        """Prepares one scheduler, whose optimizer must be prepared already."""
         prepared = scheduler
         if not isinstance(scheduler, AcceleratedScheduler):
             prepared = self.strategy.prepare_scheduler(scheduler, self._optimizers)
@@ -572,8 +572,8 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
         Args:
             data_loader: A torch ``DataLoader``.
-            device_placement: Move its batches to `device`; None takes the general setting.
-            slice_fn_for_dispatch: How rank 0 cuts a batch into the ranks' parts; by default along dimension 0.
+            device_placement: Move its batches to `device`; None uses the constructor's setting.
+            slice_fn_for_dispatch: Slices the batch of rank 0 for each rank; by default along dimension 0.
         """
         moves = self.device_placement if device_placement is None else device_placement
         prepared: _T1 = self.strategy.prepare_data_loader(data_loader, moves, slice_fn_for_dispatch)
@@ -594,13 +594,13 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
     def backward(
         self, loss: torch.Tensor, *, num_items: int | float | torch.Tensor | None = None, **kwargs: Any
     ) -> None:
-        """Adds the gradients of a loss, scaled for accumulation and for fp16.
+        """Runs the backward pass of a loss, scaled for gradient accumulation and fp16.
 
         Args:
-            loss: A scalar. Without `num_items`, the mean over the micro-batch: it is divided by
+            loss: A scalar: without `num_items` the mean over the micro-batch, which is divided by
                 `gradient_accumulation_steps`.
-            num_items: With it, `loss` is the *sum* over this many items (tokens, samples), and the update is the exact mean
-                over the items of all micro-batches of all ranks, however ragged they are.
+            num_items: Number of items (tokens, samples) over which `loss` is a *sum*. Gradients are then averaged exactly
+                over the items of all micro-batches of all ranks, also if their sizes differ.
             **kwargs: For ``Tensor.backward``; ``learning_rate`` for a LOMO optimizer.
 
         Raises:
@@ -617,7 +617,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
             ```
         """
         if not isinstance(loss, torch.Tensor):
-            raise TypeError(f"backward takes the loss as a tensor, found {type(loss).__name__}: {loss!r}.")
+            raise TypeError(f"backward expects the loss as a tensor, found {type(loss).__name__}: {loss!r}.")
         learning_rate = kwargs.pop("learning_rate", None)
         if learning_rate is not None and self.has_lomo_optimizer:
             self.lomo_backward(loss, learning_rate)
@@ -631,7 +631,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
                 self._token_mean.divide(models)
 
     def lomo_backward(self, loss: torch.Tensor, learning_rate: float) -> None:
-        """Backward and update in one, for LOMO optimizers, which never hold all gradients at once."""
+        """Runs the fused backward and step of LOMO optimizers, which never store all gradients at once."""
         lomo = [optimizer.optimizer for optimizer in self._optimizers if hasattr(optimizer.optimizer, "fused_backward")]
         if not lomo:
             raise ValueError("lomo_backward needs a prepared LOMO optimizer; use `backward` with any other.")
@@ -639,17 +639,19 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
             optimizer.fused_backward(loss, learning_rate)
 
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
-        """A context around one micro-step: gradients are synchronised, and optimizers step, only at every
-        `gradient_accumulation_steps`-th, and at the last batch of a loader.
+        """Returns a context for one micro-batch, with one forward and backward.
+
+        Gradients are synchronized, and optimizers step, in every `gradient_accumulation_steps`-th block, and at the last
+        batch of a loader.
 
         Args:
-            *models: The models whose gradients are accumulated. One forward and backward belongs in the block.
+            *models: The models whose gradients are accumulated.
         """
         return AccumulateContext(self._counter, models)
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """A context whose backward leaves the model's gradients local."""
+        """Disables gradient synchronization of a model for backwards inside the block."""
         self._counter.no_sync_depth += 1
         try:
             with self.strategy.no_sync(model):
@@ -660,7 +662,7 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
     @staticmethod
     @contextmanager
     def trigger_sync_in_backward(model: nn.Module) -> Iterator[None]:
-        """A context whose backward synchronises gradients though its forwards ran under `no_sync`."""
+        """Synchronizes gradients in a backward inside the block, after forwards under `no_sync`."""
         state = AcceleratorState()
         strategy = select_strategy(
             state.distributed_type, state.parallelism_config, fsdp=getattr(state, "fsdp_plugin", None)
@@ -669,14 +671,14 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
             yield
 
     def unscale_gradients(self, optimizer: Any = None) -> None:
-        """Divides fp16 gradients by the loss scale, before they are looked at or clipped.
+        """Divides fp16 gradients by the loss scale, so that they can be inspected or clipped.
 
         Args:
-            optimizer: One or several of the prepared optimizers; None means all.
+            optimizer: One or several of the prepared optimizers; None selects all.
         """
         if self.scaler is not None and not self.sync_gradients:
             raise ValueError(
-                "fp16 gradients that are still being accumulated cannot be unscaled or clipped: do so only "
+                "fp16 gradients cannot be unscaled or clipped while they are being accumulated: do so only "
                 "`if accelerator.sync_gradients:`."
             )
         chosen = self._optimizers if optimizer is None else optimizer
@@ -684,9 +686,9 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
             self.strategy.unscale_gradients(one)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
-        """Scales gradients so that their norm is at most `max_norm`; returns the norm before.
+        """Scales gradients to a norm of at most `max_norm` and returns the norm before.
 
-        Call it when `sync_gradients` is true: clipping half-accumulated gradients is not what one wants.
+        Call it only if `sync_gradients` is true, after gradients are accumulated.
         """
         self.unscale_gradients()
         return self.strategy.clip_grad_norm_(parameters, max_norm, norm_type)
@@ -698,17 +700,17 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
 
     @contextmanager
     def autocast(self, autocast_handler: AutocastKwargs | None = None) -> Iterator[None]:
-        """A context that computes in the run's precision, for code outside a prepared model's forward."""
+        """Enables the run's mixed precision for code outside a prepared model's forward."""
         with self.precision.autocast(autocast_handler or self.autocast_handler):
             yield
 
     @contextmanager
     def join_uneven_inputs(self, joinables: Sequence[nn.Module], even_batches: bool | None = None) -> Iterator[None]:
-        """A context in which processes may bring different numbers of batches.
+        """Allows processes to iterate over different numbers of batches inside the block.
 
         Args:
             joinables: The prepared models that are trained in the block.
-            even_batches: In the block, the loaders' `even_batches`; None leaves it.
+            even_batches: Overrides the loaders' `even_batches` in the block; None does not.
         """
         with loading.override_even_batches(self._dataloaders, even_batches), self.strategy.join(joinables):
             yield
@@ -720,27 +722,27 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         buffer_seq_dims: list[int] | None = None,
         no_restore_buffers: set[torch.Tensor] | None = None,
     ) -> Iterator[None]:
-        """A context that shares sequences out over ranks, in a run with context or sequence parallelism; else does nothing.
+        """Shards sequences over ranks inside the block, in a run with context or sequence parallelism; else does nothing.
 
         Args:
-            buffers: Tensors that are cut along their sequence.
-            buffer_seq_dims: Which dimension of each is the sequence.
-            no_restore_buffers: Those that need not be whole again afterwards.
+            buffers: Tensors to shard along their sequence dimension.
+            buffer_seq_dims: The sequence dimension of each.
+            no_restore_buffers: Buffers that need not be restored after the block.
         """
         with self.strategy.context_parallel(buffers, buffer_seq_dims, no_restore_buffers):
             yield
 
     def deepspeed_ulysses_dl_adapter(self, dl: Any, model: nn.Module) -> Any:
-        """The loader whose sequences are shared out as DeepSpeed's sequence parallelism wants; `dl` itself in other runs."""
+        """Wraps a loader to shard its sequences for DeepSpeed's sequence parallelism; returns `dl` in other runs."""
         return self.strategy.sequence_parallel_loader(dl, model)
 
     @contextmanager
     def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
-        """A context that records what the process spends its time and memory on.
+        """Profiles the block with `torch.profiler`.
 
         Args:
-            profile_handler: What to record; None takes the constructor's. With `output_trace_dir` each process leaves a
-                trace there.
+            profile_handler: Settings of the profiler; None uses the constructor's. With `output_trace_dir` each process
+                exports a trace there.
         """
         handler = profile_handler or self.profile_handler or ProfileKwargs()
         with handler.build() as profiler:
@@ -754,21 +756,21 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
     # Collectives -----------------------------------------------------------------------------------------------------
 
     def gather(self, tensor: _T1) -> _T1:
-        """Every rank's tensors, concatenated along dimension 0, in a tree of the same structure."""
+        """All-gathers a tree of tensors, concatenated along dimension 0."""
         return collectives.gather(tensor)
 
     def gather_for_metrics(self, input_data: _T1, use_gather_object: bool = False) -> _T1:
-        """Gathers predictions, and drops at the end of a loader what was added to make the ranks even.
+        """Gathers predictions, and drops samples that were repeated at the end of a loader for even batches.
 
-        Ranks that share sequences (context or sequence parallelism) first bring together what they made of their parts:
-        tensors with the tokens of a part in dimension 1 are joined along it, other floats averaged; see docs/mesh.md.
+        With context or sequence parallelism, per-rank outputs are unsharded first: tensors with the tokens of a shard in
+        dimension 1 are concatenated along it, other floats are averaged; see docs/mesh.md.
 
         Args:
-            input_data: A tree of tensors, or any objects (a list of them is joined over the ranks).
-            use_gather_object: Gather tensors as objects, when their shapes differ or they should stay lists.
+            input_data: A tree of tensors, or any objects (lists are concatenated over the ranks).
+            use_gather_object: Gather tensors as objects, if their shapes differ or lists are wanted.
 
         Raises:
-            ValueError: for other tensors of parts that are not the same on the ranks which share sequences: sums, say.
+            ValueError: for other outputs, such as sums, that differ between the ranks of a sequence.
         """
         together = self.strategy.unshard_outputs(input_data)
         gathered: _T1 = loading.gather_for_metrics(
@@ -777,41 +779,41 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         return gathered
 
     def reduce(self, tensor: _T1, reduction: str = "sum", scale: float = 1.0) -> _T1:
-        """Returns the ``sum``, ``mean``, ``max`` or ``min`` over the ranks, times `scale`; ``none`` returns the input."""
+        """All-reduces a tree by ``sum``, ``mean``, ``max`` or ``min``, times `scale`; ``none`` returns the input."""
         return collectives.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: _T1, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> _T1:
-        """Pads tensors so that dimension `dim` is as long as on the rank where it is longest."""
+        """Pads tensors along `dim` to the largest size over the ranks."""
         return collectives.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     # Models and memory -------------------------------------------------------------------------------------------------
 
     def unwrap_model(self, model: _T1, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> _T1:
-        """The model inside the containers that `prepare` put around it.
+        """Unwraps a model from the containers of `prepare`.
 
         Args:
             model: A prepared model.
-            keep_fp32_wrapper: Leave the mixed-precision wrapper on its forward.
-            keep_torch_compile: Give a compiled model back compiled.
+            keep_fp32_wrapper: Keep the mixed-precision wrapper of its forward.
+            keep_torch_compile: Return a compiled model compiled.
         """
         unwrapped: _T1 = self.strategy.unwrap(model, keep_fp32_wrapper, keep_torch_compile)
         return unwrapped
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]:
-        """The model's full state.
+        """Returns the model's full state dict.
 
         Args:
             model: A prepared model.
-            unwrap: Without the names that containers add (``module.``).
+            unwrap: Remove the prefixes of containers (``module.``) from FQNs.
         """
         return self.strategy.model_state(model) if unwrap else model.state_dict()
 
     def verify_device_map(self, model: nn.Module) -> bool:
-        """Returns whether the model, or a part of it, is spread over several devices by a device map, or is offloaded."""
+        """Returns whether a model or a submodule is dispatched over several devices by a device map, or offloaded."""
         return is_dispatched([model])
 
     def free_memory(self, *objects: Any) -> list[None]:
-        """Forgets every prepared object, gives cached memory back, and returns a None for each of `objects`.
+        """Drops references to all prepared objects, releases cached memory, and returns a None for each of `objects`.
 
         Example:
             ```python
@@ -828,17 +830,17 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         return self.free_memory(*objects)
 
     def skip_first_batches(self, dataloader: DataLoader[_T1], num_batches: int = 0) -> DataLoader[_T1]:
-        """The loader without its first `num_batches` batches, for resuming in the middle of an epoch."""
+        """Returns the loader without its first `num_batches` batches, to resume in the middle of an epoch."""
         return loading.skip_first_batches(dataloader, num_batches)
 
     def end_training(self) -> None:
-        """Ends the trackers and leaves the process group. Nothing else is expected of the run afterwards."""
+        """Finishes background checkpoints and trackers, and destroys the process group."""
         self.wait_for_checkpoint()
         self._finish_trackers()
         self.state.destroy_process_group()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerator:
-        logger.info("deep copies of an Accelerator are the Accelerator itself: it stands for this process's run.")
+        logger.info("deepcopy of an Accelerator returns the same object, which represents this process's run.")
         return self
 
 
@@ -848,11 +850,11 @@ def _append_new(known: list[Any], item: Any) -> None:
 
 
 def _distribution(fsdp: Any, deepspeed: Any, megatron: Any, tensor_parallel: Any, sizes: Any) -> dict[str, Any]:
-    """What the state is told of plugins and mesh: those given, and in a new run those that the launcher asks for.
+    """Resolves plugins and mesh from arguments, and from the launcher's variables if no state exists yet.
 
     Raises:
-        TypeError: for what is no such plugin.
-        ValueError: for what contradicts itself, or no strategy can do: before the run is joined.
+        TypeError: for an object that is not such a plugin.
+        ValueError: before the process group is joined, for settings that contradict each other or fit no strategy.
     """
     plugins = resolve_args.plugins(fsdp, deepspeed, megatron, tensor_parallel, launched=not is_initialized())
     if not is_initialized():

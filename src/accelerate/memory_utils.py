@@ -1,4 +1,4 @@
-"""The former home of `accelerate.utils.memory`'s batch-size finder, kept as a documented path."""
+"""Documented alias of `accelerate.utils.memory`."""
 
 from __future__ import annotations
 

@@ -10,17 +10,13 @@ import pytest
 from tests.architecture import prose
 
 PENDING = [
-    "accelerator",
     "checkpointing",
     "launch",
     "launchers",
     "optimizer",
     "parallelism_config",
     "precision",
-    "runtime",
     "strategies",
-    "test_utils",
-    "utils",
     "docs",
     "tests/cli",
     "tests/clients",

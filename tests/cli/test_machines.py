@@ -243,9 +243,9 @@ TRIED = "accelerate launch: machine 1 ({1}) tried for 3 s to reach machine 0 at 
 # What each machine says in the end, and its exit code.
 SAID: dict[str, list[tuple[int, str]]] = {
     "machine 1 never comes": [(1, WAITED)],
-    "machine 0 never comes": [(1, TRIED + "it answers, but nothing listens on that port. Is machine 0 running")],
-    "a wrong port": [(1, WAITED), (1, TRIED.replace("{port}", "28999") + "it answers, but nothing listens")],
-    "a firewall": [(1, WAITED), (1, TRIED + "no answer: the machine is off, or a firewall drops")],
+    "machine 0 never comes": [(1, TRIED + "connection refused: nothing listens on that port. Is machine 0 running")],
+    "a wrong port": [(1, WAITED), (1, TRIED.replace("{port}", "28999") + "connection refused: nothing listens")],
+    "a firewall": [(1, WAITED), (1, TRIED + "timeout: the machine is off, or a firewall drops")],
     "rank 0 twice": [
         (1, "two machines host the rendezvous at 10.77.0.1:{port}: machine 0 ({0}), which owns the address"),
         (2, "and machine 0 ({1}). Each machine needs a --machine_rank of its own."),
@@ -267,10 +267,10 @@ SAID: dict[str, list[tuple[int, str]]] = {
         (1, TRIED + "something other than `accelerate launch` answers on that port. "),
     ],
     "no way": [
-        (2, "machine 0 ({0}): this machine has no way to 10.99.0.1 (Network is unreachable). See --main_process_ip"),
-        (2, "machine 1 ({1}): this machine has no way to 10.99.0.1 (Network is unreachable). See --main_process_ip"),
+        (2, "machine 0 ({0}): no route to 10.99.0.1 (Network is unreachable). See --main_process_ip"),
+        (2, "machine 1 ({1}): no route to 10.99.0.1 (Network is unreachable). See --main_process_ip"),
     ],
-    "no such name": [(2, "cannot look up the main address: the name 'nosuch.example' stands for no address")] * 2,
+    "no such name": [(2, "cannot look up the main address: host name 'nosuch.example' cannot be resolved")] * 2,
     "words for a number": [(2, "--rdzv_conf timeout: expected a number, found 'soon'.")],
     "no key and value": [(2, "--rdzv_conf: expected key=value,key=value, found 'soon'.")],
     "c10d alone": [(1, "this machine ({0}) waited 3 s at 10.77.0.1:{port}: of 2 machines, only {0} came.")],

@@ -339,5 +339,5 @@ def test_debug_mode_names_a_mismatch_on_every_rank(run_ranks: RunRanks, size: in
         "process 0 `accelerate.utils.operations.reduce`, process 1 `accelerate.utils.operations.gather`"
         in texts["operation"]
     )
-    assert "can be padded to one size only if" in texts["pad"]
+    assert "Padding needs tensors with the same number" in texts["pad"]
     assert "list of 2" in texts["list"]

@@ -17,7 +17,7 @@ from tests.helpers.behaviours import outputs, per_rank
 RunRanks = Callable[..., list[Any]]
 
 
-def synchronised() -> list[Any]:
+def synchronized() -> list[Any]:
     here = world.join(cpu=True)
     torch.manual_seed(here.rank)
     synchronize_rng_states(["torch"])
@@ -49,8 +49,8 @@ def everything_else() -> list[Any]:
 @pytest.mark.parametrize("size", [2, 3])
 def test_states_are_rank_zeros(run_ranks: RunRanks, size: int) -> None:
     expected = per_rank(outputs("synchronize_rng_states", P=size)[0], size)
-    assert run_ranks(size, synchronised) == expected
-    assert run_ranks(size, synchronised, env={"ACCELERATE_DEBUG_MODE": "1"}) == expected
+    assert run_ranks(size, synchronized) == expected
+    assert run_ranks(size, synchronized, env={"ACCELERATE_DEBUG_MODE": "1"}) == expected
 
 
 def test_device_specific_seeds(run_ranks: RunRanks) -> None:

@@ -557,7 +557,7 @@ def test_copying_logs_why(caplog):
     accelerator = Accelerator(cpu=True)
     with caplog.at_level(logging.INFO, logger="accelerate.accelerator"):
         copy.deepcopy(accelerator)
-    assert "stands for this process's run" in caplog.text
+    assert "represents this process's run" in caplog.text
 
 
 # fp16 with several optimizers, and what a review found -------------------------------------------------------------------

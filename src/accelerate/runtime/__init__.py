@@ -1,1 +1,1 @@
-"""This process and its peers: devices, the process group, collectives, random states, memory."""
+"""The process group and this process: devices, collectives, random states, memory."""

@@ -1,7 +1,7 @@
-"""What carries tensors and objects between ranks: nobody, torch.distributed, or XLA.
+"""Collectives over tensors and objects: a single process, torch.distributed, or torch_xla.
 
-`World` holds one `Collectives`; everything above calls its methods and never asks which kind it is. The base class is
-the single process: each method gives back what came in.
+`World` holds one `Collectives`, and callers never branch on its class. The base class is the single process, whose
+collectives return their input.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-# The same function under its name since torch 2.13 and its name before.
+# Renamed in torch 2.13.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# What communication libraries carry as it is; tensors of other dtypes (bool, int16, float8 …) travel as bytes.
+# dtypes that every backend supports; tensors of others (bool, int16, float8 …) are sent as uint8.
 _NATIVE_DTYPES = frozenset(
     {
         torch.uint8,
@@ -37,13 +37,13 @@ _NATIVE_DTYPES = frozenset(
 
 
 class Collectives:
-    """One process on its own.
+    """Collectives of a single process, and base class of the others.
 
     Attributes:
         rank: This process's rank in the group.
         size: Number of ranks in the group.
-        device: Where tensors must lie to be communicated.
-        group: The torch process group, or None for the default one (or for no group at all).
+        device: The device on which tensors are communicated.
+        group: The process group; None for the default one, and for a single process.
     """
 
     group: ProcessGroup | None = None
@@ -54,23 +54,23 @@ class Collectives:
         self.size = size
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors, of equal shape, concatenated along dimension 0; scalars become a vector of `size`."""
+        """All-gathers tensors of equal shape, concatenated along dimension 0; scalars become a vector of `size`."""
         return tensor.reshape(1) if tensor.ndim == 0 else tensor
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        """`tensor`, in place: the ``sum``, ``max`` or ``min`` over the ranks."""
+        """Reduces `tensor` over the ranks in place by ``sum``, ``max`` or ``min``, and returns it."""
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """`tensor`, in place: what rank `src` holds. Shape and dtype must agree."""
+        """Overwrites `tensor` with that of rank `src`, of the same shape and dtype, and returns it."""
         return tensor
 
     def all_gather_object(self, obj: _T) -> list[_T]:
-        """Every rank's object, in rank order. Objects are pickled: between the ranks of one run only."""
+        """Returns every rank's object, in rank order. Objects are pickled, which is safe between ranks of one run."""
         return [obj]
 
     def broadcast_object_list(self, objects: list[Any], src: int = 0) -> list[Any]:
-        """`objects`, in place: what rank `src` holds."""
+        """Overwrites the items of `objects` with those of rank `src`, and returns the list."""
         return objects
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
@@ -82,7 +82,7 @@ class Collectives:
         raise RuntimeError(f"rank {source} cannot send anything: these ranks talk all together or not at all")
 
     def barrier(self) -> None:
-        """Returns once every rank has called it."""
+        """Blocks until every rank has called it."""
 
 
 class TorchCollectives(Collectives):
@@ -93,7 +93,7 @@ class TorchCollectives(Collectives):
     def __init__(self, device: torch.device, group: ProcessGroup | None = None) -> None:
         super().__init__(device, dist.get_rank(group), dist.get_world_size(group))
         self.group = group
-        # Releases of torch refuse devices for other groups; where gloo is one of two backends, it takes the barrier.
+        # `barrier` takes device_ids with NCCL only; in a group with gloo as well, gloo runs the barrier.
         self._names_device = dist.get_backend(group) == "nccl"
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -114,10 +114,10 @@ class TorchCollectives(Collectives):
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
         wire = tensor
-        # gloo of torch 2.6 broadcasts no complex dtype.
+        # torch 2.6's gloo does not broadcast complex dtypes.
         carried = tensor.dtype in _NATIVE_DTYPES and not tensor.is_complex()
         if not carried and tensor.is_contiguous():
-            wire = tensor.reshape(-1).view(torch.uint8)  # shares the memory; a scalar has no dimension to widen
+            wire = tensor.reshape(-1).view(torch.uint8)  # a view; scalars cannot be viewed in another size
         dist.broadcast(wire, self._global_rank(src), group=self.group)
         return tensor
 
@@ -146,7 +146,7 @@ class TorchCollectives(Collectives):
 
 
 class XlaCollectives(Collectives):
-    """Ranks of a torch_xla run; written against torch_xla 2.9, where one process drives one device or SPMD all."""
+    """Ranks of a torch_xla run, by the API of torch_xla 2.9: a process drives one device, or all of them with SPMD."""
 
     def __init__(self, device: torch.device) -> None:
         import torch_xla.runtime as xr

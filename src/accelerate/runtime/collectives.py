@@ -1,8 +1,7 @@
-"""Operations in which every process takes part: gather, broadcast, reduce, pad, and the same for objects.
+"""Collectives over trees of tensors and over objects: gather, broadcast, reduce, pad.
 
-They walk a tree (`pytree`) and hand each tensor to the World's `Collectives`; none asks how the run is distributed. On
-a single process they give back what came in. In debug mode the processes first compare their inputs, so that a mismatch
-is an error on all of them instead of a hang.
+They apply the World's `Collectives` to each tensor of a tree (`pytree`). On a single process they return their input. In
+debug mode the processes compare their inputs first, so that a mismatch raises on all of them instead of hanging.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ TENSOR_TYPE_TO_INT = {
 }
 TENSOR_INT_TO_DTYPE = {code: dtype for dtype, code in TENSOR_TYPE_TO_INT.items()}
 
-# Sums that communication libraries cannot do in the dtype itself; all but those of bool are converted back.
+# dtypes that backends cannot sum, and the ones used instead; the result is converted back, except for bool.
 _SUM_DTYPES = {
     torch.bool: torch.int64,
     torch.int16: torch.int32,
@@ -73,7 +72,7 @@ _SUM_DTYPES = {
 
 
 class CannotPadNestedTensorWarning(UserWarning):
-    """A nested tensor (`torch.nested`) was left as it is, since it has no one size to pad to."""
+    """A nested tensor (`torch.nested`), which has no single size to pad to, was returned unchanged."""
 
 
 # Tensors ------------------------------------------------------------------------------------------------------------
@@ -81,20 +80,20 @@ class CannotPadNestedTensorWarning(UserWarning):
 
 @verify_operation
 def gather(tensor: _Tree) -> _Tree:
-    """Brings the tensors of all processes together, on all of them.
+    """All-gathers the tensors of all processes.
 
     Args:
-        tensor: A tensor, or lists, tuples and mappings of tensors. Shapes, dtypes and structure must be the same on
-            every process; `pad_across_processes` gets them there.
+        tensor: A tensor, or lists, tuples and mappings of tensors, with the same structure, shapes and dtypes on every
+            process (see `pad_across_processes`).
 
     Returns:
-        The same structure, each tensor concatenated along dimension 0 in the order of the ranks: ``(n, ...)`` becomes
-        ``(size * n, ...)``, a scalar becomes a vector of ``size``. Contiguous, without gradient, on the device that the
-        input was on. On a single process: `tensor` itself.
+        The same structure with each tensor concatenated along dimension 0 in rank order: ``(n, ...)`` becomes
+        ``(size * n, ...)``, a scalar a vector of ``size``. Results are contiguous, without gradient, on the device of the
+        input. On a single process: `tensor` itself.
 
     Raises:
-        TypeError: when something in `tensor` is not a tensor.
-        DistributedOperationException: in debug mode, on every process, when the inputs differ in shape.
+        TypeError: if a leaf of `tensor` is not a tensor.
+        DistributedOperationException: in debug mode, on every process, if the inputs differ in shape.
 
     Example:
         ```python
@@ -113,22 +112,21 @@ def _gather_one(tensor: torch.Tensor, comm: Collectives) -> torch.Tensor:
 
 @verify_operation
 def broadcast(tensor: _Tree, from_process: int = 0) -> _Tree:
-    """Gives every process the tensors of one of them.
+    """Broadcasts the tensors of one process to all.
 
     Args:
-        tensor: A tensor, or lists, tuples and mappings of tensors, of the same structure, shapes and dtypes on every
+        tensor: A tensor, or lists, tuples and mappings of tensors, with the same structure, shapes and dtypes on every
             process.
-        from_process: The rank whose values all get.
+        from_process: The source rank.
 
     Returns:
-        The structure with that rank's values. As in torch.distributed, the receiving tensors are overwritten where
-        their memory allows it (contiguous, on the process's device) and replaced by new ones elsewhere: use what is
-        returned. On a single process: `tensor` itself.
+        The structure with the source's values. As in torch.distributed, tensors that are contiguous and on the process's
+        device are overwritten; others are replaced, so use the returned ones. On a single process: `tensor` itself.
 
     Raises:
-        TypeError: when something in `tensor` is not a tensor.
-        ValueError: when there is no such rank.
-        DistributedOperationException: in debug mode, on every process, when the inputs differ in shape.
+        TypeError: if a leaf of `tensor` is not a tensor.
+        ValueError: if there is no such rank.
+        DistributedOperationException: in debug mode, on every process, if the inputs differ in shape.
     """
     comm = current().collectives
     if comm.size == 1:
@@ -147,34 +145,34 @@ def _broadcast_one(tensor: torch.Tensor, comm: Collectives, from_process: int) -
 
 def _check_rank(rank: int, comm: Collectives) -> None:
     if not 0 <= rank < comm.size:
-        raise ValueError(f"from_process={rank} is no process of this run: its ranks are 0 to {comm.size - 1}.")
+        raise ValueError(f"from_process={rank} is not a rank of this run: expected 0 to {comm.size - 1}.")
 
 
 @verify_operation
 def reduce(tensor: _Tree, reduction: str = "mean", scale: float = 1.0) -> _Tree:
-    """Combines the tensors of all processes element by element, on all of them.
+    """All-reduces the tensors of all processes elementwise.
 
     Args:
-        tensor: A tensor, or lists, tuples and mappings of tensors, of the same structure, shapes and dtypes on every
+        tensor: A tensor, or lists, tuples and mappings of tensors, with the same structure, shapes and dtypes on every
             process.
-        reduction: ``"sum"``, ``"mean"``, ``"max"``, ``"min"``, or ``"none"``, which communicates nothing and returns
-            `tensor` itself.
+        reduction: ``"sum"``, ``"mean"``, ``"max"``, ``"min"``, or ``"none"``, which returns `tensor` itself without
+            communication.
         scale: Factor on the result.
 
     Returns:
-        The same structure with new tensors, contiguous, without gradient where there are several processes, on the
-        device that the input was on. The dtype stays, except: the mean of integers, and a scaled integer, is a float;
-        ``"sum"`` and ``"mean"`` count booleans, in int64.
+        The same structure with new contiguous tensors on the device of the input, without gradient if there are several
+        processes. The dtype is that of the input, with two exceptions: the mean of integers and scaled integers are
+        floats; ``"sum"`` and ``"mean"`` of booleans count them in int64.
 
     Raises:
-        TypeError: when something in `tensor` is not a tensor.
+        TypeError: if a leaf of `tensor` is not a tensor.
         ValueError: for another reduction.
-        DistributedOperationException: in debug mode, on every process, when the inputs differ in shape.
+        DistributedOperationException: in debug mode, on every process, if the inputs differ in shape.
     """
     if reduction == "none":
         return tensor
     if reduction not in ("sum", "mean", "max", "min"):
-        raise ValueError(f"reduction={reduction!r} is unknown: choose 'sum', 'mean', 'max', 'min' or 'none'.")
+        raise ValueError(f"reduction={reduction!r}: expected 'sum', 'mean', 'max', 'min' or 'none'.")
     return map_tensors("reduce", _reduce_one, tensor, current().collectives, reduction, scale)
 
 
@@ -194,15 +192,15 @@ def _reduce_one(tensor: torch.Tensor, comm: Collectives, reduction: str, scale: 
 
 
 def avg_losses_across_data_parallel_group(losses: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The mean of each loss over the ranks that read different data.
+    """Averages each loss over the data-parallel ranks.
 
     Args:
-        losses: Numbers as tensors; as many on every rank.
+        losses: Scalar tensors, equally many on every rank.
 
     Returns:
         A vector of the means, in the order of `losses`.
     """
-    # Ranks that share tensors have the same losses, so the mean over all ranks is the one over those with other data.
+    # Ranks of one model replica have equal losses, so the mean over all ranks is the mean over replicas.
     return reduce(torch.stack([loss.detach().reshape(()) for loss in losses]), "mean")
 
 
@@ -210,23 +208,23 @@ def avg_losses_across_data_parallel_group(losses: Iterable[torch.Tensor]) -> tor
 
 
 def pad_across_processes(tensor: _Tree, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> _Tree:
-    """Pads tensors along one dimension to the largest size that any process has, so that they can be gathered.
+    """Pads tensors along one dimension to the largest size over the processes, so that they can be gathered.
 
     Args:
-        tensor: A tensor, or lists, tuples and mappings of tensors; structure and numbers of dimensions are the same on
-            every process, sizes need not be.
-        dim: The dimension to pad. Tensors that do not have it stay as they are.
-        pad_index: The value to pad with.
-        pad_first: Put the padding before the values instead of after them.
+        tensor: A tensor, or lists, tuples and mappings of tensors, with the same structure and numbers of dimensions on
+            every process.
+        dim: The dimension to pad. Tensors without it are returned unchanged.
+        pad_index: The padding value.
+        pad_first: Pad before the values instead of after them.
 
     Returns:
-        The same structure. Tensors that have the size already are the same objects, nested tensors too
-        (`CannotPadNestedTensorWarning`). On a single process: `tensor` itself.
+        The same structure. Tensors that have the size already, and nested tensors (`CannotPadNestedTensorWarning`), are the
+        same objects. On a single process: `tensor` itself.
 
     Raises:
-        TypeError: when something in `tensor` is not a tensor.
-        DistributedOperationException: on every process, when the numbers of dimensions differ; in debug mode also when
-            the structures do.
+        TypeError: if a leaf of `tensor` is not a tensor.
+        DistributedOperationException: on every process, if the numbers of dimensions differ; in debug mode also if the
+            structures do.
 
     Example:
         ```python
@@ -255,13 +253,13 @@ def pad_across_processes(tensor: _Tree, dim: int = 0, pad_index: float = 0, pad_
 
 
 def _max_sizes(tensors: list[torch.Tensor], dim: int, comm: Collectives) -> list[int] | None:
-    """Each tensor's largest size over the processes, or None if numbers of dimensions differ: one collective for all.
+    """Returns each tensor's largest size over the processes, or None if numbers of dimensions differ.
 
-    A size of -1 stands for a tensor that is not to be padded.
+    A size of -1 marks a tensor that is not to be padded.
     """
     sizes = [-1 if leaf.is_nested or not _has_dim(leaf, dim) else leaf.shape[dim] for leaf in tensors]
     dimensions = [leaf.dim() for leaf in tensors]
-    # The negated dimensions make the same maximum tell the least number too: a mismatch costs nothing to see.
+    # The maximum of the negated dimensions is their minimum, so one all-reduce detects mismatches as well.
     numbers = torch.tensor(sizes + dimensions + [-n for n in dimensions], dtype=torch.int64, device=comm.device)
     found: list[int] = comm.all_reduce(numbers, "max").tolist()
     count = len(tensors)
@@ -289,23 +287,23 @@ def _pad_to(tensor: torch.Tensor, dim: int, size: int, value: float, first: bool
 
 
 def pad_input_tensors(tensor: _Tree, batch_size: int, num_processes: int, dim: int = 0) -> _Tree:
-    """Pads a batch with zeros until it can be cut into `num_processes` equal parts.
+    """Pads a batch with zeros to a multiple of `num_processes`.
 
     Args:
         tensor: A tensor, or lists, tuples and mappings of tensors.
         batch_size: The size of the batch.
-        num_processes: Into how many parts it is to be cut.
-        dim: The dimension of the batch. Tensors whose size along it is not `batch_size` stay as they are.
+        num_processes: Number of equal parts into which the batch will be split.
+        dim: The batch dimension. Tensors whose size along it is not `batch_size` are returned unchanged.
 
     Returns:
         The same structure; sizes along `dim` are the next multiple of `num_processes`.
 
     Raises:
-        TypeError: when something in `tensor` is not a tensor.
-        ValueError: when `num_processes` is not positive.
+        TypeError: if a leaf of `tensor` is not a tensor.
+        ValueError: if `num_processes` is not positive.
     """
     if num_processes < 1:
-        raise ValueError(f"a batch is cut into at least one part; num_processes={num_processes}.")
+        raise ValueError(f"num_processes={num_processes}: expected at least 1.")
     size = -(-batch_size // num_processes) * num_processes
     return map_tensors("pad_input_tensors", _pad_input, tensor, batch_size, size, dim)
 
@@ -320,9 +318,9 @@ def _pad_input(tensor: torch.Tensor, batch_size: int, size: int, dim: int) -> to
 
 
 def copy_tensor_to_devices(tensor: torch.Tensor | None = None) -> torch.Tensor:
-    """Gives every process a copy of the tensor that only one of them has.
+    """Broadcasts a tensor from the one process that has it.
 
-    Unlike `broadcast`, the others need to know neither its shape nor which process has it.
+    Unlike `broadcast`, the others need neither its shape nor its rank.
 
     Args:
         tensor: The tensor on one process, None on all others.
@@ -331,7 +329,7 @@ def copy_tensor_to_devices(tensor: torch.Tensor | None = None) -> torch.Tensor:
         The tensor, on each process's own device.
 
     Raises:
-        ValueError: on every process, unless exactly one has passed a tensor.
+        ValueError: on every process, unless exactly one passes a tensor.
     """
     comm = current().collectives
     source, information = _only_tensor(comm, tensor)
@@ -343,21 +341,21 @@ def copy_tensor_to_devices(tensor: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def gather_tensor_shape(tensor: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-    """The shape, and the dtype's number in `TENSOR_TYPE_TO_INT`, of the tensor that only one process has.
+    """Broadcasts the shape and the dtype of a tensor from the one process that has it.
 
     Args:
         tensor: The tensor on one process, None on all others.
 
     Returns:
-        On every process: the shape as an int64 tensor, and the number.
+        The shape as an int64 tensor, and the dtype's number in `TENSOR_TYPE_TO_INT`.
 
     Raises:
-        ValueError: on every process, unless exactly one has passed a tensor, of a dtype that has a number.
+        ValueError: on every process, unless exactly one passes a tensor, of a dtype that has a number.
     """
     comm = current().collectives
     _, information = _only_tensor(comm, tensor)
     if information.dtype not in TENSOR_TYPE_TO_INT:
-        raise ValueError(f"{information.dtype} has no number; those that have are {list(TENSOR_TYPE_TO_INT)}.")
+        raise ValueError(f"dtype {information.dtype} has no number: expected one of {list(TENSOR_TYPE_TO_INT)}.")
     shape = torch.tensor(information.shape, dtype=torch.int64, device=comm.device)
     return shape, TENSOR_TYPE_TO_INT[information.dtype]
 
@@ -368,7 +366,7 @@ def _only_tensor(comm: Collectives, tensor: torch.Tensor | None) -> tuple[int, T
     holders = [rank for rank, information in enumerate(found) if information is not None]
     if len(holders) != 1:
         raise ValueError(
-            f"exactly one process passes a tensor here and the others None; processes {holders or 'none'} passed one."
+            f"exactly one process must pass a tensor and the others None; processes {holders or 'none'} passed one."
         )
     information = found[holders[0]]
     assert information is not None
@@ -379,16 +377,16 @@ def _only_tensor(comm: Collectives, tensor: torch.Tensor | None) -> tuple[int, T
 
 
 def gather_object(object: Any) -> list[Any]:
-    """Brings lists of any picklable objects together, on all processes.
+    """All-gathers lists of picklable objects.
 
     Args:
         object: A list (or another iterable); lengths may differ between processes.
 
     Returns:
-        One list: the items of rank 0, of rank 1 and so on. On a single process: `object` itself.
+        The items of all ranks in one list, in rank order. On a single process: `object` itself.
 
     Raises:
-        TypeError: when `object` is not iterable.
+        TypeError: if `object` is not iterable.
 
     Example:
         ```python
@@ -401,26 +399,26 @@ def gather_object(object: Any) -> list[Any]:
         return unchanged
     if not isinstance(object, Iterable):
         raise TypeError(
-            f"gather_object joins the lists of all processes; it was given a {type(object).__name__} ({object!r}). "
-            "Put it into a list: gather_object([value])."
+            f"gather_object concatenates the lists of all processes; it was given a {type(object).__name__} ({object!r}). "
+            "Pass a list: gather_object([value])."
         )
     return [item for items in comm.all_gather_object(object) for item in items]
 
 
 def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list[Any]:
-    """Gives every process the objects of one of them, in place.
+    """Broadcasts the objects of one process to all, in place.
 
     Args:
         object_list: A list of picklable objects, of the same length on every process; its items are replaced.
-        from_process: The rank whose objects all get.
+        from_process: The source rank.
 
     Returns:
         `object_list`.
 
     Raises:
-        TypeError: when `object_list` is not a list.
-        ValueError: when there is no such rank.
-        DistributedOperationException: in debug mode, on every process, when the lengths differ.
+        TypeError: if `object_list` is not a list.
+        ValueError: if there is no such rank.
+        DistributedOperationException: in debug mode, on every process, if the lengths differ.
     """
     here = current()
     comm = here.collectives
@@ -444,13 +442,11 @@ def broadcast_object_list(object_list: list[Any], from_process: int = 0) -> list
 def GatheredParameters(
     params: Any, modifier_rank: int | None = None, fwd_module: Any = None, enabled: bool = True
 ) -> Iterator[None]:
-    """Makes parameters whole inside its block, where DeepSpeed's ZeRO stage 3 has divided them over the processes.
-
-    Does nothing to parameters that are not divided that way.
+    """Gathers parameters sharded by DeepSpeed's ZeRO stage 3 inside its block; does nothing to others.
 
     Args:
         params: A parameter, or an iterable of parameters.
-        modifier_rank: The rank whose changes to them are kept; None keeps nobody's.
+        modifier_rank: The rank whose changes are broadcast at the end of the block; None discards changes.
         fwd_module: The module that uses the parameters, if they are gathered for its forward.
         enabled: False does nothing.
     """
@@ -458,7 +454,7 @@ def GatheredParameters(
     if not enabled or not any(hasattr(parameter, "ds_id") for parameter in held):
         yield
         return
-    import deepspeed  # whoever divided them has it
+    import deepspeed
 
     with deepspeed.zero.GatheredParameters(held, modifier_rank=modifier_rank, fwd_module=fwd_module):
         yield

@@ -1,7 +1,7 @@
-"""Gloo groups of all ranks beside the training group: for objects, and for waits longer than its timeout.
+"""Gloo groups over all ranks, besides the training group: for objects, and with timeouts of their own.
 
-A collective of the training group must not wait for a disk or for a person's code: NCCL's watchdog ends a process whose
-peers keep it waiting for ten minutes. A group has one purpose, so that threads and callers never mix up their messages.
+Collectives of the training group must not block on disk I/O or user code: NCCL's watchdog aborts a process whose
+collective takes ten minutes. Each purpose has its own group, so that collectives of different threads cannot interleave.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch.distributed as dist
 from .collective_backend import Collectives, TorchCollectives
 from .world import current, is_joined, on_leave
 
-# By the training group, and by purpose. torch destroys them with the training group.
+# Training group -> purpose -> group. torch destroys them with the training group.
 _GROUPS: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, Collectives]] = weakref.WeakKeyDictionary()
 on_leave(_GROUPS.clear)
 
 
 def cpu_group(purpose: str, timeout: datetime.timedelta, before: Callable[[], object] = lambda: None) -> Collectives:
-    """Returns the group for a purpose; the first call creates it, which all ranks make together and in the same order.
+    """Returns the group for a purpose. The first call creates it: all ranks must make it, in the same order.
 
     Args:
-        purpose: Names the group.
-        timeout: How long one of its collectives may take. A rank that died is noticed by its closed connections.
+        purpose: Name of the group.
+        timeout: Timeout of its collectives. The death of a rank ends them earlier, since its connections close.
         before: Called before the group is created.
 
     Returns:

@@ -1,8 +1,8 @@
-"""The device table: what differs between kinds of device is a row here, not a branch elsewhere.
+"""The device table: differences between device types are rows here, not branches elsewhere.
 
-A row names the torch module, the communication backends in order of preference, the enumeration member of a
-distributed run, the variable that hides devices and the library that brings the device. torch is imported on use: the
-launcher reads this table too.
+A row holds the torch module, the communication backends in order of preference, the `DistributedType`, the variable that
+restricts visible devices and the package that registers the device. The launcher reads the table too, so torch is
+imported on use.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """One kind of device.
+    """A row of the device table.
 
     Attributes:
-        name: The device type as torch spells it.
-        distributed_type: The member of `DistributedType` for a run over several of them.
-        backends: Communication backends of torch.distributed, best first.
-        visible_devices: The variable that says which devices a process may see, if there is one.
-        library: A package that must be imported before torch knows the device.
-        indexed: Whether a process takes one of several (``cuda:1``) or there is just one (``mps``).
+        name: The device type, as in `torch.device.type`.
+        distributed_type: The `DistributedType` of a run over several devices.
+        backends: Backends of torch.distributed in order of preference.
+        visible_devices: The variable that restricts the visible devices, if there is one.
+        library: The package that registers the device type with torch, if it is not built in.
+        indexed: Whether devices have an index (``cuda:1``) or there is only one (``mps``).
     """
 
     name: str
@@ -41,7 +41,7 @@ class DeviceKind:
     indexed: bool = True
 
     def torch_module(self) -> ModuleType | None:
-        """``torch.cuda``, ``torch.xpu`` …, or None when this torch does not have it."""
+        """Returns ``torch.cuda``, ``torch.xpu`` …, or None if this torch does not have it."""
         import torch
 
         if self.library is not None:
@@ -51,7 +51,7 @@ class DeviceKind:
         return getattr(torch, self.name, None)
 
     def is_available(self) -> bool:
-        """Whether a device of this kind can be used in this process."""
+        """Returns whether this process can use a device of this type."""
         if self.name == "cpu":
             return True
         if self.name == "xla":
@@ -64,7 +64,7 @@ class DeviceKind:
         return module is not None and bool(module.is_available())
 
     def count(self) -> int:
-        """How many devices of this kind this process can see."""
+        """Returns the number of visible devices of this type."""
         if not self.is_available():
             return 0
         if not self.indexed:
@@ -73,10 +73,10 @@ class DeviceKind:
         return int(module.device_count()) if module is not None else 1
 
     def device(self, local_rank: int) -> torch.device:
-        """The device of the process with this rank on its machine.
+        """Returns the device of a local rank.
 
         Raises:
-            RuntimeError: when there are fewer devices than processes.
+            RuntimeError: if there are fewer devices than processes.
         """
         import torch
 
@@ -85,17 +85,17 @@ class DeviceKind:
         count = self.count()
         if local_rank >= count:
             raise RuntimeError(
-                f"this process is number {local_rank} on its machine, but it sees {count} {self.name} device(s). "
-                f"Start at most {count} processes here (--num_processes), or show more devices"
+                f"local rank {local_rank} has no device: this process sees {count} {self.name} device(s). "
+                f"Start at most {count} processes here (--num_processes), or make more devices visible"
                 + (f" in {self.visible_devices}." if self.visible_devices else ".")
             )
         return torch.device(self.name, local_rank)
 
     def current(self) -> torch.device:
-        """Returns the device of this kind that torch selects for this process, in the form its tensors report.
+        """Returns torch's current device of this type, in the form that `Tensor.device` reports.
 
         Raises:
-            RuntimeError: when this process sees no device of this kind.
+            RuntimeError: if no device of this type is visible.
         """
         import torch
 
@@ -108,23 +108,23 @@ class DeviceKind:
         return torch.device(self.name, 0 if current_device is None else int(current_device()))
 
     def set_device(self, device: torch.device) -> None:
-        """Makes `device` the one that torch uses when none is named."""
+        """Sets torch's current device."""
         if self.indexed and (module := self.torch_module()) is not None and hasattr(module, "set_device"):
             module.set_device(device)
 
     def empty_cache(self) -> None:
-        """Gives cached memory back to the driver, where the kind has such a cache."""
+        """Releases cached memory to the driver, if the device type has a caching allocator."""
         module = self.torch_module()
         if module is not None and hasattr(module, "empty_cache"):
             module.empty_cache()
 
 
 def _is_installed(library: str) -> bool:
-    # find_spec("a.b") imports a, and raises where a is not there: ask for the top-level package only.
+    # Top-level package only: find_spec("a.b") imports a, and raises if it is missing.
     return importlib.util.find_spec(library.split(".")[0]) is not None
 
 
-# Order matters: the first available kind is the default device; "cpu" is the last resort.
+# In order of preference: the first available type is the default.
 _ROWS = (
     DeviceKind("mlu", DistributedType.MULTI_MLU, ("cncl",), "MLU_VISIBLE_DEVICES", "torch_mlu"),
     DeviceKind("sdaa", DistributedType.MULTI_SDAA, ("tccl",), "SDAA_VISIBLE_DEVICES", "torch_sdaa"),
@@ -142,12 +142,10 @@ DEVICES: dict[str, DeviceKind] = {row.name: row for row in _ROWS}
 
 
 def default_kind() -> DeviceKind:
-    """The kind of device a process uses when nobody chose one.
-
-    ``ACCELERATE_TORCH_DEVICE`` (``cuda``, ``cuda:1``, ``cpu`` …) decides if it is set.
+    """Returns the device type of ``ACCELERATE_TORCH_DEVICE`` (``cuda``, ``cuda:1`` …), else the first available one.
 
     Raises:
-        ValueError: when that variable names a kind that is not in the table.
+        ValueError: if that variable names a type that is not in the table.
     """
     if (wanted := env.get("ACCELERATE_TORCH_DEVICE")) is not None:
         return device_kind(wanted)
@@ -155,31 +153,31 @@ def default_kind() -> DeviceKind:
 
 
 def _may_be_default(kind: DeviceKind) -> bool:
-    # An installed torch_xla takes the process over; USE_TORCH_XLA=0 keeps it out.
+    # USE_TORCH_XLA=0 disables an installed torch_xla.
     return kind.name != "xla" or env.flag("USE_TORCH_XLA", default=True)
 
 
 def device_kind(device: str | torch.device) -> DeviceKind:
-    """The row of a device or of its name (``"cuda:1"``).
+    """Returns the row of a device or of its name (``"cuda:1"``).
 
     Raises:
-        ValueError: when the table has no such kind.
+        ValueError: if the table has no such device type.
     """
     name = str(device).split(":")[0]
     try:
         return DEVICES[name]
     except KeyError:
-        raise ValueError(f"unknown kind of device {name!r}; known are {', '.join(DEVICES)}.") from None
+        raise ValueError(f"unknown device type {name!r}; expected one of {', '.join(DEVICES)}.") from None
 
 
 def with_index(device: str | int | torch.device) -> torch.device:
-    """Returns the device in the form its tensors report: ``"cuda"`` is the current CUDA device.
+    """Returns the device in the form that `Tensor.device` reports: ``"cuda"`` becomes the current CUDA device.
 
-    Devices that arguments name go through here before they are compared, stored as a key or passed to functions that
-    require an index. A device that this process does not have is returned as it is; torch raises where it is used.
+    Normalizes devices from arguments before they are compared, used as keys or passed to functions that require an index.
+    A device that this process does not have is returned unchanged; torch raises on use.
 
     Args:
-        device: A device, its name, or the number of an accelerator.
+        device: A device, its name, or the index of an accelerator.
     """
     import torch
 
@@ -198,7 +196,7 @@ def _numbered(index: int) -> torch.device:
     import torch
 
     try:
-        return torch.device(index)  # of torch's accelerator: finding the kind in the table takes a millisecond
+        return torch.device(index)  # of torch's accelerator, without the millisecond that `default_kind` takes
     except RuntimeError:
         if (kind := default_kind()).name == "cpu":
             raise
@@ -206,10 +204,10 @@ def _numbered(index: int) -> torch.device:
 
 
 def require_device(device: str | int | torch.device) -> torch.device:
-    """Returns the device as `with_index` does, after a check that this process has it.
+    """Returns `with_index` of a device after checking that it is visible to this process.
 
     Raises:
-        RuntimeError: when this process does not see such a device.
+        RuntimeError: if it is not.
     """
     kind = default_kind() if isinstance(device, int) else DEVICES.get(str(device).split(":")[0])
     if kind is None or (kind.name == "cpu" and not isinstance(device, int)):
@@ -219,8 +217,8 @@ def require_device(device: str | int | torch.device) -> torch.device:
     if index < count:
         return with_index(device)
     name = "accelerator" if kind.name == "cpu" else f"{kind.name} device"
-    hidden = f" (or shown by {kind.visible_devices})" if kind.visible_devices else ""
+    hidden = f" (see {kind.visible_devices})" if kind.visible_devices else ""
     raise RuntimeError(
-        f"device {device!r} was asked for, and this process sees {count or 'no'} {name}{'' if count == 1 else 's'}. Name "
-        f"one that is there{hidden}, or 'cpu'. torch.__version__ names the devices that this build of torch supports."
+        f"device {device!r} is not available: this process sees {count or 'no'} {name}{'' if count == 1 else 's'}. Pass a "
+        f"visible one{hidden}, or 'cpu'. torch.__version__ names the devices that this build of torch supports."
     )

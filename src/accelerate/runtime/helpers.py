@@ -1,4 +1,4 @@
-"""Small functions over plain values that the documented ``utils.other`` offers and that belong to no larger idea."""
+"""Documented helpers of ``utils.other`` over plain values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def convert_bytes(size: float) -> str:
-    """A number of bytes for a person to read, in binary units up to PB.
+    """Formats a number of bytes in binary units up to PB.
 
     Example:
         >>> convert_bytes(5 * 1024**3)
@@ -25,10 +25,10 @@ _UNITS = {"TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "TB": 10**12, 
 
 
 def convert_file_size_to_int(size: int | str) -> int:
-    """``"10GB"``, ``"1KiB"`` or a number, in bytes.
+    """Converts ``"10GB"``, ``"1KiB"`` or a number to bytes.
 
     Raises:
-        ValueError: for anything else, and for a negative number.
+        ValueError: for any other value, and for a negative number.
 
     Example:
         >>> convert_file_size_to_int("1MiB")
@@ -43,14 +43,14 @@ def convert_file_size_to_int(size: int | str) -> int:
 
 
 def get_pretty_name(obj: Any) -> str:
-    """The name of a class or function, or of an object's class; a method's comes with its class's."""
+    """Returns the qualified name of a class or function, or of an object's class."""
     if not hasattr(obj, "__qualname__") and not hasattr(obj, "__name__"):
         obj = type(obj)
     return str(getattr(obj, "__qualname__", None) or obj.__name__)
 
 
 def merge_dicts(source: dict[Any, Any], destination: dict[Any, Any]) -> dict[Any, Any]:
-    """Writes `source` into `destination`, dictionary by dictionary; where both have a plain value, `source` wins.
+    """Merges nested dictionaries into `destination`; values of `source` replace those of `destination`.
 
     Returns:
         `destination`.
@@ -69,16 +69,16 @@ def merge_dicts(source: dict[Any, Any], destination: dict[Any, Any]) -> dict[Any
 
 
 def recursive_getattr(obj: Any, attr: str) -> Any:
-    """The attribute at a dotted path, such as ``"layers.0.weight"`` of a model.
+    """Returns the attribute at a dotted path, such as ``"layers.0.weight"`` of a model.
 
     Raises:
-        AttributeError: when a part of the path is not there.
+        AttributeError: if a part of the path does not exist.
     """
     return functools.reduce(getattr, attr.split("."), obj)
 
 
 def wait_for_everyone() -> None:
-    """Returns once every process of the run has called it; alone, at once."""
+    """Blocks until every process has called it; returns at once on a single process."""
     from . import world
 
     world.current().collectives.barrier()

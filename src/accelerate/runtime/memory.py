@@ -1,7 +1,6 @@
-"""Memory: give it back, recognise that it ran out, and find the largest batch that fits.
+"""Device memory: releases it, detects out-of-memory errors, and searches for a batch size that fits.
 
-The search for a batch size is agreed between all processes, over a channel of its own that no operation of the training
-code shares.
+The search needs the consensus of all processes, reached in a gloo group of its own.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ _P = ParamSpec("_P")
 logger = logging.getLogger(__name__)
 
 _ATTEMPT_TIMEOUT = datetime.timedelta(days=365)
-"""How long processes wait for each other between two attempts: an attempt may be the whole training."""
+"""Timeout of the consensus after an attempt, which may be the whole training."""
 
 _WAITING_WARNING = (
-    "process %d ran out of memory at batch size %d and waits for the others. If they are inside an operation that waits for "
-    "this process, they cannot come: the run then ends with their timeout."
+    "process %d ran out of memory at batch size %d and waits for the others. If they are blocked in a collective that needs "
+    "this process, the run ends with the timeout of their process group."
 )
 _WARN_AFTER_SECONDS = 30.0
-"""How long a process that ran out of memory waits for the others before it warns."""
+"""Seconds that a process which ran out of memory waits for the others before it warns."""
 
-# Messages of allocators and libraries, whatever their case. HIP is what torch calls cuda on AMD's devices.
+# Messages of allocators and libraries, in any case. "HIP" stands for cuda in ROCm builds of torch.
 _KINDS = "|".join((*devices.DEVICES, "hip"))
 _OUT_OF_MEMORY = re.compile(
     rf"""\b({_KINDS}|MPS\ backend)\ out\ of\ memory              # torch's caching allocators
@@ -58,10 +57,10 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def clear_device_cache(garbage_collection: bool = False) -> None:
-    """Gives the memory that torch caches on this process's devices back to the driver.
+    """Releases memory cached by torch's device allocators to the driver.
 
     Args:
-        garbage_collection: Collect unreachable Python objects first, which may hold some of it.
+        garbage_collection: Run Python's garbage collector first, since unreachable objects may hold tensors.
     """
     if garbage_collection:
         gc.collect()
@@ -71,7 +70,7 @@ def clear_device_cache(garbage_collection: bool = False) -> None:
 
 
 def malloc_trim() -> None:
-    """Gives freed main memory back to the system; the C library would keep blocks of up to 32 MiB for later."""
+    """Returns freed host memory to the system; glibc keeps blocks of up to 32 MiB otherwise."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:
@@ -79,15 +78,15 @@ def malloc_trim() -> None:
 
 
 def release_memory(*objects: Any) -> list[None]:
-    """Drops objects and frees the memory they held on the devices.
+    """Drops references to objects and releases their device memory.
 
-    The caller holds references of its own, so assign the result over them.
+    The caller's own references remain, so assign the result to them.
 
     Args:
-        *objects: What to let go of.
+        *objects: The objects.
 
     Returns:
-        As many None as there were objects.
+        A None for each object.
 
     Example:
         ```python
@@ -101,21 +100,21 @@ def release_memory(*objects: Any) -> list[None]:
 
 
 def should_reduce_batch_size(exception: Exception) -> bool:
-    """Returns whether an exception means that memory ran out, so that a smaller batch may help.
+    """Returns whether an exception is an out-of-memory error, after which a smaller batch may fit.
 
     True for `torch.OutOfMemoryError`, for Python's `MemoryError`, for Triton's ``OutOfResources``, and for a `RuntimeError`
-    with the message of an allocator or library that raises no class of its own (the CPU's, the driver's, cuBLAS's, NCCL's).
+    with the message of an allocator or library that has no exception class (the CPU's, the driver's, cuBLAS's, NCCL's).
     """
-    # By its older name, which torch 2.4 knows too; it covers every kind of device.
+    # The older alias of torch.OutOfMemoryError, which torch 2.4 has too; it covers every device type.
     if isinstance(exception, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
-    # Triton's is no RuntimeError, and its module must not be imported to look for it.
+    # Triton's is not a RuntimeError, and is compared by name in order not to import Triton.
     of_an_allocator = isinstance(exception, RuntimeError) or type(exception).__name__ == "OutOfResources"
     return of_an_allocator and _OUT_OF_MEMORY.search(str(exception)) is not None
 
 
 class _WithoutBatchSize(Protocol):
-    """A decorator: takes the first parameter, the batch size, from a function."""
+    """Decorator that removes a function's first parameter, the batch size."""
 
     def __call__(self, function: Callable[Concatenate[int, _P], _R], /) -> Callable[_P, _R]: ...
 
@@ -135,35 +134,35 @@ def find_executable_batch_size(
     starting_batch_size: int = 128,
     reduce_batch_size_fn: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
-    """Decorator: calls a function with smaller and smaller batch sizes until it does not run out of memory.
+    """Decorator: retries a function with smaller and smaller batch sizes while it runs out of memory.
 
-    The function takes the batch size as its first parameter, and the caller leaves it out. Whatever takes memory
-    (model, optimizer, loaders) is made inside it: what the caller holds stays in memory through every attempt. Each
-    call of the decorated function starts at `starting_batch_size` again.
+    The decorated function passes the batch size as the first argument; the caller omits it. Create model, optimizer and
+    loaders inside the function: objects of the caller stay in memory across attempts. Each call of the decorated function
+    starts at `starting_batch_size`.
 
-    With several processes, all of them call the decorated function. After every attempt they wait for each other, and
-    if any of them ran out of memory, all try again with the same smaller size; results of those that had room are
-    dropped. The agreement uses a process group of its own, so it cannot be mistaken for an operation of the function.
+    All processes must call the decorated function. After each attempt they reach a consensus: if any of them ran out of
+    memory, all retry with the same smaller size, and results of the others are dropped. The consensus uses a process group
+    of its own, so that it cannot interleave with collectives of the function.
 
-    One case cannot be retried: a process runs out of memory *before* an operation that its peers are already waiting in
-    (the gradients of DistributedDataParallel, a gather). Nothing can call the peers back from there. They stay until
-    the timeout of their process group and then raise its error; the process that ran out of memory then raises a
-    `RuntimeError` which says so. No process goes on with another batch size than its peers. A shorter ``timeout`` in
-    `InitProcessGroupKwargs` shortens the wait. Any exception that is not about memory is raised at once.
+    One case cannot be retried: a process runs out of memory *before* a collective in which its peers already block (the
+    gradient all-reduce of DistributedDataParallel, a gather). They block until the timeout of their process group and then
+    raise its error, after which the process that ran out of memory raises `RuntimeError`. Processes never continue with
+    different batch sizes. Set a shorter ``timeout`` in `InitProcessGroupKwargs` to shorten the wait. Other exceptions are
+    raised at once.
 
     Args:
-        function: What to call; None gives a decorator.
-        starting_batch_size: The first size to try.
-        reduce_batch_size_fn: Gives the next size. It is called with the present one if it has a parameter without
-            default, else with nothing. None halves.
+        function: The function; None returns a decorator.
+        starting_batch_size: The first batch size.
+        reduce_batch_size_fn: Returns the next batch size. It is called with the current one if it has a parameter without
+            default, else without arguments. None halves.
 
     Returns:
-        The function without its first parameter. It returns what `function` returned.
+        The function without its first parameter.
 
     Raises:
-        TypeError: when the caller passes the batch size too, or other arguments that the function does not take.
-        RuntimeError: when not even batch size 1 fits, or when a process was left alone as described above.
-        ValueError: when `reduce_batch_size_fn` gives a size that is not smaller.
+        TypeError: if the caller passes the batch size too, or arguments that the function does not take.
+        RuntimeError: if not even batch size 1 fits, or if the consensus fails as described above.
+        ValueError: if `reduce_batch_size_fn` returns a size that is not smaller.
 
     Example:
         ```python
@@ -194,7 +193,7 @@ def find_executable_batch_size(
             fitted, result = _attempt(functools.partial(wanted, batch_size, *args, **kwargs))
             if consensus.all_fit(fitted, batch_size):
                 return result
-            # Only now is the exception gone, and with it the frames that held the tensors.
+            # `_attempt` has dropped the exception, whose traceback held the tensors.
             result = None
             clear_device_cache(garbage_collection=True)
             batch_size = consensus.min(_validated(smaller(batch_size), batch_size))
@@ -236,7 +235,7 @@ def _resolve_reducer(function: Callable[..., int] | None) -> Callable[[int], int
 def _validated(smaller: int, present: int) -> int:
     if smaller >= present:
         raise ValueError(
-            f"reduce_batch_size_fn gave {smaller} after {present}: it must return a smaller size each time."
+            f"reduce_batch_size_fn returned {smaller} after {present}: it must return a smaller size each time."
         )
     return int(smaller)
 
@@ -248,7 +247,7 @@ def _name(function: Callable[..., Any]) -> str:
 def _check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
         signature = inspect.signature(function)
-    except ValueError:  # a builtin that does not say what it takes will say so when called
+    except ValueError:  # a builtin without a signature raises by itself
         return
     try:
         signature.bind(0, *args, **kwargs)
@@ -256,25 +255,25 @@ def _check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs
         passed = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
         raise TypeError(
             f"`{_name(function)}` does not take ({passed}) after the batch size: {error}. The decorator passes the "
-            f"batch size as the first argument, so leave it out and call `{_name(function)}` with the others only."
+            f"batch size as the first argument: call `{_name(function)}` without it."
         ) from None
 
 
 class _BatchSizeConsensus:
-    """What the processes tell each other between two attempts."""
+    """Consensus of the processes after each attempt."""
 
     def __init__(self) -> None:
-        # Set up before the first attempt: after it, a peer may be somewhere else. A process that is in no run yet may
-        # join one during the attempt, and is asked again.
+        # Created before the first attempt, after which peers may be in other code. A process without a process group may
+        # initialize one during the attempt; `all_fit` looks again.
         self._group = _consensus_group()
 
     def all_fit(self, fitted: bool, batch_size: int) -> bool:
-        """Whether the attempt fitted on every process."""
+        """Returns whether the batch fitted on every process."""
         if self._group.size == 1:
             self._group = _consensus_group()
         if fitted or self._group.size == 1:
             return self.min(int(fitted)) == 1
-        # Usually the others come within moments, and there is nothing to say.
+        # Peers usually arrive within seconds.
         late = threading.Timer(
             _WARN_AFTER_SECONDS,
             logger.warning,
@@ -288,14 +287,14 @@ class _BatchSizeConsensus:
             late.cancel()
 
     def min(self, number: int) -> int:
-        """The smallest of the processes' numbers."""
+        """Returns the minimum of a number over the processes."""
         try:
             return min(self._group.all_gather_object(number))
         except RuntimeError as error:
             raise RuntimeError(
                 "the processes could not agree on a batch size, because one of them ended or never arrived. If one of "
-                "them ran out of memory while others were already inside an operation that waited for it (DDP's "
-                "gradients, a gather), none can be called back: start with a smaller batch size."
+                "them ran out of memory while others were blocked in a collective that needed it (DDP's gradient "
+                "all-reduce, a gather), the attempt cannot be retried: start with a smaller batch size."
             ) from error
 
 

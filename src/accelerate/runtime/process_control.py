@@ -1,4 +1,4 @@
-"""`ProcessControl`: blocks, functions and inputs for some processes of a run; shared by the states and `Accelerator`."""
+"""`ProcessControl`: methods of the states and of `Accelerator` that run code on some processes, or split inputs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _P = ParamSpec("_P")
 
 
 class _Restriction(Protocol):
-    """A decorator: the function runs on some processes, and returns None on the others."""
+    """Decorator after which a function runs on some processes and returns None on the others."""
 
     def __call__(self, function: Callable[_P, _R], /) -> Callable[_P, _R | None]: ...
 
 
 class ProcessControl:
-    """Runs code on one process, on one before the others, or on each with its part of the inputs.
+    """Mixin that runs code on one process only or first, and splits inputs between processes.
 
     A subclass provides the attributes below and `wait_for_everyone`.
 
@@ -51,17 +51,17 @@ class ProcessControl:
         def wait_for_everyone(self) -> None: ...
 
     def _check_joined(self) -> None:
-        """Raises a ValueError where this process has not joined a run."""
+        """Raises ValueError if the state of this process is not initialized."""
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The main process runs the block before all others: to download or cache what they then read."""
+        """Runs the block on the main process before all others, to download or cache files for them."""
         with self._goes_first(self.is_main_process):
             yield
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """The first process of each machine runs the block before the others there."""
+        """Runs the block on the first process of each machine before the others on that machine."""
         with self._goes_first(self.is_local_main_process):
             yield
 
@@ -71,21 +71,21 @@ class ProcessControl:
             self.wait_for_everyone()
         try:
             yield
-        finally:  # an exception in the block must not leave the others waiting
+        finally:  # after an exception too, so that the others do not deadlock
             if first:
                 self.wait_for_everyone()
 
     @contextmanager
     def split_between_processes(self, inputs: _T, apply_padding: bool = False) -> Iterator[_T]:
-        """Gives this process its part of `inputs`.
+        """Yields this process's slice of `inputs`.
 
         Args:
-            inputs: A list, tuple, tensor, array, ``datasets.Dataset``, or a dict of these with one length. A string
-                goes whole to every process.
-            apply_padding: Repeat the last item so that all parts have one length (for a `gather` afterwards).
+            inputs: A list, tuple, tensor, array, ``datasets.Dataset``, or a dict of these with equal lengths. A string is
+                not split: every process gets all of it.
+            apply_padding: Repeat the last item so that all slices have equal length (for a `gather` afterwards).
 
         Raises:
-            TypeError: for something that cannot be sliced.
+            TypeError: for an object that cannot be sliced.
             ValueError: for a dict whose values differ in length.
 
         Example:
@@ -101,7 +101,7 @@ class ProcessControl:
     @overload
     def on_main_process(self, function: None = None) -> _Restriction: ...
     def on_main_process(self, function: Callable[..., Any] | None = None) -> Any:
-        """Decorator: the function runs on the main process only and returns None elsewhere."""
+        """Decorator: runs the function on the main process only and returns None on the others."""
         self._check_joined()
         if function is None:
             return self.on_main_process
@@ -112,13 +112,13 @@ class ProcessControl:
     @overload
     def on_local_main_process(self, function: None = None) -> _Restriction: ...
     def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Any:
-        """Decorator: the function runs on the first process of each machine only."""
+        """Decorator: runs the function on the first process of each machine only."""
         if function is None:
             return self.on_local_main_process
         return _only_if(lambda: self.is_local_main_process, function)
 
     def on_last_process(self, function: Callable[_P, _R]) -> Callable[_P, _R | None]:
-        """Decorator: the function runs on the last process only."""
+        """Decorator: runs the function on the last process only."""
         return _only_if(lambda: self.is_last_process, function)
 
     @overload
@@ -126,7 +126,7 @@ class ProcessControl:
     @overload
     def on_process(self, function: None = None, process_index: int | None = None) -> _Restriction: ...
     def on_process(self, function: Callable[..., Any] | None = None, process_index: int | None = None) -> Any:
-        """Decorator: the function runs on the process with that rank only."""
+        """Decorator: runs the function on the process with a given rank only."""
         if function is None:
             return functools.partial(self.on_process, process_index=process_index)
         return _only_if(lambda: self.process_index == process_index, function)
@@ -148,7 +148,7 @@ class ProcessControl:
         local_process_index: int | None = None,
         local_process_idx: int | None = None,
     ) -> Any:
-        """Decorator: the function runs on the process with that rank on each machine only.
+        """Decorator: runs the function on the process with a given local rank on each machine only.
 
         `local_process_idx` is the older spelling of `local_process_index`.
         """
@@ -158,7 +158,7 @@ class ProcessControl:
         return _only_if(lambda: self.local_process_index == wanted, function)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """``print``, on the first process of each machine only."""
+        """Prints on the first process of each machine only."""
         if self.is_local_main_process:
             print(*args, **kwargs)
 

@@ -1,7 +1,4 @@
-"""A progress bar that only one process of each machine draws.
-
-Neither torch nor tqdm is imported before a bar is asked for.
-"""
+"""Progress bar on one process per machine. Imports torch and tqdm on the first call only."""
 
 from __future__ import annotations
 
@@ -9,15 +6,15 @@ from typing import Any
 
 
 def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
-    """`tqdm.auto.tqdm`, drawn by the first process of each machine; the others iterate without a bar.
+    """Wraps `tqdm.auto.tqdm` to show the bar on the first process of each machine only.
 
     Args:
         *args: As for `tqdm.auto.tqdm`: the iterable first.
-        main_process_only: False draws a bar on every process.
+        main_process_only: False shows a bar on every process.
         **kwargs: As for `tqdm.auto.tqdm`.
 
     Raises:
-        ValueError: when a bool comes where the iterable belongs.
+        ValueError: if the first positional argument is a bool instead of the iterable.
 
     Example:
         ```python
@@ -27,8 +24,7 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
     """
     if args and isinstance(args[0], bool):
         raise ValueError(
-            f"tqdm({args[0]}, ...): the first argument is what to iterate over. "
-            f"Pass main_process_only={args[0]} by name."
+            f"tqdm({args[0]}, ...): the first argument must be the iterable. Pass main_process_only={args[0]} by keyword."
         )
     from tqdm.auto import tqdm as bar
 

@@ -1,8 +1,7 @@
-"""Makes Python let go of process groups, so that a gloo group's threads end before the interpreter does.
+"""Drops Python references to process groups, so that gloo's threads end before the interpreter shuts down.
 
-A gloo group ends its threads when its last reference goes. What still refers to one while the interpreter is taken down
-(a sharded model in a script's global, a default argument of torch's bound on import) ends them too late, and the process
-aborts now and then after all its work is done.
+A gloo group joins its threads in its destructor. A reference that survives until interpreter shutdown (a sharded model in a
+global of the script, a default argument that torch bound on import) delays that, and the process may abort after its work.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from typing import Any
 
 
 def drop_group_references(held: list[Any]) -> None:
-    """Replaces references to these objects by None wherever Python's collector finds them; empties the list as well.
+    """Replaces every reference to some objects that the garbage collector can find by None, also those of the list itself.
 
-    For the end of a process only: what used the objects is of no use afterwards. References of C++ alone are not found.
+    Call it at process exit only: users of the objects break. References held by C++ are not found.
 
     Args:
-        held: The objects.
+        held: The process groups.
     """
     wanted = {id(thing) for thing in held}
     for holder in gc.get_referrers(*held):
@@ -28,7 +27,7 @@ def drop_group_references(held: list[Any]) -> None:
             holder[:] = [None if id(value) in wanted else value for value in holder]
         elif hasattr(holder, "__dict__") and not isinstance(holder, types.FrameType):
             _clear_attributes(holder, wanted)
-    # The collector does not look into tuples and mappings of such objects: default arguments, and a mesh's groups.
+    # `get_referrers` misses tuples of default arguments, and the groups of a DeviceMesh.
     for holder in gc.get_objects():
         if type(holder) is types.FunctionType:
             defaults = holder.__defaults__ or ()

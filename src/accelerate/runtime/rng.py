@@ -1,7 +1,6 @@
-"""Random states: seed all of a process's generators at once, or give every process the state of rank 0's.
+"""Random number generators: seeds all of a process's generators, or broadcasts their states from rank 0.
 
-Devices are those of the table in `devices`; a kind this machine does not have costs nothing and is an error only when
-it is asked for by name.
+Covers every type of the device table. A type without a device on this machine is skipped, and an error only by name.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     """Seeds Python's `random`, numpy, torch and every device of this process.
 
     Args:
-        seed: Any integer. numpy takes 32 bits, so it gets the seed modulo ``2**32``.
+        seed: Any integer. numpy, whose seeds have 32 bits, gets it modulo ``2**32``.
         device_specific: Add the rank, so that processes draw different numbers.
-        deterministic: Have torch use deterministic algorithms only, and raise where an operation has none
-            (`torch.use_deterministic_algorithms`). cuBLAS needs ``CUBLAS_WORKSPACE_CONFIG`` for that, before its first use:
-            it becomes ``:4096:8`` if it is not set.
+        deterministic: Call `torch.use_deterministic_algorithms`, after which operations without a deterministic
+            implementation raise. cuBLAS needs ``CUBLAS_WORKSPACE_CONFIG`` before its first use, which is set to
+            ``:4096:8`` unless it is set already.
 
     Raises:
-        TypeError: when `seed` is not an integer.
+        TypeError: if `seed` is not an integer.
 
     Example:
         ```python
@@ -43,7 +42,7 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     try:
         seed = operator.index(seed)
     except TypeError:
-        raise TypeError(f"a seed is an integer; set_seed was given {seed!r} ({type(seed).__name__}).") from None
+        raise TypeError(f"set_seed expects an integer; got {seed!r} ({type(seed).__name__}).") from None
     if device_specific:
         seed += current().rank
     random.seed(seed)
@@ -71,20 +70,20 @@ def _seed_device(kind: devices.DeviceKind, seed: int) -> None:
 
 
 def synchronize_rng_state(rng_type: RNGType | str | None = None, generator: torch.Generator | None = None) -> None:
-    """Gives every process the state that one of rank 0's random generators has now.
+    """Broadcasts the state of one random number generator from rank 0.
 
     Args:
-        rng_type: ``"torch"`` (the CPU's), a kind of device (``"cuda"``, ``"xpu"`` …: its current device's), or
-            ``"generator"``. None means ``"generator"`` where one is given, else ``"torch"``.
-        generator: The generator that ``"generator"`` is about.
+        rng_type: ``"torch"`` (the default CPU generator), a device type (``"cuda"``, ``"xpu"`` …: the generator of its
+            current device), or ``"generator"``. None selects ``"generator"`` if `generator` is given, else ``"torch"``.
+        generator: The generator for ``"generator"``.
 
     Raises:
-        ValueError: for another type, or for ``"generator"`` without one.
-        RuntimeError: for a kind of device that this process does not have.
+        ValueError: for another type, or for ``"generator"`` without a generator.
+        RuntimeError: for a device type that this process does not have.
     """
     kind = _rng_type(rng_type, generator)
     if kind is RNGType.GENERATOR and generator is None:
-        raise ValueError("rng_type='generator' needs the generator that is to be synchronised; generator is None.")
+        raise ValueError("rng_type='generator' needs the generator to synchronize; generator is None.")
     if current().size == 1:
         return
     if kind is RNGType.GENERATOR:
@@ -102,11 +101,11 @@ def synchronize_rng_state(rng_type: RNGType | str | None = None, generator: torc
 def synchronize_rng_states(
     rng_types: Iterable[RNGType | str] | RNGType | str, generator: torch.Generator | None = None
 ) -> None:
-    """`synchronize_rng_state` for several types, in turn.
+    """Calls `synchronize_rng_state` for each of several types.
 
     Args:
-        rng_types: The types; the same ones, in the same order, on every process.
-        generator: The generator that ``"generator"`` is about.
+        rng_types: The types, in the same order on every process.
+        generator: The generator for ``"generator"``.
     """
     for rng_type in (rng_types,) if isinstance(rng_types, (str, RNGType)) else rng_types:
         synchronize_rng_state(rng_type, generator)
@@ -116,7 +115,7 @@ def _rng_type(rng_type: Any, generator: torch.Generator | None) -> RNGType:
     if rng_type is None:
         return RNGType.TORCH if generator is None else RNGType.GENERATOR
     if rng_type not in RNGType:
-        raise ValueError(f"unknown type of random generator {rng_type!r}: choose from {', '.join(RNGType.list())}.")
+        raise ValueError(f"unknown type of random generator {rng_type!r}: expected one of {', '.join(RNGType.list())}.")
     return RNGType(rng_type)
 
 
@@ -125,8 +124,8 @@ def _device_module(kind: RNGType) -> ModuleType:
     module = row.torch_module() if row.is_available() else None
     if module is None:
         raise RuntimeError(
-            f"cannot synchronise the random generator of {kind.value!r}: this process sees no such device. "
-            f"It computes on {current().device}; leave {kind.value!r} out of the rng_types."
+            f"cannot synchronize the random generator of {kind.value!r}: this process sees no such device. "
+            f"It computes on {current().device}; remove {kind.value!r} from rng_types."
         )
     return module
 

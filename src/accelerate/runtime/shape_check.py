@@ -1,7 +1,7 @@
-"""Debug mode: before an operation, the processes compare what they pass to it.
+"""Debug mode: compares the inputs of a collective across processes before it runs.
 
-A mismatch becomes `DistributedOperationException` on every process, with all their shapes, where the operation itself
-would hang or mix tensors up. The comparison is a collective that has one form whatever the inputs are.
+On a mismatch every process raises `DistributedOperationException` with all shapes, where the collective itself would hang
+or return wrong values. The comparison is an all-gather of objects, whose form does not depend on the inputs.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ _PUBLIC = "accelerate.utils.operations"
 
 
 class DistributedOperationException(Exception):
-    """The processes' inputs to one operation do not fit together; raised on every process, with all their shapes."""
+    """Raised on every process if their inputs to an operation do not match; the message has all shapes."""
 
 
 def verify_operation(function: _F) -> _F:
-    """Decorator: in debug mode, compares the first argument over all processes before `function` runs.
-
-    Structure, shapes and dtypes must be equal. The comparison is a collective of its own, which always has the same
-    form, so it neither hangs nor misreads when they are not.
+    """Decorator: in debug mode, checks that the first argument has the same structure, shapes and dtypes on all processes.
 
     Raises:
-        DistributedOperationException: on every process, with what each of them passed.
+        DistributedOperationException: on every process if they differ, with all of them.
     """
     first = next(iter(inspect.signature(function).parameters))
 
@@ -47,7 +44,7 @@ def verify_operation(function: _F) -> _F:
 
 
 def chained_operation(function: _F) -> _F:
-    """Decorator: puts `function`'s name on a `DistributedOperationException` from inside it."""
+    """Decorator: adds the function's name to a `DistributedOperationException` raised inside it."""
 
     @functools.wraps(function)
     def chained(*args: Any, **kwargs: Any) -> Any:
@@ -60,7 +57,7 @@ def chained_operation(function: _F) -> _F:
 
 
 def summarize(data: Any) -> Any:
-    """What is compared: plain values, so that they can be sent, and in order, since tensors are paired in order."""
+    """Summarizes a tree for the comparison: containers, shapes and dtypes as picklable tuples, in order of traversal."""
     if isinstance(data, torch.Tensor):
         shape = "nested" if data.is_nested else tuple(data.shape)
         return ("tensor", shape, str(data.dtype).removeprefix("torch."))
@@ -72,7 +69,7 @@ def summarize(data: Any) -> Any:
 
 
 def ndim_only(summary: Any) -> Any:
-    """A summary in which tensors are told apart by their number of dimensions only."""
+    """Reduces a summary to the numbers of dimensions of its tensors."""
     kind, content = summary[:2]
     if kind == "tensor":
         return (kind, content if content == "nested" else len(content))
@@ -94,10 +91,10 @@ def raise_mismatch(reports: list[tuple[str, Any]]) -> NoReturn:
     lines = [f"  - Process {rank}: {_format(summary)}" for rank, (_, summary) in enumerate(reports)]
     if len(set(names)) > 1:
         called = ", ".join(f"process {rank} `{_PUBLIC}.{name}`" for rank, name in enumerate(names))
-        title = "The processes are not in the same operation; each must call the same ones, in the same order."
+        title = "The processes called different operations; all must call the same ones, in the same order."
         raise DistributedOperationException(f"{title}\n\nOperations: {called}\nInput shapes:\n" + "\n".join(lines))
     if names[0] == "pad_across_processes":
-        title = "Tensors can be padded to one size only if they have the same number of dimensions on every process."
+        title = "Padding needs tensors with the same number of dimensions on every process."
     else:
         title = "The operation needs tensors of the same shape and dtype, in the same structure, on every process."
     raise DistributedOperationException(

@@ -1,7 +1,7 @@
-"""This process and its peers: who they are, how they are reached, how one joins and leaves.
+"""`World`: rank, size, device and collectives of this process, and the functions that join and leave the process group.
 
-`join` takes up a process group that is already initialised, else the one that torchrun's, MPI's or SLURM's variables
-describe, else this process is alone. There is one World a process; `current()` gives it, joining on first use.
+`join` adopts a process group that is already initialized, else initializes the one that the variables of torchrun, MPI or
+SLURM describe, else sets up a single process. A process has one World; `current` returns it and joins on first use.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataShard:
-    """Who reads which part of the data.
+    """The shard of the data that this process reads.
 
     Attributes:
-        index: The part this process reads.
-        count: How many parts there are. Ranks that hold parts of one model share an index.
-        group: The torch process group over the parts, or None for all ranks.
+        index: Index of the shard. Ranks that hold shards of one model replica read the same one.
+        count: Number of shards.
+        group: The process group with one rank per shard, or None for all ranks.
     """
 
     index: int
@@ -53,18 +53,18 @@ class DataShard:
 
 @dataclass(frozen=True)
 class World:
-    """What this process knows of its run.
+    """This process's rank, device and collectives.
 
     Attributes:
-        rank: 0 to ``size - 1``, over all machines.
-        size: Number of processes, over all machines.
-        local_rank: 0 to ``local_size - 1``, on this machine.
+        rank: Global rank, 0 to ``size - 1``.
+        size: World size.
+        local_rank: Rank on this machine, 0 to ``local_size - 1``.
         local_size: Number of processes on this machine.
         device: The device this process computes on.
-        backend: torch.distributed's name of the library that carries tensors of `device`, or None for a process on its own.
-        collectives: What carries tensors between the ranks.
-        distributed_type: How the run is distributed, before a strategy refines it.
-        debug: Check shapes on all ranks before each collective.
+        backend: Name of the torch.distributed backend for tensors on `device`, or None for a single process.
+        collectives: Collectives over all ranks.
+        distributed_type: The kind of run, before a strategy refines it.
+        debug: Compare shapes across ranks before each collective.
         fork_launched: Whether `notebook_launcher` forked this process.
     """
 
@@ -84,24 +84,24 @@ _current: World | None = None
 
 
 def current() -> World:
-    """This process's World; joins with default settings when nobody has."""
+    """Returns this process's World; the first call joins with default settings."""
     return _current if _current is not None else join()
 
 
 def is_joined() -> bool:
-    """Whether `join` has been called (and not forgotten) in this process."""
+    """Returns whether this process has a World: `join` was called, and neither `leave` nor `forget` since."""
     return _current is not None
 
 
 def set_current(world: World) -> World:
-    """Replaces the record, for a strategy that refines it."""
+    """Replaces the World of this process."""
     global _current
     _current = world
     return world
 
 
 def set_device(device: torch.device) -> World:
-    """Records another device for this process and makes it torch's current one."""
+    """Sets the device of this process's World and torch's current device."""
     world = current()
     devices.device_kind(device).set_device(device)
     world.collectives.device = device
@@ -109,12 +109,12 @@ def set_device(device: torch.device) -> World:
 
 
 def set_debug(debug: bool) -> World:
-    """Turns the comparison of shapes before each collective on or off."""
+    """Enables or disables the comparison of shapes before each collective."""
     return set_current(replace(current(), debug=debug))
 
 
 def forget() -> None:
-    """Drops the record and keeps the process group: the next `join` takes it up again."""
+    """Clears this process's World but keeps the process group, which the next `join` adopts."""
     global _current
     _current = None
 
@@ -127,21 +127,20 @@ def join(
     timeout: datetime.timedelta | None = None,
     cpu_tensors: bool = False,
 ) -> World:
-    """Joins the run that the environment describes and records it.
+    """Joins the process group that the environment describes and sets this process's World.
 
     Args:
-        cpu: Compute on the CPU even where an accelerator is at hand.
-        backend: Communication library, or one for each kind of device (``cuda:nccl,cpu:gloo``); None takes the device
-            table's. A backend for another kind of device than the one in use (``nccl`` on a CPU) is replaced by the table's.
-        init_method: Address of the rendezvous (``tcp://…``, ``file://…``); None reads the variables.
-        timeout: How long peers may keep this process waiting: on joining, and in each collective.
-        cpu_tensors: Tensors on the CPU are communicated besides those of the device: where no backend was chosen, the
-            group has gloo for them. Without effect on a group that is there already. The launcher's variables may ask for
-            it too: scripts create `PartialState` before the plugin that offloads is known.
+        cpu: Compute on the CPU even if an accelerator is available.
+        backend: Communication backend, or one per device type (``cuda:nccl,cpu:gloo``); None selects the device table's. A
+            backend that does not support the device in use (``nccl`` on a CPU) is replaced by the table's.
+        init_method: Rendezvous URL (``tcp://…``, ``file://…``); None reads the environment variables.
+        timeout: Timeout of the rendezvous and of each collective.
+        cpu_tensors: Add gloo for CPU tensors to the group, unless `backend` is given or a group is initialized already. The
+            launcher's variables request it as well, since scripts create `PartialState` before the plugin that offloads.
 
     Raises:
-        ValueError: when the variables contradict each other.
-        RuntimeError: when peers or the main process do not answer within the timeout.
+        ValueError: if the variables contradict each other.
+        RuntimeError: if ranks are missing or rank 0 cannot be reached within the timeout.
     """
     cpu = cpu or env.flag("ACCELERATE_USE_CPU")
     cpu_tensors = cpu_tensors or (env.flag("ACCELERATE_USE_FSDP") and env.flag("FSDP_OFFLOAD_PARAMS"))
@@ -152,31 +151,31 @@ def join(
     }
     if kind.name == "xla":
         return set_current(_xla_world(common))
-    place: RankInfo | None
+    info: RankInfo | None
     if dist.is_available() and dist.is_initialized():
-        place = cluster_env.from_group(dist.get_rank(), dist.get_world_size())
+        info = cluster_env.from_group(dist.get_rank(), dist.get_world_size())
     else:
-        place = cluster_env.from_environment(address_needed=init_method is None)
-    if place is None:
+        info = cluster_env.from_environment(address_needed=init_method is None)
+    if info is None:
         device = single_process_device(kind)
         kind.set_device(device)
         _bind_to_numa_node(0)
         return set_current(World(0, 1, 0, 1, device, None, Collectives(device), DistributedType.NO, **common))
-    error_file.record_errors()  # again: the script may have set a hook of its own; and joining may fail as well
+    error_file.record_errors()  # again: the script may have replaced the hook since the import
     if not kind.backends:  # several processes cannot share one such device (mps)
         kind = devices.DEVICES["cpu"]
-    device = kind.device(_device_index(kind, place))
+    device = kind.device(_device_index(kind, info))
     kind.set_device(device)
-    _bind_to_numa_node(place.local_rank)  # before the group, whose threads stay where they began
+    _bind_to_numa_node(info.local_rank)  # before the group starts its threads, which inherit the affinity
     if not dist.is_initialized():
-        _init_process_group(place, kind, _backend_for(kind, backend, cpu_tensors), init_method, timeout)
+        _init_process_group(info, kind, _backend_for(kind, backend, cpu_tensors), init_method, timeout)
     _leave_at_exit()
     return set_current(
         World(
-            place.rank,
-            place.size,
-            place.local_rank,
-            place.local_size,
+            info.rank,
+            info.size,
+            info.local_rank,
+            info.local_size,
             device,
             backend_for_device(dist.get_backend_config(), kind.name) or dist.get_backend(),
             TorchCollectives(device),
@@ -187,9 +186,9 @@ def join(
 
 
 def leave(group: ProcessGroup | None = None) -> None:
-    """Leaves the process group this process is in (or the one given); does nothing when there is none.
+    """Destroys the default process group, or the given one, if it is initialized.
 
-    Leaving the default group forgets the World as well.
+    Without `group` it also runs the callbacks of `on_leave` and clears the World.
     """
     if group is None:
         for release in _leave_callbacks:
@@ -205,48 +204,48 @@ def leave(group: ProcessGroup | None = None) -> None:
 
 
 DRAIN_SECONDS = 0.05
-"""With torch 2.6, how long before a gloo group is destroyed the GIL is released: its threads may need it to release the last
-tensors, and the destructor joins them while it holds it."""
+"""Seconds to sleep before a gloo group is destroyed, with torch 2.6: its threads need the GIL to release their last tensors,
+and the destructor joins them while it holds the GIL."""
 _destroyed_groups: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
-"""Groups of gloo that were left, as long as something refers to them."""
+"""Destroyed gloo groups that are still referenced."""
 _leave_callbacks: list[Callable[[], object]] = []
 
 
 def on_leave(release: Callable[[], object]) -> None:
-    """Has `release` called each time the default group is left: for a module that keeps groups of its own."""
+    """Registers a callback that `leave` runs before it destroys the default group, to drop groups created besides it."""
     _leave_callbacks.append(release)
 
 
-def _device_index(kind: devices.DeviceKind, place: RankInfo) -> int:
-    """Returns which of the devices that this process sees is its own."""
+def _device_index(kind: devices.DeviceKind, info: RankInfo) -> int:
+    """Returns the index, among the visible devices, of this process's device."""
     count = kind.count() if kind.indexed else 0
     if count == 1 and not _shares_visible_device(kind):
         return 0
-    if count and not place.has_local_rank:
-        return _device_of_group(kind, place.rank, count)
-    return place.local_rank
+    if count and not info.has_local_rank:
+        return _device_of_group(kind, info.rank, count)
+    return info.local_rank
 
 
 def _shares_visible_device(kind: devices.DeviceKind) -> bool:
-    """Returns whether a process that sees one device sees the one that its peers on this machine see, too.
+    """Returns whether all processes on this machine see the same single device.
 
-    Ranks see a device each under a scheduler (srun --gpus-per-task=1), Ray, MIG, or a script that sets a variable for each.
-    torchrun and the launcher start all ranks with the same environment: there, more ranks than devices is a mistake.
+    Under a scheduler (srun --gpus-per-task=1), Ray, MIG or a script that sets a variable per rank, each sees its own.
+    torchrun and the launcher start all ranks with the same environment, where more ranks than devices is an error.
     """
     if env.get("TORCHELASTIC_RUN_ID") is None:
         return False
-    # The one of the table, and those of ROCm, which torch calls cuda.
+    # ROCm, which torch calls cuda, has its own variables.
     restricting = (kind.visible_devices or "", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     return not any(env.get(name) for name in restricting)
 
 
 def _device_of_group(kind: devices.DeviceKind, rank: int, count: int) -> int:
-    """Returns the device of a rank of somebody else's group, where no variable gives its rank on the machine."""
+    """Returns the device index of a rank whose group the user initialized, without a variable that gives its local rank."""
     assert dist.group.WORLD is not None
     bound = getattr(dist.group.WORLD, "bound_device_id", None)  # init_process_group(device_id=...)
     if bound is not None and bound.type == kind.name:
         return int(bound.index)
-    # A current device other than 0 was selected on purpose; 0 is also the default.
+    # Any index but 0, the default, was set by the user.
     return kind.current().index or rank % count
 
 
@@ -256,7 +255,7 @@ def _bind_to_numa_node(local_rank: int) -> None:
 
 
 def single_process_device(kind: devices.DeviceKind) -> torch.device:
-    """Returns the device of a process on its own: the one ACCELERATE_TORCH_DEVICE names, else torch's current one."""
+    """Returns the device of a single process: that of ACCELERATE_TORCH_DEVICE, else torch's current device."""
     if not kind.indexed:
         return torch.device(kind.name)
     wanted = env.get("ACCELERATE_TORCH_DEVICE")
@@ -283,7 +282,7 @@ def _xla_world(common: dict[str, Any]) -> World:
 
 
 def backend_for_device(backends: str, kind: str) -> str | None:
-    """The backend for a kind of device in torch's notation: ``cuda:nccl,cpu:gloo``, or one for all (``gloo``)."""
+    """Returns the backend of a device type from torch's notation: ``cuda:nccl,cpu:gloo``, or one for all (``gloo``)."""
     if ":" not in backends:
         return backends
     return dict(pair.strip().split(":", 1) for pair in backends.split(",")).get(kind)
@@ -294,34 +293,34 @@ def _backend_for(kind: devices.DeviceKind, wanted: str | None, cpu_tensors: bool
         own = backend_for_device(wanted, kind.name)
         if own is not None and kind.name != "cpu":
             return wanted
-        wanted, cpu_tensors = own, True  # a script for other devices
+        wanted, cpu_tensors = own, True  # the script names backends of other devices
     if wanted is None and kind.name == "cuda" and _uses_smddp():
         return "smddp"
     if wanted is None or not _backend_supports(wanted, kind):
         found = next((name for name in kind.backends if dist.is_backend_available(name)), kind.backends[0])
-        # Not for every run: gloo connects each rank to all others, in each group.
+        # On request only: gloo connects every pair of ranks, in each group.
         both = cpu_tensors and wanted is None and kind.name != "cpu" and dist.is_gloo_available()
         return f"{kind.name}:{found},cpu:gloo" if both else found
     return wanted
 
 
 def _uses_smddp() -> bool:
-    """Whether this is a data-parallel job on Amazon SageMaker, whose image brings a library of its own for it."""
+    """Returns whether this is a data-parallel SageMaker job with Amazon's smddp backend, which it registers."""
     if env.get("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE") != "DATA_PARALLEL" or find_spec("smdistributed") is None:
         return False
-    importlib.import_module("smdistributed.dataparallel.torch.torch_smddp")  # makes the backend known to torch
+    importlib.import_module("smdistributed.dataparallel.torch.torch_smddp")  # registers the backend
     return True
 
 
 def _backend_supports(backend: str, kind: devices.DeviceKind) -> bool:
-    """False if the backend is known, and for other kinds of device only."""
+    """Returns False for a registered backend that supports only other device types."""
     others = {name for other in devices.DEVICES.values() if other is not kind for name in other.backends}
     known: dict[str, list[str]] = dist.Backend.backend_capability
     return backend in kind.backends or backend not in others or kind.name in known.get(backend, [])
 
 
 def _init_process_group(
-    place: RankInfo,
+    info: RankInfo,
     kind: devices.DeviceKind,
     backend: str,
     init_method: str | None,
@@ -331,12 +330,12 @@ def _init_process_group(
     limit = timeout if timeout is not None else dist.distributed_c10d._get_default_timeout(own)
     if "nccl" in backend:
         _disable_unsupported_p2p()
-    store = rendezvous.init_store(place, init_method, limit)
+    store = rendezvous.init_store(info, init_method, limit)
     dist.init_process_group(
         backend,
         store=store,
-        rank=place.rank,
-        world_size=place.size,
+        rank=info.rank,
+        world_size=info.size,
         timeout=limit,
     )
 
@@ -348,8 +347,8 @@ def _disable_unsupported_p2p() -> None:
     env.publish(switches)
     if switches:
         logger.warning(
-            "this NVIDIA driver offers direct access between GeForce RTX 40 cards, and NCCL hangs over it: set %s. A "
-            "driver from 550.40.07 on needs neither.",
+            "this NVIDIA driver reports P2P access between GeForce RTX 40 cards, with which NCCL hangs: set %s. Driver "
+            "550.40.07 and later need neither.",
             " and ".join(f"{name}=1" for name in switches),
         )
 
@@ -358,7 +357,7 @@ _exit_callbacks: list[Callable[[], None]] = []
 
 
 def at_exit(release: Callable[[], None]) -> None:
-    """Has `release` called when the process ends, before the group is left: to drop what holds on to the group."""
+    """Registers a callback for process exit, run before the group is destroyed, to drop references to the group."""
     _exit_callbacks.append(release)
 
 
@@ -375,6 +374,6 @@ def _leave() -> None:
 
 
 def _run_at_exit() -> None:
-    # First those whose hold on a group only they know how to give up.
+    # In reverse order of registration: `_leave`, the first entry, runs last.
     while _exit_callbacks:
         _exit_callbacks.pop()()

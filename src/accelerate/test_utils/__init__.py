@@ -1,6 +1,6 @@
-"""Helpers and scripts that ship with the package: ``accelerate test`` launches one of them.
+"""Test helpers and scripts that ship with the package; ``accelerate test`` launches one of them.
 
-Every public name of `testing` is also a name of this module, looked up at first use: that module imports torch.
+Public names of `testing` are also names of this module, imported on first use, since `testing` imports torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .testing import *  # noqa: F403 - for type checkers, what __getattr__ looks up
+    from .testing import *  # noqa: F403 - the names of __getattr__, for type checkers
 
 
 def __getattr__(name: str) -> object:

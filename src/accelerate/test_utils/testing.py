@@ -35,7 +35,7 @@ _TestT = TypeVar("_TestT", bound=Callable[..., Any])
 
 
 def get_backend() -> tuple[str, int, Callable[..., int]]:
-    """Returns the device type that a process uses by default, the number of such devices, and a memory counter.
+    """Returns the default device type, the number of such devices, and a memory counter.
 
     Returns:
         The type (``"cuda"``, ``"cpu"`` …), how many devices of it this process sees (1 for the CPU), and a function
@@ -222,11 +222,11 @@ class SubprocessCallException(Exception):
 def run_command(
     command: Sequence[str | Path], return_stdout: bool = False, env: Mapping[str, str] | None = None
 ) -> str | None:
-    """Runs a command to its end.
+    """Runs a command and waits for it.
 
     Args:
         command: The program and its arguments; no shell reads them.
-        return_stdout: Return what the command writes to stdout and stderr.
+        return_stdout: Return the output of the command, stdout and stderr.
         env: The command's whole environment. Defaults to this process's.
 
     Raises:
@@ -272,19 +272,19 @@ def execute_subprocess_async(
     quiet: bool = False,
     echo: bool = True,
 ) -> SubprocessOutput:
-    """Runs a command to its end and shows its output while it runs.
+    """Runs a command, waits for it and shows its output while it runs.
 
     Args:
         cmd: The program and its arguments; no shell reads them.
         env: The command's whole environment. Defaults to this process's.
         stdin: As in `subprocess.Popen`.
-        timeout: Seconds after which the command is ended.
+        timeout: Seconds after which the command is terminated.
         quiet: Do not show its output.
         echo: Print the command first.
 
     Raises:
         RuntimeError: when the exit code is not 0, with the output.
-        TimeoutError: when the time is over, with the output so far.
+        TimeoutError: after the timeout, with the output so far.
     """
     words = [str(word) for word in cmd]
     if echo:
@@ -384,7 +384,7 @@ def assert_exception(exception_class: type[BaseException], msg: str | None = Non
 
 
 def capture_call_output(func: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Returns what a call writes to stdout."""
+    """Returns the output of a call to stdout."""
     output = io.StringIO()
     with redirect_stdout(output):
         func(*args, **kwargs)
@@ -450,7 +450,7 @@ class MockingTestCase(unittest.TestCase):
             self.addCleanup(patcher.stop)
 
 
-__all__ = sorted(  # noqa: PLE0605 - what is public is defined above
+__all__ = sorted(  # noqa: PLE0605 - names are computed
     [name for name in globals() if name.startswith("require_")]
     + [
         "DEFAULT_LAUNCH_COMMAND",

@@ -1,14 +1,14 @@
-"""The shop window: the documented helpers under their documented names.
+"""The documented helpers, re-exported.
 
-It re-exports and does nothing else: a name is looked up in its real home when it is first used, so that importing this
-package costs nothing. Nothing inside accelerate imports from here.
+Names are imported from the modules that define them on first use (PEP 562), so that importing this package is cheap. No
+module inside accelerate imports from here.
 """
 
 from __future__ import annotations
 
 import importlib
 
-# A function and a submodule of one name: bound now, or looking it up would find the submodule.
+# Also the name of a submodule, which would shadow the function if it were imported first.
 from .tqdm import tqdm as tqdm
 
 _HOMES: dict[str, tuple[str, ...]] = {

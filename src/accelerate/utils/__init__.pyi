@@ -1,4 +1,4 @@
-"""The names that `__init__.py` looks up when they are used, for type checkers and editors."""
+"""The lazily imported names of `__init__.py`, for type checkers and editors."""
 
 from accelerate.checkpointing import clean_state_dict_for_safetensors as clean_state_dict_for_safetensors
 from accelerate.checkpointing import load as load

@@ -1,4 +1,4 @@
-"""torchao: models in fp8."""
+"""torchao: fp8 training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantisation with bitsandbytes."""
+"""Quantization with bitsandbytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""File names, choices and version bounds of the documented interface."""
+"""Documented file names, choices and minimum versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documented settings: enumerations, handlers, plugins and configurations."""
+"""Enumerations, handlers, plugins and configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration, and what stands in for its objects."""
+"""DeepSpeed: configuration and placeholder classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading and patching the environment, and what is known of the machine."""
+"""Environment variables and machine information."""
 
 from __future__ import annotations
 

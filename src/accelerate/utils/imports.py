@@ -1,4 +1,4 @@
-"""Which packages and capabilities are here."""
+"""Checks for packages and capabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other programs build their own launchers with."""
+"""Helpers for other launchers: commands and environment variables."""
 
 from __future__ import annotations
 

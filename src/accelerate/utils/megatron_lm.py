@@ -1,4 +1,4 @@
-"""Megatron-LM: what stands in for its objects."""
+"""Megatron-LM: placeholder classes."""
 
 from __future__ import annotations
 

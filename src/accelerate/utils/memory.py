@@ -1,4 +1,4 @@
-"""Finding a batch size that fits, and giving memory back."""
+"""Search for a batch size that fits, and release of device memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions about models, their sizes, device maps and weights, and mixed precision as plain functions."""
+"""Sizes, device maps and weights of models; mixed-precision helpers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights on disk: written, indexed, and read in place."""
+"""Weights offloaded to disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors in trees, and collectives over them."""
+"""Trees of tensors, and collectives over them."""
 
 from __future__ import annotations
 

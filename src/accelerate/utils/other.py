@@ -1,4 +1,4 @@
-"""Helpers without a theme of their own."""
+"""Miscellaneous helpers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds and random states that agree over the ranks."""
+"""Seeding, and synchronization of random states across ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Installing torch_xla."""
+"""Installation of torch_xla."""
 
 from __future__ import annotations
 

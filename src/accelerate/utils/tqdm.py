@@ -1,4 +1,4 @@
-"""The progress bar that one process draws. `accelerate.utils.tqdm` is this function as well as this module."""
+"""Progress bar on one process per machine. `accelerate.utils.tqdm` is both this module and its function."""
 
 from __future__ import annotations
 

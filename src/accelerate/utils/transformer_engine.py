@@ -1,4 +1,4 @@
-"""TransformerEngine: models in fp8."""
+"""TransformerEngine: fp8 training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparing versions."""
+"""Version comparisons."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_a_function_of_ones_own_gives_the_next_size(takes_the_present_one: bool)
 
 
 def test_the_next_size_must_be_smaller() -> None:
-    with pytest.raises(ValueError, match="gave 8 after 8"):
+    with pytest.raises(ValueError, match="returned 8 after 8"):
         find_executable_batch_size(fitting(2, []), 8, lambda size: size)()
 
 
@@ -78,7 +78,7 @@ def test_the_caller_leaves_the_batch_size_out() -> None:
     assert (g(), g(2), g(factor=3, plus=1)) == (4, 8, 13)
     assert (g.__name__, g.__doc__) == ("g", "Doc.")
     for call in (lambda: g(128, 5), lambda: g(batch_size=128), lambda: g(wrong=1)):
-        with pytest.raises(TypeError, match=r"`g` does not take .* leave it out"):
+        with pytest.raises(TypeError, match=r"`g` does not take .* without it"):
             call()
     assert outputs("find_executable_batch_size.args")[0]["raises"] == "TypeError"
 

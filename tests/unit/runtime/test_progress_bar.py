@@ -33,5 +33,5 @@ def test_without_an_iterable():
 
 @pytest.mark.parametrize("flag", [True, False])
 def test_a_bool_where_the_iterable_belongs(flag):
-    with pytest.raises(ValueError, match=f"Pass main_process_only={flag} by name"):
+    with pytest.raises(ValueError, match=f"Pass main_process_only={flag} by keyword"):
         tqdm(flag, range(3))

@@ -1,4 +1,4 @@
-"""Seeding one process, and what is said about random generators that cannot be synchronised."""
+"""Seeding one process, and errors for random generators that cannot be synchronized."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def test_deterministic_cublas(before: str | None, after: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("seed", [None, "3", 1.5])
 def test_a_seed_is_an_integer(seed: object) -> None:
-    with pytest.raises(TypeError, match="a seed is an integer"):
+    with pytest.raises(TypeError, match="set_seed expects an integer"):
         set_seed(seed)  # type: ignore[arg-type]
 
 
-def test_alone_nothing_is_synchronised_but_arguments_are_checked() -> None:
+def test_alone_nothing_is_synchronized_but_arguments_are_checked() -> None:
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()
     synchronize_rng_states(["torch", RNGType.GENERATOR], generator)
     synchronize_rng_states("torch")
     synchronize_rng_state(generator=generator)
     assert torch.equal(generator.get_state(), before)
-    with pytest.raises(ValueError, match="unknown type of random generator 'zz': choose from torch, cuda"):
+    with pytest.raises(ValueError, match="unknown type of random generator 'zz': expected one of torch, cuda"):
         synchronize_rng_states(["zz"])
     with pytest.raises(ValueError, match="needs the generator"):
         synchronize_rng_state("generator")
@@ -80,5 +80,5 @@ def test_every_kind_of_device_has_a_row() -> None:
     from accelerate.runtime.devices import DEVICES
 
     assert {kind.value for kind in RNGType} - {"torch", "generator"} <= set(DEVICES)
-    with pytest.raises(RuntimeError, match="cannot synchronise the random generator of 'npu'"):
+    with pytest.raises(RuntimeError, match="cannot synchronize the random generator of 'npu'"):
         rng._device_module(RNGType.NPU)

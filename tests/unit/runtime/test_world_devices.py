@@ -132,7 +132,7 @@ def test_more_ranks_than_devices_of_one_launcher_are_refused(monkeypatch: pytest
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with simulated_cuda(1), pytest.raises(RuntimeError, match=r"it sees 1 cuda device\(s\)"):
+    with simulated_cuda(1), pytest.raises(RuntimeError, match=r"this process sees 1 cuda device\(s\)"):
         PartialState()
 
 

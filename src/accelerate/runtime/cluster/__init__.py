@@ -1,3 +1,3 @@
-"""This process's place in the cluster: environment variables, SLURM, network, rendezvous, error files. Imports no torch."""
+"""Cluster environment: launchers' variables, SLURM, network, rendezvous, error files. Only the rendezvous imports torch."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where a process stands in its run: what the variables of torchrun, MPI and SLURM say. Free of torch.
+"""Rank, world size and rendezvous address from the variables of torchrun, MPI and SLURM. Imports no torch.
 
-`from_environment` understands torchrun, Open MPI, MPICH and Intel MPI (PMI), MVAPICH and a SLURM step; `from_scheduler`
-leaves torchrun out, for the launcher: it asks whether it has itself been started once for each process of the run.
+`from_environment` supports torchrun, Open MPI, MPICH and Intel MPI (PMI), MVAPICH and SLURM steps. `from_scheduler` ignores
+torchrun: the launcher uses it to find out whether a scheduler started it once per process.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ LOOPBACK = "127.0.0.1"
 
 
 class RankInfo(NamedTuple):
-    """Where a process stands in its run.
+    """Ranks and rendezvous address of a process.
 
     Attributes:
-        rank: 0 to ``size - 1``, over all machines.
-        size: Number of processes, over all machines.
-        local_rank: 0 to ``local_size - 1``, on this machine.
+        rank: Global rank, 0 to ``size - 1``.
+        size: World size.
+        local_rank: Rank on this machine, 0 to ``local_size - 1``.
         local_size: Number of processes on this machine.
-        source: Who told us, in words.
-        address: Where the main process is met.
-        port: The port it is met at.
-        address_source: What led to `address`, where it is rank 0's machine as a rule only.
-        has_local_rank: Whether a launcher's variable gives `local_rank`.
+        source: Name of the launcher that set the variables, for messages.
+        address: Address of rank 0 for the rendezvous.
+        port: Port of the rendezvous.
+        address_source: The variable from which `address` was guessed, "" if it is given.
+        has_local_rank: Whether a variable gives `local_rank`.
     """
 
     rank: int
@@ -42,7 +42,7 @@ class RankInfo(NamedTuple):
     has_local_rank: bool = True
 
 
-# source, (rank, size, local rank, local size): the variables of each launcher, most specific first.
+# Launcher, (rank, size, local rank, local size): its variables, most specific launcher first.
 _LAUNCHERS: tuple[tuple[str, tuple[str, str, str, str]], ...] = (
     ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
     (
@@ -60,32 +60,31 @@ _LAUNCHERS: tuple[tuple[str, tuple[str, str, str, str]], ...] = (
 
 
 def from_environment(address_needed: bool = True) -> RankInfo | None:
-    """The place that the environment gives this process, or None when it is on its own.
+    """Reads this process's ranks from the environment; returns None for a single process.
 
     Args:
-        address_needed: Whether the main process is met at the place's address.
+        address_needed: Raise if the address of rank 0 cannot be determined.
 
     Raises:
-        ValueError: when the variables contradict each other, naming them and their values; when nothing says where
-            the main process is.
+        ValueError: if the variables contradict each other, or none gives the address of rank 0.
     """
-    place = _detect(_LAUNCHERS)
-    if place is not None and address_needed and not place.address:
+    info = _detect(_LAUNCHERS)
+    if info is not None and address_needed and not info.address:
         raise ValueError(
-            f"{place.source} has started processes on several machines, and none of its variables says where rank 0 is: "
+            f"{info.source} started processes on several machines, and none of its variables gives the address of rank 0: "
             "set MASTER_ADDR to the address of its machine, on every rank (mpirun -x MASTER_ADDR, or -genv MASTER_ADDR "
-            "ADDRESS), or give --main_process_ip to accelerate launch."
+            "ADDRESS), or pass --main_process_ip to accelerate launch."
         )
-    return place
+    return info
 
 
 def from_scheduler() -> RankInfo | None:
-    """The place that MPI or SLURM gives this process, whatever torchrun's variables say; None when it is on its own.
+    """Reads this process's ranks from the variables of MPI or SLURM only; returns None for a single process.
 
-    The address is "" where nothing says where the main process is.
+    The address is "" if no variable gives it.
 
     Raises:
-        ValueError: when the variables contradict each other, naming them and their values.
+        ValueError: if the variables contradict each other.
     """
     return _detect(_LAUNCHERS[1:])
 
@@ -98,7 +97,7 @@ def _detect(launchers: tuple[tuple[str, tuple[str, str, str, str]], ...]) -> Ran
         if source != "torchrun" and size <= 1:
             continue  # mpirun -n 1, srun --pty: nothing to join
         if names[0] == "PMI_RANK" and env.get(names[2]) is None and size == env.integer("SLURM_STEP_NUM_TASKS", -1):
-            continue  # srun --mpi=pmi2 sets these for every task; SLURM's own say more
+            continue  # srun --mpi=pmi2 sets these for every task; SLURM's own variables have more information
         if rank < 0 or size < 0:
             if size == 1 or source == "SLURM":
                 continue
@@ -112,15 +111,15 @@ def _detect(launchers: tuple[tuple[str, tuple[str, str, str, str]], ...]) -> Ran
 
 
 def from_group(rank: int, size: int) -> RankInfo:
-    """The place of a process whose group somebody else initialised.
+    """Returns the ranks of a process whose group the user initialized.
 
-    The rank on this machine comes from the launcher's variables; without them, all ranks are taken to be on this machine.
+    The local rank comes from the launcher's variables; without them, all ranks are assumed to be on this machine.
     """
     for _, names in _LAUNCHERS:
         local_rank = env.integer(names[2], -1)
         if local_rank >= 0:
-            return RankInfo(rank, size, local_rank, _local_size(names[3], size), "an initialised group")
-    return RankInfo(rank, size, rank, size, "an initialised group", has_local_rank=False)
+            return RankInfo(rank, size, local_rank, _local_size(names[3], size), "an initialized group")
+    return RankInfo(rank, size, rank, size, "an initialized group", has_local_rank=False)
 
 
 def _validated(source: str, names: tuple[str, str, str, str], rank: int, size: int) -> RankInfo:
@@ -128,15 +127,14 @@ def _validated(source: str, names: tuple[str, str, str, str], rank: int, size: i
     local_rank = env.integer(names[2], -1)
     if local_rank < 0:
         local_rank = rank % local_size
-    said = ", ".join(f"{name}={value}" for name in names if (value := env.get(name)) is not None)
+    values = ", ".join(f"{name}={value}" for name in names if (value := env.get(name)) is not None)
     if size < 1 or rank >= size:
         raise ValueError(
-            f"{source}'s variables contradict each other ({said}): a rank lies between 0 and the number of processes "
-            f"minus one, and {rank} does not lie between 0 and {size - 1}."
+            f"{source}'s variables contradict each other ({values}): rank {rank} is not between 0 and {size - 1}."
         )
     if local_rank >= local_size or local_size > size:
         raise ValueError(
-            f"{source}'s variables contradict each other ({said}): local rank {local_rank} of {local_size} processes "
+            f"{source}'s variables contradict each other ({values}): local rank {local_rank} of {local_size} processes "
             f"on this machine, {size} in all."
         )
     address, address_source = _main_address(source, local_size < size)
@@ -150,7 +148,7 @@ def _local_size(name: str, size: int) -> int:
     text = env.get(name)
     if text is None or text == "":
         return size
-    # SLURM writes "2(x3),1": two on each of three nodes, one on the last. Unequal nodes: the largest is what counts here.
+    # SLURM writes "2(x3),1": two tasks on each of three nodes, one on the last. Of unequal nodes, the largest number.
     counts = [part.partition("(")[0] for part in text.split(",")]
     if not all(map(str.isdecimal, counts)):
         raise ValueError(f"environment variable {name}: expected a number of processes, found {text!r}.")
@@ -158,7 +156,7 @@ def _local_size(name: str, size: int) -> int:
 
 
 def _main_address(source: str, several_machines: bool) -> tuple[str, str]:
-    """Where rank 0 is met, and what this was guessed from."""
+    """Returns the address of rank 0, and the source from which it was guessed ("" if a variable gives it)."""
     address = env.get("MASTER_ADDR")
     if address:
         return address, ""
@@ -169,13 +167,13 @@ def _main_address(source: str, several_machines: bool) -> tuple[str, str]:
         return LOOPBACK, ""
     if source == "Open MPI" and (mpirun_at := _address_of_mpirun(env.get("OMPI_MCA_orte_hnp_uri") or "")):
         return mpirun_at, "OMPI_MCA_orte_hnp_uri"
-    if nodes:  # srun, and mpirun inside of an allocation, fill the nodes in order
+    if nodes:  # srun, and mpirun inside an allocation, fill the nodes in order
         return slurm.first_host(nodes), "SLURM's list of nodes"
     return "", ""
 
 
 def _address_of_mpirun(uri: str) -> str:
-    """``123.0;tcp://10.0.0.1,10.1.0.1:4321;tcp6://…`` -> ``10.0.0.1``, the machine on which mpirun runs."""
+    """Parses the address of mpirun's machine: ``10.0.0.1`` from ``123.0;tcp://10.0.0.1,10.1.0.1:4321;tcp6://…``."""
     for part in uri.split(";"):
         if part.startswith("tcp://"):
             return part.removeprefix("tcp://").rpartition(":")[0].split(",")[0]

@@ -1,7 +1,6 @@
-"""Writes the exception that ends a rank to the file torch's agent named, for the launcher to quote.
+"""Writes the exception that ends a rank to the error file of torch's elastic agent, for the launcher to quote.
 
-Installed by ``import accelerate`` already, since a script can fail before it creates `Accelerator`; imports neither torch
-nor anything else that costs time.
+``import accelerate`` installs the hook, since a script can fail before it creates `Accelerator`; imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 from ...settings import env
 
-# "PID:FILE" of the process that writes the file: what a rank starts inherits the variable, and is not the rank.
+# "PID:FILE" of the rank: its child processes inherit the variable and must not write the file.
 _OWNER = "ACCELERATE_ERROR_FILE_OWNER"
 _installed: Callable[..., Any] | None = None
 
@@ -26,8 +25,8 @@ _installed: Callable[..., Any] | None = None
 def record_errors() -> None:
     """Chains a hook to `sys.excepthook` that writes the exception to TORCHELASTIC_ERROR_FILE.
 
-    Does nothing without that variable, or in a process that a rank started. Called again, it chains anew if somebody has
-    replaced the hook since.
+    Does nothing without that variable, or in a child process of a rank. A second call chains again if the hook has been
+    replaced since.
     """
     global _installed
     file = env.get("TORCHELASTIC_ERROR_FILE")
@@ -44,16 +43,16 @@ def record_errors() -> None:
         if not isinstance(error, KeyboardInterrupt):
             previous(kind, error, trace)
             if os.getpid() == owner:  # not in a forked child
-                with contextlib.suppress(OSError):  # a full disk, or a folder that is gone: it is on the screen already
+                with contextlib.suppress(OSError):  # a full disk, a removed folder; stderr has the traceback already
                     _write(file, error)
-        elif env.integer("LOCAL_RANK", 0) == 0:  # Ctrl-C reaches every rank: one of them shows where it was
+        elif env.integer("LOCAL_RANK", 0) == 0:  # Ctrl-C interrupts every rank: one traceback is enough
             previous(kind, error, trace)
 
     _installed = sys.excepthook = hook
 
 
 def _write(file: str, error: BaseException) -> None:
-    """Writes the error in the format of torch's `ErrorHandler`; a reader finds the whole file or none.
+    """Writes the error in the format of torch's `ErrorHandler`, atomically.
 
     Raises:
         OSError: if it cannot be written.

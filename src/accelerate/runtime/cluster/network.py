@@ -1,7 +1,7 @@
-"""Addresses, interfaces and ports: what a name stands for, which way leads there, what answers. Without torch.
+"""Name resolution, network interfaces, listening and connecting. Imports no torch.
 
-The launcher and the ranks ask here which interface a group shall use, so that neither depends on what this machine's own
-name stands for (on Debian that is 127.0.1.1, where no other machine can answer).
+Launcher and ranks choose a group's interface by the route to rank 0, not by this machine's own hostname, which may resolve
+to a loopback address (127.0.1.1 on Debian) that other machines cannot reach.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import ipaddress
 import socket
 import time
 
-# How long a name server that cannot be asked is asked again.
+# Seconds to retry after a temporary failure of the name server.
 _DNS_RETRY_SECONDS = 5.0
-# Reasons for which another attempt to connect would end in the same way.
+# Errors that another attempt to connect would raise again.
 _PERMANENT_ERRORS = frozenset(
     {errno.ENETUNREACH, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 )
 
 
 class HostNotFoundError(OSError):
-    """A name that stands for no address."""
+    """A host name cannot be resolved."""
 
 
 class NoRouteError(OSError):
-    """An address that this machine has no way to: trying again makes no sense."""
+    """There is no route to an address, so that retries are useless."""
 
 
 def resolve(name: str) -> str:
-    """The first address that `name` (which may be an address) stands for.
+    """Resolves a host name or address to its first address.
 
     Raises:
-        HostNotFoundError: when there is none.
+        HostNotFoundError: if there is none.
     """
     deadline = time.monotonic() + _DNS_RETRY_SECONDS
     while True:
@@ -41,12 +41,12 @@ def resolve(name: str) -> str:
         except (socket.gaierror, UnicodeError) as error:
             again = getattr(error, "errno", None) == socket.EAI_AGAIN and time.monotonic() < deadline
             if not again:
-                raise HostNotFoundError(f"the name {name!r} stands for no address ({_error_text(error)})") from None
+                raise HostNotFoundError(f"host name {name!r} cannot be resolved ({_error_text(error)})") from None
             time.sleep(0.5)
 
 
 def is_loopback(name: str) -> bool:
-    """Whether `name` stands for this machine only."""
+    """Returns whether a host name or address is a loopback one."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -54,7 +54,7 @@ def is_loopback(name: str) -> bool:
 
 
 def local_address(towards: str, port: int = 9) -> str | None:
-    """The address by which this machine is known where `towards` is; None when there is no way there. Sends nothing."""
+    """Returns this machine's source address for the route to an address, or None without a route. Sends nothing."""
     try:
         with socket.socket(_family(towards), socket.SOCK_DGRAM) as probe:
             probe.connect((towards, port))
@@ -64,7 +64,7 @@ def local_address(towards: str, port: int = 9) -> str | None:
 
 
 def interface(towards: str | None) -> str | None:
-    """The name of the network interface that leads to `towards`, an address or a name; None when that cannot be said."""
+    """Returns the name of the network interface on the route to a host, or None if it cannot be determined."""
     if towards is None:
         return None
     if is_loopback(towards):
@@ -82,7 +82,7 @@ def interface(towards: str | None) -> str | None:
 
 
 def is_local_address(address: str) -> bool:
-    """Whether `address` is one of this machine's."""
+    """Returns whether an address belongs to this machine."""
     try:
         with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
             probe.bind((address, 0))
@@ -92,18 +92,18 @@ def is_local_address(address: str) -> bool:
 
 
 def listen(address: str, port: int, everywhere: bool = False) -> socket.socket:
-    """A socket that listens; port 0 takes any free one.
+    """Returns a listening socket.
 
     Args:
-        address: One of this machine's.
-        port: The port wanted.
-        everywhere: Listen on all addresses of the same kind instead.
+        address: An address of this machine.
+        port: The port; 0 selects a free one.
+        everywhere: Listen on all addresses of the same family instead.
 
     Raises:
-        OSError: when the port is taken, or the address is not this machine's.
+        OSError: if the port is taken, or the address does not belong to this machine.
     """
     listening = socket.socket(_family(address), socket.SOCK_STREAM)
-    # A port whose last user has just ended is free; on Linux this does not let two listen.
+    # Reuses a port in TIME_WAIT; on Linux two sockets still cannot listen on it.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind(("" if everywhere else address, port))
@@ -118,21 +118,21 @@ def try_connect(address: str, port: int, seconds: float) -> str | None:
     """Tries to connect once.
 
     Returns:
-        None when somebody answers, else what is in the way, in words.
+        None on success, else a description of the error.
 
     Raises:
-        NoRouteError: when another attempt would end in the same way.
+        NoRouteError: if a retry is useless.
     """
     try:
         socket.create_connection((address, port), timeout=max(0.1, seconds)).close()
         return None
     except ConnectionRefusedError:
-        return "it answers, but nothing listens on that port"
+        return "connection refused: nothing listens on that port"
     except TimeoutError:
-        return "no answer: the machine is off, or a firewall drops what is sent to that port"
+        return "timeout: the machine is off, or a firewall drops packets to that port"
     except OSError as error:
         if error.errno in _PERMANENT_ERRORS:
-            raise NoRouteError(error.errno, f"this machine has no way to {address} ({_error_text(error)})") from None
+            raise NoRouteError(error.errno, f"no route to {address} ({_error_text(error)})") from None
         return _error_text(error).lower()
 
 

@@ -1,4 +1,4 @@
-"""Divides a collection over ranks: pure arithmetic and slicing, no communication."""
+"""Splits a collection between ranks by slicing, without communication."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 
 
 def bounds(length: int, index: int, count: int) -> tuple[int, int]:
-    """The half-open range of items that part `index` of `count` gets; the first parts take one more where it is uneven."""
+    """Returns start and end of slice `index` of `count`; if the division is uneven, the first slices have one item more."""
     base, extra = divmod(length, count)
     start = index * base + min(index, extra)
     return start, start + base + (index < extra)
 
 
 def split(inputs: Any, index: int, count: int, *, apply_padding: bool = False) -> Any:
-    """Part `index` of `count` of a list, tuple, tensor, array, dataset, or of each value of a mapping.
+    """Returns slice `index` of `count` of a list, tuple, tensor, array or dataset, or of each value of a mapping.
 
     Args:
-        inputs: What to divide. A string is not divided: every part gets all of it. The values of a mapping must have one
-            length. `inputs` itself is never changed.
-        index: Which part, 0 to ``count - 1``.
-        count: Number of parts. More parts than items leaves the last ones empty.
-        apply_padding: Repeat the last item until all parts have one length, so that they can be gathered.
+        inputs: The collection, which is not modified. A string is returned whole. The values of a mapping must have equal
+            lengths.
+        index: Index of the slice, 0 to ``count - 1``.
+        count: Number of slices. With more slices than items the last ones are empty.
+        apply_padding: Repeat the last item until all slices have equal length, so that they can be gathered.
 
     Raises:
-        TypeError: for something that cannot be sliced.
+        TypeError: for an object that cannot be sliced.
         ValueError: for a mapping whose values differ in length.
     """
     if count == 1 or isinstance(inputs, str):
@@ -36,13 +36,13 @@ def split(inputs: Any, index: int, count: int, *, apply_padding: bool = False) -
         lengths = {key: len(value) for key, value in inputs.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(
-                f"to be divided over processes, all values of a dict need one length; these have {lengths}."
+                f"a dict can be split between processes if its values have equal lengths; these have {lengths}."
             )
         parts = {key: split(value, index, count, apply_padding=apply_padding) for key, value in inputs.items()}
         return parts if type(inputs) is dict else _like(inputs, parts)
     if not hasattr(inputs, "__len__") or not (_is_dataset(inputs) or isinstance(inputs, _SLICEABLE)):
         raise TypeError(
-            f"cannot divide a {type(inputs).__name__} over processes: pass a list, a tuple, a tensor, an array, a "
+            f"cannot split a {type(inputs).__name__} between processes: pass a list, a tuple, a tensor, an array, a "
             "datasets.Dataset, or a dict of these."
         )
     start, end = bounds(len(inputs), index, count)
@@ -57,14 +57,14 @@ _SLICEABLE = (list, tuple, torch.Tensor, np.ndarray)
 
 
 def _is_dataset(inputs: object) -> bool:
-    # datasets.Dataset, without importing datasets.
+    # Duck-typed, in order not to import datasets.
     return hasattr(inputs, "select") and hasattr(inputs, "column_names")
 
 
 def _like(original: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
     try:
         return type(original)(parts)  # type: ignore[call-arg]
-    except TypeError:  # a mapping with a constructor of its own: its content is what was asked for
+    except TypeError:  # the class has another constructor
         return parts
 
 

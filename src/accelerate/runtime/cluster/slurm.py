@@ -1,7 +1,6 @@
-"""SLURM's variables: the step that this process is a task of, the hosts in a list of SLURM's, a port for the main process.
+"""SLURM's variables: the step of this process, host lists, and a port for rank 0. Imports no torch.
 
-Free of torch: the launcher reads this before it starts anything. A step is what ``srun`` starts; a batch script that runs
-python itself has no step, and is a process on its own.
+``srun`` starts steps. A batch script that runs Python without ``srun`` has no step, and is a single process.
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ from typing import NamedTuple
 
 from ...settings import env
 
-# Ports below those that Linux hands out by itself (32768 and up), so that nothing sits there by chance.
+# Below Linux's ephemeral ports (32768 and up).
 _FIRST_PORT, _PORTS = 10000, 20000
 
 
 class SlurmStep(NamedTuple):
-    """A step of a job, seen by one of its tasks.
+    """A job step, from the variables of one of its tasks.
 
     Attributes:
-        tasks: How many tasks the step has.
-        nodes: How many nodes they run on.
-        node: The number of this task's node, from 0.
-        nodelist: The nodes, as SLURM writes them.
-        port: A port for the main process.
+        tasks: Number of tasks.
+        nodes: Number of nodes.
+        node: Index of this task's node.
+        nodelist: The nodes, in SLURM's notation.
+        port: A port for rank 0.
     """
 
     tasks: int
@@ -34,15 +33,15 @@ class SlurmStep(NamedTuple):
 
     @property
     def one_task_per_node(self) -> bool:
-        """Whether each node of several runs one task, which may start processes itself."""
+        """Whether there are several nodes with one task each, which may start processes itself."""
         return self.tasks == self.nodes > 1
 
 
 def current_step() -> SlurmStep | None:
-    """The step that this process is a task of; None outside of steps, and in those of a single task.
+    """Returns the step of this process; None outside a step, and in a step with a single task.
 
     Raises:
-        ValueError: when a variable holds no number, naming it.
+        ValueError: if a variable is not a number.
     """
     tasks = env.integer("SLURM_STEP_NUM_TASKS", 1)
     if tasks <= 1:
@@ -52,40 +51,40 @@ def current_step() -> SlurmStep | None:
 
 
 def batch_job_node_count() -> int:
-    """How many nodes a job has whose batch script runs this process itself, without ``srun``; 1 elsewhere."""
+    """Returns the job's number of nodes in a process that its batch script runs without ``srun``; 1 elsewhere."""
     in_a_step = env.get("SLURM_STEP_NUM_TASKS") is not None
     return 1 if in_a_step else env.integer(("SLURM_JOB_NUM_NODES", "SLURM_NNODES"), 1)
 
 
 def nodelist() -> str:
-    """The nodes of the step, else of the job, as SLURM writes them; "" outside of SLURM."""
+    """Returns the nodes of the step, else of the job, in SLURM's notation; "" outside SLURM."""
     return env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
 
 
 def port() -> int:
-    """A port that all tasks of a step derive alike, and tasks of other steps most likely do not.
+    """Returns a port derived from job and step, the same for all tasks of a step.
 
     Raises:
-        ValueError: when a variable holds no number, naming it.
+        ValueError: if a variable is not a number.
     """
     job, number = env.integer(("SLURM_JOB_ID", "SLURM_JOBID"), 0), env.integer(("SLURM_STEP_ID", "SLURM_STEPID"), 0)
     return _FIRST_PORT + (31 * job + number) % _PORTS
 
 
 def first_host(text: str) -> str:
-    """The first host of a list: ``node[03-05,9],gpu1`` is ``node03``.
+    """Returns the first host of a list: ``node03`` of ``node[03-05,9],gpu1``.
 
     Raises:
-        ValueError: when it is not such a list.
+        ValueError: if it is not a host list.
     """
     return next(hosts(text))
 
 
 def hosts(text: str) -> Iterator[str]:
-    """The hosts of a list as SLURM writes them, in order.
+    """Yields the hosts of a list in SLURM's notation.
 
     Raises:
-        ValueError: when it is not such a list.
+        ValueError: if it is not a host list.
 
     Example:
         >>> list(hosts("node[01-03,07],gpu5"))
@@ -113,7 +112,7 @@ def _expand(pattern: str, text: str) -> Iterator[str]:
 
 
 def _expand_ranges(ranges: str, text: str) -> Iterator[str]:
-    """``01-03,07`` -> 01, 02, 03, 07: as many digits as the first of a range has."""
+    """Expands ``01-03,07`` to 01, 02, 03, 07, padded to the digits of a range's first number."""
     for part in ranges.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
@@ -123,7 +122,7 @@ def _expand_ranges(ranges: str, text: str) -> Iterator[str]:
 
 
 def _split_patterns(patterns: str, text: str) -> Iterator[str]:
-    """Splits at the commas that stand outside of brackets."""
+    """Splits at commas outside brackets."""
     start, inside = 0, False
     for position, character in enumerate(patterns):
         if character in "[]":

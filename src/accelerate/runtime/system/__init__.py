@@ -1,3 +1,3 @@
-"""The machine: its resources, its installed packages, its files and its page cache."""
+"""System: installed packages, hardware, untrusted file names, page cache."""
 
 from __future__ import annotations

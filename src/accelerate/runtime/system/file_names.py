@@ -16,21 +16,21 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 MAX_METADATA_BYTES = 256 * 2**20
-"""Bytes that a manifest, an index or another description may have: some hundred times those of the largest models."""
+"""Largest size of a manifest, an index or other metadata: some hundred times that of the largest models."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_LONGEST_PART, _LONGEST = 255, 4096  # bytes that file systems take
+_LONGEST_PART, _LONGEST = 255, 4096  # NAME_MAX and PATH_MAX, in bytes
 
 
 class FileNameError(ValueError):
-    """A name does not stand for a file inside its folder, or the file is no regular one. Nothing was read or changed."""
+    """A name is not that of a file inside its folder, or the file is not a regular one. Nothing was read or changed."""
 
 
 def path_inside(folder: Path, name: object) -> Path:
-    """Joins a name that was read from a file to its folder.
+    """Joins an untrusted name to its folder.
 
-    Only the name is looked at. The file itself may be a link to a file elsewhere, as in the cache of the Hugging Face Hub.
+    Checks the name only: the file may be a link to a file elsewhere, as in the cache of the Hugging Face Hub.
 
     Args:
         folder: The folder.
@@ -40,16 +40,16 @@ def path_inside(folder: Path, name: object) -> Path:
         The path in `folder`.
 
     Raises:
-        FileNameError: for every other name.
+        FileNameError: for any other name.
     """
     if isinstance(name, str) and _PLAIN.fullmatch(name):
         return folder / name
     if not isinstance(name, str):
-        raise FileNameError(f"{short_repr(name)} is no name of a file: expected a string, found {type(name).__name__}")
+        raise FileNameError(f"{short_repr(name)} is not a file name: expected a string, found {type(name).__name__}")
     if reason := _invalid_reason(name):
         raise FileNameError(
-            f"{short_repr(name)} is no name of a file in the folder: {reason}. Expected a relative path, such as 'a/b.bin'; "
-            "whoever made this may want other files read, replaced or removed"
+            f"{short_repr(name)} is not the name of a file in the folder: {reason}. Expected a relative path, such as "
+            "'a/b.bin'; the source may be malicious"
         )
     return folder / name
 
@@ -69,23 +69,23 @@ def _invalid_reason(name: str) -> str:
     try:
         lengths = [len(os.fsencode(part)) for part in parts]
     except UnicodeEncodeError:
-        return "it has characters that no file name can have"
+        return "it has characters that are invalid in file names"
     return "it is too long" if max(lengths) > _LONGEST_PART or sum(lengths) + len(parts) > _LONGEST else ""
 
 
 def short_repr(name: object) -> str:
-    """A value from a file as it may stand in a message: on one line, and short."""
+    """Returns the repr of an untrusted value for a message, shortened to one line."""
     text = repr(name)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
 
 
 def path_for_write(folder: Path, name: object) -> Path:
-    """The same as `path_inside` for a file that is to be replaced or removed: no folder on the way to it is a link.
+    """Joins an untrusted name to its folder like `path_inside`, for a file to be replaced or removed.
 
-    The last part may be a link: it is replaced itself, and what it points to is left alone.
+    No folder of the path may be a link. The file may be one: the link is replaced, and its target is not.
 
     Raises:
-        FileNameError: where the name, or a link, leads out of the folder.
+        FileNameError: if the name, or a link, leads out of the folder.
     """
     path = path_inside(folder, name)
     for parent in path.parents:
@@ -97,7 +97,7 @@ def path_for_write(folder: Path, name: object) -> Path:
 
 
 def file_size(path: Path) -> int | None:
-    """The size of a regular file in bytes, also through a link; None where there is none.
+    """Returns the size of a regular file, or of a link's target, in bytes; None if it does not exist.
 
     Raises:
         FileNameError: for a folder, a pipe, a socket or a device, which are not opened.
@@ -106,15 +106,15 @@ def file_size(path: Path) -> int | None:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:  # a circle of links, a name that the system does not take
-        raise FileNameError(f"{path} cannot be looked at: {error}") from error
+    except (OSError, ValueError) as error:  # a loop of links, an invalid name
+        raise FileNameError(f"{path} cannot be accessed: {error}") from error
     return regular_file_size(status, path)
 
 
 def regular_file_size(status: os.stat_result, path: Path) -> int:
-    """The size in bytes of a file whose status is known; errors as for `file_size`."""
+    """Returns the size in bytes of a file with this status; raises as `file_size` does."""
     if not stat.S_ISREG(status.st_mode):
-        raise FileNameError(f"{path} is no regular file, but {_kind(status.st_mode)}")
+        raise FileNameError(f"{path} is not a regular file, but {_kind(status.st_mode)}")
     return status.st_size
 
 
@@ -130,42 +130,42 @@ def _kind(mode: int) -> str:
 
 
 def require_regular_file(path: Path) -> int:
-    """The size of a regular file in bytes.
+    """Returns the size of a regular file in bytes.
 
     Raises:
-        FileNotFoundError: where there is none.
-        FileNameError: where it is something else than a regular file.
+        FileNotFoundError: if it does not exist.
+        FileNameError: if it is not a regular file.
     """
     size = file_size(path)
     if size is None:
-        raise FileNotFoundError(f"{path} is not there")
+        raise FileNotFoundError(f"{path} does not exist")
     return size
 
 
 def read_bytes(path: Path, most: int = MAX_METADATA_BYTES) -> bytes:
-    """Reads a regular file of a sane size whole.
+    """Reads a regular file of limited size.
 
     Args:
         path: The file.
-        most: Bytes it may have.
+        most: The limit in bytes.
 
     Raises:
-        FileNotFoundError: where there is none.
-        FileNameError: where it is no regular file, or larger.
+        FileNotFoundError: if it does not exist.
+        FileNameError: if it is not a regular file, or larger.
     """
     size = require_regular_file(path)
     if size > most:
-        raise FileNameError(f"{path} has {size} bytes, more than the {most} that such a file may have")
+        raise FileNameError(f"{path} has {size} bytes; the limit for such a file is {most}")
     with open(path, "rb") as file:
         return file.read(most + 1)[:most]
 
 
 def read_json(path: Path) -> Any:
-    """Reads a file of JSON text.
+    """Reads a JSON file.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: where it is no regular file, too large, or no JSON.
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is not a regular file, too large, or not JSON.
     """
     return parse_json(read_bytes(path))
 
@@ -174,7 +174,7 @@ def parse_json(content: bytes) -> Any:
     """Parses JSON text, in UTF-8.
 
     Raises:
-        ValueError: where it is none.
+        ValueError: if it is not JSON.
     """
     try:
         return json.loads(content.decode("utf-8"))
@@ -183,11 +183,11 @@ def parse_json(content: bytes) -> Any:
 
 
 def replace_file(path: Path, content: Any) -> None:
-    """Writes a file beside its place and moves it there, so that a link or a pipe at that place is replaced, not written to.
+    """Replaces a file atomically by rename; a link or a pipe at its path is replaced, not written to.
 
     Args:
         path: The file.
-        content: Its bytes, as any object with a buffer.
+        content: A bytes-like object.
     """
     unfinished = path.with_name(f".{os.getpid()}.{threading.get_ident()}.unfinished")
     unfinished.unlink(missing_ok=True)
@@ -197,6 +197,6 @@ def replace_file(path: Path, content: Any) -> None:
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        if error.filename == str(unfinished) or error.filename is None:  # the name that the caller knows
+        if error.filename == str(unfinished) or error.filename is None:  # name the caller's file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -1,4 +1,4 @@
-"""Imports at first use: a run that saves no checkpoint does not import how it is done."""
+"""Lazy imports: a package's public names are imported on first use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], obje
 
     Args:
         package: The package's ``__name__``.
-        homes: Public name -> the submodule that defines it.
+        homes: Public name -> submodule that defines it.
     """
 
     def look_up(name: str) -> object:
@@ -26,6 +26,6 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], obje
 
 
 def loaded_classes(*paths: str) -> tuple[type, ...]:
-    """Returns the classes ("module:Class") whose modules have been imported: of any other, there is no instance."""
+    """Returns those classes ("module:Class") whose modules are imported; others cannot have instances."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in (path.split(":") for path in paths))
     return tuple(cls for cls in found if isinstance(cls, type))

@@ -1,4 +1,4 @@
-"""What the system's page cache holds of a file, and what it is read past."""
+"""Page cache: which pages of a file are resident, and files opened with O_DIRECT."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SAMPLE_STRIDE = 256 << 10
 
 
 class CacheProbe:
-    """Tells whether pages of a file are in the cache, and does not touch them.
+    """Queries by mincore(2) whether pages of a file are in the page cache, without reading them.
 
-    Where the system cannot say it (or not to this user), all of them are.
+    Pages count as cached on systems other than Linux, and where the query fails.
 
     Args:
         descriptor: The open file; it may be closed afterwards.
@@ -25,25 +25,25 @@ class CacheProbe:
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
-        self._ask = _mincore() if size else None
-        if self._ask is not None:
+        self._query = _mincore() if size else None
+        if self._query is not None:
             import numpy as np
 
             self._map = mmap.mmap(descriptor, size, prot=mmap.PROT_READ)
             self._start = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
 
-    def is_cached(self, place: int) -> bool:
-        """Whether the page with the byte at `place`, before the end of the file, is there."""
-        if self._ask is None:
+    def is_cached(self, offset: int) -> bool:
+        """Returns whether the page at a byte offset, which must be inside the file, is cached."""
+        if self._query is None:
             return True
-        answer = ctypes.c_ubyte(1)  # of this call alone: other threads may ask meanwhile
-        failed = self._ask(self._start + place // mmap.PAGESIZE * mmap.PAGESIZE, 1, ctypes.byref(answer))
-        return bool(failed) or bool(answer.value & 1)
+        resident = ctypes.c_ubyte(1)  # local, for thread safety
+        failed = self._query(self._start + offset // mmap.PAGESIZE * mmap.PAGESIZE, 1, ctypes.byref(resident))
+        return bool(failed) or bool(resident.value & 1)
 
     def cached_fraction(self, size: int) -> float:
-        """About how much of the first `size` bytes is there."""
-        places = range(0, size, _SAMPLE_STRIDE)
-        return sum(map(self.is_cached, places)) / len(places) if places else 1.0
+        """Estimates the cached fraction of the first `size` bytes from a sample of pages."""
+        offsets = range(0, size, _SAMPLE_STRIDE)
+        return sum(map(self.is_cached, offsets)) / len(offsets) if offsets else 1.0
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,19 +52,19 @@ def _mincore() -> Callable[..., int] | None:
         return None
     function: Any = ctypes.CDLL(None).mincore
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    asked: Callable[..., int] = function
-    return asked
+    typed: Callable[..., int] = function
+    return typed
 
 
 def open_direct(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int | None:
-    """Opens a file to be read or written past the cache (O_DIRECT): in whole pages, and memory that begins at one.
+    """Opens a file with O_DIRECT: offsets, sizes and memory of its transfers must be page-aligned.
 
     Args:
         path: The file.
-        flags: How to open it.
+        flags: Flags of `os.open`.
 
     Returns:
-        A descriptor, or None where the file system has no such thing.
+        A descriptor, or None if the system or file system does not support O_DIRECT.
     """
     flag: int | None = getattr(os, "O_DIRECT", None)
     if flag is None:

@@ -1,6 +1,6 @@
-"""What is known of the machine before a process group exists: its kernel, ports, GPUs and NUMA nodes.
+"""Machine information that needs no process group: kernel, ports, GPUs and NUMA nodes.
 
-The launcher reads this too: torch is imported only where a device is asked for its properties.
+The launcher imports this module too, so torch is imported only by functions that query device properties.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 _SYSFS = Path("/sys")
 
 
-# This process among those of its launcher -----------------------------------------------------------------------------
+# Ranks ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class CPUInformation:
-    """A process's place among those that torchrun or MPI started.
+    """Ranks and sizes of a process that torchrun or MPI started.
 
     Attributes:
-        rank: 0 to ``world_size - 1``, over all machines.
-        world_size: Number of processes, over all machines.
-        local_rank: 0 to ``local_world_size - 1``, on this machine.
+        rank: Global rank, 0 to ``world_size - 1``.
+        world_size: Number of processes.
+        local_rank: Rank on this machine, 0 to ``local_world_size - 1``.
         local_world_size: Number of processes on this machine.
     """
 
@@ -46,24 +46,24 @@ class CPUInformation:
 
 
 def get_cpu_distributed_information() -> CPUInformation:
-    """This process's place according to the variables of torchrun, Open MPI, MVAPICH, MPICH, Intel MPI or SLURM."""
-    place = from_scheduler() or RankInfo(0, 1, 0, 1, "")
+    """Reads this process's ranks from the variables of torchrun, Open MPI, MVAPICH, MPICH, Intel MPI or SLURM."""
+    info = from_scheduler() or RankInfo(0, 1, 0, 1, "")
 
     def read(torchrun: str, pmi: str, others: str, default: int) -> int:
         return env.get_int_from_env((torchrun, pmi, f"OMPI_{others}", f"MV2_{others}"), default)
 
     return CPUInformation(
-        rank=read("RANK", "PMI_RANK", "COMM_WORLD_RANK", place.rank),
-        world_size=read("WORLD_SIZE", "PMI_SIZE", "COMM_WORLD_SIZE", place.size),
-        local_rank=read("LOCAL_RANK", "MPI_LOCALRANKID", "COMM_WORLD_LOCAL_RANK", place.local_rank),
-        local_world_size=read("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "COMM_WORLD_LOCAL_SIZE", place.local_size),
+        rank=read("RANK", "PMI_RANK", "COMM_WORLD_RANK", info.rank),
+        world_size=read("WORLD_SIZE", "PMI_SIZE", "COMM_WORLD_SIZE", info.size),
+        local_rank=read("LOCAL_RANK", "MPI_LOCALRANKID", "COMM_WORLD_LOCAL_RANK", info.local_rank),
+        local_world_size=read("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "COMM_WORLD_LOCAL_SIZE", info.local_size),
     )
 
 
 def get_current_device_type() -> tuple[str, str]:
-    """The kind of device a process takes by default, and the name of the `DistributedType` of a run over several.
+    """Returns the default device type, and the name of the `DistributedType` of a run over several such devices.
 
-    Sets no device up, so that the process may still fork.
+    Initializes no device, so that the process may still fork.
 
     Example:
         >>> get_current_device_type()  # on a machine without accelerators
@@ -78,7 +78,7 @@ def get_current_device_type() -> tuple[str, str]:
 
 
 def check_os_kernel() -> None:
-    """Warns where the Linux kernel is older than 5.5, under which distributed runs were seen to hang."""
+    """Warns if the Linux kernel is older than 5.5, with which distributed runs may hang."""
     if platform.system() != "Linux":
         return
     release = platform.release()
@@ -92,14 +92,14 @@ def check_os_kernel() -> None:
 
 
 def is_port_in_use(port: int | str | None = None) -> bool:
-    """Whether something on this machine answers at the port, by default the usual main port 29500."""
+    """Returns whether a process on this machine listens on a port, by default 29500, torchrun's default."""
     number = 29500 if port is None else int(port)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe_socket:
         return probe_socket.connect_ex(("localhost", number)) == 0
 
 
 def get_free_port() -> int:
-    """A port that nothing on this machine uses at this moment."""
+    """Returns a port that is free at the moment."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
@@ -109,7 +109,7 @@ def get_free_port() -> int:
 
 
 def get_gpu_info() -> tuple[list[str], int]:
-    """Names of the CUDA devices this process sees, and how many there are."""
+    """Returns the names of the visible CUDA devices, and their number."""
     if not availability.is_cuda_available():
         return [], 0
     import torch
@@ -119,7 +119,7 @@ def get_gpu_info() -> tuple[list[str], int]:
 
 
 def get_driver_version() -> str | None:
-    """The version of NVIDIA's kernel driver (``"550.54.15"``), or None where it is not loaded."""
+    """Returns the version of NVIDIA's kernel driver (``"550.54.15"``), or None if it is not loaded."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
@@ -129,16 +129,16 @@ def get_driver_version() -> str | None:
 
 
 def check_cuda_p2p_ib_support() -> bool:
-    """Whether the GPUs here may talk to each other directly (P2P) and over InfiniBand.
+    """Returns whether NCCL can use P2P and InfiniBand between the visible GPUs.
 
-    False for several GeForce RTX 40 cards under a driver before 550.40.07, which claims that they can: NCCL then
-    hangs unless NCCL_P2P_DISABLE and NCCL_IB_DISABLE are set.
+    False for several GeForce RTX 40 cards with a driver before 550.40.07, which reports P2P support wrongly: NCCL hangs
+    unless NCCL_P2P_DISABLE and NCCL_IB_DISABLE are set.
     """
     return p2p_supported(get_gpu_info()[0])
 
 
 def p2p_supported(names: list[str]) -> bool:
-    """What `check_cuda_p2p_ib_support` says, for the cards with these names: no need of torch."""
+    """Returns `check_cuda_p2p_ib_support` of cards with these names. Imports no torch."""
     if len(names) < 2 or not any(re.search(r"\bRTX 40\d\d\b", name) for name in names):
         return True
     driver = get_driver_version()
@@ -149,7 +149,7 @@ def p2p_supported(names: list[str]) -> bool:
 
 @functools.lru_cache
 def check_cuda_fp8_capability() -> bool:
-    """Whether the current CUDA device multiplies in 8-bit floating point (compute capability 8.9 or later)."""
+    """Returns whether the current CUDA device supports fp8 matrix products (compute capability 8.9 or later)."""
     if not availability.is_cuda_available():
         return False
     import torch
@@ -161,16 +161,16 @@ def check_cuda_fp8_capability() -> bool:
 
 
 def override_numa_affinity(local_process_index: int, verbose: bool | None = None) -> None:
-    """Binds this process to the processors next to its device; see `set_numa_affinity`, which does this only once.
+    """Binds this process to the CPUs of its device's NUMA node; see `set_numa_affinity`, which does this only once.
 
     Args:
-        local_process_index: The process's rank on this machine.
-        verbose: Log where the process was bound; None: when ``ACCELERATE_DEBUG_MODE`` is set.
+        local_process_index: The local rank.
+        verbose: Log the binding; None logs it if ``ACCELERATE_DEBUG_MODE`` is set.
     """
     if not hasattr(os, "sched_setaffinity"):
         raise OSError(
-            f"binding a process to processors needs Linux, and this is {platform.system()}: turn off CPU affinity "
-            "(--enable_cpu_affinity, ACCELERATE_CPU_AFFINITY)."
+            f"CPU affinity needs Linux, and this is {platform.system()}: disable it (--enable_cpu_affinity, "
+            "ACCELERATE_CPU_AFFINITY)."
         )
     node, processors = _node_for(local_process_index)
     if not processors:
@@ -178,7 +178,7 @@ def override_numa_affinity(local_process_index: int, verbose: bool | None = None
         return
     os.sched_setaffinity(0, processors)
     if env.flag("ACCELERATE_DEBUG_MODE") if verbose is None else verbose:
-        # A rank that waits for the affinity of another would hang: each logs its own.
+        # Every rank logs its own binding.
         logger.info(
             "process %d runs on NUMA node %d, processors %s", local_process_index, node, _format_cpulist(processors)
         )
@@ -186,17 +186,17 @@ def override_numa_affinity(local_process_index: int, verbose: bool | None = None
 
 @functools.lru_cache
 def set_numa_affinity(local_process_index: int, verbose: bool | None = None) -> None:
-    """Binds this process to the processors of the NUMA node its device hangs on, once per process.
+    """Binds this process to the CPUs of the NUMA node of its device, once per process.
 
-    A GPU's node is read from its PCI address. Processes on the CPU are spread over the nodes in order, as many to each.
-    Processors that the process may not use (taskset, a container's cpuset) are left alone.
+    The node of a GPU is found by its PCI address; processes without GPU are distributed evenly over the nodes in rank order.
+    CPUs outside the process's affinity mask (taskset, a container's cpuset) are not used.
 
     Args:
-        local_process_index: The process's rank on this machine.
-        verbose: Log where the process was bound; None: when ``ACCELERATE_DEBUG_MODE`` is set.
+        local_process_index: The local rank.
+        verbose: Log the binding; None logs it if ``ACCELERATE_DEBUG_MODE`` is set.
 
     Raises:
-        OSError: where the system cannot bind processes.
+        OSError: on systems without `os.sched_setaffinity`.
 
     Example:
         ```python
@@ -219,7 +219,7 @@ def _node_for(local_process_index: int) -> tuple[int, set[int]]:
 
 
 def _numa_nodes(sysfs: Path) -> dict[int, set[int]]:
-    """NUMA node -> its processors; no nodes where the kernel does not say."""
+    """Reads the CPUs of each NUMA node from sysfs."""
     folders = (sysfs / "devices/system/node").glob("node[0-9]*")
     nodes = {int(folder.name[4:]): _parse_cpulist((folder / "cpulist").read_text()) for folder in folders}
     return {number: processors for number, processors in nodes.items() if processors}  # a node may be memory only
@@ -231,15 +231,15 @@ def _node_of_gpu(index: int, sysfs: Path) -> int | None:
     properties: Any = torch.cuda.get_device_properties(index % torch.cuda.device_count())
     try:
         domain, bus, device = (properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
-    except AttributeError:  # older releases of torch do not tell
+    except AttributeError:  # older releases of torch
         return None
     file = sysfs / f"bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0/numa_node"
     node = int(file.read_text()) if file.is_file() else -1
-    return node if node >= 0 else None  # the kernel writes -1 where the firmware says nothing
+    return node if node >= 0 else None  # -1: unknown to the firmware
 
 
 def _parse_cpulist(text: str) -> set[int]:
-    """``0-2,8`` -> {0, 1, 2, 8}"""
+    """Parses ``0-2,8`` to {0, 1, 2, 8}."""
     numbers: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
@@ -248,7 +248,7 @@ def _parse_cpulist(text: str) -> set[int]:
 
 
 def _format_cpulist(numbers: set[int]) -> str:
-    """{0, 1, 2, 8} -> ``0-2,8``"""
+    """Formats {0, 1, 2, 8} as ``0-2,8``."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""Installs torch_xla, of the version that goes with the torch that is there: for notebooks that offer TPUs without it."""
+"""Installs the torch_xla that matches the installed torch, for notebooks with TPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def pip_arguments(torch_version: str, upgrade: bool) -> list[str]:
-    """What pip is told, where `torch_version` is installed.
+    """Returns the arguments of pip for an installed torch version.
 
     Example:
         >>> pip_arguments("2.9.0+cu128", upgrade=False)
@@ -23,13 +23,13 @@ def pip_arguments(torch_version: str, upgrade: bool) -> list[str]:
 
 
 def install_xla(upgrade: bool = False) -> None:
-    """Installs torch_xla for the installed torch with pip; a notebook's kernel must be started anew afterwards.
+    """Installs the matching torch_xla with pip. Restart the notebook's kernel afterwards.
 
     Args:
-        upgrade: Bring torch to the newest version as well, and torch_xla to the one that goes with it.
+        upgrade: Upgrade torch to the newest version as well.
 
     Raises:
-        RuntimeError: when pip could not install it: not every version of torch has a torch_xla.
+        RuntimeError: if pip fails; not every version of torch has a torch_xla.
 
     Example:
         ```python
@@ -39,5 +39,7 @@ def install_xla(upgrade: bool = False) -> None:
     arguments = pip_arguments(importlib.metadata.version("torch"), upgrade)
     done = subprocess.run([sys.executable, "-m", "pip", *arguments], stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise RuntimeError(f"pip {' '.join(arguments)} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RuntimeError(
+            f"pip {' '.join(arguments)} failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
+        )

@@ -1,3 +1,3 @@
-"""Trees of tensors, DTensors, and modules with their forwards."""
+"""Trees of tensors, DTensors, modules and their forwards."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recognizes DTensors without importing `torch.distributed.tensor`, which takes a quarter of the time that torch takes."""
+"""Detects DTensors without importing `torch.distributed.tensor`, which takes a quarter of the import time of torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(value: Any) -> TypeIs[DTensor]:
-    """Returns whether a value is a `DTensor`: no value is one in a process that has not imported the class."""
-    cls = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # None too while it is being imported
+    """Returns whether a value is a `DTensor`; False in a process that has not imported the class."""
+    cls = getattr(
+        sys.modules.get("torch.distributed.tensor"), "DTensor", None
+    )  # None while the module is being imported
     return cls is not None and isinstance(value, cls)

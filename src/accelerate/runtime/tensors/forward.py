@@ -1,7 +1,7 @@
-"""Wraps and unwraps a module's forward, and the containers around a module: the only place that does.
+"""Wraps and unwraps forwards, and unwraps containers such as DistributedDataParallel; no other module replaces a forward.
 
-A wrapper is an object, not a closure: a copy of the module then carries a wrapper around its own forward, where a
-closure would still call the original's.
+Wrappers are objects, not closures: `copy.deepcopy` of a module copies them with the module, where a closure would still
+call the original's forward.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _Model = TypeVar("_Model")
 
 
 class ForwardWrapper:
-    """Base of what `wrap_forward` puts in place of ``module.forward``: calls the wrapped forward.
+    """Base class of wrappers for `wrap_forward`.
 
     Attributes:
-        __wrapped__: The forward underneath; `inspect.signature` follows it.
+        __wrapped__: The wrapped forward; `inspect.signature` follows it.
     """
 
     __wrapped__: Callable[..., Any]
@@ -30,9 +30,9 @@ class ForwardWrapper:
 
 
 def wrap_forward(module: nn.Module, wrapper: ForwardWrapper) -> None:
-    """Puts `wrapper` in place of the module's forward; the first forward is kept as ``_original_forward``."""
+    """Wraps the module's forward; the first wrapped forward is stored as ``_original_forward``."""
     forward = module.forward
-    # Sets __wrapped__ too; `updated` would hand on the attributes of a wrapper underneath.
+    # Sets __wrapped__ too; without `updated=()` it would copy the attributes of an inner wrapper.
     functools.update_wrapper(wrapper, forward, updated=())
     if "_original_forward" not in module.__dict__:
         module._original_forward = forward  # type: ignore[assignment]  # a method, not a submodule
@@ -40,7 +40,7 @@ def wrap_forward(module: nn.Module, wrapper: ForwardWrapper) -> None:
 
 
 def unwrap_forward(module: nn.Module) -> None:
-    """Takes off every wrapper that `wrap_forward` put around the module's forward, and no other."""
+    """Removes every wrapper of `wrap_forward` from the module's forward, and no other."""
     if "_original_forward" not in module.__dict__:
         return
     del module.__dict__["_original_forward"]
@@ -51,10 +51,10 @@ def unwrap_forward(module: nn.Module) -> None:
 
 
 class HookedForward:
-    """What `hook_forward` puts in place of ``module.forward``; wrappers of precision go over it or under it.
+    """Base class of hooked forwards for `hook_forward`; a `ForwardWrapper` may be outside or inside of it.
 
     Attributes:
-        __wrapped__: The forward underneath; `inspect.signature` follows it.
+        __wrapped__: The hooked forward; `inspect.signature` follows it.
     """
 
     __wrapped__: Callable[..., Any]
@@ -64,9 +64,9 @@ class HookedForward:
 
 
 def hook_forward(module: nn.Module, hooked: HookedForward) -> None:
-    """Puts `hooked` in place of the module's forward, which is kept as ``_old_forward``.
+    """Replaces the module's forward, which is stored as ``_old_forward``.
 
-    A module without one, such as a list of modules, is left as it is: nobody calls it.
+    Does nothing to a module without a forward, such as `ModuleList`.
     """
     forward = module.forward
     if getattr(forward, "__func__", None) is nn.Module.forward:
@@ -77,7 +77,7 @@ def hook_forward(module: nn.Module, hooked: HookedForward) -> None:
 
 
 def unhook_forward(module: nn.Module) -> None:
-    """Takes off what `hook_forward` put around the module's forward, and leaves wrappers over or under it."""
+    """Removes the hooked forward of `hook_forward`, and keeps wrappers outside and inside of it."""
     module.__dict__.pop("_old_forward", None)
     forward = module.__dict__.get("forward")
     if forward is not None:
@@ -101,7 +101,7 @@ def _strip_hook(forward: Any) -> Any:
 
 
 def _restore(module: nn.Module, forward: Any) -> None:
-    # The class's own forward needs no entry on the instance; anything else was there before us.
+    # The class's forward needs no instance attribute; any other was set by the user.
     if getattr(forward, "__func__", None) is type(module).forward:
         module.__dict__.pop("forward", None)
     else:
@@ -109,12 +109,12 @@ def _restore(module: nn.Module, forward: Any) -> None:
 
 
 def is_compiled_module(module: object) -> bool:
-    """Whether `module` is what ``torch.compile(module)`` returned."""
+    """Returns whether a module is the result of ``torch.compile(module)``."""
     return isinstance(module, torch._dynamo.eval_frame.OptimizedModule) if _dynamo_is_loaded() else False
 
 
 def _dynamo_is_loaded() -> bool:
-    # Nothing can be compiled before dynamo is imported, and importing it costs a second.
+    # Importing dynamo takes a second, and without it no module is compiled.
     import sys
 
     return "torch._dynamo.eval_frame" in sys.modules
@@ -123,12 +123,12 @@ def _dynamo_is_loaded() -> bool:
 def extract_model_from_parallel(
     model: _Model, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
 ) -> _Model:
-    """The module inside the containers that a strategy put around it.
+    """Unwraps a module from the containers of a strategy.
 
     Args:
-        model: A module, perhaps in ``DistributedDataParallel``, ``DataParallel``, compiled, or several of these.
-        keep_fp32_wrapper: Leave the mixed-precision wrapper on the forward; False takes it off.
-        keep_torch_compile: Give a compiled module back compiled; False gives the plain module.
+        model: A module, which may be in ``DistributedDataParallel`` or ``DataParallel``, compiled, or several of these.
+        keep_fp32_wrapper: Keep the mixed-precision wrapper of the forward; False removes it.
+        keep_torch_compile: Return a compiled module compiled; False returns the original module.
         recursive: Unwrap submodules too.
     """
     compiled: Any = model if is_compiled_module(model) else None
@@ -140,12 +140,12 @@ def extract_model_from_parallel(
         unwrap_forward(inner)
     if compiled is None or not keep_torch_compile:
         return inner
-    # Another compiled module around the inner one: the container that was compiled is still being trained with.
+    # A new compiled module: the compiled container is still in use for training.
     return compiled if inner is compiled._orig_mod else type(compiled)(inner, compiled.dynamo_ctx)
 
 
 def unwrap_module(model: nn.Module) -> nn.Module:
-    """The module inside containers and inside what compiles it as a whole, with its wrappers of precision."""
+    """Unwraps a module from containers and `torch.compile`, but keeps its mixed-precision wrapper."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
 
 

@@ -1,4 +1,4 @@
-"""Questions about the modules of a model: which are there, in which order, of which class."""
+"""Lookups of a model's modules: order, class, parameters, tensor-parallel size."""
 
 from __future__ import annotations
 
@@ -20,44 +20,43 @@ def get_module_children_bottom_up(model: nn.Module, return_fqns: Literal[True]) 
 def get_module_children_bottom_up(
     model: nn.Module, return_fqns: bool = False
 ) -> list[nn.Module] | list[tuple[str, nn.Module]]:
-    """All modules of `model`, each after those inside it; the last is `model` itself. A shared module comes once.
+    """Lists all modules of a model in post-order: children before parents, `model` last. A shared module comes once.
 
     Args:
         model: The root.
-        return_fqns: Give pairs of dotted name and module instead.
+        return_fqns: Return pairs of FQN and module instead.
     """
-    # named_modules lists parents first, so the reverse lists every module after its descendants.
+    # The reverse of `named_modules`, which lists parents first.
     pairs = list(model.named_modules())[::-1]
     return pairs if return_fqns else [module for _, module in pairs]
 
 
 def get_module_class_from_name(module: nn.Module, name: str) -> type[nn.Module] | None:
-    """The class called `name` among the modules of `module`, itself included, or None."""
+    """Returns the class of that name among the modules of `module`, itself included, or None."""
     return next((type(part) for part in module.modules() if type(part).__name__ == name), None)
 
 
 def is_peft_model(model: nn.Module) -> bool:
-    """Whether `model`, whatever it is wrapped in, is a `peft.PeftModel`. Does not import peft."""
-    # Without peft imported nothing can be an instance of its classes.
+    """Returns whether a model, inside its containers, is a `peft.PeftModel`. Does not import peft."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(extract_model_from_parallel(model), peft.PeftModel)
 
 
 def model_has_dtensor(model: nn.Module) -> bool:
-    """Whether any parameter of the model is one that ranks of a device mesh share."""
+    """Returns whether any parameter of the model is a DTensor."""
     return any(hasattr(param, "device_mesh") and hasattr(param, "placements") for param in model.parameters())
 
 
 def get_model_tp_size(model: nn.Module) -> int | None:
-    """How many ranks share each of the model's tensors; None for a model whose tensors are whole.
+    """Returns the tensor-parallel size of a model, or None without tensor parallelism.
 
     Args:
-        model: One that transformers has loaded with a ``tp_plan``, or that has been prepared with ``tp_size``.
+        model: A model that transformers loaded with a ``tp_plan``, or that was prepared with ``tp_size``.
     """
     inner = extract_model_from_parallel(model)
-    said = getattr(inner, "tp_size", None) or getattr(inner, "_tp_size", None)
-    if isinstance(said, int):
-        return said
+    declared = getattr(inner, "tp_size", None) or getattr(inner, "_tp_size", None)
+    if isinstance(declared, int):
+        return declared
     meshes = (getattr(param, "device_mesh", None) for param in inner.parameters())
     sharing = (mesh for mesh in meshes if mesh is not None and "tp" in (mesh.mesh_dim_names or ()))
     return next((mesh.size(mesh.mesh_dim_names.index("tp")) for mesh in sharing), None)
@@ -66,22 +65,22 @@ def get_model_tp_size(model: nn.Module) -> int | None:
 def get_parameters_from_modules(
     modules: Iterable[nn.Module] | str | None, model: nn.Module, device: torch.device | str | int
 ) -> set[nn.Parameter]:
-    """The parameters of some modules of a model, moved to a device: those that a sharded model is to leave whole.
+    """Moves some modules of a model to a device and returns their parameters, which FSDP is to ignore.
 
     Args:
-        modules: The modules, or a regular expression that matches their whole dotted names; None: none.
-        model: Where names are looked up.
-        device: Where the modules go.
+        modules: The modules, or a regular expression that matches their whole FQNs; None selects none.
+        model: The model in which the FQNs are looked up.
+        device: The device.
     """
     return {parameter for module in resolve_modules(modules, model) for parameter in module.to(device).parameters()}
 
 
 def resolve_modules(modules: Iterable[nn.Module] | str | None, model: nn.Module) -> list[nn.Module]:
-    """The modules that are meant.
+    """Resolves modules given by a regular expression.
 
     Args:
-        modules: They themselves, or a regular expression that matches their whole dotted names; None: none.
-        model: Where names are looked up.
+        modules: The modules, or a regular expression that matches their whole FQNs; None selects none.
+        model: The model in which the FQNs are looked up.
     """
     if modules is None:
         return []

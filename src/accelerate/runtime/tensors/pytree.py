@@ -1,7 +1,8 @@
-"""Trees of tensors: lists, tuples, named tuples and mappings, nested, with tensors (and anything else) as leaves.
+"""Trees of tensors: nested lists, tuples, named tuples and mappings with tensors and other objects as leaves.
 
-Pure functions of one process: apply, move, slice, concatenate, describe, convert. A result has the containers of its
-input, built anew; what is neither a container nor a tensor passes through untouched.
+Local functions without communication: apply, move, slice, concatenate, convert. Results have new containers of the input's
+types; other leaves are returned unchanged. `torch.utils._pytree` treats unregistered subclasses of list, dict and Mapping
+as leaves.
 """
 
 from __future__ import annotations
@@ -24,42 +25,42 @@ _Tensor = torch.Tensor
 
 @dataclass
 class TensorInformation:
-    """What one needs to know of a tensor to allocate another like it.
+    """Shape and dtype of a tensor.
 
     Attributes:
-        shape: Its shape.
-        dtype: Its dtype.
+        shape: The shape.
+        dtype: The dtype.
     """
 
     shape: torch.Size
     dtype: torch.dtype
 
 
-# What is it? --------------------------------------------------------------------------------------------------------
+# Type checks --------------------------------------------------------------------------------------------------------
 
 
 def is_torch_tensor(tensor: Any) -> bool:
-    """Whether `tensor` is a `torch.Tensor`."""
+    """Returns whether an object is a `torch.Tensor`."""
     return isinstance(tensor, torch.Tensor)
 
 
 def is_torch_xpu_tensor(tensor: Any) -> bool:
-    """Whether `tensor` is a `torch.Tensor` in the memory of an Intel GPU."""
+    """Returns whether an object is a `torch.Tensor` on an Intel GPU."""
     return isinstance(tensor, torch.Tensor) and tensor.device.type == "xpu"
 
 
 def is_tensor_information(tensor_info: Any) -> bool:
-    """Whether `tensor_info` is a `TensorInformation`."""
+    """Returns whether an object is a `TensorInformation`."""
     return isinstance(tensor_info, TensorInformation)
 
 
 def is_namedtuple(data: Any) -> bool:
-    """Whether `data` is an instance of a named tuple: a tuple whose class has ``_fields`` and ``_asdict``."""
+    """Returns whether an object is a named tuple: a tuple whose class has ``_fields`` and ``_asdict``."""
     return isinstance(data, tuple) and hasattr(data, "_asdict") and hasattr(data, "_fields")
 
 
 def contains_only_tensors(data: Any) -> bool:
-    """Whether there are tensors in a tree, and nothing else."""
+    """Returns whether a tree has tensors, and no other leaves."""
     found: list[torch.Tensor] = []
     try:
         _apply(found.append, data, (), {}, is_torch_tensor, True)
@@ -72,11 +73,11 @@ def contains_only_tensors(data: Any) -> bool:
 
 
 def honor_type(obj: Any, generator: Iterable[Any]) -> Any:
-    """A list or tuple of the same class as `obj`, with the items of `generator`.
+    """Builds a list or tuple of the same class as `obj` from the items of `generator`.
 
     Args:
-        obj: A list, a tuple, or an instance of a subclass of these; named tuples keep their class.
-        generator: The new items, as many as a named tuple has fields.
+        obj: A list, a tuple, or an instance of a subclass, including named tuples.
+        generator: The items; for a named tuple, one for each field.
     """
     kind = type(obj)
     if kind is list or kind is tuple:
@@ -94,8 +95,8 @@ def _like_mapping(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return kind(items)  # type: ignore[call-arg]
     except TypeError as error:
         raise TypeError(
-            f"a {kind.__name__} cannot be rebuilt with new values: {error}. Its class needs a constructor that takes a "
-            "mapping; else pass a plain dict."
+            f"a {kind.__name__} cannot be rebuilt with new values: {error}. Its constructor must accept a mapping; else "
+            "pass a plain dict."
         ) from error
 
 
@@ -103,7 +104,7 @@ def _like_mapping(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 class _UnsupportedLeafError(Exception):
-    """A leaf that the test refuses; carries the leaf up to where the whole tree is known."""
+    """Carries an unsupported leaf to the function that has the whole tree and can report its path."""
 
     def __init__(self, leaf: Any) -> None:
         super().__init__()
@@ -122,17 +123,17 @@ def recursively_apply(
 
     Args:
         func: Called as ``func(leaf, *args, **kwargs)``.
-        data: A leaf, or lists, tuples and mappings of leaves, nested as one likes.
-        *args: Passed on to `func`.
-        test_type: Says of a leaf whether `func` is for it.
-        error_on_other_type: Refuse a leaf that `test_type` does not know, instead of keeping it.
-        **kwargs: Passed on to `func`.
+        data: A tree.
+        *args: Passed to `func`.
+        test_type: Returns whether to apply `func` to a leaf.
+        error_on_other_type: Raise for other leaves instead of returning them unchanged.
+        **kwargs: Passed to `func`.
 
     Returns:
-        The same containers with ``func``'s results in the place of the leaves.
+        The tree with the results of `func` as leaves.
 
     Raises:
-        TypeError: for such a leaf, saying where in `data` it is.
+        TypeError: for such a leaf, with its path in `data`.
 
     Example:
         ```python
@@ -147,10 +148,10 @@ def recursively_apply(
 
 
 def map_tensors(operation: str, func: Callable[..., Any], data: Any, *args: Any) -> Any:
-    """`recursively_apply` for an operation on tensors only; `operation` is what an error calls it.
+    """Applies `func` to every leaf of a tree, which must be tensors; `operation` is its name in errors.
 
     Raises:
-        TypeError: when a leaf is not a tensor.
+        TypeError: if a leaf is not a tensor.
     """
     if isinstance(data, torch.Tensor):
         return func(data, *args)
@@ -181,11 +182,11 @@ def _apply(
 
 
 def _leaf_error(operation: str, data: Any, leaf: Any, test: str) -> str:
-    wanted = "a tensor" if test == "is_torch_tensor" else f"what `{test}` accepts"
+    wanted = "a tensor" if test == "is_torch_tensor" else f"leaves that pass `{test}`"
     where = _path_to(leaf, data)
     return (
         f"{operation} was given a {type(leaf).__name__} ({_short_repr(leaf)}){f' at {where}' if where else ''}; it "
-        f"takes {wanted}, or lists, tuples and mappings of these. For other objects there are gather_object and "
+        f"takes {wanted}, or lists, tuples and mappings of these. For other objects use gather_object or "
         "broadcast_object_list."
     )
 
@@ -196,7 +197,7 @@ def _short_repr(value: Any, limit: int = 60) -> str:
 
 
 def _path_to(leaf: Any, data: Any) -> str | None:
-    """Where in `data` the object `leaf` is, written as one would index it (``["a"][0]``)."""
+    """Returns the path of a leaf in a tree as an index expression (``["a"][0]``)."""
     if data is leaf:
         return ""
     if isinstance(data, Mapping):
@@ -221,18 +222,18 @@ def send_to_device(
     non_blocking: bool = False,
     skip_keys: str | Sequence[str] | None = None,
 ) -> _Tree:
-    """Moves every tensor of a tree, and every object with a ``to`` method of its own, to a device.
+    """Moves every tensor of a tree, and every object with a ``to`` method, to a device.
 
     Args:
         tensor: A tensor, an object with ``to`` (a module, a transformers ``BatchEncoding``, a ``PackedSequence`` …), or
-            lists, tuples and mappings of these. Other objects stay as they are.
-        device: Where to.
-        non_blocking: Let the copy run beside the CPU where the memory allows it (pinned memory to an accelerator).
-            Passed on to those ``to`` methods that take it.
-        skip_keys: Key or keys of mappings, at any depth, whose values stay where they are.
+            lists, tuples and mappings of these. Other objects are returned unchanged.
+        device: The device.
+        non_blocking: Copy asynchronously if possible (from pinned memory to an accelerator). Passed to ``to`` methods that
+            accept it.
+        skip_keys: Key or keys of mappings, at any depth, whose values are not moved.
 
     Returns:
-        The same containers holding the moved tensors. A tensor that is on the device already is the same object.
+        The same containers with the moved tensors. A tensor that is on the device already is the same object.
 
     Example:
         ```python
@@ -252,8 +253,8 @@ def _move(
     non_blocking: bool,
     skip: tuple[str, ...] | None,
 ) -> Any:
-    # Exact classes first: they are nearly all there is, and a check by identity costs least. Tensors that are there
-    # already are recognised without a call of this function: it would cost more than the rest of a small batch.
+    # Exact classes first: the common case, by the cheapest check. Tensors that are on the device already are skipped
+    # inline, since a call would dominate the time of a small batch.
     kind = type(data)
     if kind is _Tensor:
         return data if data.device == device else data.to(device, non_blocking=non_blocking)
@@ -271,7 +272,7 @@ def _move(
         ]
         return moved if kind is list else tuple(moved)
     is_mapping = isinstance(data, Mapping)
-    # With a key to skip in it, a mapping is walked even if it could move itself: `to` would move all of it.
+    # A mapping with a key to skip is traversed even if it has `to`, which would move all of it.
     skips_here = is_mapping and skip is not None and any(key in data for key in skip)
     if not skips_here and not isinstance(data, type) and hasattr(data, "to"):
         takes_it = _to_takes_non_blocking(kind)
@@ -284,7 +285,7 @@ def _move(
     return data
 
 
-# Per class, since asking for a signature costs more than a small copy.
+# Cached per class, since `inspect.signature` takes longer than a small copy.
 _TAKES_NON_BLOCKING: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
@@ -297,19 +298,19 @@ def _to_takes_non_blocking(kind: type) -> bool:
 
 def _declares_non_blocking(kind: type) -> bool:
     method = getattr(kind, "to", None)
-    if method is None:  # given to the instance, or answered by __getattr__: the plain call is the safe one
+    if method is None:  # an instance attribute, or from __getattr__
         return False
     if issubclass(kind, (torch.Tensor, torch.nn.Module)):
         return True
     try:
         parameters = inspect.signature(method).parameters
-    except ValueError:  # a method written in C that does not say what it takes
+    except ValueError:  # a C method without a signature
         return False
     return "non_blocking" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def find_device(data: Any) -> torch.device | None:
-    """The device of the first tensor in a tree, or None when there is none."""
+    """Returns the device of the first tensor in a tree, or None if there is none."""
     found = _find_first(data, is_torch_tensor)
     return None if found is None else found.device
 
@@ -332,11 +333,11 @@ def _find_first(data: Any, test: Callable[[Any], bool]) -> torch.Tensor | None:
 
 
 def find_batch_size(data: Any) -> int:
-    """The size of dimension 0 of the first tensor in a tree that has a dimension.
+    """Returns the size of dimension 0 of the first tensor in a tree that has a dimension.
 
     Raises:
-        ValueError: when `data` is an empty container.
-        TypeError: when there is no such tensor in it.
+        ValueError: if `data` is an empty container.
+        TypeError: if it has no such tensor.
     """
     found = _find_first(data, _has_dimension)
     if found is not None:
@@ -345,12 +346,12 @@ def find_batch_size(data: Any) -> int:
         raise ValueError(f"an empty {type(data).__name__} has no batch size.")
     raise TypeError(
         f"no batch size in a {type(data).__name__} ({_short_repr(data)}): expected a tensor with at least one "
-        "dimension, or lists, tuples and mappings that hold one."
+        "dimension, or lists, tuples and mappings with one."
     )
 
 
 def ignorant_find_batch_size(data: Any) -> int | None:
-    """`find_batch_size`, or None where that finds none."""
+    """Returns `find_batch_size` of a tree, or None if it has no tensor with a dimension."""
     found = _find_first(data, _has_dimension)
     return None if found is None else int(found.shape[0])
 
@@ -368,10 +369,10 @@ def slice_tensors(
     """Takes ``tensor[tensor_slice]`` of every tensor in a tree.
 
     Args:
-        data: A tensor, or lists, tuples and mappings of tensors. Other leaves stay whole.
-        tensor_slice: Anything that indexes a tensor, usually a `slice` of dimension 0.
-        process_index: Not used; taken because callers written for the documented interface pass it.
-        num_processes: Not used, likewise.
+        data: A tensor, or lists, tuples and mappings of tensors. Other leaves are returned unchanged.
+        tensor_slice: An index of a tensor, usually a `slice` of dimension 0.
+        process_index: Unused; accepted for compatibility.
+        num_processes: Unused; accepted for compatibility.
     """
     return _apply(_index, data, (tensor_slice,), {}, is_torch_tensor, False)
 
@@ -381,18 +382,18 @@ def _index(tensor: torch.Tensor, tensor_slice: Any) -> torch.Tensor:
 
 
 def concatenate(data: Sequence[Any], dim: int = 0) -> Any:
-    """Joins several trees of one structure: every tensor with its counterparts along `dim`.
+    """Concatenates the tensors of several trees of one structure along `dim`.
 
     Args:
         data: At least one tree; all have the same containers, lengths and keys.
-        dim: The dimension that grows.
+        dim: The dimension along which tensors are concatenated.
 
     Returns:
         One tree of that structure.
 
     Raises:
-        ValueError: when `data` is empty, or lengths or keys differ.
-        TypeError: when a leaf is not a tensor.
+        ValueError: if `data` is empty, or lengths or keys differ.
+        TypeError: if a leaf is not a tensor.
 
     Example:
         ```python
@@ -407,7 +408,7 @@ def concatenate(data: Sequence[Any], dim: int = 0) -> Any:
     if isinstance(first, (list, tuple)):
         lengths = [len(tree) for tree in data]
         if len(set(lengths)) > 1:
-            raise ValueError(f"concatenate joins trees of one structure, but these have lengths {lengths}.")
+            raise ValueError(f"concatenate needs trees of one structure, but these have lengths {lengths}.")
         return honor_type(
             first,
             [concatenate([tree[i] for tree in data], dim) for i in range(len(first))],
@@ -416,7 +417,7 @@ def concatenate(data: Sequence[Any], dim: int = 0) -> Any:
         for tree in data:
             if tree.keys() != first.keys():
                 raise ValueError(
-                    f"concatenate joins trees of one structure, but keys are {list(first)} and {list(tree)}."
+                    f"concatenate needs trees of one structure, but keys are {list(first)} and {list(tree)}."
                 )
         return _like_mapping(
             first,
@@ -428,11 +429,11 @@ def concatenate(data: Sequence[Any], dim: int = 0) -> Any:
     )
 
 
-# Descriptions -------------------------------------------------------------------------------------------------------
+# Structure ----------------------------------------------------------------------------------------------------------
 
 
 def get_data_structure(data: Any) -> Any:
-    """The tree with a `TensorInformation` in the place of every tensor."""
+    """Replaces every tensor of a tree by its `TensorInformation`."""
     return _apply(_describe, data, (), {}, is_torch_tensor, False)
 
 
@@ -441,7 +442,7 @@ def _describe(tensor: torch.Tensor) -> TensorInformation:
 
 
 def initialize_tensors(data_structure: Any) -> Any:
-    """The tree with an empty CPU tensor, of that shape and dtype, in the place of every `TensorInformation`."""
+    """Replaces every `TensorInformation` of a tree by an uninitialized CPU tensor of that shape and dtype."""
     return _apply(_allocate, data_structure, (), {}, is_tensor_information, False)
 
 
@@ -450,7 +451,7 @@ def _allocate(information: TensorInformation) -> torch.Tensor:
 
 
 def get_shape(data: Any) -> Any:
-    """The tree with its shape, as a list, in the place of every tensor."""
+    """Replaces every tensor of a tree by its shape, as a list."""
     return _apply(_shape, data, (), {}, is_torch_tensor, False)
 
 
@@ -459,7 +460,7 @@ def _shape(tensor: torch.Tensor) -> list[int]:
 
 
 def listify(data: Any) -> Any:
-    """The tree with nested lists of Python numbers in the place of its tensors; a scalar tensor becomes a number."""
+    """Replaces every tensor of a tree by nested lists of Python numbers; a scalar becomes a number."""
     return _apply(torch.Tensor.tolist, data, (), {}, is_torch_tensor, False)
 
 
@@ -467,7 +468,7 @@ def listify(data: Any) -> Any:
 
 
 def convert_to_fp32(tensor: Any) -> Any:
-    """Converts every float16 and bfloat16 tensor of a tree to float32; everything else stays as it is."""
+    """Converts every float16 and bfloat16 tensor of a tree to float32; other leaves are returned unchanged."""
     if type(tensor) is torch.Tensor:
         return tensor.float() if tensor.dtype in _HALF_DTYPES else tensor
     return _apply(torch.Tensor.float, tensor, (), {}, _is_half, False)
@@ -478,10 +479,10 @@ def _is_half(leaf: Any) -> bool:
 
 
 class ConvertOutputsToFp32:
-    """A function whose results are converted by `convert_to_fp32`. Can be pickled if the function can.
+    """Wraps a function to convert its results by `convert_to_fp32`. Can be pickled if the function can.
 
     Args:
-        model_forward: The function; kept as ``model_forward`` and ``__wrapped__``.
+        model_forward: The function; stored as ``model_forward`` and ``__wrapped__``.
     """
 
     def __init__(self, model_forward: Callable[..., Any]) -> None:
@@ -493,7 +494,7 @@ class ConvertOutputsToFp32:
 
 
 def convert_outputs_to_fp32(model_forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function like `model_forward` whose half-precision results come out as float32.
+    """Decorator: converts half-precision results of a function to float32.
 
     Args:
         model_forward: Any function; the result has it as ``__wrapped__``.
@@ -502,7 +503,7 @@ def convert_outputs_to_fp32(model_forward: Callable[..., Any]) -> Callable[..., 
         ```python
         @convert_outputs_to_fp32
         def scores(x):
-            return x.bfloat16()  # arrives as float32
+            return x.bfloat16()  # returned as float32
         ```
     """
     converted = ConvertOutputsToFp32(model_forward)

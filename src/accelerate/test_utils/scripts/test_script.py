@@ -1,6 +1,6 @@
-"""Checks the set-up it is launched in, on one process or many: a line for each thing checked, an error for what fails.
+"""Checks the setup it is launched in, on one process or many: prints a line for each check, raises if one fails.
 
-``accelerate test`` launches it. Whatever number of processes there is, results are compared with those of one process.
+``accelerate test`` launches it. Results are compared with those of a single process.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from accelerate.utils import (
     synchronize_rng_states,
 )
 
-# Not divisible by common numbers of processes or batch sizes: the ends of epochs are what goes wrong.
+# Not divisible by common numbers of processes or batch sizes: tests the ends of epochs.
 SAMPLES = 37
 
 
 def check_world(accelerator: Accelerator) -> str:
-    """Every rank knows its place, and is reached."""
+    """Checks that ranks are unique and collectives reach all of them."""
     ranks = accelerator.gather(torch.tensor([accelerator.process_index], device=accelerator.device)).tolist()
     expect(ranks == list(range(accelerator.num_processes)), f"ranks are {ranks}, one for each process expected")
     mains = accelerator.gather(torch.tensor([int(accelerator.is_main_process)], device=accelerator.device)).sum().item()
-    expect(mains == 1, f"{mains} processes take themselves for the main one")
-    return f"{accelerator.num_processes} process(es), each knows its rank"
+    expect(mains == 1, f"is_main_process is true on {mains} processes, expected one")
+    return f"{accelerator.num_processes} process(es) with the expected ranks"
 
 
 def check_order(accelerator: Accelerator) -> str:
-    """The main process goes first where it should; functions for one process run on it alone."""
+    """Checks main_process_first, on_main_process and on_last_process."""
     with accelerator.main_process_first():
         moment = time.time()
         time.sleep(0.05 if accelerator.is_main_process else 0)
@@ -54,7 +54,7 @@ def check_order(accelerator: Accelerator) -> str:
 
 
 def check_split(accelerator: Accelerator) -> str:
-    """Inputs are shared out evenly, and padded if asked."""
+    """Checks split_between_processes, with and without padding."""
     items = [f"item {number}" for number in range(accelerator.num_processes * 2 + 1)]
     with accelerator.split_between_processes(items) as mine:
         together = gather_object(list(mine))
@@ -62,11 +62,11 @@ def check_split(accelerator: Accelerator) -> str:
     with accelerator.split_between_processes(items, apply_padding=True) as mine:
         lengths = gather_object([len(mine)])
     expect(len(set(lengths)) == 1, f"padded parts have lengths {lengths}")
-    return "split_between_processes shares out every item once"
+    return "split_between_processes assigns every item once"
 
 
 def check_collectives(accelerator: Accelerator) -> str:
-    """gather, reduce, broadcast, pad_across_processes, objects."""
+    """Checks gather, reduce, broadcast, pad_across_processes, and objects."""
     rank, size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     mine = torch.full((2, 3), float(rank), device=device)
     gathered = accelerator.gather({"x": mine})["x"]
@@ -85,18 +85,18 @@ def check_collectives(accelerator: Accelerator) -> str:
 
 
 def check_random_states(accelerator: Accelerator) -> str:
-    """Ranks differ when told to, and agree after synchronisation."""
+    """Checks that device-specific seeds differ, and that ranks agree after synchronization."""
     set_seed(42, device_specific=True)
     drawn = gather_object([torch.rand(1).item()])
     expect(len(set(drawn)) == accelerator.num_processes, "device-specific seeds gave equal numbers")
     synchronize_rng_states(["torch"])
     drawn = gather_object([torch.rand(1).item()])
-    expect(len(set(drawn)) == 1, f"after synchronisation ranks drew {drawn}")
-    return "random number generators can be synchronised"
+    expect(len(set(drawn)) == 1, f"after synchronization ranks drew {drawn}")
+    return "random number generators can be synchronized"
 
 
 def check_data(accelerator: Accelerator) -> str:
-    """Each way of sharing data out shows every sample, and gather_for_metrics gives each back once, in order."""
+    """Checks that each loader configuration reads every sample, and gather_for_metrics returns each once, in order."""
     ways = 0
     for split_batches in (False, True):
         for dispatch_batches in (False, True):
@@ -106,16 +106,16 @@ def check_data(accelerator: Accelerator) -> str:
                 expect(sorted(seen) == list(range(SAMPLES)), f"{where}: samples came back as {seen}")
                 expect(shuffle or seen == list(range(SAMPLES)), f"{where}: samples came back in the order {seen}")
                 ways += 1
-    return f"data is read as by one process, in {ways} ways; gather_for_metrics drops what was repeated"
+    return f"data is read as by one process, in {ways} configurations; gather_for_metrics drops repeated samples"
 
 
 def _epoch(accelerator: Accelerator, split_batches: bool, dispatch_batches: bool, shuffle: bool) -> list[int]:
-    """The samples of one epoch, gathered from all ranks."""
+    """Returns the samples of one epoch, gathered from all ranks."""
     accelerator.dataloader_config = DataLoaderConfiguration(
         split_batches=split_batches, dispatch_batches=dispatch_batches, use_seedable_sampler=True
     )
     set_seed(7)
-    batch_size = 2 * accelerator.num_processes  # one that can be split evenly
+    batch_size = 2 * accelerator.num_processes  # divisible, for split_batches
     data = TensorDataset(torch.arange(SAMPLES))
     loader = accelerator.prepare(DataLoader(data, batch_size=batch_size, shuffle=shuffle))
     seen: list[int] = []
@@ -125,7 +125,7 @@ def _epoch(accelerator: Accelerator, split_batches: bool, dispatch_batches: bool
 
 
 def check_training(accelerator: Accelerator) -> str:
-    """A short training ends with the weights of one process that sees the same samples."""
+    """Checks that a short training ends with the weights of a single process on the same samples."""
     exact = accelerator.mixed_precision == "no" and accelerator.device.type != "mps"
     dtype = torch.float64 if exact else torch.float32
     inputs, targets, weights = _problem(dtype)
@@ -155,7 +155,7 @@ def check_training(accelerator: Accelerator) -> str:
 
 
 def check_accumulation(accelerator: Accelerator) -> str:
-    """Gradients that are accumulated over micro-batches are those of the whole batch."""
+    """Checks that gradients accumulated over micro-batches equal those of the whole batch."""
     exact = accelerator.mixed_precision == "no" and accelerator.device.type != "mps"
     inputs, targets, weights = _problem(torch.float64 if exact else torch.float32)
     size = accelerator.num_processes
@@ -180,8 +180,8 @@ def check_accumulation(accelerator: Accelerator) -> str:
 
 
 def check_trigger(accelerator: Accelerator) -> str:
-    """One rank's flag is seen by all."""
-    expect(not accelerator.check_trigger(), "a trigger was set that nobody set")
+    """Checks that one rank's trigger is visible on all."""
+    expect(not accelerator.check_trigger(), "check_trigger is true though no process called set_trigger")
     if accelerator.is_last_process:
         accelerator.set_trigger()
     expect(accelerator.check_trigger(), "the last process set a trigger, and this one did not see it")
@@ -190,14 +190,14 @@ def check_trigger(accelerator: Accelerator) -> str:
 
 @contextmanager
 def _accumulating(accelerator: Accelerator, steps: int) -> Iterator[None]:
-    """Accumulates over `steps` micro-batches, whatever the launcher chose."""
+    """Overrides the number of accumulation steps inside the block."""
     before, accelerator.gradient_accumulation_steps = accelerator.gradient_accumulation_steps, steps
     yield
     accelerator.gradient_accumulation_steps = before
 
 
 def _problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs [n, 3], targets [n, 1], starting weights [1, 3]; n suits every number of processes up to the real one."""
+    """Returns inputs [n, 3], targets [n, 1] and initial weights [1, 3], with n proportional to the number of processes."""
     generator = torch.Generator().manual_seed(3)
     size = AcceleratorState().num_processes
     inputs = torch.randn(64 * size, 3, generator=generator, dtype=dtype)
@@ -215,7 +215,7 @@ def _model(weights: torch.Tensor) -> torch.nn.Linear:
 def _train_alone(
     inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, batch: int, epochs: int = 3
 ) -> torch.Tensor:
-    """What plain PyTorch makes of the same samples on one process, on the CPU."""
+    """Trains on the same samples with plain PyTorch in one process on the CPU, and returns the weights."""
     model = _model(weights)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(epochs):
@@ -248,7 +248,7 @@ CHECKS: tuple[Callable[[Accelerator], str], ...] = (
 def main() -> None:
     """Runs every check."""
     accelerator = Accelerator()
-    accelerator.print(f"Checking this set-up.\n{AcceleratorState()!r}")
+    accelerator.print(f"Checking this setup.\n{AcceleratorState()!r}")
     for check in CHECKS:
         result = check(accelerator)
         accelerator.free_memory()

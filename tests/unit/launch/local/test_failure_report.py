@@ -45,7 +45,7 @@ TIMED_OUT = (
     "RuntimeError: [/gloo/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
     "RuntimeError: [/gloo/unbound_buffer.cc:129] Timed out waiting 3000ms for send operation to complete",
     "DistBackendError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE)",
-    "RuntimeError: rank 0 of 2 waited 2 s for rank 1 to join and gave up. Look at what those processes printed",
+    "RuntimeError: rank 0 of 2 waited 2 s for rank 1 to join and gave up. Check the output of those processes",
     "DistStoreError: wait timeout after 2000ms, keys: /accelerate/0/complete",
 )
 

@@ -53,9 +53,9 @@ def test_a_dataset_is_selected_from():
 
 
 def test_what_cannot_be_divided_is_refused():
-    with pytest.raises(TypeError, match="cannot divide a int"):
+    with pytest.raises(TypeError, match="cannot split a int"):
         partition.split(5, 0, 2)
-    with pytest.raises(TypeError, match="cannot divide a set"):
+    with pytest.raises(TypeError, match="cannot split a set"):
         partition.split({1, 2}, 0, 2)
     with pytest.raises(ValueError, match=r"\{'a': 3, 'b': 1\}"):
         partition.split({"a": [1, 2, 3], "b": [1]}, 0, 2)

@@ -22,7 +22,7 @@ def test_a_main_process_that_does_not_answer_is_named():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = RankInfo(1, 2, 1, 2, "torchrun", "127.0.0.1", port)
-    with pytest.raises(RuntimeError, match=rf"rank 1 of 2 could not meet its peers at 127.0.0.1:{port}"):
+    with pytest.raises(RuntimeError, match=rf"rank 1 of 2 could not connect to the store at 127.0.0.1:{port}"):
         rendezvous.init_store(place, None, datetime.timedelta(seconds=1))
 
 
@@ -47,6 +47,6 @@ def test_a_taken_port_says_so():
 def test_rank_0_that_is_not_where_its_peers_look_for_it_says_so():
     place = RankInfo(0, 4, 0, 2, "Open MPI", "192.0.2.77", 29500, "OMPI_MCA_orte_hnp_uri")
     with pytest.raises(
-        RuntimeError, match=r"look for it at 192.0.2.77, which OMPI_MCA_orte_hnp_uri led to: set MASTER_ADDR"
+        RuntimeError, match=r"connect to 192.0.2.77, guessed from OMPI_MCA_orte_hnp_uri: set MASTER_ADDR"
     ):
         rendezvous.init_store(place, None, datetime.timedelta(seconds=1))
