@@ -410,11 +410,7 @@ def is_habana_gaudi1() -> bool:
 
 @functools.lru_cache
 def is_torch_xla_available(check_is_tpu: bool = False, check_is_gpu: bool = False) -> bool:
-    """Returns whether torch_xla is installed and enabled (``USE_TORCH_XLA``).
-
-    Args:
-        check_is_tpu: Return whether its device is a TPU as well.
-        check_is_gpu: Return whether its device is a GPU as well.
+    """Returns whether torch_xla is installed and enabled (``USE_TORCH_XLA``), and its device is a TPU or GPU if requested.
 
     Raises:
         ValueError: if both are set.
