@@ -1,4 +1,4 @@
-"""A handful of the points of `make crash`: saves killed with SIGKILL at system calls, of one rank and of two."""
+"""A few points of `make crash`: saves of one and two ranks killed by SIGKILL at system calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("torchdata.stateful_dataloader")
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 @pytest.mark.parametrize(("ranks", "points"), [(1, 8), (2, 5)])
-def test_a_save_killed_at_system_calls_leaves_a_whole_checkpoint(ranks: int, points: int) -> None:
+def test_a_save_killed_at_system_calls_leaves_a_complete_checkpoint(ranks: int, points: int) -> None:
     how = ["--points", str(points), "--ranks", str(ranks)]
     command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.crash", *how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

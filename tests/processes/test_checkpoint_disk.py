@@ -1,4 +1,4 @@
-"""Saves on a disk that is full, read-only, fails or is slow: an error on every rank, or none (by a preloaded library)."""
+"""Saves to full, read-only, failing and slow disks, simulated by a preloaded library: an error on every rank, or none."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def folders(recipe: Recipe) -> list[str]:
 
 
 def one_save(run: Training, plan: Path, text: str, asynchronous: bool) -> str:
-    """Saves while calls fail as the plan says; returns the error's message, or nothing."""
+    """Saves while calls fail according to a plan; returns the error message, or an empty string."""
     accelerator = run.accelerator
     plan.write_text(text)
     accelerator.wait_for_everyone()
@@ -85,7 +85,7 @@ def one_save(run: Training, plan: Path, text: str, asynchronous: bool) -> str:
 
 
 def saves(recipe: Recipe, plans: str) -> list[str]:
-    """Tries all failures, in the background and not; returns what each save said."""
+    """Tries all failures, synchronously and asynchronously; returns the outcome of each save."""
     run = Training.start(recipe).train(2)
     accelerator = run.accelerator
     accelerator.register_for_checkpointing(Ballast())
@@ -110,9 +110,7 @@ def saves(recipe: Recipe, plans: str) -> list[str]:
     return messages
 
 
-def test_a_failing_disk_is_an_error_on_every_rank_and_loses_nothing(
-    pool_on_a_failing_disk: RankPool, tmp_path: Path
-) -> None:
+def test_disk_failures_raise_on_every_rank_and_lose_nothing(pool_on_a_failing_disk: RankPool, tmp_path: Path) -> None:
     (tmp_path / "plans").mkdir()
     recipe = Recipe(str(tmp_path / "project"), limit=1)
     ranks = pool_on_a_failing_disk.run(2, saves, recipe, str(tmp_path / "plans"), timeout=240)
@@ -124,7 +122,7 @@ def test_a_failing_disk_is_an_error_on_every_rank_and_loses_nothing(
 
 
 TIMEOUT, SLOW = 2.0, 3.0
-"""Seconds: of the training group, and of one call of rank 0's disk (or of one object)."""
+"""Seconds: timeout of the training group, and duration of one call of rank 0's disk (or of one object)."""
 
 
 class SlowToLoad(Ballast):
@@ -143,7 +141,7 @@ OPERATIONS = [
 
 
 def operation_on_a_slow_disk(operation: str, folder: str) -> Any:
-    """Runs one operation of which one call takes longer than the training group's timeout; then the ranks meet there."""
+    """Runs an operation with a call that outlasts the training group's timeout, then a collective of that group."""
     sharded = operation.endswith((" shards", " whole", "fsdp_model"))
     run = Training.start(Recipe(f"{folder}/project", sharded=sharded)).train(1)
     accelerator = run.accelerator
@@ -174,7 +172,7 @@ def operation_on_a_slow_disk(operation: str, folder: str) -> Any:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_ranks_wait_longer_for_a_disk_than_the_training_group_would(
+def test_ranks_wait_for_slow_disks_beyond_the_training_groups_timeout(
     pool_on_a_failing_disk: RankPool, tmp_path: Path, operation: str
 ) -> None:
     pool_on_a_failing_disk.run(2, operation_on_a_slow_disk, operation, str(tmp_path))
@@ -196,10 +194,10 @@ def killed_while_writing(folder: str, sharded: bool, victim: int) -> str:
 @pytest.mark.parametrize(
     ("sharded", "victim"), [(False, 0), *(pytest.param(True, rank, marks=FSDP2_ON_CPU) for rank in (0, 1))]
 )
-def test_a_rank_killed_in_a_save_ends_it_on_the_others_at_once(
+def test_a_killed_rank_fails_the_save_on_other_ranks_at_once(
     run_ranks: Any, tmp_path: Path, sharded: bool, victim: int
 ) -> None:
-    # Far sooner than after the hours for which ranks wait for a disk: else the call would not answer.
+    # Must fail long before the timeout for disks, which is hours.
     results = run_ranks(3, killed_while_writing, str(tmp_path), sharded, victim, raises=True, timeout=60)
     assert results[victim].kind == "died"
     for failure in (results[rank] for rank in range(3) if rank != victim):

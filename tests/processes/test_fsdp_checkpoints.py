@@ -1,4 +1,4 @@
-"""Checkpoints of sharded training: saved on some ranks by one kind of run, loaded on others by another, bit for bit."""
+"""Sharded checkpoints: saved with one strategy and world size, loaded with another, bit for bit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _accelerator(kind: Kind, **more: Any) -> Accelerator:
 
 
 def _run(kind: Kind, steps: int, seed: int = 0, **more: Any) -> tuple[Accelerator, Any, Any]:
-    """A run of the small model: tied embeddings, a frozen part, two groups, sizes that no number of ranks divides."""
+    """Trains the small model: tied embeddings, frozen parameters, two groups, sizes that no world size divides."""
     accelerator = _accelerator(kind, **more)
     torch.manual_seed(seed)
     model = Tiny()
@@ -60,7 +60,7 @@ def _train(accelerator: Accelerator, model: nn.Module, optimizer: Any, steps: in
 
 
 def _state(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Everything, by torch's own means: weights, and the optimizer's states by the parameter's name."""
+    """Returns weights and optimizer states by FQN, as torch's own state-dict API returns them."""
     options = StateDictOptions(full_state_dict=True)
     bare = accelerator.unwrap_model(model) if accelerator.distributed_type != "FSDP" else model
     return {
@@ -87,7 +87,7 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def _save_all(folder: str) -> list[str]:
-    """Saves a run of each kind, and beside it what torch says that it held."""
+    """Saves a run of each kind, and the state that torch's API returns for it."""
     there = []
     for number, name in enumerate(RUN):
         accelerator, model, optimizer = _run(KINDS[name], steps=3)
@@ -104,7 +104,7 @@ def _save_all(folder: str) -> list[str]:
 
 
 def _load_all(folders: list[str]) -> list[str]:
-    """Loads each into a run that holds something else, of all kinds in turn; what two ranks saved, there into every kind."""
+    """Loads each checkpoint into a run with another state, of all kinds in turn; those of two ranks into every kind."""
     found = []
     for index, folder in enumerate(folders):
         expected = torch.load(f"{folder}.torch", weights_only=True)
@@ -118,7 +118,7 @@ def _load_all(folders: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_loads_what_any_other_saved(run_ranks: Any, tmp_path: Path) -> None:
+def test_reshard_on_load_across_world_sizes_and_strategies(run_ranks: Any, tmp_path: Path) -> None:
     folders = [folder for ranks in (1, 2, 3) for folder in run_ranks(ranks, _save_all, str(tmp_path))[0]]
     assert len(folders) == 3 * len(RUN)
     for ranks in (1, 2, 3):
@@ -137,7 +137,7 @@ def _said(kind: type[Exception], act: Callable[[], Any]) -> str:
 
 
 def _damaged(folder: str, name: str) -> list[str]:
-    """What is said of a checkpoint whose files were damaged, of one of another model, and of a bad moment."""
+    """Returns the errors for damaged files, for another model, and for a save within an accumulation window."""
     accelerator, model, optimizer = _run(KINDS[name], steps=1, gradient_accumulation_steps=2)
     accelerator.save_state(folder)
     before = _state(accelerator, model, optimizer)
@@ -177,7 +177,7 @@ def _cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHARDED_RUNS)
-def test_what_is_damaged_is_named_on_every_rank(run_ranks: Any, tmp_path: Path, name: str) -> None:
+def test_damaged_files_are_named_on_every_rank(run_ranks: Any, tmp_path: Path, name: str) -> None:
     wanted = [
         "optimizer_0/__1_0.distcp: corrupt: its content differs from what was saved",
         "pytorch_model_fsdp_0/__0_0.distcp: corrupt: it has",
@@ -191,7 +191,7 @@ def test_what_is_damaged_is_named_on_every_rank(run_ranks: Any, tmp_path: Path, 
 
 
 class Other(nn.Module):
-    """Of the small model: one layer fewer, a wider one, one that it does not have."""
+    """Variant of the small model: one layer missing, one wider, one added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ def _misfit(folder: str, names: list[str]) -> list[list[str]]:
     return found
 
 
-def test_what_does_not_fit_is_listed(run_ranks: Any, tmp_path: Path) -> None:
+def test_mismatches_are_listed(run_ranks: Any, tmp_path: Path) -> None:
     files = {
         "1 sharded": ("pytorch_model_fsdp_0", "optimizer_0"),
         "2 full": ("pytorch_model_fsdp.bin", "optimizer.bin"),
@@ -244,7 +244,7 @@ _FLAT: Kind = (1, {"use_orig_params": False, "state_dict_type": SHARDED})
 
 
 def _several(kind: Kind, seed: int, steps: int) -> tuple[Accelerator, list[Any], list[Any]]:
-    """Two models with an optimizer each, one of which has no state for what it does not train; bf16 with float32 masters."""
+    """Trains two models with an optimizer each, one with frozen parameters; bf16 with float32 master weights."""
     accelerator = _accelerator(kind, mixed_precision="bf16")
     torch.manual_seed(seed)
     models: list[Any] = [nn.Sequential(Block(5), Block(5)), nn.Sequential(Block(3))]
@@ -280,7 +280,7 @@ def _several_there_and_back(folder: str) -> list[str]:
     return found
 
 
-def test_several_models_and_flat_parameters_come_back(run_ranks: Any, tmp_path: Path) -> None:
+def test_several_models_and_flat_parameters(run_ranks: Any, tmp_path: Path) -> None:
     assert run_ranks(2, _several_there_and_back, str(tmp_path)) == [[], []]
     sharded = tmp_path / ("2 sharded" if "2 sharded" in RUN else "flat")
     there = {path.relative_to(sharded).as_posix() for path in sharded.rglob("*.distcp")}
@@ -325,7 +325,7 @@ def _hooked(folder: str) -> list[Any]:
 
 
 @FSDP2_ON_CPU
-def test_hooks_take_models_out(run_ranks: Any, tmp_path: Path) -> None:
+def test_hooks_remove_models(run_ranks: Any, tmp_path: Path) -> None:
     expected = [(True, "embedding.weight"), "mine", [], True, True]
     assert run_ranks(2, _hooked, str(tmp_path / "it")) == [expected] * 2
     assert {path.name for path in tmp_path.iterdir()} == {"it"}
@@ -354,7 +354,7 @@ def _read_by_torch(folder: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", SHARDED_RUNS)
-def test_weights_are_the_same_for_all_who_read_them(run_ranks: Any, tmp_path: Path, name: str, capsys: Any) -> None:
+def test_all_readers_return_the_same_weights(run_ranks: Any, tmp_path: Path, name: str, capsys: Any) -> None:
     from safetensors.torch import load_file
 
     from accelerate.commands.accelerate_cli import main

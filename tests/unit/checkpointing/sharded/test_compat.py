@@ -1,4 +1,4 @@
-"""Names and shapes of weights: what a checkpoint lacks or has too much, tied names and what is no tensor left alone."""
+"""Comparison of weights by name and shape: missing and extra keys, tied tensors, values other than tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def found(live: dict[str, object], saved: dict[str, object], *tied: list[str]) -
     return [str(one) for one in compare_weights("m", "Net", live, saved, tied_names(live), group_ties(tied))]
 
 
-def test_everything_that_differs_is_told() -> None:
+def test_all_differences_are_listed() -> None:
     live = {"a": W, "b": V, "c": torch.ones(1)}
     saved = {"a": W.T, "d": V, "c": "text"}
     assert found(live, saved) == [
@@ -34,18 +34,18 @@ def test_everything_that_differs_is_told() -> None:
     assert list(compatible_entries(live, {**saved, "b": V})) == ["b"]
 
 
-def test_one_name_of_a_tied_tensor_will_do() -> None:
+def test_one_name_of_a_tied_tensor_suffices() -> None:
     assert found({"a": W, "b": W}, {"b": W}) == []
     assert found({"a": W}, {"a": W, "b": W}, ["a", "b"]) == []
     assert found({"a": W}, {"a": W, "b": W}, ["b", "c"]) != []
     assert missing_keys({"a": W, "b": W}, {}, tied_names({"a": W, "b": W})) == ["a", "b"]
 
 
-def test_what_ranks_hold_is_compared_by_the_whole_shape() -> None:
+def test_local_shards_are_compared_by_full_shape() -> None:
     shard = LocalShard(full_layout((2, 3), is_writer=True), torch.ones(0))
     assert found({"a": shard}, {"a": lazy_tensor(W)}) == []
     assert found({"a": shard}, {"a": lazy_tensor(V)}) == ["m: shape: 'a' is of shape [4], and of shape [2, 3] in Net"]
 
 
-def test_what_a_module_keeps_besides_tensors_is_its_own_business() -> None:
+def test_extra_state_is_not_compared() -> None:
     assert found({"a._extra_state": W, "_extra_state": None}, {"a._extra_state": V, "_extra_state": V}) == []

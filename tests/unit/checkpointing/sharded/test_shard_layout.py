@@ -1,4 +1,4 @@
-"""Pieces of a tensor: each element in exactly one of them, found in about as many steps as there are pieces."""
+"""Chunks of a tensor: tilings are recognized, in about linear time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def chunks_in(draw: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], t
 
 
 @given(chunks_in())
-def test_it_is_what_counting_finds(case: Any) -> None:
+def test_is_tiled_agrees_with_counting_elements(case: Any) -> None:
     shape, chunks = case
     counts = torch.zeros(shape, dtype=torch.int)
     for offsets, sizes in chunks:
@@ -36,7 +36,7 @@ def test_it_is_what_counting_finds(case: Any) -> None:
 
 
 @given(shapes, st.lists(st.integers(0, 64), max_size=5))
-def test_stretches_of_a_flattened_tensor_make_it_up(shape: tuple[int, ...], cuts: list[int]) -> None:
+def test_flat_ranges_tile_the_tensor(shape: tuple[int, ...], cuts: list[int]) -> None:
     count = torch.Size(shape).numel()
     places = [0, *sorted(min(cut, count) for cut in cuts), count]
     layouts = [flat_range_to_layout(shape, start, stop, 0, True) for start, stop in itertools.pairwise(places)]
@@ -47,7 +47,7 @@ def test_stretches_of_a_flattened_tensor_make_it_up(shape: tuple[int, ...], cuts
 
 
 @pytest.mark.parametrize("along", [0, 1])
-def test_many_pieces_are_compared_with_few(along: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_compared_with_few_others(along: int, monkeypatch: pytest.MonkeyPatch) -> None:
     count, compared, overlap = 3000, [0], shard_layout.overlap
 
     def counted(*args: Any) -> Any:
@@ -61,5 +61,5 @@ def test_many_pieces_are_compared_with_few(along: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("chunks", [[((0,), (2, 1))], [((-1, 0), (3, 2))], [((0, 0), (3, 1)), ((0, 1), (2, 2))]])
-def test_boxes_beside_the_shape(chunks: Any) -> None:
+def test_chunks_outside_the_shape(chunks: Any) -> None:
     assert not is_tiled((2, 2), chunks)

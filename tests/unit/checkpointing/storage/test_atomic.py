@@ -1,4 +1,4 @@
-"""A commit either makes a checkpoint real, or says why not and leaves what was there."""
+"""A commit either completes, or raises and leaves the previous checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def committed(staging: Path, target: Path, *more: FileRecord) -> None:
     atomic.commit(staging, target, records, world_size=1, step=0, number=0)
 
 
-def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+def test_commit_names_vanished_files(tmp_path: Path) -> None:
     staging = staged(tmp_path / "c")
     with pytest.raises(FileNotFoundError, match=r"vanished from .*: gone\.bin"):
         committed(staging, tmp_path / "c", FileRecord("gone.bin", 1, ("00000000",)))
@@ -32,7 +32,7 @@ def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("replaces", [False, True])
-def test_a_folder_that_cannot_be_synced_is_no_checkpoint(
+def test_commit_fails_if_a_folder_cannot_be_synced(
     tmp_path: Path, replaces: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "c"
@@ -57,7 +57,7 @@ def test_a_folder_that_cannot_be_synced_is_no_checkpoint(
     assert (target / "weights.bin").read_text() == "weights 2"
 
 
-def test_files_that_others_wrote_are_recorded(tmp_path: Path) -> None:
+def test_files_of_hooks_are_fingerprinted(tmp_path: Path) -> None:
     staging = staged(tmp_path / "c")
     (staging / "of_a_hook.txt").write_text("notes")
     committed(staging, tmp_path / "c")
@@ -67,7 +67,7 @@ def test_files_that_others_wrote_are_recorded(tmp_path: Path) -> None:
     assert [problem.file for problem in manifest.verify(tmp_path / "c", whole)] == ["of_a_hook.txt"]
 
 
-def test_all_of_a_checkpoint_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_folders_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[int] = set()
     fsync = os.fsync
 

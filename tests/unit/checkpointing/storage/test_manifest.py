@@ -1,4 +1,4 @@
-"""Whatever a manifest says, with the right checksum or none: reading it gives a manifest or a ValueError."""
+"""Reading any manifest, with a valid checksum or not, returns a `Manifest` or raises ValueError."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def body(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
 
 
 def read(folder: Path) -> None:
-    """Reads a manifest by every way: there is one kind of error."""
+    """Reads a manifest through every public path; all raise the same errors."""
     try:
         found = manifests.read(folder)
     except ValueError as error:
@@ -46,7 +46,7 @@ def read(folder: Path) -> None:
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(key=st.sampled_from(KEYS), value=plain)
-def test_any_value_of_a_key(body: Any, key: str, value: Any) -> None:
+def test_arbitrary_values(body: Any, key: str, value: Any) -> None:
     folder, whole = body
     hostile.write_body(folder / manifests.NAME, {**whole, key: value})
     read(folder)
@@ -54,7 +54,7 @@ def test_any_value_of_a_key(body: Any, key: str, value: Any) -> None:
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(name=st.text(max_size=8), record=plain, size=plain, sums=plain)
-def test_any_record(body: Any, name: str, record: Any, size: Any, sums: Any) -> None:
+def test_arbitrary_records(body: Any, name: str, record: Any, size: Any, sums: Any) -> None:
     folder, whole = body
     for entry in (record, {"size": size, "crc32": sums}, {"size": 0, "crc32": sums}, {"size": size, "crc32": ["0"]}):
         hostile.write_body(folder / manifests.NAME, {**whole, "files": {**whole["files"], name: entry}})
@@ -63,14 +63,14 @@ def test_any_record(body: Any, name: str, record: Any, size: Any, sums: Any) -> 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(content=st.binary(max_size=40) | plain.map(lambda value: json.dumps(value).encode()))
-def test_any_content(body: Any, content: bytes) -> None:
+def test_arbitrary_content(body: Any, content: bytes) -> None:
     folder, _ = body
     (folder / manifests.NAME).write_bytes(content)
     read(folder)
 
 
 @pytest.mark.parametrize("value", ["two", None, 0, -1, 2.0, True, [1], 2**70])
-def test_a_number_of_processes_that_is_none(body: Any, value: Any) -> None:
+def test_invalid_world_size(body: Any, value: Any) -> None:
     folder, whole = body
     hostile.write_body(folder / manifests.NAME, {**whole, "world_size": value})
     with pytest.raises(LoadError, match="its 'world_size' is .*; expected a number of at least 1"):

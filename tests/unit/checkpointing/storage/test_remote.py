@@ -1,4 +1,4 @@
-"""Checkpoints and models at URLs: there and back, refused where something is in the way, whole or not at all."""
+"""Checkpoints and models at URLs: round trips, rejected targets, uploads that are complete or absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from accelerate.settings.handlers import ProjectConfiguration
 
 @pytest.fixture(params=["memory", "file"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A place for checkpoints, with a space in it."""
+    """Yields a URL for checkpoints, with a space in it."""
     base = "memory://bucket/my runs" if request.param == "memory" else f"file://{tmp_path}/my runs"
     yield base
     files, path = fsspec.core.url_to_fs(base)
@@ -30,7 +30,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where files are on their way; nothing is left there."""
+    """Yields the staging folder of uploads, which is empty afterwards."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -48,7 +48,7 @@ def run() -> tuple[Accelerator, Any, Any]:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_there_and_back(url: str, asynchronous: bool) -> None:
+def test_round_trip(url: str, asynchronous: bool) -> None:
     accelerator, model, _ = run()
     before = model.weight.detach().clone()
     assert accelerator.save_state(f"{url}/step 1", asynchronous=asynchronous) == f"{url}/step 1"
@@ -60,7 +60,7 @@ def test_there_and_back(url: str, asynchronous: bool) -> None:
     assert {name.rpartition("/")[2] for name in files.ls(path, detail=False)} >= {"manifest.json", "model.safetensors"}
 
 
-def test_a_checkpoint_is_not_written_over(url: str) -> None:
+def test_existing_checkpoints_are_not_overwritten(url: str) -> None:
     accelerator, model, _ = run()
     accelerator.save_state(f"{url}/x")
     before = model.weight.detach().clone()
@@ -72,7 +72,7 @@ def test_a_checkpoint_is_not_written_over(url: str) -> None:
     assert torch.equal(model.weight, before)
 
 
-def test_one_that_was_not_finished_or_is_damaged_is_none(url: str) -> None:
+def test_unfinished_and_damaged_checkpoints_are_rejected(url: str) -> None:
     accelerator, model, _ = run()
     accelerator.save_state(f"{url}/x")
     files, path = fsspec.core.url_to_fs(f"{url}/x")
@@ -85,11 +85,11 @@ def test_one_that_was_not_finished_or_is_damaged_is_none(url: str) -> None:
     with pytest.raises(LoadError, match="manifest.json: missing"):
         accelerator.load_state(f"{url}/x")
     assert torch.equal(model.weight, before)
-    accelerator.save_state(f"{url}/x")  # what is left of an unfinished one is in nobody's way
+    accelerator.save_state(f"{url}/x")  # files of an unfinished upload are overwritten
     accelerator.load_state(f"{url}/x")
 
 
-def test_an_upload_that_fails_leaves_no_manifest(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_uploads_leave_no_manifest(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator, _, _ = run()
     files, path = fsspec.core.url_to_fs(f"{url}/x")
     whole = type(files).put_file
@@ -107,7 +107,7 @@ def test_an_upload_that_fails_leaves_no_manifest(url: str, monkeypatch: pytest.M
     accelerator.save_state(f"{url}/x")
 
 
-def test_models_and_objects(url: str) -> None:
+def test_save_model_and_save(url: str) -> None:
     accelerator, model, _ = run()
     accelerator.save_model(model, f"{url}/model", max_shard_size=64)
     accelerator.save({"a": torch.ones(2)}, f"{url}/object.bin")
@@ -118,7 +118,7 @@ def test_models_and_objects(url: str) -> None:
         assert torch.load(file)["a"].tolist() == [1, 1]
 
 
-def test_places_nobody_knows() -> None:
+def test_unsupported_protocols() -> None:
     accelerator, _, _ = run()
     before = os.listdir()
     with pytest.raises(SaveError, match="nosuch://a/b cannot be reached: Protocol not known"):
@@ -137,7 +137,7 @@ def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
         accelerator.save_state("memory://x")
 
 
-def test_a_project_is_a_local_folder() -> None:
+def test_project_dir_must_be_local() -> None:
     accelerator = Accelerator(
         cpu=True,
         project_config=ProjectConfiguration(project_dir="memory://project", automatic_checkpoint_naming=True),
@@ -150,6 +150,6 @@ def test_a_project_is_a_local_folder() -> None:
 
 
 @pytest.mark.parametrize("path", ["C:\\runs", "c://runs", "runs/a:b", "/abs", "~/x", Path("memory://x"), None])
-def test_what_is_no_url(path: Any) -> None:
+def test_is_url(path: Any) -> None:
     assert not is_url(path)
     assert is_url("s3://bucket") and is_url("simplecache::s3://bucket")

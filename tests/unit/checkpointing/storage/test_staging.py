@@ -1,6 +1,6 @@
-"""The staging buffer: what is copied beside the host, when it is waited for, and that memory is used again.
+"""The staging buffer: asynchronous copies, their synchronization, and the reuse of memory.
 
-No device with streams is needed: recorders stand for one where a copy starts and where it is waited for.
+No device with streams is needed: recorders simulate one where a copy starts and where it is synchronized.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from accelerate.checkpointing.storage.staging import StagingBuffer, is_dense_cpu
 
 
 class Streams(StagingBuffer):
-    """Tensors on "meta" stand for those on a device with streams; they have no values to copy."""
+    """Simulates a device with streams by tensors on "meta", which have no values to copy."""
 
     pinned_device_types = ("meta",)
 
@@ -40,7 +40,7 @@ class Streams(StagingBuffer):
         self.synchronized.append(device)
 
 
-def test_tensors_of_a_device_go_to_pinned_memory_with_one_synchronization() -> None:
+def test_device_tensors_are_staged_in_pinned_memory_with_one_synchronization() -> None:
     sources = [
         torch.empty(3, 4, device="meta"),
         torch.nn.Parameter(torch.empty(5, dtype=torch.bfloat16, device="meta")),
@@ -64,7 +64,7 @@ def test_tensors_of_a_device_go_to_pinned_memory_with_one_synchronization() -> N
         assert copy.device.type == "cpu"
 
 
-def test_memory_is_used_again_and_released_when_it_is_not() -> None:
+def test_memory_is_reused_and_unused_memory_is_released() -> None:
     buffer = Streams()
     for _ in range(3):
         buffer.clear()
@@ -73,7 +73,7 @@ def test_memory_is_used_again_and_released_when_it_is_not() -> None:
         buffer.copy(torch.empty(3))
         buffer.wait()
     assert buffer.allocated == [(12, True), (12, False), (12, False)]
-    buffer.clear()  # these copies have no use for two of them
+    buffer.clear()  # the following copies leave two of them unused
     buffer.copy(torch.empty(3))
     buffer.clear()
     for device in ("meta", "cpu", "cpu"):
@@ -81,7 +81,7 @@ def test_memory_is_used_again_and_released_when_it_is_not() -> None:
     assert buffer.allocated[3:] == [(12, True), (12, False)]
 
 
-def test_memory_that_cannot_be_pinned_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pageable_memory_replaces_pinned_memory_that_cannot_be_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
     def refuse(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
@@ -94,7 +94,7 @@ def test_memory_that_cannot_be_pinned_is_taken_as_it_is(monkeypatch: pytest.Monk
 
 
 class Delayed(StagingBuffer):
-    """Takes tensors of the CPU for those of a device whose copies are done at the synchronization, and no sooner."""
+    """Simulates a device by CPU tensors whose copies complete at the synchronization only."""
 
     pinned_device_types = ("cpu",)
 
@@ -130,7 +130,7 @@ class Delayed(StagingBuffer):
 
 
 class Gate(threading.Event):
-    """Holds back all writing in the background until it is set."""
+    """Blocks all background writes until it is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class Gate(threading.Event):
         monkeypatch.setitem(TORCH.__dict__, "write", held_back)
 
     def set_soon(self) -> None:
-        """Sets it while the caller is in its next call."""
+        """Sets the event during the caller's next call."""
         threading.Timer(0.2, self.set).start()
 
 
@@ -165,7 +165,7 @@ def values(model: Any, optimizer: Any) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in (*model.parameters(), *moments)]
 
 
-def test_saves_in_the_background_hold_the_state_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_async_saves_contain_the_state_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
     model, optimizer = trained(accelerator)
     writer = accelerator._checkpoints._writer
@@ -192,7 +192,7 @@ def test_saves_in_the_background_hold_the_state_of_their_step(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("call", ["save_state", "load_state", "end_training", "wait_for_checkpoint"])
-def test_a_save_under_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_calls_wait_for_a_pending_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     accelerator = Accelerator(cpu=True)
     trained(accelerator)
     accelerator.save_state(tmp_path / "before")

@@ -1,4 +1,4 @@
-"""A file that is read and compared with its checksums in one go: the same bytes, or an error; what a load makes of it."""
+"""Reads verified against checksums: the saved bytes, or an error, which fails the load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def evict(path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 4096, BLOCK_SIZE, BLOCK_SIZE + 1, 4 * BLOCK_SIZE - 5])
 @pytest.mark.parametrize("cached", [True, False])
-def test_it_reads_what_is_there(tmp_path: Path, size: int, cached: bool) -> None:
+def test_reads_return_the_content(tmp_path: Path, size: int, cached: bool) -> None:
     content = random.Random(size).randbytes(size)
     path = tmp_path / "file"
     path.write_bytes(content)
@@ -41,7 +41,7 @@ def test_it_reads_what_is_there(tmp_path: Path, size: int, cached: bool) -> None
     with ChecksummedReader(path, record) as file:
         assert file.read() == content
         draw = random.Random(1)
-        for _ in range(12):  # as an archive is read: its end, its beginning, back and forth
+        for _ in range(12):  # as zip archives are read: the end, the start, back and forth
             start, count = draw.randrange(size + 1), draw.choice([1, 30, 4096, 2 * BLOCK_SIZE])
             file.seek(start)
             assert file.read(count) == content[start : start + count]
@@ -51,7 +51,7 @@ def test_it_reads_what_is_there(tmp_path: Path, size: int, cached: bool) -> None
 
 
 @pytest.mark.parametrize("place", [0, BLOCK_SIZE - 1, BLOCK_SIZE, 2 * BLOCK_SIZE + 6])
-def test_a_changed_byte_is_never_handed_out(tmp_path: Path, place: int) -> None:
+def test_corrupt_bytes_are_never_returned(tmp_path: Path, place: int) -> None:
     path = tmp_path / "file"
     content = bytearray(2 * BLOCK_SIZE + 7)
     path.write_bytes(content)
@@ -85,7 +85,7 @@ def flip(path: Path, place: int = -3000) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_damaged_state_of_an_optimizer_that_has_none_yet_stops_the_load(tmp_path: Path, strict: bool) -> None:
+def test_a_damaged_optimizer_file_fails_the_load_of_a_fresh_optimizer(tmp_path: Path, strict: bool) -> None:
     folder, accelerator, model, optimizer = saved_and_fresh(tmp_path)
     before = weights(model)
     flip(folder / "optimizer.bin")
@@ -100,7 +100,7 @@ def test_a_damaged_state_of_an_optimizer_that_has_none_yet_stops_the_load(tmp_pa
     assert not optimizer.state
 
 
-def test_the_loaded_state_is_the_optimizers_own(tmp_path: Path) -> None:
+def test_loaded_optimizer_state_has_its_own_memory(tmp_path: Path) -> None:
     folder, accelerator, _, optimizer = saved_and_fresh(tmp_path)
     saved = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
     accelerator.load_state(folder)
@@ -113,7 +113,7 @@ def test_the_loaded_state_is_the_optimizers_own(tmp_path: Path) -> None:
 
 
 @needs_proc
-def test_a_checkpoint_that_is_replaced_gives_its_room_back(tmp_path: Path) -> None:
+def test_replaced_checkpoints_release_disk_space(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     trained(accelerator)
     for _ in range(2):
