@@ -193,8 +193,8 @@ class Accelerator(ProcessControl, CheckpointMixin, TrackingMixin):
         self.precision = precision
         self.scaler = precision.scaler
         self.native_amp = self.mixed_precision in ("fp16", "bf16")
-        self._counter = StepCounter(self.strategy)
-        self._token_mean = TokenWeightedMean(self.strategy)
+        self._counter: StepCounter = StepCounter(self.strategy)
+        self._token_mean: TokenWeightedMean = TokenWeightedMean(self.strategy)
 
         self._models: list[nn.Module] = []
         self._optimizers: list[AcceleratedOptimizer] = []

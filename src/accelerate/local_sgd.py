@@ -87,7 +87,7 @@ class LocalSGD:
             self.model_sync_obj = self.accelerator.no_sync(self.model)
             self.model_sync_obj.__enter__()
             checkpoints = self.accelerator._checkpoints
-            self._save_hook = checkpoints.add_hook(checkpoints.boundaries, self._average)
+            self._save_hook = checkpoints.add_hook(checkpoints.sync_hooks, self._average)
         return self
 
     def __exit__(

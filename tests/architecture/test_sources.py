@@ -194,7 +194,7 @@ ASKING = [
 
 @pytest.mark.parametrize("text", ASKING)
 def test_asking_how_a_model_is_sharded_is_noticed(text: str) -> None:
-    for path in ("accelerator.py", "checkpointing/saving.py", "data_loader/plan.py"):
+    for path in ("accelerator.py", "checkpointing/manager.py", "data_loader/plan.py"):
         assert asking_how_sharded({path: ast.parse(text)})[0]
     assert not asking_how_sharded({"strategies/fsdp2.py": ast.parse(text)})[0]
     passed = "def f(self):\n    return build(mesh=self.mesh, fsdp=self.fsdp_plugin) if self.models else None"

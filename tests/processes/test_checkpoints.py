@@ -245,7 +245,8 @@ def disks_apart(folder: str) -> list[str]:
     accelerator = Accelerator(cpu=True)
     rank = accelerator.process_index
     # Two machines, each with a disk of its own.
-    world.set_current(dataclasses.replace(world.current(), local_rank=0, local_size=1))
+    accelerator.strategy.world = dataclasses.replace(world.current(), local_rank=0, local_size=1)
+    world.set_current(accelerator.strategy.world)
     os.makedirs(f"{folder}/{rank}")
     os.chdir(f"{folder}/{rank}")
     model = accelerator.prepare(torch.nn.Linear(3, 2))

@@ -245,7 +245,7 @@ def saved_on_the_way(folder: str, resume: bool) -> tuple[list[bool], list[float]
                 accelerator.save_state(folder)
             everyone = gather(flat(model)[None])
             alike.append(torch.equal(everyone[rank], everyone[0]))
-    assert not accelerator._checkpoints.boundaries
+    assert not accelerator._checkpoints.sync_hooks
     return alike, flat(model).tolist()
 
 

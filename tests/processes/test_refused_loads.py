@@ -12,7 +12,7 @@ from torch import nn
 
 from accelerate import Accelerator
 from accelerate.checkpointing import LoadError
-from tests.unit.checkpointing.items.test_transaction import Grown, changed
+from tests.unit.checkpointing.test_loading import Grown, changed
 
 RunRanks = Callable[..., list[Any]]
 

@@ -20,7 +20,7 @@ def steps_until_stopped() -> int:
                 assert accelerator.should_stop
                 return step
     finally:
-        accelerator._stop_request.release()
+        accelerator._preemption.release()
     return -1
 
 
@@ -47,7 +47,7 @@ def steps_until_stopped_while_asking() -> int:
                 return step
     finally:
         del collectives.all_reduce
-        accelerator._stop_request.release()
+        accelerator._preemption.release()
     return -1
 
 

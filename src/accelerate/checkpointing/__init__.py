@@ -1,7 +1,7 @@
-"""Checkpoints that can be killed, resumed and trusted.
+"""Saves and loads checkpoints: atomic, checksummed, and resharded on load.
 
-`entries` and its neighbours say what is in one, `commit` how it lands on disk, `loading` how it is checked before anything
-changes; `session` puts them in order for an `Accelerator`, whose methods are in `methods`.
+`manager` has the steps of a save, and `loading` those of a load, which checks everything before it changes anything. `items`
+has the contents of a checkpoint, `sharded` the layout of torch.distributed.checkpoint, `storage` files and the commit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..runtime.system.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from .errors import CheckpointError, LoadError, Problem, SaveError
-    from .items.state_item import Entry
+    from .items.state_item import LoadItem, SaveItem
     from .loading import LoadReport
     from .mixin import CheckpointMixin
     from .model_files import clean_state_dict_for_safetensors, load, save
@@ -22,11 +22,12 @@ __all__ = [
     "EXIT_CODE",
     "CheckpointError",
     "CheckpointMixin",
-    "Entry",
     "LoadError",
+    "LoadItem",
     "LoadReport",
     "Problem",
     "SaveError",
+    "SaveItem",
     "clean_state_dict_for_safetensors",
     "load",
     "save",
@@ -38,11 +39,12 @@ __getattr__ = lazy_exports(
         "EXIT_CODE": "preemption",
         "CheckpointError": "errors",
         "CheckpointMixin": "mixin",
-        "Entry": "items.state_item",
         "LoadError": "errors",
+        "LoadItem": "items.state_item",
         "LoadReport": "loading",
         "Problem": "errors",
         "SaveError": "errors",
+        "SaveItem": "items.state_item",
         "clean_state_dict_for_safetensors": "model_files",
         "load": "model_files",
         "save": "model_files",

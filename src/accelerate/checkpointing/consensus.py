@@ -1,4 +1,4 @@
-"""Steps that all ranks take together: whatever fails on one is raised on every one."""
+"""Collective steps of a checkpoint: an error on one rank is raised on all."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _T = TypeVar("_T")
 
 TIMEOUT = datetime.timedelta(hours=12)
 """How long ranks wait for each other in a save or a load: longer than a slow disk takes (4 TB at 100 MB/s). A rank that
-died is noticed by its closed connections, long before."""
+died is noticed long before, by its closed connections."""
 
 
-def checkpoint_group(failure: type[CheckpointError], purpose: str = "checkpoints") -> Collectives:
-    """Returns the ranks in a group of their own, in which they may wait for a disk. The first call is collective.
+def checkpoint_group(ranks: Collectives, failure: type[CheckpointError], purpose: str = "checkpoints") -> Collectives:
+    """Returns a group of all ranks in which they may wait for a disk. The first call for a purpose is collective.
 
     Args:
+        ranks: All ranks, in the training group.
         failure: The error to raise.
-        purpose: Names the group; a thread that saves beside the training has another one.
+        purpose: Name of the group; a background thread uses another one than the main thread.
 
     Raises:
-        CheckpointError: on every rank, when one is gone.
+        CheckpointError: on every rank, if one has ended.
     """
-    everyone = world.current().collectives
 
-    def meet() -> None:  # the training group notices a rank that is gone; a new group would wait for it to come
-        run_on_all_ranks(everyone, "meeting for a checkpoint", lambda: None, failure)
+    def meet() -> None:  # the training group notices a rank that has ended; creating a group would wait for it
+        run_on_all_ranks(ranks, "meeting for a checkpoint", lambda: None, failure)
 
-    return everyone if everyone.size == 1 else cpu_group(purpose, TIMEOUT, meet)
+    return ranks if ranks.size == 1 else cpu_group(purpose, TIMEOUT, meet)
 
 
 def run_on_all_ranks(
@@ -53,31 +53,33 @@ def run_on_all_ranks(
 
     Args:
         collectives: The ranks.
-        doing: What the step does, for the message.
-        action: This rank's part. What it returns is sent to all ranks, so it is small and plain.
+        doing: Name of the step, for the message.
+        action: This rank's part. Its result is sent to all ranks, so it must be small and picklable.
         failure: The error to raise.
 
     Returns:
-        What the ranks' actions returned, in rank order.
+        The results in rank order.
 
     Raises:
-        CheckpointError: on every rank, when the action failed on any, or when a rank is gone.
+        CheckpointError: on every rank, if the action failed on any, or if a rank has ended.
     """
     cause: Exception | None = None
     result: Any = None
     try:
         result = action()
-    except Exception as error:  # noqa: BLE001 - the other ranks wait: they have to be told before it is raised
+    except Exception as error:  # noqa: BLE001 - sent to the other ranks, which are waiting, before it is raised
         cause = error
-    told = None if cause is None else _describe(cause)
-    try:
-        outcomes = collectives.all_gather_object((told, result))
-    except Exception as error:  # noqa: BLE001 - the transport has errors of many types
-        own = f" On this rank: {told}." if told else ""
-        raise failure(
-            f"{doing} failed on rank {collectives.rank}: the other processes do not answer ({error}).{own} One of them has "
-            "probably ended."
-        ) from cause or error
+    own = None if cause is None else _describe(cause)
+    outcomes = [(own, result)]
+    if collectives.size > 1:
+        try:
+            outcomes = collectives.all_gather_object((own, result))
+        except Exception as error:  # noqa: BLE001 - backends raise errors of many types
+            here = f" On this rank: {own}." if own else ""
+            raise failure(
+                f"{doing} failed on rank {collectives.rank}: the other processes do not answer ({error}).{here} One of "
+                "them has probably ended."
+            ) from cause or error
     failed = [(rank, text) for rank, (text, _) in enumerate(outcomes) if text is not None]
     if not failed:
         return [outcome for _, outcome in outcomes]
@@ -86,7 +88,7 @@ def run_on_all_ranks(
 
 
 def broadcast_from_rank0(collectives: Collectives, doing: str, value: _T, failure: type[CheckpointError]) -> _T:
-    """Rank 0's value, on every rank. Arguments and errors as for `run_on_all_ranks`."""
+    """Returns rank 0's value on every rank. Arguments and errors as for `run_on_all_ranks`."""
     return run_on_all_ranks(collectives, doing, lambda: value, failure)[0]
 
 
@@ -96,7 +98,7 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-# A file that one rank writes, perhaps in a call that no other rank makes --------------------------------------------
+# A file that one rank writes, perhaps in a call that no other rank makes ----------------------------------------------
 
 _calls: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 _OK, _FAILED = "+", "-"
@@ -104,18 +106,19 @@ _OK, _FAILED = "+", "-"
 
 @contextlib.contextmanager
 def wait_for_writer(doing: str, writer: int) -> Iterator[None]:
-    """Ends on every rank that enters it when the block has ended on the rank that writes in it.
+    """Leaves the block on every rank that enters it after the rank that writes has left it.
 
-    No collective, since scripts may make such a call under ``if accelerator.is_main_process``: the writer stores the outcome
-    in the training group's store, which the other ranks poll. (`Store.wait` would hold a lock that NCCL's watchdog needs.)
-    Outcomes are matched by the number of the call. After a call that the writer made alone, other ranks return early.
+    This is not a collective, since scripts may make such a call under ``if accelerator.is_main_process``: the writer puts
+    the outcome into the training group's store, which the other ranks poll. (`Store.wait` would hold a lock that NCCL's
+    watchdog needs.) Outcomes are matched by the number of the call. After a call that only the writer made, other ranks
+    return early.
 
     Args:
-        doing: The step, for the message.
+        doing: Name of the step, for the message.
         writer: The rank that writes.
 
     Raises:
-        SaveError: on the other ranks, when the block failed on the writer.
+        SaveError: on the other ranks, if the block failed on the writer.
     """
     here, store = world.current(), _store()
     if here.size == 1 or store is None:
@@ -127,7 +130,7 @@ def wait_for_writer(doing: str, writer: int) -> Iterator[None]:
     key = f"accelerate/writer_{writer}/call_{_calls[group]}"
     if here.rank != writer:
         yield
-        outcome = _polled(store, key, doing, writer)
+        outcome = _poll(store, key, doing, writer)
         if outcome[:1] == _FAILED:
             raise SaveError(f"{doing} failed: on rank {writer}: {outcome[1:]}")
         return
@@ -140,12 +143,12 @@ def wait_for_writer(doing: str, writer: int) -> Iterator[None]:
 
 
 def _store() -> dist.Store | None:
-    # torch has no public name for it; without it the other ranks do not wait, and the training group's timeout counts.
+    # torch has no public name for it. Without it the other ranks do not wait, and the training group's timeout applies.
     get = getattr(dist.distributed_c10d, "_get_default_store", None) if dist.is_available() else None
     return get() if get is not None and dist.is_initialized() else None
 
 
-def _polled(store: dist.Store, key: str, doing: str, writer: int) -> str:
+def _poll(store: dist.Store, key: str, doing: str, writer: int) -> str:
     pause, limit = 0.005, time.monotonic() + TIMEOUT.total_seconds()
     try:
         while not store.check([key]):
@@ -160,14 +163,16 @@ def _polled(store: dist.Store, key: str, doing: str, writer: int) -> str:
         ) from error
 
 
-# Calls that only one rank makes -------------------------------------------------------------------------------------
+# Debug mode: collective calls that only some ranks make ----------------------------------------------------------------
 
-_ALONE = {"is_main_process", "is_local_main_process", "is_last_process"}
-_RANKS = {"process_index", "local_process_index"}
+_RANK_FLAGS = {"is_main_process", "is_local_main_process", "is_last_process"}
+_RANK_NUMBERS = {"process_index", "local_process_index"}
 
 
 def check_called_by_all_ranks(collectives: Collectives, call: str) -> None:
-    """Refuses a call that stands in a branch which only some ranks take: the others would be waited for in vain.
+    """Rejects a collective call in a branch that only some ranks take, where it would wait for the others forever.
+
+    Parses the source of every caller on the stack, so it belongs to debug mode.
 
     Raises:
         RuntimeError: naming the line.
@@ -190,11 +195,11 @@ def check_called_by_all_ranks(collectives: Collectives, call: str) -> None:
 @functools.lru_cache(maxsize=1024)
 def _rank_branches(path: str) -> tuple[tuple[int, int, str], ...]:
     source = "".join(linecache.getlines(path))
-    if not any(name in source for name in (*_ALONE, *_RANKS)):
+    if not any(name in source for name in (*_RANK_FLAGS, *_RANK_NUMBERS)):
         return ()
     try:
         tree = ast.parse(source)
-    except SyntaxError:  # no plain Python: a template, a cell with magic
+    except SyntaxError:  # not plain Python: a template, a notebook cell with magic
         return ()
     return tuple(_branches(tree))
 
@@ -206,24 +211,24 @@ def _branches(tree: ast.AST) -> Iterator[tuple[int, int, str]]:
         tests = (
             node.test.values if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And) else [node.test]
         )
-        if any(_picks_ranks(test) for test in tests):
-            yield node.body[0].lineno, _end(node.body[-1]), ast.unparse(node.test)
+        if any(_tests_rank(test) for test in tests):
+            yield node.body[0].lineno, _end_line(node.body[-1]), ast.unparse(node.test)
         negated = (
             node.test.operand if isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not) else None
         )
-        if node.orelse and negated is not None and _picks_ranks(negated):
-            yield node.orelse[0].lineno, _end(node.orelse[-1]), f"{ast.unparse(node.test)}: … else"
+        if node.orelse and negated is not None and _tests_rank(negated):
+            yield node.orelse[0].lineno, _end_line(node.orelse[-1]), f"{ast.unparse(node.test)}: … else"
 
 
-def _picks_ranks(test: ast.AST) -> bool:
+def _tests_rank(test: ast.AST) -> bool:
     if (
         isinstance(test, ast.Compare)
         and isinstance(test.ops[0], ast.Eq)
         and isinstance(test.comparators[0], ast.Constant)
     ):
-        return isinstance(test.left, ast.Attribute) and test.left.attr in _RANKS
-    return isinstance(test, ast.Attribute) and test.attr in _ALONE
+        return isinstance(test.left, ast.Attribute) and test.left.attr in _RANK_NUMBERS
+    return isinstance(test, ast.Attribute) and test.attr in _RANK_FLAGS
 
 
-def _end(node: ast.stmt) -> int:
+def _end_line(node: ast.stmt) -> int:
     return node.end_lineno or node.lineno

@@ -20,12 +20,13 @@ from ..runtime.tensors.forward import unwrap_module
 from . import loading
 from .consensus import checkpoint_group, run_on_all_ranks
 from .errors import LoadError, SaveError
-from .items import model_items, transaction
-from .items.state_item import Entry, Part
+from .items import model_items
+from .items.state_item import LoadItem, SaveItem
 from .model_files import atomic_write
 from .sharded import local_state, reshard
-from .sharded.dcp_writer import write_metadata
+from .sharded.dcp_writer import WriteResult, write_metadata
 from .sharded.gathering import gather_full_state
+from .storage.file_writer import write_file
 from .storage.formats import write_torch
 
 
@@ -52,12 +53,9 @@ def save_fsdp_model(
     Raises:
         SaveError: on every rank, when one could not write its part.
     """
-    here = world.current()
-    state, full = _state(model, adapter_only), model_items.saves_full_state(fsdp_plugin)
-    if full:
-        _write(model_items.gathered_model(model_index, gather_full_state(state)), Path(output_dir))
-    else:
-        _write(model_items.shards_of_model(model_index, here.rank, state), Path(output_dir))
+    here, state, full = world.current(), _state(model, adapter_only), model_items.saves_full_state(fsdp_plugin)
+    state = gather_full_state(state) if full else state
+    _write(model_items.save_sharded_model(model_index, here.rank, state, full), Path(output_dir))
 
 
 def load_fsdp_model(
@@ -79,11 +77,11 @@ def load_fsdp_model(
             its tensors, which is found on the way (`Accelerator.load_state` compares checksums first).
     """
     folder, bare = Path(input_dir), unwrap_module(model)
-    entry = model_items.model_in(
+    item = model_items.load_model(
         folder, model_index, bare, sharded=True, full=model_items.saves_full_state(fsdp_plugin)
     )
-    _load(entry, folder, strict=not adapter_only)
-    state, saved = local_state.model_state(bare), entry.read(folder, {})
+    _load(item, folder, strict=not adapter_only)
+    state, saved = local_state.model_state(bare), item.read(folder / item.path, {})
     return _IncompatibleKeys(*reshard.key_mismatches(state, saved))
 
 
@@ -98,11 +96,8 @@ def save_fsdp_optimizer(
 ) -> None:
     """Saves the state of a sharded model's optimizer; arguments as for `save_fsdp_model`."""
     here, models, full = world.current(), [unwrap_module(model)], model_items.saves_full_state(fsdp_plugin)
-    if full:
-        entry = model_items.gathered_optimizer(optimizer_index, here.rank, optimizer, models)
-    else:
-        entry = model_items.shards_of_optimizer(optimizer_index, here.rank, optimizer, models)
-    _write(entry, Path(output_dir))
+    item = model_items.save_sharded_optimizer(optimizer_index, here.rank, optimizer, models, full)
+    _write(item, Path(output_dir))
 
 
 def load_fsdp_optimizer(
@@ -117,10 +112,9 @@ def load_fsdp_optimizer(
 ) -> None:
     """Loads what `save_fsdp_optimizer` saved; arguments and errors as for `load_fsdp_model`."""
     folder, full = Path(input_dir), model_items.saves_full_state(fsdp_plugin)
-    entry = model_items.optimizer_in(
-        folder, optimizer_index, optimizer, [unwrap_module(model)], sharded=True, full=full
-    )
-    _load(entry, folder, strict=True)
+    models = [unwrap_module(model)]
+    item = model_items.load_optimizer(folder, optimizer_index, optimizer, models, sharded=True, full=full)
+    _load(item, folder, strict=True)
 
 
 def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
@@ -132,35 +126,38 @@ def _state(model: nn.Module, adapter_only: bool) -> dict[str, Any]:
     return {name: value for name, value in state.items() if id(value) in kept}
 
 
-def _write(entry: Entry, folder: Path) -> None:
-    """Writes each rank's part, over what was there."""
-    here, path, ranks = world.current(), folder / entry.path, checkpoint_group(SaveError)
-    state = entry.capture()
+def _write(item: SaveItem, folder: Path) -> None:
+    """Writes each rank's file, replacing the files of an earlier save."""
+    here, path = world.current(), folder / item.path
+    ranks = checkpoint_group(here.collectives, SaveError)
+    state = item.capture()
 
     def clear() -> None:
-        if here.rank == 0 and entry.everywhere and path.parent.exists():
+        if here.rank == 0 and item.per_rank and path.parent.exists():
             shutil.rmtree(path.parent)
 
-    def write() -> list[Any]:
-        if entry.everywhere:
-            return Part(entry.path, state, entry.format).write(folder).places if state is not None else []
-        if here.rank == 0:
+    def write() -> list[WriteResult]:
+        results: list[list[WriteResult] | None] = []
+        if item.per_rank and state is not None:
+            write_file(path, item.path, lambda writer: results.append(item.format.write(state, writer)))
+        elif not item.per_rank and here.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, lambda writer: write_torch(state, writer))
-        return []
+        return (results[0] or []) if results else []
 
     run_on_all_ranks(ranks, f"preparing {path.parent}", clear, SaveError)
-    places = run_on_all_ranks(ranks, f"writing {path}", write, SaveError)
+    results = run_on_all_ranks(ranks, f"writing {path}", write, SaveError)
 
-    def close() -> None:
-        if here.rank == 0 and entry.everywhere:
-            write_metadata(path.parent, [place for own in places for place in own])
+    def finish() -> None:
+        if here.rank == 0 and item.per_rank:
+            write_metadata(path.parent, [result for own in results for result in own])
 
-    run_on_all_ranks(ranks, f"describing {path.parent}", close, SaveError)
+    run_on_all_ranks(ranks, f"describing {path.parent}", finish, SaveError)
 
 
-def _load(entry: Entry, folder: Path, strict: bool) -> None:
-    here = dataclasses.replace(world.current(), collectives=checkpoint_group(LoadError))
-    reading = loading.read_items(folder, [entry], None, {})
-    loading.merge_problems(here, folder, [reading], strict)
-    transaction.apply(here, folder, reading.states)
+def _load(item: LoadItem, folder: Path, strict: bool) -> None:
+    here = world.current()
+    here = dataclasses.replace(here, collectives=checkpoint_group(here.collectives, LoadError))
+    result = loading.read_items(folder, [item], None, {})
+    loading.merge_problems(here, folder, [result], strict)
+    loading.apply(here, folder, result.states)

@@ -1,10 +1,9 @@
-"""The part of `Accelerator` that saves and resumes: docstrings and a line of delegation each."""
+"""The methods of `Accelerator` that save and load: docstrings, and delegation to its `CheckpointManager`."""
 
 from __future__ import annotations
 
 import os
 import signal
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
@@ -15,10 +14,12 @@ from ..logging import get_logger
 from ..runtime import world
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from .items.training_state import TrainingState
+    from ..settings.handlers import ProjectConfiguration
+    from .items.state_item import CheckpointStrategy, HasItems, HasStep
     from .loading import LoadReport
     from .manager import CheckpointManager
     from .preemption import PreemptionHandler
@@ -27,42 +28,43 @@ logger = get_logger(__name__)
 
 
 class CheckpointMixin:
-    """What an `Accelerator` does with checkpoints."""
+    """Saves and loads the objects that an `Accelerator` has prepared."""
 
     if TYPE_CHECKING:
-        strategy: Any
-        project_configuration: Any
+        strategy: CheckpointStrategy
+        project_configuration: ProjectConfiguration
+        scaler: torch.amp.GradScaler | None
+        _models: list[nn.Module]
+        _optimizers: list[Any]
+        _schedulers: list[Any]
+        _dataloaders: list[Any]
         _custom_objects: list[Any]
+        _counter: HasStep
+        _token_mean: HasItems
+
+        @property
+        def should_save_model(self) -> bool: ...
+
+        def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Any]: ...
 
     @cached_property
     def _checkpoints(self) -> CheckpointManager:
+        from ..state import GradientState
+        from .items.state_item import TrainingState
         from .manager import CheckpointManager
 
-        bound = weakref.WeakMethod(self._run)  # a reference cycle would keep models alive until the collector runs
-
-        def run() -> TrainingState:
-            method = bound()
-            assert method is not None, "the Accelerator calls its own checkpoints"
-            return method()
-
-        return CheckpointManager(run, self.strategy, self.project_configuration)
-
-    def _run(self: Any) -> TrainingState:
-        from .items.training_state import TrainingState
-
-        return TrainingState(
-            world.current(),
+        run = TrainingState(
             self._models,
             self._optimizers,
             self._schedulers,
             self._dataloaders,
             self._custom_objects,
             self.scaler,
-            self.step,
-            set_step=lambda step: setattr(self, "step", step),
-            items=lambda: self._token_mean.items,
-            set_items=lambda items: setattr(self._token_mean, "items", items),
+            self._counter,
+            self._token_mean,
+            GradientState(),
         )
+        return CheckpointManager(run, self.strategy, self.project_configuration)
 
     def save_state(
         self,
@@ -73,27 +75,27 @@ class CheckpointMixin:
         **save_model_func_kwargs: Any,
     ) -> Path | str:
         """Saves the whole state of the run: models, optimizers, schedulers, scaler, random states, positions of stateful
-        loaders, accumulated gradients and registered objects. All processes call this together.
+        loaders, accumulated gradients and registered objects. Collective: all processes call it.
 
-        The checkpoint is written beside its folder and moved there when it is complete and on disk; one that was there
-        before is untouched until then. Each file's size and checksum are kept with it.
+        The checkpoint is written beside its folder, and renamed when it is complete and synced to disk. An existing
+        checkpoint is untouched until then. A manifest records size and checksums of each file.
 
         Args:
             output_dir: The folder, or a URL such as ``s3://bucket/run/step_100`` (extra ``remote``). None: numbered below
                 ``project_dir/checkpoints``, of which ``ProjectConfiguration.total_limit`` are kept.
-            safe_serialization: Models as safetensors; else as `torch.save` writes them.
-            asynchronous: Return when the state has been copied, and write it meanwhile. The next save or load,
-                `wait_for_checkpoint`, `end_training` and the end of the process wait for it; a failure is raised there.
+            safe_serialization: Save models as safetensors, otherwise in `torch.save`'s format.
+            asynchronous: Return when the state has been copied, and write it in the background. The next save or load,
+                `wait_for_checkpoint`, `end_training` and the end of the process wait for it, and raise its error.
             **save_model_func_kwargs: For engines that save models themselves.
 
         Returns:
             The checkpoint's folder, or its URL.
 
         Raises:
-            SaveError: on every process, when any could not write its part; nothing that was there has changed.
+            SaveError: on every process, if any could not write its files. Existing checkpoints are untouched.
             TypeError: without `output_dir` and ``project_dir``.
-            ValueError: when the next number is taken by a checkpoint that was not resumed from.
-            RuntimeError: when only some processes call this.
+            ValueError: if the next number is taken by a checkpoint that was not resumed from.
+            RuntimeError: in debug mode, if the call is in a branch that only some processes take.
         """
         return self._checkpoints.save(output_dir, safe_serialization, asynchronous)
 
@@ -105,41 +107,39 @@ class CheckpointMixin:
         strict: bool = True,
         **load_model_func_kwargs: Any,
     ) -> LoadReport:
-        """Loads what `save_state` saved, on this or another number of processes. All processes call this together.
+        """Loads a checkpoint of `save_state`, on the same or another number of processes. Collective.
 
-        Everything is checked before anything is changed: checksums, what is missing, what is extra, shapes.
+        Everything is checked before anything changes: checksums, missing and extra entries, shapes.
 
         Args:
             input_dir: The folder, or a URL. None: the newest valid one below ``project_dir/checkpoints``.
             load_kwargs: For `torch.load`. Code in files never runs.
-            strict: Refuse a checkpoint that does not fit as a whole; False loads what fits and reports the rest.
+            strict: Reject a checkpoint with any mismatch; False loads what matches and reports the rest.
             **load_model_func_kwargs: For the models' ``load_state_dict``.
 
         Returns:
-            What was loaded, left out (with ``strict=False``) and passed over.
+            A report with mismatches that were skipped (``strict=False``), and newer folders that are not valid.
 
         Raises:
-            LoadError (a ValueError): on every process, listing everything that was found. When a registered object, a
-                scheduler or the scaler raises in its ``load_state_dict``, those loaded before it get their old states back.
-                The error's ``changed`` lists what is not as it was: it is empty, except after hooks, and where a model or an
-                optimizer raises although names, types and shapes fit.
+            LoadError (a ValueError): on every process, listing everything that was found. If a registered object, a
+                scheduler or the scaler raises in its ``load_state_dict``, those loaded before it are restored. The error's
+                ``changed`` lists everything that has changed: nothing, except after hooks, and if a model or an optimizer
+                raises although names, types and shapes match.
         """
-        load_model_func_kwargs.pop(
-            "map_location", None
-        )  # states are read over a memory map and copied to where they go
+        load_model_func_kwargs.pop("map_location", None)  # files are mapped, and copied to the device of each object
         return self._checkpoints.load(
             input_dir, load_kwargs=load_kwargs, strict=strict, model_options=load_model_func_kwargs
         )
 
     def resume(self, *, strict: bool = True) -> LoadReport | None:
-        """Loads the newest valid checkpoint below ``project_dir/checkpoints``, if there is one: the line that makes a script
-        restartable. Checkpoints saved from here on are numbered behind those that are there.
+        """Loads the newest valid checkpoint below ``project_dir/checkpoints``, if there is one, so that a script can be
+        restarted. Later checkpoints are numbered after the existing ones.
 
         Args:
             strict: As for `load_state`.
 
         Returns:
-            What was loaded; None at the first start.
+            The report of `load_state`; None at the first start.
 
         Example:
             ```python
@@ -155,31 +155,31 @@ class CheckpointMixin:
         """Waits for ``save_state(asynchronous=True)`` to finish.
 
         Raises:
-            SaveError: when it failed.
+            SaveError: if it failed.
         """
         self._checkpoints.wait()
 
     @cached_property
-    def _stop_request(self) -> PreemptionHandler:
+    def _preemption(self) -> PreemptionHandler:
         from .preemption import PreemptionHandler
 
         return PreemptionHandler()
 
     def stop_on(self, *signals: int) -> None:
-        """Has signals make `should_stop` true, instead of ending the process.
+        """Makes signals set `should_stop`, instead of ending the process.
 
         Args:
             *signals: Such as ``signal.SIGTERM`` and ``signal.SIGUSR1``.
 
         Raises:
-            ValueError: on another thread than the main one.
+            ValueError: on a thread other than the main one.
         """
-        self._stop_request.watch(*signals)
+        self._preemption.watch(*signals)
 
     @property
     def should_stop(self) -> bool:
-        """Whether any process was asked to stop, by SIGTERM unless `stop_on` named other signals. It is watched from the
-        first time this is read; all processes read it together, and get the same answer at the same step.
+        """Whether any process has received SIGTERM, or a signal of `stop_on`. Collective: all processes read it at the
+        same step and get the same value. Signals are handled from the first time it is read.
 
         Example:
             ```python
@@ -189,12 +189,12 @@ class CheckpointMixin:
                 sys.exit(75)  # accelerate.checkpointing.EXIT_CODE: stopped on request, to be started again
             ```
         """
-        if not self._stop_request.watching:
-            self._stop_request.watch(signal.SIGTERM)
-        return self._stop_request.agreed()
+        if not self._preemption.watching:
+            self._preemption.watch(signal.SIGTERM)
+        return self._preemption.agreed()
 
     def register_for_checkpointing(self, *objects: Any) -> None:
-        """Makes objects part of every checkpoint.
+        """Adds objects to every checkpoint.
 
         Raises:
             ValueError: for objects without ``state_dict`` and ``load_state_dict``.
@@ -209,21 +209,21 @@ class CheckpointMixin:
 
     @property
     def _save_model_state_pre_hook(self) -> OrderedDict[int, Callable[..., None]]:
-        """Hooks of `save_state` by handle, under the name that other libraries look them up by."""
+        """Hooks of `save_state` by handle, under the name that other libraries use."""
         return self._checkpoints.save_hooks
 
     @property
     def _load_model_state_pre_hook(self) -> OrderedDict[int, Callable[..., None]]:
-        """Hooks of `load_state` by handle, under the name that other libraries look them up by."""
+        """Hooks of `load_state` by handle, under the name that other libraries use."""
         return self._checkpoints.load_hooks
 
     def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Has `hook` called by `save_state` before anything is written.
+        """Registers a hook that `save_state` calls before it writes.
 
         Args:
-            hook: Called as ``hook(models, weights, output_dir)``. `weights` lists the models' states; those that it takes
-                out of the list are not saved. Of a model in shards, a state has the names, and this process's parts.
-                `output_dir` is where the checkpoint is being written: what the hook writes there is part of it.
+            hook: Called as ``hook(models, weights, output_dir)``. `weights` lists the models' states; a state that the hook
+                removes from the list is not saved. The state of a sharded model has the shards of this process.
+                `output_dir` is the staging folder: files that the hook writes there are part of the checkpoint.
 
         Returns:
             A handle whose ``remove()`` removes the hook.
@@ -231,10 +231,10 @@ class CheckpointMixin:
         return self._checkpoints.add_hook(self._checkpoints.save_hooks, hook)
 
     def register_load_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Has `hook` called by `load_state` before models are loaded.
+        """Registers a hook that `load_state` calls before it loads models.
 
         Args:
-            hook: Called as ``hook(models, input_dir)``. Models it takes out of the list are not loaded.
+            hook: Called as ``hook(models, input_dir)``. A model that the hook removes from the list is not loaded.
 
         Returns:
             A handle whose ``remove()`` removes the hook.
@@ -242,12 +242,12 @@ class CheckpointMixin:
         return self._checkpoints.add_hook(self._checkpoints.load_hooks, hook)
 
     def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
-        """Saves an object once a run (or once a machine, with ``save_on_each_node``).
+        """Saves an object on the main process (with ``save_on_each_node``, on the first process of each machine).
 
         Args:
-            obj: What to save.
+            obj: The object.
             f: A path, a URL or an open binary file.
-            safe_serialization: As safetensors: `obj` is then a dictionary of tensors.
+            safe_serialization: Save `obj`, a dictionary of tensors, as safetensors.
         """
         from . import model_files
 
@@ -259,27 +259,28 @@ class CheckpointMixin:
         )
 
     def save_model(
-        self: Any,
+        self,
         model: nn.Module,
         save_directory: str | os.PathLike[str],
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Saves a model's weights in files that other programs load: one, or several with an index.
+        """Saves a model's weights for other programs: in one file, or in several with an index.
 
         Args:
             model: A prepared model, or any other.
-            save_directory: The folder, or a URL. When that is a file, an error is logged and nothing saved.
+            save_directory: The folder, or a URL. If it is a file, an error is logged and nothing is saved.
             max_shard_size: Largest size of a file, such as ``"5GB"``.
-            safe_serialization: As safetensors; else as `torch.save` writes them.
+            safe_serialization: Save as safetensors, otherwise in `torch.save`'s format.
 
         Raises:
-            RuntimeError: when tensors have no values (device meta).
-            SaveError: on the other processes that call this, which wait for the one that writes, when it failed.
+            RuntimeError: if tensors have no values (meta device).
+            SaveError: on the other processes that call it, which wait for the one that writes, if it failed.
         """
         from . import model_files
         from .consensus import wait_for_writer
-        from .storage import remote
+        from .storage.filenames import is_url
+        from .storage.remote import upload_folder
 
         here = world.current()
         writer = here.rank - here.local_rank if self.project_configuration.save_on_each_node else 0
@@ -291,8 +292,8 @@ class CheckpointMixin:
             def write(folder: Path) -> None:
                 model_files.save_model(model, state, folder, max_shard_size, safe_serialization)
 
-            if remote.is_url(save_directory):
-                remote.upload_folder(str(save_directory), write)
+            if is_url(save_directory):
+                upload_folder(str(save_directory), write)
                 return
             folder = Path(os.path.expanduser(save_directory))
             if folder.is_file():

@@ -26,40 +26,19 @@ from ..settings.enums import (
     WEIGHTS_NAME,
     WEIGHTS_PATTERN_NAME,
 )
-from .storage import remote
 from .storage.file_writer import FileWriter, sync_folder, write_file
-from .storage.formats import read_safetensors, read_torch, write_safetensors, write_torch
+from .storage.filenames import is_url
+from .storage.formats import (
+    drop_shared_tensors,
+    read_safetensors,
+    read_torch,
+    shared_tensor_names,
+    write_safetensors,
+    write_torch,
+)
+from .storage.remote import open_url
 
 logger = logging.getLogger(__name__)  # usable before a process knows its rank
-
-# Shared memory --------------------------------------------------------------------------------------------------------
-
-
-def _region(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What identifies a tensor's memory and the way it is seen; None for one without (empty, meta, sparse)."""
-    if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
-        return None
-    try:
-        pointer = tensor.data_ptr()
-    except RuntimeError:  # a wrapper without memory of its own
-        return None
-    return tensor.device, pointer, tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
-def shared_tensor_names(state: Mapping[str, Any]) -> list[list[str]]:
-    """The groups of names in a state that stand for one and the same tensor."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, value in state.items():
-        region = _region(value) if isinstance(value, torch.Tensor) else None
-        if region is not None:
-            groups.setdefault(region, []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
-
-
-def drop_shared_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state with one name for each tensor: the first."""
-    dropped = {name for names in shared_tensor_names(state) for name in names[1:]}
-    return {name: value for name, value in state.items() if name not in dropped}
 
 
 def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +90,8 @@ def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: 
     if not isinstance(f, (str, os.PathLike)):
         _save_to_file(obj, f, safe_serialization)
         return
-    if remote.is_url(f):
-        with remote.open_url(str(f)) as file:
+    if is_url(f):
+        with open_url(str(f)) as file:
             _save_to_file(obj, file, safe_serialization)
         return
     write = write_safetensors if safe_serialization else write_torch

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from ..checkpointing import Entry
+    from ..checkpointing import LoadItem, SaveItem
     from ..parallelism_config import ParallelismConfig
     from ..precision import Precision
     from ..settings.handlers import DistributedDataParallelKwargs, TorchDynamoPlugin
@@ -284,10 +284,7 @@ class Strategy:
         scaler = self.config.precision.scaler
         if scaler is None:
             return
-        inner: torch.optim.Optimizer = optimizer
-        while isinstance(inner, AcceleratedOptimizer):
-            inner = inner.optimizer
-        scaler.unscale_(inner)
+        scaler.unscale_(unwrap_optimizer(optimizer))
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor:
         """See ``torch.nn.utils.clip_grad_norm_``."""
@@ -337,51 +334,60 @@ class Strategy:
         return state
 
     def state_to_save(self, model: nn.Module) -> dict[str, Any]:
-        """What `entries` saves of a model, and hooks of `save_state` see: the full state, or what this rank holds of it."""
+        """Returns the state that a checkpoint saves of a model: the full state, or the shards of this rank."""
         return self.model_state(model)
 
-    def entries(
+    def save_items(
         self,
         models: Sequence[nn.Module],
         optimizers: Sequence[AcceleratedOptimizer],
         weights: Sequence[dict[str, Any]],
         *,
         safe: bool = True,
-    ) -> list[Entry]:
-        """The models' and optimizers' part of a checkpoint that is to be saved.
+    ) -> list[SaveItem]:
+        """Creates the items of a checkpoint that save models and optimizers.
 
         Args:
             models: Prepared models, to which the optimizers' parameters belong.
             optimizers: Prepared optimizers.
-            weights: The models' states, as `state_to_save` gives them.
-            safe: Models as safetensors, where they are whole.
+            weights: The models' states, as `state_to_save` returns them.
+            safe: Save whole models as safetensors.
         """
-        from ..checkpointing.items.standard_items import model_entry, optimizer_entry
+        from ..checkpointing.items.model_items import save_model, save_optimizer
 
-        entries = [model_entry(index, state=state, safe=safe) for index, state in enumerate(weights)]
-        return entries + [optimizer_entry(index, optimizer) for index, optimizer in enumerate(optimizers)]
+        items = [save_model(index, state, safe) for index, state in enumerate(weights)]
+        return items + [save_optimizer(index, unwrap_optimizer(each)) for index, each in enumerate(optimizers)]
 
-    def model_entries(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[Entry]:
-        """The models' part of a checkpoint that is to be loaded, in whichever form it is there.
+    def load_model_items(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[LoadItem]:
+        """Creates the items that load models, from the layout that the checkpoint has.
 
         Args:
             folder: The checkpoint.
             models: Prepared models.
-            options: For the models' ``load_state_dict``, where they are whole.
+            options: For ``load_state_dict`` of whole models.
         """
-        from ..checkpointing.items.model_items import model_in
+        from ..checkpointing.items.model_items import load_model
 
         bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
-        return [model_in(folder, i, model, sharded=False, options=options) for i, model in enumerate(bare)]
+        return [load_model(folder, i, model, sharded=False, options=options) for i, model in enumerate(bare)]
 
-    def optimizer_entries(
+    def load_optimizer_items(
         self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
-    ) -> list[Entry]:
-        """The optimizers' part of a checkpoint that is to be loaded; `models` give the names of their parameters."""
-        from ..checkpointing.items.model_items import optimizer_in
+    ) -> list[LoadItem]:
+        """Creates the items that load optimizers; `models` provide the names of their parameters."""
+        from ..checkpointing.items.model_items import load_optimizer
 
         bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
-        return [optimizer_in(folder, i, optimizer, bare, sharded=False) for i, optimizer in enumerate(optimizers)]
+        inner = map(unwrap_optimizer, optimizers)
+        return [load_optimizer(folder, i, optimizer, bare, sharded=False) for i, optimizer in enumerate(inner)]
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Returns the optimizer inside a prepared one."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    inner: torch.optim.Optimizer = optimizer
+    return inner
 
 
 def _make_cp_manager(config: StrategyConfig) -> ContextParallelManager | None:

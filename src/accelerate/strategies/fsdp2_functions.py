@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..checkpointing.errors import bullet_list
-from ..checkpointing.model_files import shared_tensor_names
 from ..checkpointing.sharded.compat import compare_weights, group_ties, tied_names
 from ..checkpointing.sharded.local_state import clean_fqn
+from ..checkpointing.storage.formats import shared_tensor_names
 from ..precision.loss_scale import LossScaler
 from ..runtime import world
 from .fsdp_base import FSDPStrategy

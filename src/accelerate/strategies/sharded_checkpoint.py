@@ -17,10 +17,10 @@ from ..checkpointing.items import model_items
 from ..checkpointing.sharded import local_state
 from ..checkpointing.sharded.gathering import gather_full_state
 from ..runtime.tensors.forward import unwrap_module
-from .base import Strategy
+from .base import Strategy, unwrap_optimizer
 
 if TYPE_CHECKING:
-    from ..checkpointing import Entry
+    from ..checkpointing import LoadItem, SaveItem
     from ..optimizer import AcceleratedOptimizer
 
 
@@ -40,46 +40,41 @@ class ShardedStateStrategy(Strategy, ABC):
             else local_state.model_state(unwrap_module(model))
         )
 
-    def entries(
+    def save_items(
         self,
         models: Sequence[nn.Module],
         optimizers: Sequence[AcceleratedOptimizer],
         weights: Sequence[dict[str, Any]],
         *,
         safe: bool = True,
-    ) -> list[Entry]:
-        bare, rank = list(map(unwrap_module, models)), self.world.rank
-        if model_items.saves_full_state(self.config.fsdp):
-            return [
-                *(
-                    model_items.gathered_optimizer(index, rank, optimizer, bare)
-                    for index, optimizer in enumerate(optimizers)
-                ),
-                *(model_items.gathered_model(index, state) for index, state in enumerate(weights)),
-            ]
-        return [
-            *(model_items.shards_of_model(index, rank, state) for index, state in enumerate(weights)),
-            *(
-                model_items.shards_of_optimizer(index, rank, optimizer, bare)
-                for index, optimizer in enumerate(optimizers)
-            ),
-        ]
-
-    def model_entries(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[Entry]:
-        full = model_items.saves_full_state(self.config.fsdp)
-        return [
-            model_items.model_in(folder, i, unwrap_module(model), sharded=True, full=full)
-            for i, model in enumerate(models)
-        ]
-
-    def optimizer_entries(
-        self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
-    ) -> list[Entry]:
-        full, bare = model_items.saves_full_state(self.config.fsdp), list(map(unwrap_module, models))
-        return [
-            model_items.optimizer_in(folder, index, optimizer, bare, sharded=True, full=full)
+    ) -> list[SaveItem]:
+        full, rank, bare = model_items.saves_full_state(self.config.fsdp), self.world.rank, _unwrap(models)
+        save_models = [model_items.save_sharded_model(i, rank, state, full) for i, state in enumerate(weights)]
+        save_optimizers = [
+            model_items.save_sharded_optimizer(index, rank, unwrap_optimizer(optimizer), bare, full)
             for index, optimizer in enumerate(optimizers)
         ]
+        return [*save_optimizers, *save_models] if full else [*save_models, *save_optimizers]
+
+    def load_model_items(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[LoadItem]:
+        full = model_items.saves_full_state(self.config.fsdp)
+        return [
+            model_items.load_model(folder, index, model, sharded=True, full=full)
+            for index, model in enumerate(_unwrap(models))
+        ]
+
+    def load_optimizer_items(
+        self, folder: Path, optimizers: Sequence[AcceleratedOptimizer], models: Sequence[nn.Module]
+    ) -> list[LoadItem]:
+        full, bare = model_items.saves_full_state(self.config.fsdp), _unwrap(models)
+        return [
+            model_items.load_optimizer(folder, index, unwrap_optimizer(optimizer), bare, sharded=True, full=full)
+            for index, optimizer in enumerate(optimizers)
+        ]
+
+
+def _unwrap(models: Sequence[nn.Module]) -> list[nn.Module]:
+    return [unwrap_module(model) for model in models]
 
 
 def guard_save_pretrained(model: nn.Module) -> None:

@@ -162,6 +162,6 @@ def test_states_with_names_are_compared_too(tmp_path: Path) -> None:
     _, model, optimizer = trained(KINDS["SGD"])
     saved = trained(torch.optim.AdamW)[2].state_dict()
     torch.save(saved, tmp_path / "optimizer.bin")
-    entry = model_items.optimizer_in(tmp_path, 0, optimizer, [model], sharded=True)
-    (problem,) = entry.check(entry.read(tmp_path, {}))
+    item = model_items.load_optimizer(tmp_path, 0, optimizer, [model], sharded=True)
+    (problem,) = item.check(item.read(tmp_path / item.path, {}))
     assert problem.kind == "state" and "another kind of optimizer than SGD" in problem.text

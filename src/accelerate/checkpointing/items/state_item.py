@@ -1,116 +1,187 @@
-"""What is in a checkpoint: a list of `Entry` values, one a file or a folder of the ranks' files, to save and to load.
+"""Items of a checkpoint, one for each file or folder of shards: `SaveItem` to save, `LoadItem` to load.
 
-    save:  capture (nothing written yet) -> write, on this thread or in the background
-    load:  read and check every entry -> only then load them
+    save:  capture (writes nothing) -> write, on this thread or in the background
+    load:  read and check every item -> only then load them
 
-A strategy gives the entries of models and optimizers (`Strategy.entries`); `run_entries` gives the others.
+A strategy gives the items of models and optimizers (`Strategy.save_items`); `training_state` gives the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+from torch import nn
+
+from ...runtime.world import World
+from ...state import GradientState
 from ..errors import Problem
 from ..sharded.dcp_writer import WriteResult
 from ..storage import formats
-from ..storage.file_writer import FileRecord, FileWriter, write_file
-
-Check = Callable[[Any], list[Problem]]
+from ..storage.file_writer import FileRecord, FileWriter
 
 
 @dataclass(frozen=True)
 class FileFormat:
-    """How a state becomes a file: ``write(state, writer)``, ``read(path, **options)``.
+    """Serialization of a state: ``write(state, writer)`` and ``read(path, **options)``.
 
-    Of a folder in which each rank writes a file, ``write`` returns what is to be said of that file in the folder.
+    In a folder of shards, ``write`` returns an entry for the folder's metadata for each value that it writes.
     """
 
     write: Callable[[Any, FileWriter], list[WriteResult] | None]
     read: Callable[..., Any]
-    takes_options: bool = False
 
 
-TORCH = FileFormat(formats.write_torch, formats.read_torch, takes_options=True)
+TORCH = FileFormat(formats.write_torch, formats.read_torch)
 SAFETENSORS = FileFormat(formats.write_safetensors, formats.read_safetensors)
 JSON = FileFormat(formats.write_json, formats.read_json)
 
 
-def no_check(state: Any) -> list[Problem]:
-    """Anything goes."""
-    return []
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One part of a checkpoint: a state in a file.
+class SaveItem(ABC):
+    """A state to save in one file.
 
     Attributes:
-        path: The file's path in the checkpoint; to load, it may be a folder.
-        capture: Gives the state, with references to live tensors; None: there is nothing to save this time.
-        load: Puts a state that was read, and found to fit, in its place.
-        check: What does not fit, found without changing anything.
-        everywhere: Each rank has its own (the path names the rank); else rank 0 saves and all ranks load it.
-        collective: All ranks take part in `capture`, whoever saves the state.
-        fresh: What `capture` gives is memory of its own, that nothing changes.
-        kept: `load` keeps the tensors it is given, so that they are read into memory of their own.
-        required: A checkpoint without it is incomplete.
-        format: How it is written and read.
-        partial: Makes what fits of a state that does not fit as a whole; None: it is left out as a whole.
-        needs: Added to the message when the file cannot be read.
-        kind: The class of what the state belongs to, where another class cannot have it; the manifest records it.
-        revertible: `load` runs code of users, and may raise; `load` of what `capture` gave before undoes it. Such entries
-            are loaded first.
+        path: Path of the file in the checkpoint.
+        format: Serialization of the file.
+        per_rank: Each rank saves a file of its own, and the path names the rank. Otherwise rank 0 saves.
+        collective: All ranks take part in `capture`, whichever saves.
+        owns_memory: `capture` returns memory that training does not change, so a background save needs no copy.
+        class_name: Class of the object, recorded in the manifest where no other class can load the state.
     """
 
     path: str
-    capture: Callable[[], Any]
-    load: Callable[[Any], None]
-    check: Check = no_check
-    everywhere: bool = False
-    collective: bool = False
-    fresh: bool = False
-    kept: bool = False
-    required: bool = True
     format: FileFormat = TORCH
-    partial: Callable[[Any], Any] | None = None
-    needs: str = ""
-    kind: str = ""
+    per_rank: bool = False
+    collective: bool = False
+    owns_memory: bool = False
+    class_name: str = ""
+
+    @abstractmethod
+    def capture(self) -> Any:
+        """Returns the state, with references to live tensors; None if there is nothing to save."""
+
+
+class LoadItem(ABC):
+    """A state to load from one file, or from a folder of shards.
+
+    Attributes:
+        path: Path of the file or folder in the checkpoint.
+        required: A checkpoint without it is incomplete.
+        keeps_tensors: `load` keeps the tensors it is given, so they are read into memory of their own, not mapped.
+        revertible: `load` runs user code that may raise. Such items are loaded first, and reverted if one fails.
+        class_name: Class of the object, compared with the one in the manifest.
+        hint: Appended to the error if the file cannot be read.
+    """
+
+    path: str
+    required: bool = True
+    keeps_tensors: bool = False
     revertible: bool = False
+    class_name: str = ""
+    hint: str = ""
 
-    def read(self, folder: Path, options: dict[str, Any]) -> Any:
-        """The state in the file.
+    def read(self, path: Path, options: dict[str, Any]) -> Any:
+        """Reads the state from `path`; `options` are for `torch.load`."""
+        return formats.read_torch(path, **options)
 
-        Args:
-            folder: The checkpoint.
-            options: For `torch.load`.
-        """
-        return self.format.read(folder / self.path, **(options if self.format.takes_options else {}))
+    def check(self, state: Any) -> list[Problem]:
+        """Returns every mismatch between the state and its object. Changes nothing."""
+        return []
+
+    @abstractmethod
+    def load(self, state: Any) -> None:
+        """Puts a state that passed `check` into its object."""
+
+    def matching(self, state: Any) -> Any:
+        """Returns the part of a mismatched state that can be loaded; None skips the item."""
+        return None
+
+    def backup(self) -> Any:
+        """Returns the current state of a revertible item, for `load` to restore."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Part:
+class CapturedItem:
     """A captured state, ready to be written to its file."""
 
     path: str
     state: Any
     format: FileFormat
-    kind: str = ""
-
-    def write(self, folder: Path) -> Written:
-        """Writes the file below `folder`, on disk when this returns."""
-        said: list[list[WriteResult] | None] = []
-        record = write_file(
-            folder / self.path, self.path, lambda writer: said.append(self.format.write(self.state, writer))
-        )
-        return Written(record, said[0] or [])
+    class_name: str = ""
 
 
 @dataclass(frozen=True)
-class Written:
-    """A file that was written: its record, and what is to be said of it in its folder."""
+class WrittenFile:
+    """Record of a file that was written, and its entries for the metadata of the folder that it is in."""
 
     record: FileRecord
-    places: list[WriteResult]
+    results: list[WriteResult]
+
+
+class HasStep(Protocol):
+    """Holder of `Accelerator.step`."""
+
+    step: int
+
+
+class HasItems(Protocol):
+    """Holder of the number of items (``backward(num_items=)``) whose gradients are accumulated; None: not counted."""
+
+    items: torch.Tensor | None
+
+
+@dataclass
+class TrainingState:
+    """The objects of a run that its checkpoints save and restore.
+
+    Attributes:
+        models, optimizers, schedulers, loaders, registered: The Accelerator's own lists, which grow as it prepares objects.
+        scaler: The gradient scaler, or None.
+        counter: Holds the step.
+        mean: Holds the number of items.
+        accumulation: Holds whether this micro-step synchronizes gradients.
+    """
+
+    models: list[nn.Module]
+    optimizers: list[Any]
+    schedulers: list[Any]
+    loaders: list[Any]
+    registered: list[Any]
+    scaler: torch.amp.GradScaler | None
+    counter: HasStep
+    mean: HasItems
+    accumulation: GradientState
+
+
+class CheckpointStrategy(Protocol):
+    """The part of a strategy that checkpoints use."""
+
+    world: World
+
+    @property
+    def can_save_mid_accumulation(self) -> bool:
+        """Returns whether gradients that are being accumulated can be part of a checkpoint."""
+
+    def state_to_save(self, model: nn.Module) -> dict[str, Any]:
+        """Returns the state of a model: the full one, or the shards of this rank."""
+
+    def save_items(
+        self, models: Sequence[nn.Module], optimizers: Sequence[Any], weights: Sequence[dict[str, Any]], *, safe: bool
+    ) -> list[SaveItem]:
+        """Creates the items that save models and optimizers."""
+
+    def load_model_items(self, folder: Path, models: Sequence[nn.Module], options: dict[str, Any]) -> list[LoadItem]:
+        """Creates the items that load models."""
+
+    def load_optimizer_items(
+        self, folder: Path, optimizers: Sequence[Any], models: Sequence[nn.Module]
+    ) -> list[LoadItem]:
+        """Creates the items that load optimizers."""
+
+    def sync_rng(self) -> None:
+        """Makes ranks that hold parts of one model draw the same random numbers."""

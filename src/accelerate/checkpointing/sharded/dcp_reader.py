@@ -29,7 +29,7 @@ from ...runtime.system.file_names import (
     short_repr,
 )
 from ..errors import LoadError, Problem, bullet_list
-from ..storage.thread_map import thread_map
+from ..storage.file_writer import thread_map
 from .shard_layout import Chunk, is_tiled, narrow_to, overlap
 
 METADATA_FILE = ".metadata"

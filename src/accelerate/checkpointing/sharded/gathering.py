@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...runtime import world
 from ..consensus import checkpoint_group, run_on_all_ranks
 from ..errors import SaveError
 from .local_state import ExtraState
@@ -51,7 +52,7 @@ def gather_full_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
     Returns:
         The full state on rank 0, in which keys of tied tensors share one tensor; an empty dict on other ranks.
     """
-    collectives = checkpoint_group(SaveError)
+    collectives = checkpoint_group(world.current().collectives, SaveError)
     tied = _tied_keys(state)
     views = {
         _Offer(key, value.layout.shape, view.dtype, chunk): view

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..model_files import shared_tensor_names
+from ..storage.formats import shared_tensor_names
 from ..storage.schema import optimizer_state_error
 from .compat import group_ties
 from .dcp_reader import DCPReader

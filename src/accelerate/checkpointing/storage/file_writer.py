@@ -7,16 +7,17 @@ filling the cache with them takes longer than the disk needs. The rest is buffer
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,10 @@ BLOCK_SIZE = 8 * 2**20
 _READ_SIZE = 2**20
 _THREADS = 2
 _BUFFERS = 2 * _THREADS
+
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -258,3 +263,29 @@ def block_checksum(descriptor: int, start: int) -> str:
         total = zlib.crc32(_memory.block[:count], total)
         start += count
     return f"{total:08x}"
+
+
+def thread_map(action: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+    """Returns ``[action(item) for item in items]``, computed by threads; raises the error of the first item that fails."""
+    # `concurrent.futures` accepts no work during interpreter shutdown, which is when a background save is waited for.
+    if min(threads, len(items)) < 2:
+        return [action(item) for item in items]
+    results: list[Any] = [None] * len(items)
+    errors: dict[int, BaseException] = {}
+    numbers = itertools.count()
+
+    def work() -> None:
+        while not errors and (number := next(numbers)) < len(items):
+            try:
+                results[number] = action(items[number])
+            except BaseException as error:  # noqa: BLE001 - raised below, on the calling thread
+                errors[number] = error
+
+    workers = [threading.Thread(target=work, name="checkpoint") for _ in range(min(threads, len(items)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[min(errors)]
+    return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from pathlib import Path
 
@@ -146,3 +147,11 @@ def numbered_checkpoints(project: Path) -> list[Path]:
         if (number := checkpoint_number(entry)) is not None
     }
     return [found[number] for number in sorted(found) if found[number].is_dir()]
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")  # at least two letters: one is a drive
+
+
+def is_url(path: str | os.PathLike[str] | None) -> bool:
+    """Returns whether a path is a URL, which fsspec opens."""
+    return isinstance(path, str) and _URL.match(path) is not None

@@ -104,6 +104,36 @@ def _numpy_types() -> list[Any]:
     return types
 
 
+# safetensors
+
+
+def _region(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Identifies a tensor's memory, dtype, shape and strides; None if it has no memory (empty, meta, sparse)."""
+    if tensor.is_meta or tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    try:
+        pointer = tensor.data_ptr()
+    except RuntimeError:  # a wrapper without memory of its own
+        return None
+    return tensor.device, pointer, tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def shared_tensor_names(state: Mapping[str, Any]) -> list[list[str]]:
+    """Groups the names in a state that share one tensor (tied weights)."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, value in state.items():
+        region = _region(value) if isinstance(value, torch.Tensor) else None
+        if region is not None:
+            groups.setdefault(region, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def drop_shared_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the state with the first name of each tensor only."""
+    dropped = {name for names in shared_tensor_names(state) for name in names[1:]}
+    return {name: value for name, value in state.items() if name not in dropped}
+
+
 _SAFE_DTYPES = {
     "float64": "F64",
     "float32": "F32",

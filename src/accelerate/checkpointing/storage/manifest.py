@@ -19,8 +19,7 @@ import torch
 
 from ...runtime.system.file_names import FileNameError, file_size, parse_json, path_inside, read_bytes, short_repr
 from ..errors import Problem
-from .file_writer import BLOCK_SIZE, FileRecord, FileWriter, block_checksum
-from .thread_map import thread_map
+from .file_writer import BLOCK_SIZE, FileRecord, FileWriter, block_checksum, thread_map
 
 NAME = "manifest.json"
 FORMAT = 1

@@ -6,8 +6,6 @@ checkpoint is never overwritten.
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -20,16 +18,9 @@ from ..consensus import broadcast_from_rank0, run_on_all_ranks
 from ..errors import CheckpointError, LoadError, SaveError
 from . import manifest as manifests
 
-# At least two letters: a single one is a drive.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::|://)")
 INSTALL = (
     'needs fsspec: `pip install "accelerate[remote]"`, and for some stores their own package (s3fs, gcsfs, adlfs …)'
 )
-
-
-def is_url(path: str | os.PathLike[str] | None) -> bool:
-    """Returns True if fsspec reaches a path."""
-    return isinstance(path, str) and _URL.match(path) is not None
 
 
 class RemoteFolder:

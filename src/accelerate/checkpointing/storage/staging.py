@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .thread_map import thread_map
+from .file_writer import thread_map
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 
 from accelerate import Accelerator
 from accelerate.checkpointing import CheckpointError, LoadError, SaveError
-from accelerate.checkpointing.storage.remote import is_url
+from accelerate.checkpointing.storage.filenames import is_url
 from accelerate.settings.handlers import ProjectConfiguration
 
 

@@ -168,14 +168,14 @@ def values(model: Any, optimizer: Any) -> list[torch.Tensor]:
 def test_async_saves_contain_the_state_of_their_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
     model, optimizer = trained(accelerator)
-    writer = accelerator._checkpoints._writer
+    saver = accelerator._checkpoints._saver
     gate = Gate(monkeypatch)
-    buffer = accelerator._checkpoints._room = Delayed(lambda: writer.busy, gate)
+    buffer = accelerator._checkpoints._buffer = Delayed(lambda: saver.busy, gate)
     wanted = []
     for number in range(3):
         wanted.append(values(model, optimizer))
         accelerator.save_state(tmp_path / str(number), asynchronous=True)
-        assert writer.busy
+        assert saver.busy
         assert buffer.synchronized == number + 1
         step(accelerator, model, optimizer)
         with torch.no_grad():

@@ -266,7 +266,7 @@ def test_schedulers_of_other_types(tmp_path: Path, change: Callable[[Any], Any])
 def test_scalers_of_other_types(tmp_path: Path, change: Callable[[Any], Any]) -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    assert accelerator._checkpoints._run().scaler is accelerator.scaler
+    assert accelerator._checkpoints.run.scaler is accelerator.scaler
     target = Path(accelerator.save_state(tmp_path / "ckpt"))
     changed(target, "scaler.pt", change)
     before = accelerator.scaler.state_dict()
