@@ -204,6 +204,7 @@ def test_a_rank_that_dies_is_an_error_on_the_others(run_ranks: Any, tmp_path: Pa
 
 def only_the_main_process(folder: str) -> str:
     accelerator = Accelerator(cpu=True)
+    accelerator.strategy.world = dataclasses.replace(accelerator.strategy.world, debug=True)
     message = ""
     if accelerator.is_main_process:
         with pytest.raises(RuntimeError, match="only some processes") as caught:

@@ -378,16 +378,14 @@ class Strategy:
         from ..checkpointing.items.model_items import load_optimizer
 
         bare = [self.unwrap(model, keep_torch_compile=False) for model in models]
-        inner = map(unwrap_optimizer, optimizers)
-        return [load_optimizer(folder, i, optimizer, bare, sharded=False) for i, optimizer in enumerate(inner)]
+        return [load_optimizer(folder, i, unwrap_optimizer(o), bare, sharded=False) for i, o in enumerate(optimizers)]
 
 
-def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """Returns the optimizer inside a prepared one."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
-    inner: torch.optim.Optimizer = optimizer
-    return inner
+    return optimizer
 
 
 def _make_cp_manager(config: StrategyConfig) -> ContextParallelManager | None:
