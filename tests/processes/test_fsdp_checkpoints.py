@@ -182,8 +182,8 @@ def test_damaged_files_are_named_on_every_rank(run_ranks: Any, tmp_path: Path, n
         "optimizer_0/__1_0.distcp: corrupt: its content differs from what was saved",
         "pytorch_model_fsdp_0/__0_0.distcp: corrupt: it has",
         "pytorch_model_fsdp_0/.metadata: missing",
-        "save_state was called between the micro-steps of an update",
-        "load_state was called between the micro-steps of an update",
+        "save_state was called during gradient accumulation",
+        "load_state was called during gradient accumulation",
     ]
     for said in run_ranks(2, _damaged, str(tmp_path / "it"), name):
         for message, expected in zip(said, wanted, strict=True):

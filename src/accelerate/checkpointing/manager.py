@@ -103,8 +103,8 @@ class CheckpointManager:
     def _check_accumulation(self, call: str, failure: type[CheckpointError]) -> None:
         if not self._strategy.can_save_mid_accumulation and not self.run.accumulation.sync_gradients:
             raise failure(
-                f"{call} was called during gradient accumulation, and sharded gradients that are being accumulated "
-                "cannot be saved: call it when `accelerator.sync_gradients` is true."
+                f"{call} was called during gradient accumulation, while no rank holds whole gradients to save or restore: "
+                "call it when `accelerator.sync_gradients` is true."
             )
 
     # Save ------------------------------------------------------------------------------------------------------------
