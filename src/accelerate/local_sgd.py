@@ -1,6 +1,6 @@
-"""Local SGD: each process takes several optimizer steps on its own, then all average their parameters.
+"""Local SGD: each process takes several optimizer steps without communication, then all average their parameters.
 
-In between no gradient is communicated. The average goes through few large buffers, not one collective a parameter.
+Parameters are all-reduced in a few large flat buffers, not one by one.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
 
     from .accelerator import Accelerator
 
-# Bounds the memory that averaging takes beside the model.
+# Bounds the memory of a flat buffer.
 _BUFFER_BYTES = 256 * 2**20
 
 
 class LocalSGD:
-    """Context of a training loop whose processes average parameters now and then instead of gradients every step.
+    """Context manager of a training loop that averages parameters at intervals instead of gradients at every step.
 
-    Gradient accumulation goes on as usual. Calls of `step` are counted, within ``accumulate`` those of batches that only
-    accumulate too: to average every 8 updates of 2 batches each, pass ``local_sgd_steps=16``. Buffers (batch norm's
-    running statistics) are not averaged, nor is the optimizer's state. All processes must take the same number of steps.
+    Gradient accumulation is unaffected. All calls of `step` count, including those of micro-batches in ``accumulate`` that
+    do not update: to average every 8 updates of 2 batches each, pass ``local_sgd_steps=16``. Buffers (running statistics
+    of batch norm) and optimizer states are not averaged. All processes must take the same number of steps.
 
-    Within the block `save_state` averages first, since a checkpoint holds one model, and the count to the next average
-    begins anew: there, and in the run that resumes. Each process's optimizer goes on from rank 0's then.
+    In the block, `save_state` averages first, since a checkpoint holds one model, and the count to the next average
+    restarts, as it does in the resumed run. A resumed run loads rank 0's optimizer state on every process.
 
     Attributes:
         num_steps: Calls of `step` so far.
 
     Args:
-        accelerator: The accelerator that prepared the model.
-        model: The prepared model.
-        local_sgd_steps: Average after this many calls of `step`; and once more when the block ends.
-        enabled: False leaves training as it is without this context.
+        accelerator: Accelerator that prepared the model.
+        model: Prepared model.
+        local_sgd_steps: Calls of `step` between averages; the end of the block averages as well.
+        enabled: If False, the context has no effect.
 
     Raises:
-        NotImplementedError: when parameters, gradients or sequences are divided over the processes, or an engine of its
-            own communicates them (FSDP, DeepSpeed, Megatron-LM).
-        ValueError: when `local_sgd_steps` is not a positive integer.
+        NotImplementedError: if parameters, gradients or sequences are sharded over the processes, or an engine
+            communicates them (FSDP, DeepSpeed, Megatron-LM).
+        ValueError: if `local_sgd_steps` is not a positive integer.
 
     Example:
         ```python
@@ -102,14 +102,14 @@ class LocalSGD:
             self._save_hook.remove()
             self._save_hook = None
         try:
-            if kind is None:  # after an exception the peers may be anywhere: to average would be to wait for them
+            if kind is None:  # after an exception, other ranks may never join the all-reduce
                 self._average()
         finally:
             self.model_sync_obj.__exit__(kind, error, traceback)
             self.model_sync_obj = None
 
     def step(self) -> None:
-        """Counts a step, and averages the parameters at every `local_sgd_steps`-th. Call it after ``optimizer.step()``."""
+        """Counts a step and averages the parameters at every `local_sgd_steps`-th. Call it after ``optimizer.step()``."""
         self.num_steps += 1
         if self.enabled and self.num_steps - self._averaged_at >= self.local_sgd_steps:
             self._average()
@@ -125,12 +125,12 @@ class LocalSGD:
                     parameter.copy_(part.view_as(parameter))
 
     def _trained_parameters(self) -> Iterator[torch.nn.Parameter]:
-        # One that was frozen on the way has moved apart like the others.
+        # Parameters that were frozen in the meantime differ between ranks as well.
         return (p for p in self.model.parameters() if p.requires_grad or id(p) in self._trained)
 
 
 def _flat_buffers(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Groups parameters of one dtype and device whose values fit into one buffer. Quantized ones do not train."""
+    """Groups parameters by dtype and device into lists that fit into one buffer; skips quantized parameters."""
     groups: dict[tuple[torch.dtype, torch.device], list[torch.nn.Parameter]] = {}
     filled: dict[tuple[torch.dtype, torch.device], int] = {}
     for parameter in parameters:

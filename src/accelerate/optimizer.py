@@ -1,6 +1,6 @@
-"""`AcceleratedOptimizer`: a torch optimizer that steps only when gradients are synchronised.
+"""`AcceleratedOptimizer`: a torch optimizer that steps only when gradients are synchronized.
 
-It is a torch ``Optimizer`` for whoever asks (schedulers do), and hands everything on to the one it holds.
+It is a subclass of torch's ``Optimizer``, as schedulers require, and delegates to the optimizer it wraps.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .state import AcceleratorState, GradientState
 
 
 class AcceleratedOptimizer(torch.optim.Optimizer):
-    """Wraps an optimizer so that `step` and `zero_grad` do nothing while gradients are being accumulated.
+    """Wraps an optimizer so that `step` and `zero_grad` do nothing while gradients accumulate.
 
     Args:
         optimizer: The optimizer to wrap.
-        device_placement: Move the optimizer's state to the run's device.
-        scaler: The gradient scaler of an fp16 run; a step whose gradients overflowed is skipped.
+        device_placement: Whether to move the optimizer's state to the device of the run.
+        scaler: Gradient scaler of an fp16 run; it skips a step whose gradients overflowed.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
             for param, values in optimizer.state.items():
                 target = param.device if isinstance(param, torch.Tensor) else device
                 optimizer.state[param] = {
-                    # Scalar step counters stay where the optimizer wants them: on the CPU unless it is capturable.
+                    # Scalar step counters stay on the CPU, unless the optimizer is capturable.
                     key: value if key == "step" else send_to_device(value, target)
                     for key, value in values.items()
                 }
@@ -84,10 +84,10 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         return self.optimizer.state_dict()
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Clears gradients, if this step synchronises them; those being accumulated stay.
+        """Clears gradients if this step synchronizes them; accumulating gradients are kept.
 
         Args:
-            set_to_none: As in torch; None takes the wrapped optimizer's default.
+            set_to_none: As in torch; None means the default of the wrapped optimizer.
         """
         if not self.gradient_state.sync_gradients:
             return
@@ -97,7 +97,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
             self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Steps, if this step synchronises gradients. Returns what the wrapped optimizer's step does."""
+        """Steps if gradients are synchronized, and returns the result of the wrapped optimizer's step."""
         if not self.gradient_state.sync_gradients:
             return None
         self.gradient_state.divided = False
@@ -105,27 +105,27 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
             return self.optimizer.step() if closure is None else self.optimizer.step(closure)
         result = self.scaler.step(self.optimizer) if closure is None else self.scaler.step(self.optimizer, closure)
         self._overflow = found_inf_of(self.scaler, self.optimizer)
-        if not isinstance(self.scaler, LossScaler):  # that one updates by itself
+        if not isinstance(self.scaler, LossScaler):  # which updates itself
             self.scaler.update()
         return result
 
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last step was left out because fp16 gradients overflowed."""
+        """Whether the last step was skipped because fp16 gradients overflowed."""
         return any(found.item() > 0 for found in self._overflow)
 
     def train(self) -> None:
-        """Training mode, for optimizers that have one (schedule-free ones do)."""
+        """Switches to training mode, for optimizers that have one (schedule-free ones)."""
         if callable(mode := getattr(self.optimizer, "train", None)):
             mode()
 
     def eval(self) -> None:
-        """Evaluation mode, for optimizers that have one."""
+        """Switches to evaluation mode, for optimizers that have one."""
         if callable(mode := getattr(self.optimizer, "eval", None)):
             mode()
 
     def parameters(self) -> Iterator[torch.Tensor]:
-        """Every parameter of every group."""
+        """Yields the parameters of all groups."""
         for group in self.param_groups:
             yield from group["params"]
 
@@ -136,4 +136,4 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         return {"optimizer": self.optimizer, "device_placement": self.device_placement, "scaler": self.scaler}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # takes up the shared states of the process it lands in
+        self.__init__(**state)  # type: ignore[misc]  # connects to the shared states of this process

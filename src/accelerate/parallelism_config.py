@@ -1,7 +1,7 @@
-"""`ParallelismConfig`: in how many dimensions a run is divided, and how large each is.
+"""`ParallelismConfig`: sizes of the device mesh, which multiply to the number of processes.
 
-The sizes multiply to the number of processes. Neighbouring ranks share tensors (``tp``), then sequences (``sp``, ``cp``),
-then the shards of one replica (``dp_shard``), then come the replicas (``dp_replicate``).
+The innermost dimension, of adjacent ranks, is tensor parallelism (``tp``), then sequence and context parallelism (``sp``,
+``cp``), the shards of one replica (``dp_shard``), and the replicas (``dp_replicate``).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from .settings.parallel import TorchTensorParallelPlugin
 
-# The dimensions, outermost first: ranks of the last are neighbours, on one machine if they can be.
+# Outermost first: ranks along the last dimension are adjacent, on one machine if possible.
 MESH_DIMS = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
-# Dimensions that are one for some purpose -> their common name.
+# Name of a flattened dimension -> its dimensions.
 _FLATTENED_DIMS = {
     "dp": ("dp_replicate", "dp_shard"),
     "dp_shard_cp": ("dp_shard", "cp"),
@@ -37,7 +37,7 @@ _HANDLERS = {"tp": TorchTensorParallelConfig, "cp": TorchContextParallelConfig, 
 
 @dataclass(repr=False)
 class ParallelismConfig:
-    """The sizes of the device mesh. One left None is read from the launcher's ``PARALLELISM_CONFIG_*`` variables, else 1.
+    """Sizes of the device mesh. A size of None is read from the launcher's ``PARALLELISM_CONFIG_*`` variables, else 1.
 
     Raises:
         ValueError: for sizes below 1, unknown backends, or dimensions that exclude each other.
@@ -53,15 +53,15 @@ class ParallelismConfig:
     dp_shard_size: int | None = None
     """Ranks that each hold a shard of one replica."""
     tp_size: int | None = None
-    """Ranks that share each layer's tensors."""
+    """Ranks over which each layer's tensors are sharded (tensor parallelism)."""
     cp_size: int | None = None
-    """Ranks that share each sequence, exchanging keys and values."""
+    """Ranks over which sequences are sharded, exchanging keys and values (context parallelism)."""
     cp_backend: Literal["torch"] | None = None
-    """Who does that: ``torch``."""
+    """Backend of context parallelism: ``torch``."""
     sp_size: int | None = None
-    """Ranks that share each sequence, exchanging heads."""
+    """Ranks over which sequences are sharded, exchanging heads (Ulysses)."""
     sp_backend: Literal["deepspeed"] | None = None
-    """As who does that: ``deepspeed``, which itself is not needed."""
+    """Backend of sequence parallelism: ``deepspeed``. DeepSpeed itself is not needed."""
     tp_handler: TorchTensorParallelConfig | None = None
     """Details; None: the defaults, where `tp_size` is above 1."""
     cp_handler: TorchContextParallelConfig | None = None
@@ -86,7 +86,7 @@ class ParallelismConfig:
                 logger.warning("%s_handler has no effect: %s_size is 1.", name, name)
         if self.cp_enabled and self.sp_enabled:
             raise ValueError(
-                f"cp_size={self.cp_size} and sp_size={self.sp_size} would both cut the sequence: set one of them to 1."
+                f"cp_size={self.cp_size} and sp_size={self.sp_size} would both shard the sequence: set one of them to 1."
             )
 
     def __repr__(self) -> str:
@@ -109,22 +109,22 @@ class ParallelismConfig:
 
     @property
     def total_size(self) -> int:
-        """How many processes the mesh has."""
+        """Number of processes of the mesh."""
         return self.data_parallel_size * self.non_data_parallel_size
 
     @property
     def data_parallel_size(self) -> int:
-        """How many ranks read data of their own, were there no other dimension."""
+        """Product of the data-parallel sizes."""
         return self._size("dp_replicate") * self._size("dp_shard")
 
     @property
     def non_data_parallel_size(self) -> int:
-        """How many ranks work on the same data."""
+        """Number of ranks that work on the same data."""
         return self._size("tp") * self._size("cp") * self._size("sp")
 
     @property
     def dp_replicate_enabled(self) -> bool:
-        """Whether there are several replicas."""
+        """Whether the model is replicated."""
         return self._enabled("dp_replicate")
 
     @property
@@ -134,69 +134,69 @@ class ParallelismConfig:
 
     @property
     def tp_enabled(self) -> bool:
-        """Whether tensors are shared."""
+        """Whether tensors are sharded."""
         return self._enabled("tp")
 
     @property
     def cp_enabled(self) -> bool:
-        """Whether sequences are shared, keys and values exchanged."""
+        """Whether context parallelism is enabled."""
         return self._enabled("cp")
 
     @property
     def sp_enabled(self) -> bool:
-        """Whether sequences are shared, heads exchanged."""
+        """Whether sequence parallelism is enabled."""
         return self._enabled("sp")
 
     # Dimensions ------------------------------------------------------------------------------------------------------
 
     @property
     def active_mesh_dims(self) -> list[str]:
-        """The dimensions of more than one rank, outermost first."""
+        """Dimensions of more than one rank, outermost first."""
         return self._enabled_dims(*MESH_DIMS)
 
     @property
     def dp_dim_names(self) -> list[str]:
-        """Those over which data is divided."""
+        """Enabled data-parallel dimensions."""
         return self._enabled_dims(*_FLATTENED_DIMS["dp"])
 
     @property
     def non_dp_dim_names(self) -> list[str]:
-        """Those whose ranks work on the same data."""
+        """Enabled dimensions whose ranks work on the same data."""
         return self._enabled_dims("tp", "cp", "sp")
 
     @property
     def dp_shard_cp_dim_names(self) -> list[str]:
-        """Those over which parameters are sharded; the mesh has them as ``dp_shard_cp``."""
+        """Enabled dimensions over which parameters are sharded, flattened in the mesh to ``dp_shard_cp``."""
         return self._enabled_dims(*_FLATTENED_DIMS["dp_shard_cp"])
 
     @property
     def dp_cp_dim_names(self) -> list[str]:
-        """Those over which a loss is averaged; the mesh has them as ``dp_cp``."""
+        """Enabled dimensions over which a loss is averaged, flattened in the mesh to ``dp_cp``."""
         return self._enabled_dims(*_FLATTENED_DIMS["dp_cp"])
 
     @property
     def fsdp_dim_names(self) -> list[str]:
-        """What `fully_shard` is given of the mesh: replicas, if there are several, and shards."""
+        """Dimensions for `fully_shard`: replicas, if there are several, and shards."""
         return [*self._enabled_dims("dp_replicate"), *(["dp_shard_cp"] if self.dp_shard_cp_dim_names else [])]
 
     # Mesh ------------------------------------------------------------------------------------------------------------
 
     def _get_mesh(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """Names and sizes of the mesh's dimensions."""
+        """Returns names and sizes of the enabled dimensions."""
         names = tuple(self.active_mesh_dims)
         return names, tuple(map(self._size, names))
 
     def build_device_mesh(self, device_type: str) -> DeviceMesh | None:
-        """Lays the ranks of the default process group out in the dimensions. Collective: every rank calls it.
+        """Builds the mesh over the ranks of the default process group. Collective.
 
         Args:
-            device_type: The kind of device, ``"cuda"`` or ``"cpu"``.
+            device_type: Device type, such as ``"cuda"`` or ``"cpu"``.
 
         Returns:
-            The mesh, with ``dp``, ``dp_shard_cp`` and ``dp_cp`` as far as they have ranks; None for one process.
+            The mesh, with flattened dimensions ``dp``, ``dp_shard_cp`` and ``dp_cp`` where enabled; None for one process.
 
         Raises:
-            ValueError: when the sizes do not multiply to the number of processes.
+            ValueError: if the sizes do not multiply to the number of processes.
         """
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -213,14 +213,14 @@ class ParallelismConfig:
         return mesh
 
     def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
-        """The mesh, built when it is first asked for with a kind of device.
+        """Returns the mesh, which the first call with a device type builds.
 
         Raises:
-            ValueError: when it is not there and `device_type` is None, or is there for another kind of device.
+            ValueError: if it is not built and `device_type` is None, or it was built for another device type.
         """
         if self.device_mesh is None:
             if device_type is None:
-                raise ValueError("the device mesh is not built yet: name the kind of device, get_device_mesh('cuda').")
+                raise ValueError("the device mesh is not built yet: pass a device type, get_device_mesh('cuda').")
             self.__dict__["device_mesh"] = self.build_device_mesh(device_type)
         mesh = self.device_mesh
         if mesh is not None and device_type not in (None, mesh.device_type):
@@ -231,7 +231,7 @@ class ParallelismConfig:
         """Compares the sizes with the number of processes.
 
         Raises:
-            ValueError: showing the arithmetic.
+            ValueError: if they differ; shows the arithmetic.
         """
         if self.total_size != processes:
             product = " x ".join(f"{name}_size {self._size(name)}" for name in self.active_mesh_dims) or "every size 1"
@@ -241,7 +241,7 @@ class ParallelismConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as values that json can hold, without the mesh. Of a plan's styles, what they look like."""
+        """Returns the fields as JSON values, without the mesh; styles of a plan by their repr."""
         values = dataclasses.asdict(self)
         plan = self.tp_handler.plan if self.tp_handler is not None else None
         if plan is not None:
@@ -254,11 +254,11 @@ class ParallelismConfig:
 def resolve_parallelism_config(
     given: ParallelismConfig | None = None, plugin: TorchTensorParallelPlugin | None = None
 ) -> ParallelismConfig | None:
-    """The configuration given, else the one that the launcher's variables or the older plugin ask for.
+    """Returns the given configuration, else that of the launcher's variables or of the deprecated plugin.
 
     Raises:
-        TypeError: when `given` is no such configuration.
-        ValueError: when it and `plugin` contradict each other.
+        TypeError: if `given` is not a ParallelismConfig.
+        ValueError: if `given` and `plugin` contradict each other.
     """
     if given is not None and not isinstance(given, ParallelismConfig):
         raise TypeError(f"parallelism_config must be an instance of ParallelismConfig, found {given!r}.")
@@ -279,14 +279,14 @@ def resolve_parallelism_config(
 
 
 def _config_from_mesh(plugin: TorchTensorParallelPlugin) -> ParallelismConfig:
-    """The configuration of a mesh that a plugin brings along."""
+    """Builds the configuration of a plugin's own mesh."""
     mesh = plugin.torch_device_mesh
     assert mesh is not None
     sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True)) if mesh.mesh_dim_names else {}
     if not sizes.keys() <= set(MESH_DIMS) or sizes.get("tp") != plugin.tp_size:
         raise ValueError(
-            f"torch_tp_plugin has tp_size={plugin.tp_size} and brings {mesh}: it needs a dimension 'tp' of that size, and "
-            f"others from {', '.join(MESH_DIMS)} only. Leave torch_device_mesh out to have one made."
+            f"torch_tp_plugin has tp_size={plugin.tp_size} and torch_device_mesh={mesh}: it needs a dimension 'tp' of that "
+            f"size, and others from {', '.join(MESH_DIMS)} only. Leave torch_device_mesh out to have one made."
         )
     given: dict[str, Any] = {f"{name}_size": size for name, size in sizes.items()}
     config = ParallelismConfig(**given)

@@ -1,4 +1,4 @@
-"""`AcceleratedScheduler`: a learning-rate scheduler that keeps time with its optimizer."""
+"""`AcceleratedScheduler`: a learning-rate scheduler that steps with its optimizer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .state import GradientState, PartialState
 class AcceleratedScheduler:
     """Wraps a scheduler so that it steps only when its optimizers have stepped.
 
-    A schedule is usually written for one process. When each of N processes brings a batch of its own, one update consumes
-    N batches, and so by default each update steps the schedule N times.
+    A schedule is usually written for one process. Where each of N processes reads its own batch, one update consumes N
+    batches, so by default each update steps the schedule N times.
 
     Args:
-        scheduler: The scheduler to wrap.
-        optimizers: The optimizer or optimizers it belongs to.
-        step_with_optimizer: Step only when the optimizers did; False hands each call on as it is.
-        split_batches: The batches are split over the processes, so that one update consumes one batch.
-        per_update: Step once an update whatever the number of processes: the schedule is written in updates.
+        scheduler: Scheduler to wrap.
+        optimizers: Its optimizer or optimizers.
+        step_with_optimizer: Whether to step only if the optimizers did; if False, each call steps the scheduler.
+        split_batches: Whether batches are split over the processes, so that one update consumes one batch.
+        per_update: Whether to step once per update, whatever the number of processes.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class AcceleratedScheduler:
         self.gradient_state = GradientState()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Steps the schedule, if the optimizers have just stepped. Arguments go to the wrapped scheduler."""
+        """Steps the schedule if the optimizers have just stepped. Arguments are passed to the wrapped scheduler."""
         if not self.step_with_optimizer:
             self.scheduler.step(*args, **kwargs)
             return
         if not self.gradient_state.sync_gradients:
             if self.gradient_state.adjust_scheduler and hasattr(self.scheduler, "_step_count"):
-                # torch counts calls to warn about schedulers that step before their optimizer; this was one.
+                # torch counts calls to warn about schedulers that step before their optimizer. Count this one.
                 self.scheduler._step_count += 1
             return
         if any(optimizer.step_was_skipped for optimizer in self.optimizers):
@@ -54,34 +54,34 @@ class AcceleratedScheduler:
             return
         total = getattr(self.scheduler, "total_steps", None)
         for _ in range(PartialState().num_processes):
-            # OneCycleLR refuses to go beyond its end, which the last update of a run may reach half-way.
+            # OneCycleLR raises beyond its end, which the last update may reach before all N steps.
             if total is None or self.scheduler.last_epoch < total:
                 self.scheduler.step(*args, **kwargs)
 
     def get_last_lr(self) -> list[float]:
-        """The learning rates in use, one a parameter group."""
+        """Returns the current learning rate of each parameter group."""
         rates: list[float] = self.scheduler.get_last_lr()
         return rates
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped scheduler's state."""
+        """Returns the state of the wrapped scheduler."""
         state: dict[str, Any] = self.scheduler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the wrapped scheduler's state."""
+        """Restores the state of the wrapped scheduler."""
         self.scheduler.load_state_dict(state_dict)
 
     def get_lr(self) -> list[float]:
-        """The wrapped scheduler's next learning rates; see ``get_last_lr`` for those in use."""
+        """Computes the learning rates of the wrapped scheduler; see ``get_last_lr`` for the current ones."""
         rates: list[float] = self.scheduler.get_lr()
         return rates
 
     def print_lr(self, *args: Any, **kwargs: Any) -> None:
-        """See the wrapped scheduler."""
+        """Calls ``print_lr`` of the wrapped scheduler."""
         self.scheduler.print_lr(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "scheduler":  # not set yet: being unpickled
+        if name == "scheduler":  # not set yet, during unpickling
             raise AttributeError(name)
         return getattr(self.scheduler, name)

@@ -117,7 +117,7 @@ def _masked_and_refused(folder: Path, output: Path) -> None:
             part[1, 0] = 0  # each rank makes a mask of its tokens, so that both refuse
         with pytest.raises(ValueError, match=r"\(\.\.\., 8, 8\) or \(\.\.\., 1, 8\) for 2 ranks with 4 tokens each"):
             model(tokens, position_ids=positions, attention_mask=part)
-        with pytest.raises(ValueError, match="LlamaForCausalLM was given no position_ids"):
+        with pytest.raises(ValueError, match="LlamaForCausalLM got no position_ids"):
             model(tokens)
         with pytest.raises(ValueError, match="given an attention_mask of all 8 tokens and would take its beginning"):
             model(tokens, kept.long(), positions)
@@ -128,7 +128,7 @@ def _masked_and_refused(folder: Path, output: Path) -> None:
     narrow = accelerator.prepare(transformers.MistralForCausalLM(config))
     with pytest.raises(ValueError) as caught, accelerator.maybe_context_parallel([tokens, positions], [1, 1]):
         narrow(tokens, position_ids=positions)
-    assert "MistralAttention lets a token see 6 tokens (sliding_window), and sequences have 8" in str(caught.value)
+    assert "MistralAttention limits attention to 6 tokens (sliding_window), and sequences have 8" in str(caught.value)
 
     AcceleratorState._reset_state(True)
     arguments = transformers.TrainingArguments(

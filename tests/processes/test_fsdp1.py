@@ -263,7 +263,7 @@ def _refused() -> list[str]:
 def test_what_is_refused_says_why(run_ranks):
     wanted = [
         "SGD holds parameters of a model that has not been prepared",
-        "a unit of FSDP 1 has parameters of one number format, but",
+        "a unit of FSDP 1 needs parameters of one dtype, but",
         "parameter 'embedding.weight' is on the meta device of rank 0",
         "join_uneven_inputs does not work with fully sharded training",
         "is trained and 'layers.0.up.weight' is frozen, and both are in one unit: set use_orig_params=True",

@@ -166,8 +166,8 @@ def test_what_is_refused_says_why(run_ranks):
         "AdamW has stepped already",
         "parameter 'embedding.weight' is on the meta device of rank 0",
         "join_uneven_inputs does not work with fully sharded training",
-        "parameter 'factor' is a single number without dimensions",
-        "reduced in one number format, but '1.weight' is torch.float32, '2.weight' is torch.bfloat16",
+        "parameter 'factor' is a scalar",
+        "reduced in one dtype, but '1.weight' is torch.float32, '2.weight' is torch.bfloat16",
     ]
     for said in run_ranks(2, _refused):
         for message, expected in zip(said, wanted, strict=True):

@@ -304,11 +304,11 @@ def test_no_rank_but_the_first_holds_more_than_its_shards_and_a_few_tensors(run_
 def _refusals() -> None:
     layers = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
     cases: list[tuple[Any, nn.Module, str]] = [
-        (None, nn.Linear(2, 2), "Linear does not say how its tensors are to be shared out"),
+        (None, nn.Linear(2, 2), "Linear has no plan for tensor parallelism"),
         ({"layers.*.up": "colwise"}, Mlp(4), r"names 'layers.\*.up', but Mlp has no such module"),
         ({"up_proj": "sideways"}, Mlp(4), "has 'sideways' for 'up_proj': choose from colwise"),
-        ({"0": "colwise"}, nn.Sequential(nn.Linear(2, 5)), r"0 cannot be shared by 2 ranks .*5 = 2 x 2 \+ 1"),
-        ({"lm_head": "colwise_rep"}, Llama(), "tears a shared parameter apart .*embed_tokens.weight: whole"),
+        ({"0": "colwise"}, nn.Sequential(nn.Linear(2, 5)), r"0 cannot be sharded over 2 ranks .*5 = 2 x 2 \+ 1"),
+        ({"lm_head": "colwise_rep"}, Llama(), "different shardings .*embed_tokens.weight: unsharded"),
         ({"lm_head": "rowwise", "embed_tokens": "embedding_rowwise"}, Llama(), "lm_head.weight: along dimension 1"),
         (layers, Mlp(4).to("meta"), "'gate_proj.weight' is on the meta device of rank 0 and holds no values"),
     ]
@@ -397,7 +397,7 @@ def _older_plugin() -> list[tuple[int, int, str]]:
         ranks = accelerator.strategy.data_shard()
         found.append((accelerator.torch_device_mesh["tp"].size(), ranks.count, type(accelerator.strategy).__name__))
     AcceleratorState._reset_state()
-    with pytest.raises(ValueError, match="tp_size=4 and brings .* needs a dimension 'tp' of that size"):
+    with pytest.raises(ValueError, match="tp_size=4 and torch_device_mesh=.* needs a dimension 'tp' of that size"):
         Accelerator(cpu=True, torch_tp_plugin=TorchTensorParallelPlugin(tp_size=4, torch_device_mesh=given))
     return found
 

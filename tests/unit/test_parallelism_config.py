@@ -71,7 +71,7 @@ def test_an_argument_wins_over_the_environment(monkeypatch):
         ({"dp_shard_size": -1}, "dp_shard_size: expected at least 1, found -1"),
         ({"tp_size": 1.5}, "tp_size: expected a whole number, found 1.5"),
         ({"sp_backend": "zz"}, "sp_backend: expected one of deepspeed"),
-        ({"cp_size": 2, "sp_size": 2}, "cp_size=2 and sp_size=2 would both cut the sequence"),
+        ({"cp_size": 2, "sp_size": 2}, "cp_size=2 and sp_size=2 would both shard the sequence"),
         (
             {"tp_size": 2, "tp_handler": TorchContextParallelConfig()},
             "expected an instance of TorchTensorParallelConfig",

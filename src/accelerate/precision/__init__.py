@@ -1,4 +1,4 @@
-"""The number format a model computes in. `select_precision` gives the `Precision` for a run's settings."""
+"""Mixed precision: `select_precision` returns the `Precision` for the settings of a run."""
 
 from .amp import Autocast, Precision, select_precision
 

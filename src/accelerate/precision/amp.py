@@ -1,8 +1,7 @@
-"""Mixed precision with torch's own means: a no-op base, and autocast with gradient scaling for fp16.
+"""Mixed precision by torch's autocast, with a gradient scaler for fp16.
 
-An autocast object costs several microseconds to build, so that one built anew at each forward would be a visible part of
-a small step; wrappers here keep theirs. They are kept in a free list: a forward inside a forward, or a second thread, finds
-the list empty and builds another.
+Building an autocast object takes several microseconds, a visible part of a small step. Wrapped forwards keep them in a free
+list for reuse; a nested forward or a second thread finds the list empty and builds another.
 """
 
 from __future__ import annotations
@@ -27,36 +26,36 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Precision:
-    """Computes in the parameters' own format: nothing is converted.
+    """Computes in the dtype of the parameters: nothing is cast.
 
     Attributes:
         name: ``no``, ``bf16``, ``fp16`` or ``fp8``.
-        scaler: Scales losses so that small gradients survive in fp16, or None.
+        scaler: Gradient scaler for fp16, or None.
     """
 
     name = "no"
     scaler: torch.amp.GradScaler | None = None
 
     def convert(self, model: nn.Module) -> nn.Module:
-        """The model with its layers replaced where the format needs other ones."""
+        """Returns the model with layers replaced, where the precision needs other ones."""
         return model
 
     def wrap_forward(self, model: nn.Module) -> None:
-        """Makes the model's forward compute in this format and return float32."""
+        """Wraps the model's forward to compute in this precision and return float32."""
 
     def autocast(self, handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
-        """A context in which eligible operations compute in this format."""
+        """Returns a context in which eligible operations compute in this precision."""
         return nullcontext()
 
 
 class Autocast(Precision):
-    """torch.autocast to bf16 or fp16; fp16 comes with a gradient scaler.
+    """Computes under torch.autocast in bf16, or in fp16 with a gradient scaler.
 
     Args:
         name: ``bf16`` or ``fp16``.
-        device: The device whose operations are cast.
+        device: Device whose operations are autocast.
         autocast: Arguments for ``torch.autocast``.
-        scaler: Arguments for ``torch.amp.GradScaler``; used for fp16 only.
+        scaler: Arguments for ``torch.amp.GradScaler``, used for fp16 only.
     """
 
     def __init__(
@@ -84,14 +83,14 @@ class Autocast(Precision):
 
 
 class _AutocastForward(ForwardWrapper):
-    """A forward under autocast whose half-precision outputs become float32."""
+    """Runs a forward under autocast and casts its half-precision outputs to float32."""
 
     def __init__(self, build: Callable[[], torch.autocast]) -> None:
         self._build = build
         self._free: list[torch.autocast] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the compiler wants to see the context built
+        if torch.compiler.is_compiling():  # the compiler traces the construction of the context
             with self._build():
                 return convert_to_fp32(self.__wrapped__(*args, **kwargs))
         context = self._free.pop() if self._free else self._build()
@@ -117,16 +116,16 @@ def select_precision(
     autocast: AutocastKwargs | None = None,
     scaler: GradScalerKwargs | None = None,
 ) -> Precision:
-    """The precision for a run.
+    """Returns the precision for a run.
 
     Raises:
-        ValueError: for a format that this version does not have, or the device cannot compute in.
+        ValueError: for a precision that this version or the device does not support.
     """
     if name == "no":
         return Precision()
     if name == "bf16" and not supports_bf16(device_kind(device)):
         raise ValueError(
-            f"mixed_precision='bf16' was asked for, and {device} does not compute in bfloat16: use 'fp16' or 'no' "
+            f"mixed_precision='bf16' was requested, and {device} does not support bfloat16: use 'fp16' or 'no' "
             "(--mixed_precision, ACCELERATE_MIXED_PRECISION)."
         )
     if name in ("bf16", "fp16"):

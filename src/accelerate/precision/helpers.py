@@ -16,17 +16,17 @@ from .amp import select_precision
 if TYPE_CHECKING:
     from ..settings.handlers import AutocastKwargs
 
-# Kinds of run whose gradients lie in pieces on the ranks: a scaler has to agree with the others on an overflow.
+# Distributed types with sharded gradients: their scalers synchronize overflows between ranks.
 _SCALERS = {DistributedType.FSDP: "torch.distributed.fsdp.sharded_grad_scaler:ShardedGradScaler"}
 
 
 def get_mixed_precision_context_manager(
     native_amp: bool = False, autocast_kwargs: AutocastKwargs | None = None
 ) -> AbstractContextManager[Any]:
-    """A context that computes in the run's mixed precision.
+    """Returns an autocast context in the mixed precision of the run.
 
     Args:
-        native_amp: False gives a context that does nothing.
+        native_amp: If False, the context does nothing.
         autocast_kwargs: Arguments for `torch.autocast`.
     """
     if not native_amp:
@@ -36,10 +36,10 @@ def get_mixed_precision_context_manager(
 
 
 def get_grad_scaler(distributed_type: DistributedType | None = None, **kwargs: Any) -> torch.amp.GradScaler:
-    """A gradient scaler for this process's device.
+    """Returns a gradient scaler for the device of this process.
 
     Args:
-        distributed_type: How the run is distributed; under FSDP the ranks' scalers agree on overflows.
+        distributed_type: Distributed type of the run; with FSDP, scalers synchronize overflows between ranks.
         **kwargs: Arguments for `torch.amp.GradScaler`.
     """
     module, _, name = _SCALERS.get(distributed_type or DistributedType.NO, "torch.amp:GradScaler").partition(":")

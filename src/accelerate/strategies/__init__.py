@@ -1,4 +1,4 @@
-"""One strategy object per way of distributing. `select_strategy` looks it up; nobody else asks which one it is.
+"""One strategy class per backend of distributed training; `select_strategy` looks it up.
 
 A strategy is a row here and a file beside this one. Other distributions add theirs through the entry-point group
 ``accelerate.strategies``, named after a member of `DistributedType`.
@@ -37,7 +37,7 @@ STRATEGIES: dict[DistributedType, str] = {
     DistributedType.MULTI_NEURON: _DDP,
     DistributedType.FSDP: "accelerate.strategies.fsdp2:FSDP2Strategy",
 }
-# On a mesh with this dimension, another takes its place. (Before the run is joined, ranks are not known yet.)
+# Replacements on a mesh with a dimension, also used before the process group is initialized.
 _ON_MESH = {
     (_SINGLE, "dp_replicate"): _DDP,
     (_SINGLE, "cp"): _DDP,
@@ -45,11 +45,11 @@ _ON_MESH = {
     (_SINGLE, "tp"): _TP,
     (_DDP, "tp"): _TP,
 }
-# Of a way that comes in versions, those with a file of their own.
+# Backend versions with a class of their own.
 _VERSIONS = {(DistributedType.FSDP, 1): "accelerate.strategies.fsdp1:FSDP1Strategy"}
 
 
-# What asks for a way of distributing, for the message.
+# Setting that requests a distributed type, for errors.
 _REQUESTED_BY = {
     DistributedType.DEEPSPEED: "deepspeed_plugin (--use_deepspeed)",
     DistributedType.MEGATRON_LM: "megatron_lm_plugin (--use_megatron_lm)",
@@ -62,7 +62,7 @@ def select_strategy(
     plugins: Plugins | None = None,
     fsdp: FullyShardedDataParallelPlugin | None = None,
 ) -> type[Strategy]:
-    """The strategy class for a way of distributing.
+    """Returns the strategy class for a distributed type.
 
     Args:
         kind: The way.
@@ -71,7 +71,7 @@ def select_strategy(
         fsdp: Of the plugins, the one that says which version; for a run whose plugins have been checked.
 
     Raises:
-        ValueError: when neither this version nor an installed distribution has one.
+        ValueError: if neither this version nor an installed distribution has one.
     """
     strategy = _from_entry_points(kind) or _builtin(kind, parallelism_config, fsdp if plugins is None else plugins.fsdp)
     if plugins is not None:

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class AccumulateContext(AbstractContextManager[None]):
-    """One micro-step of an accumulation: decides whether it synchronises, and holds models back where it does not.
+    """Context of one micro-step: decides whether gradients synchronize, and enters `no_sync` if they do not.
 
-    A class rather than a generator: it runs around every forward, and a generator with an exit stack costs more.
+    A class, since a generator with an exit stack would cost more around every forward.
 
     Args:
-        counter: Counts micro-steps; see `StepCounter`.
-        models: The models whose gradients are accumulated.
+        counter: Counter of micro-steps.
+        models: Models whose gradients accumulate.
     """
 
     __slots__ = ("_contexts", "_counter", "_models")
@@ -75,7 +75,7 @@ class StepCounter:
         self.no_sync_depth = 0
 
     def advance(self) -> None:
-        """Goes one micro-step on and sets whether it synchronises gradients."""
+        """Counts a micro-step and sets whether it synchronizes gradients."""
         state = self.gradient_state
         if state.end_of_dataloader and state.sync_with_dataloader:
             self.step = 0
@@ -90,13 +90,13 @@ def _has_gradients(model: nn.Module) -> bool:
 
 
 class TokenWeightedMean:
-    """Makes accumulated gradients those of the mean over all items of a global batch.
+    """Scales accumulated gradients to those of the mean over all items of a global batch.
 
     Attributes:
-        items: How many this rank has counted since the last division; None: none.
+        items: Count of this rank since the last division, or None.
 
     Args:
-        strategy: Tells the ranks that share the batch.
+        strategy: Strategy whose ranks share the batch.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -105,11 +105,11 @@ class TokenWeightedMean:
         self.items: torch.Tensor | None = None
 
     def add(self, num_items: int | float | torch.Tensor, models: Sequence[nn.Module]) -> None:
-        """Counts the items (tokens, samples, or their weights) of one micro-batch of this rank.
+        """Adds the items (tokens, samples, or their weights) of one micro-batch of this rank.
 
         Raises:
-            ValueError: for a negative or non-scalar count, or for more items after the gradients of `models` have been
-                divided and before they are used.
+            ValueError: for a negative or non-scalar count, or if the gradients of `models` were divided already and no
+                optimizer has stepped since.
         """
         device = self._strategy.world.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -121,7 +121,7 @@ class TokenWeightedMean:
                 )
             # A copy: the sum over the ranks is taken in place.
             count = num_items.detach().to(device, dtype, copy=True).reshape(())
-            if device.type == "cpu":  # elsewhere, looking would wait for the device
+            if device.type == "cpu":  # elsewhere, item() would synchronize
                 self._check(count.item())
         else:
             self._check(num_items)
@@ -140,21 +140,21 @@ class TokenWeightedMean:
             raise ValueError(f"num_items must not be negative, found {num_items}.")
 
     def divide(self, models: Sequence[nn.Module]) -> None:
-        """Divides the synchronised gradients of `models` by the items counted on all ranks, and starts a new count."""
+        """Divides the synchronized gradients of `models` by the number of items on all ranks, and restarts the count."""
         assert self.items is not None, "add() comes first"
         items, self.items = self.items, None
-        # Ranks that share tensors count the same items: their number is in both, and drops out of the factor.
+        # Tensor-parallel ranks count the same items; their number cancels out of the factor.
         ranks = self._strategy.world.size
         if ranks > 1:
             self._strategy.world.collectives.all_reduce(items)
-        # Gradients are an average over the ranks by now: `ranks` times it is their sum. No items at all: nothing to learn.
+        # Gradients are averaged over ranks: times `ranks` is their sum. Without items, they become zero.
         factor = torch.where(items > 0, ranks / items, torch.zeros_like(items))
         gradients = {param.grad for model in models for param in model.parameters() if param.grad is not None}
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for gradient in gradients:
             if gradient.is_sparse:
                 gradient.mul_(factor.to(gradient.device))
-            else:  # of a sharded gradient, this rank's part
+            else:  # the local shard of a DTensor
                 own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
                 by_device.setdefault(gradient.device, []).append(own)
         for device, dense in by_device.items():

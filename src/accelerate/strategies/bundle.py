@@ -1,4 +1,4 @@
-"""Sorts what a user passes to ``prepare`` into a `Bundle`."""
+"""Sorts the arguments of ``prepare`` into a `Bundle`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def sort_prepare_args(objects: Sequence[Any], *, on_device: frozenset[int], prepared: Iterable[Any] = ()) -> Bundle:
-    """Sorts objects by kind; those in `prepared`, None, and objects of unknown kinds are left alone.
+    """Sorts objects by type. Prepared objects, None, and objects of other types are returned unchanged.
 
-    Objects that were most likely passed by mistake are left alone as well, with one warning for the call.
+    Logs one warning for objects that were most likely passed by mistake.
     """
     bundle = Bundle(on_device=on_device)
     known = list(prepared)
@@ -43,7 +43,7 @@ def sort_prepare_args(objects: Sequence[Any], *, on_device: frozenset[int], prep
 
 
 def _wrapped_object(prepared: Any) -> Any:
-    """The object inside a prepared optimizer or scheduler: preparing that again gives back the same wrapper."""
+    """Returns the object inside a prepared optimizer or scheduler: preparing it again returns the same wrapper."""
     if isinstance(prepared, AcceleratedOptimizer):
         return prepared.optimizer
     return prepared.scheduler if isinstance(prepared, AcceleratedScheduler) else None

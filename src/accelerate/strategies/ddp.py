@@ -1,4 +1,4 @@
-"""Data parallelism with DistributedDataParallel: each rank holds the whole model and reads its own part of the data."""
+"""Data parallelism with DistributedDataParallel: each rank holds a replica and reads its own shard of the data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class DDPStrategy(Strategy):
-    """Every rank holds the whole model; gradients are averaged as backward produces them."""
+    """Replicates the model on every rank; gradients are all-reduced during the backward."""
 
     distributed_types = tuple(kind for kind in DistributedType if kind.value.startswith("MULTI_"))
     supported_mesh_dims = frozenset({"dp_replicate", "cp", "sp"})
@@ -39,11 +39,11 @@ class DDPStrategy(Strategy):
         frozen = [param for param in model.parameters() if not param.requires_grad]
         all_used = handler is None or not handler.find_unused_parameters
         if all(not param.requires_grad for param in model.parameters()):
-            # Nothing to keep in step as yet: a frozen or quantised model stays as it is.
+            # DDP raises for a model without trainable parameters: a frozen or quantized model is not wrapped.
             register_grad_all_reduce(model, frozen, None, all_used=all_used)
             return model
         device = self.world.device
-        # Naming the device makes DDP move inputs; a CPU, or a model over several devices, must not be named.
+        # With device_ids DDP moves inputs. They must be None for the CPU, and for a model on several devices.
         one_device = device.index is not None and {p.device for p in model.parameters()} == {device}
         wrapped = DistributedDataParallel(
             model,
@@ -72,7 +72,7 @@ class DDPStrategy(Strategy):
             return
         before = container.require_backward_grad_sync, container.require_forward_param_sync
         container.require_backward_grad_sync = container.require_forward_param_sync = True
-        # The forward ran under no_sync and did not arm the reducer: this arms it for every parameter.
+        # The forward ran under no_sync and did not prepare the reducer.
         container.reducer.prepare_for_backward([])
         try:
             yield
@@ -93,14 +93,14 @@ class DDPStrategy(Strategy):
             yield
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
-        if isinstance(model, DistributedDataParallel):  # the user's own container: its forward is the wrapped module's
+        if isinstance(model, DistributedDataParallel):  # wrapped by the user
             self.config.precision.wrap_forward(model.module)
             return model
         return super().prepare_model(model, on_device, evaluation)
 
 
 def _container(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP container of a prepared model, compiled or not; None for a model that has none."""
+    """Returns the DDP wrapper of a prepared model, compiled or not, or None."""
     inner = model._orig_mod if is_compiled_module(model) else model
     return inner if isinstance(inner, DistributedDataParallel) else None
 
@@ -120,7 +120,7 @@ def _release_at_exit(model: DistributedDataParallel) -> None:
 
 
 def _drop_group_references() -> None:
-    """Drops what containers hold of their process group, at the end of the process."""
+    """Drops references of DDP wrappers to their process group, at exit."""
     for model in _wrapped:
         for name in ("reducer", "logger", "process_group"):
             setattr(model, name, None)

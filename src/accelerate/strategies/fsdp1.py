@@ -1,7 +1,7 @@
-"""Fully sharded training with torch's `FullyShardedDataParallel` (FSDP, version 1): each rank holds a piece of every unit.
+"""Fully sharded training with torch's `FullyShardedDataParallel` (FSDP, version 1): each rank holds a shard of every unit.
 
-The parameters of a unit lie flattened behind each other, and each rank holds an equal piece of that. Norms are taken here,
-over the pieces: torch's own way computes them in float32 and knows one model only.
+The parameters of a unit are flattened into one FlatParameter, which is sharded evenly. Gradient norms are computed here,
+over the shards: torch's own method computes them in float32 and for one model only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
 
 
 class FSDP1Strategy(FSDPStrategy):
-    """Every rank holds a piece of the model, of its gradients and of its optimizers' states, as the strategy says."""
+    """Shards the model, its gradients and optimizer states over ranks, as `sharding_strategy` specifies."""
 
     def __init__(self, world: World, config: StrategyConfig) -> None:
         super().__init__(world, config)
@@ -42,9 +42,7 @@ class FSDP1Strategy(FSDPStrategy):
         # One rank has nothing to shard; torch comes to the same, with a warning.
         self._sharding_strategy = self.plugin.sharding_strategy if world.size > 1 else ShardingStrategy.NO_SHARD
         self._mesh = _mesh(config.mesh, world, self._sharding_strategy)
-        self._process_groups = (
-            WeakIdKeyDictionary()
-        )  # sharded parameter -> the ranks that share it, None: each has it whole
+        self._process_groups = WeakIdKeyDictionary()  # parameter -> group over which it is sharded, or None
 
     def is_sharded(self, param: torch.Tensor) -> bool:
         return param in self._process_groups
@@ -80,7 +78,7 @@ class FSDP1Strategy(FSDPStrategy):
             broadcast_params(before[unit].values(), comm, device)
             wrapped[unit] = self._wrap(unit, ignored)
             _replace_module(model, unit, wrapped[unit])
-            if device.type == "cpu":  # else units that were cut would add up to the whole model
+            if device.type == "cpu":  # else freed memory of wrapped units adds up to the whole model
                 malloc_trim()
         self._upcast_params(before[model].values())
         for param in ignored:
@@ -98,7 +96,7 @@ class FSDP1Strategy(FSDPStrategy):
         return self._compile(root)
 
     def _check_weights(self, models: Iterable[nn.Module]) -> None:
-        if self.plugin.param_init_fn is None:  # that makes what rank 0 lacks
+        if self.plugin.param_init_fn is None:  # else it initializes the weights of rank 0
             super()._check_weights(models)
 
     def _initialize(self, model: nn.Module) -> None:
@@ -115,7 +113,7 @@ class FSDP1Strategy(FSDPStrategy):
     def _wrap(self, unit: nn.Module, ignored: list[nn.Parameter]) -> FullyShardedDataParallel:
         plugin, policy = self.plugin, self.plugin.mixed_precision_policy
         if isinstance(policy, MixedPrecision):
-            # What a float32 buffer widens on the way comes to a unit in the format of its parameters, as in version 2.
+            # As in version 2, inputs that a float32 buffer promoted are cast to the dtype of the unit's parameters.
             policy = replace(policy, cast_forward_inputs=True)
         with _ignore_no_shard_warning():
             return FullyShardedDataParallel(
@@ -129,12 +127,12 @@ class FSDP1Strategy(FSDPStrategy):
                 limit_all_gathers=plugin.limit_all_gathers,
                 use_orig_params=bool(plugin.use_orig_params),
                 ignored_states=ignored or None,
-                # torch's offload moves between another device and the CPU; there, parameters are where they should be.
+                # On the CPU, parameters are in place already.
                 cpu_offload=plugin.cpu_offload if self.world.device.type != "cpu" else None,  # type: ignore[arg-type]
             )
 
     def _flat_params(self, model: nn.Module) -> dict[nn.Module, dict[str, nn.Parameter]]:
-        """Of each unit, the parameters that are to lie in one tensor, by name."""
+        """Returns, for each unit, the parameters of its FlatParameter by FQN."""
         ignored, by_unit = set(self._ignored_params(model)), parameters_by_unit(model, self.select_wrap_modules(model))
         return {
             unit: {name: param for name, param in params.items() if param not in ignored}
@@ -142,16 +140,16 @@ class FSDP1Strategy(FSDPStrategy):
         }
 
     def _params_to_upcast(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """The parameters of a unit that become float32, in which the optimizer steps under mixed precision.
+        """Returns the parameters of a unit to cast to float32, in which the optimizer steps under mixed precision.
 
-        A unit has one number format: where one of it is trained in half precision, all become float32.
+        A unit has one dtype: if one half-precision parameter is trained, all become float32.
         """
         mixed = getattr(self.plugin.mixed_precision_policy, "param_dtype", None) is not None
         halves = [param for param in params if is_half(param)]
         return halves if mixed and any(param.requires_grad for param in halves) else []
 
     def _record_shard_groups(self, model: FullyShardedDataParallel) -> None:
-        """Notes who shares each parameter; units inside are asked after the whole, which sees theirs too."""
+        """Records the process group of each parameter; those of units overwrite the entries of the root."""
         for param in model.parameters():
             self._process_groups[param] = None
         for unit in FullyShardedDataParallel.fsdp_modules(model):
@@ -198,7 +196,7 @@ class FSDP1Strategy(FSDPStrategy):
 
 
 def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts a module in every place of another."""
+    """Replaces every occurrence of a module in a model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
@@ -217,10 +215,10 @@ def _container(model: nn.Module) -> FullyShardedDataParallel | None:
 
 
 def _mesh(mesh: DeviceMesh | None, world: World, strategy: ShardingStrategy) -> DeviceMesh:
-    """The ranks that share parameters, and for a hybrid strategy those that hold replicas.
+    """Returns the mesh of shards, with a dimension of replicas for a hybrid strategy.
 
     Raises:
-        ValueError: for a mesh that does not go with the strategy, or on which torch would not synchronise gradients.
+        ValueError: for a mesh that does not fit the strategy, or on which torch would not synchronize gradients.
     """
     names = () if mesh is None else mesh.mesh_dim_names or ()
     if strategy in _HYBRID:
@@ -247,7 +245,7 @@ def _mesh(mesh: DeviceMesh | None, world: World, strategy: ShardingStrategy) -> 
 
 
 def _check_uniform_dtype(params: dict[str, nn.Parameter], upcast: Sequence[nn.Parameter]) -> None:
-    """Parameters of one unit lie in one tensor, so they have one number format."""
+    """Raises unless all parameters of a unit have one dtype, as its FlatParameter requires."""
     widened = set(map(id, upcast))
     dtypes: dict[torch.dtype, str] = {}
     for name, param in params.items():
@@ -255,13 +253,13 @@ def _check_uniform_dtype(params: dict[str, nn.Parameter], upcast: Sequence[nn.Pa
     if len(dtypes) > 1:
         listed = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
         raise ValueError(
-            f"a unit of FSDP 1 has parameters of one number format, but {listed}: convert them, choose other units "
+            f"a unit of FSDP 1 needs parameters of one dtype, but {listed}: convert them, choose other units "
             "(auto_wrap_policy), or use fsdp_version=2."
         )
 
 
 def _check_flat_param(params: dict[str, nn.Parameter], optimizers: Iterable[Any]) -> None:
-    """Without the original parameters, a unit is one parameter: trained or not, in one group of one optimizer."""
+    """Raises unless a unit without original parameters is trained or frozen as a whole, in one parameter group."""
     advice = "set use_orig_params=True (--fsdp_use_orig_params true)."
     trained = {param.requires_grad: name for name, param in params.items()}
     if len(trained) > 1:
@@ -283,7 +281,7 @@ def _check_flat_param(params: dict[str, nn.Parameter], optimizers: Iterable[Any]
 
 @contextmanager
 def _ignore_no_shard_warning() -> Iterator[None]:
-    """Keeps torch from saying that NO_SHARD, which was asked for, is like DistributedDataParallel."""
+    """Silences torch's warning that NO_SHARD is equivalent to DistributedDataParallel."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*NO_SHARD.*")
         yield

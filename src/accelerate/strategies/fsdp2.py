@@ -1,7 +1,7 @@
 """Fully sharded training with torch's `fully_shard` (FSDP, version 2): each rank holds a shard of every parameter.
 
-A unit is gathered for its forward and backward and freed again; gradients are averaged and sharded as backward produces
-them. Parameters are replaced when a model is prepared, so optimizers made before are given the new ones.
+A unit is all-gathered for its forward and backward and resharded afterwards; gradients are reduce-scattered during the
+backward. Preparing a model replaces its parameters, so optimizers are remapped to the new ones.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class FSDP2Strategy(FSDPStrategy):
         for name, param in params.items():
             if param.ndim == 0:
                 raise ValueError(
-                    f"parameter {name!r} is a single number without dimensions, which fsdp_version=2 cannot shard: give it "
+                    f"parameter {name!r} is a scalar, which fsdp_version=2 cannot shard: give it "
                     "the shape (1,), or name its module in ignored_modules."
                 )
             if param.requires_grad:
@@ -80,8 +80,8 @@ class FSDP2Strategy(FSDPStrategy):
         if len(dtypes) > 1:
             listed = ", ".join(f"{name!r} is {dtype}" for dtype, name in dtypes.items())
             raise ValueError(
-                f"the gradients of a unit are reduced in one number format, but {listed}: convert them, choose other units "
-                "(auto_wrap_policy), or compute in one format (mixed_precision)."
+                f"the gradients of a unit are reduced in one dtype, but {listed}: convert them, choose other units "
+                "(auto_wrap_policy), or compute in one dtype (mixed_precision)."
             )
 
     def prepare_model(self, model: nn.Module, on_device: bool, evaluation: bool) -> nn.Module:
@@ -91,7 +91,7 @@ class FSDP2Strategy(FSDPStrategy):
         model = self.config.precision.convert(model)
         bnb_params.disable_cpu_repacking(model)
         policy, offload, reshard = self._mp_policy(), self._offload_policy(), bool(self.plugin.reshard_after_forward)
-        # Under mixed precision the optimizer steps in float32, whatever the weights were loaded in.
+        # Under mixed precision the optimizer steps in float32, whatever the dtype of the loaded weights.
         mixed = policy.param_dtype is not None
         upcast = {param for param in model.parameters() if mixed and param.requires_grad and is_half(param)}
         before = dict(model.named_parameters(remove_duplicate=False))
@@ -102,8 +102,8 @@ class FSDP2Strategy(FSDPStrategy):
         self.apply_activation_checkpointing(units)
         options: dict[str, Any] = {"ignored_params": set(ignored)} if ignored else {}
         for unit in (*units, model):
-            # What is gathered for the model itself is needed again at once, where a backward follows: None is torch's word.
-            # Before 2.7 it always keeps what was gathered for the model itself.
+            # The backward starts with the root module, so its parameters stay gathered if one follows (None in torch).
+            # Before 2.7, torch always keeps them.
             kept = reshard and unit is model and not evaluation and is_torch_version(">=", "2.7.0")
             after = None if kept else reshard
             fully_shard(
@@ -115,7 +115,7 @@ class FSDP2Strategy(FSDPStrategy):
                 **options,
             )
         for name, param in model.named_parameters(remove_duplicate=False):
-            old = before.pop(name)  # so that rank 0 can let go of what it has sent
+            old = before.pop(name)  # so that rank 0 can free parameters after their broadcast
             if old is not param:
                 self._param_map[old] = param
             del old
@@ -134,7 +134,7 @@ class FSDP2Strategy(FSDPStrategy):
     def _offload_policy(self) -> OffloadPolicy:
         policy = self.plugin.cpu_offload
         if isinstance(policy, CPUOffloadPolicy) and self.world.device.type == "cpu":
-            return CPUOffloadPolicy(pin_memory=False)  # memory is pinned for another device
+            return CPUOffloadPolicy(pin_memory=False)  # pinned memory serves copies to an accelerator
         return policy if isinstance(policy, OffloadPolicy) else OffloadPolicy()
 
     # Step ------------------------------------------------------------------------------------------------------------
@@ -156,14 +156,14 @@ def _check_cpu_backend(world: World) -> None:
     if world.backend is not None and backend_for_device(dist.get_backend_config(), "cpu") is None:
         raise ValueError(
             f"fsdp_version=2 with cpu_offload and mixed_precision='fp16' reduces tensors on the CPU, and the process group "
-            f"has {dist.get_backend_config()} only: it was initialized before the plugin was known. Create Accelerator "
+            f"has {dist.get_backend_config()} only: it was initialized before the plugin was set. Create Accelerator "
             "before PartialState, launch with --fsdp_offload_params true, or initialize the group with "
             f"backend='{world.device.type}:{world.backend},cpu:gloo'."
         )
 
 
 def _add_shard_dim(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """The mesh; where ranks share tensors and nothing else, one on which each part of these is a single shard."""
+    """Adds a dimension ``dp_shard`` of size 1 to a mesh with ``tp`` that has no dimension for shards."""
     names = [] if mesh is None else list(mesh.mesh_dim_names or ())
     if mesh is None or "tp" not in names or not {"dp_shard", "cp", "sp"}.isdisjoint(names):
         return mesh
@@ -173,7 +173,7 @@ def _add_shard_dim(mesh: DeviceMesh | None) -> DeviceMesh | None:
 
 
 def _fsdp_mesh(config: StrategyConfig, world: World) -> DeviceMesh:
-    """The dimensions over which parameters are replicated (if there is such a one) and sharded."""
+    """Returns the submesh for `fully_shard`: the replicas, if any, and the flattened dimensions of shards."""
     if config.mesh is None:
         return init_device_mesh(world.device.type, (world.size,))
     shards = flatten_dims(config.mesh, ("dp_shard", "cp", "sp"))

@@ -1,6 +1,6 @@
-"""What version 2 of FSDP does, as the documented functions: for scripts that prepare models by hand.
+"""Documented functions of FSDP version 2, for scripts that prepare models by hand.
 
-Each hands on to the strategy of the `Accelerator` it is given, or to what that strategy is made of.
+Each delegates to the strategy of the given `Accelerator`, or to its building blocks.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
 
 
 def fsdp2_prepare_model(accelerator: Any, model: nn.Module) -> nn.Module:
-    """The model sharded as the accelerator's FSDP plugin says; `Accelerator.prepare_model` does this too.
+    """Shards a model by the accelerator's FSDP plugin, as `Accelerator.prepare_model` does.
 
     Args:
         accelerator: Of a run with ``fsdp_version=2``.
-        model: A model, or one that is sharded already.
+        model: Model, which may be sharded already.
 
     Raises:
-        ValueError: for a run of another kind, and for a model that cannot be sharded.
+        ValueError: for a run without FSDP 2, and for a model that cannot be sharded.
     """
     _strategy(accelerator)
     prepared: nn.Module = accelerator.prepare_model(model)
@@ -48,11 +48,11 @@ def fsdp2_prepare_model(accelerator: Any, model: nn.Module) -> nn.Module:
 
 
 def fsdp2_apply_ac(accelerator: Any, model: nn.Module) -> nn.Module:
-    """Has the units of a model recompute their activations in the backward, if the plugin asks for that.
+    """Applies activation checkpointing to the units of a model, if the plugin enables it.
 
     Args:
         accelerator: Of a run with ``fsdp_version=2``.
-        model: The model, which is changed in place, before it is sharded.
+        model: Model before sharding; changed in place.
     """
     strategy = _strategy(accelerator)
     strategy.apply_activation_checkpointing(strategy.select_wrap_modules(model))
@@ -62,18 +62,18 @@ def fsdp2_apply_ac(accelerator: Any, model: nn.Module) -> nn.Module:
 def fsdp2_load_full_state_dict(
     accelerator: Any, model: nn.Module, full_sd: dict[str, Any], cpu_offload: bool = False
 ) -> None:
-    """Loads a state that rank 0 has whole into a sharded model. Collective.
+    """Loads a full state dict of rank 0 into a sharded model. Collective.
 
-    Blocks are sent one after the other, and each rank keeps what is its own.
+    Tensors are broadcast block by block, and each rank keeps its shards.
 
     Args:
         accelerator: Of a run with ``fsdp_version=2``.
-        model: A sharded model; it may be on the meta device.
-        full_sd: On rank 0 the whole state; on the others, it is not looked at.
-        cpu_offload: Put the pieces on the CPU.
+        model: Sharded model, possibly on the meta device.
+        full_sd: Full state dict on rank 0; ignored on other ranks.
+        cpu_offload: Whether to put the shards on the CPU.
 
     Raises:
-        ValueError: naming what is missing in the state, what is not in the model, and what has another shape.
+        ValueError: naming missing and unexpected keys, and tensors of other shapes.
     """
     here = world.current()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -101,14 +101,14 @@ def fsdp2_load_full_state_dict(
 
 
 def fsdp2_switch_optimizer_parameters(optimizer: torch.optim.Optimizer, mapping: Mapping[Any, torch.Tensor]) -> None:
-    """Has an optimizer step the sharded parameters instead of those it was made of.
+    """Replaces the parameters of an optimizer by the sharded ones.
 
     Args:
         optimizer: An optimizer that has not stepped yet.
-        mapping: Parameter before, or its ``data_ptr()``, -> the sharded one.
+        mapping: Original parameter, or its ``data_ptr()``, -> the sharded one.
 
     Raises:
-        KeyError: when a parameter of the optimizer is not in the mapping; nothing has changed then.
+        KeyError: if a parameter of the optimizer is not in the mapping; nothing has changed then.
     """
     known = dict(mapping)
     sharded = {id(param) for param in known.values()}
@@ -129,7 +129,7 @@ def fsdp2_switch_optimizer_parameters(optimizer: torch.optim.Optimizer, mapping:
 
 
 def fsdp2_canonicalize_names(named_params: dict[str, Any]) -> dict[str, Any]:
-    """The same under the names of the plain model: without what containers put into them.
+    """Returns the dict with the FQNs of the plain model, without prefixes of wrappers.
 
     Args:
         named_params: Name -> anything.
@@ -138,7 +138,7 @@ def fsdp2_canonicalize_names(named_params: dict[str, Any]) -> dict[str, Any]:
 
 
 def get_fsdp2_grad_scaler(**kwargs: Any) -> torch.amp.GradScaler:
-    """A gradient scaler whose ranks agree on an overflow, wherever the gradients are that had it.
+    """Returns a gradient scaler that synchronizes overflows between ranks.
 
     Args:
         **kwargs: For `torch.amp.GradScaler`.

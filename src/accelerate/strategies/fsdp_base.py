@@ -1,7 +1,6 @@
-"""What both versions of fully sharded training share: which modules become units, what is clipped, what is refused.
+"""Common base of both FSDP versions: selection of units, activation checkpointing, gradient clipping and checks.
 
-Rank 0 holds the weights, the others may hold theirs on the meta device. Everything that cannot be sharded is refused
-before anything changes.
+Rank 0 holds the weights; other ranks may have theirs on the meta device. `check` raises before anything changes.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from .sharded_checkpoint import ShardedStateStrategy
 if TYPE_CHECKING:
     from ..settings.plugins.fsdp import FullyShardedDataParallelPlugin
 
-# Containers that have no forward, so they cannot be gathered for one.
+# Containers without a forward, which cannot be units.
 _NO_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
 
 class FSDPStrategy(ShardedStateStrategy, ABC):
-    """A base for strategies whose ranks hold shards of a model; a subclass says how it is sharded."""
+    """Base of strategies that shard models; a subclass implements the sharding."""
 
     distributed_types = (DistributedType.FSDP,)
     supports_local_sgd = False
@@ -60,12 +59,12 @@ class FSDPStrategy(ShardedStateStrategy, ABC):
 
     @abstractmethod
     def is_sharded(self, param: torch.Tensor) -> bool:
-        """Whether the parameter belongs to a model that has been sharded."""
+        """Returns whether a parameter belongs to a sharded model."""
 
     # Prepare ---------------------------------------------------------------------------------------------------------
 
     def check(self, bundle: Bundle) -> None:
-        # What is on the meta device gets its memory here, so only rank 0 is asked about it.
+        # Parameters on the meta device are materialized here, so only those of rank 0 are checked.
         super().check(replace(bundle, on_device=frozenset()))
         check_device_map(bundle.models.values())
         self._check_weights(bundle.models.values())
@@ -73,7 +72,7 @@ class FSDPStrategy(ShardedStateStrategy, ABC):
             bnb_params.check(model, getattr(self.plugin.mixed_precision_policy, "param_dtype", None))
         if bundle.models and self.plugin.activation_checkpointing and self.plugin.auto_wrap_policy is None:
             raise ValueError(
-                "activation_checkpointing recomputes unit by unit, and there are none: set auto_wrap_policy "
+                "activation_checkpointing recomputes units, and the model has none: set auto_wrap_policy "
                 "(--fsdp_auto_wrap_policy)."
             )
         param_remap.check_optimizers(
@@ -81,7 +80,7 @@ class FSDPStrategy(ShardedStateStrategy, ABC):
         )
 
     def _check_weights(self, models: Iterable[nn.Module]) -> None:
-        """See `check_weights`; a subclass may make the weights that rank 0 lacks."""
+        """Calls `check_weights`; a subclass may initialize missing weights of rank 0 instead."""
         check_weights(models, self.world.collectives)
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
@@ -89,42 +88,42 @@ class FSDPStrategy(ShardedStateStrategy, ABC):
         return super().prepare_optimizer(optimizer, on_device)
 
     def select_wrap_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that are gathered on their own, inner ones first."""
-        plugin = copy.copy(self.plugin)  # what is found out about one model is not about the next
+        """Returns the modules that become units, inner ones first."""
+        plugin = copy.copy(self.plugin)  # set_auto_wrap_policy stores classes of one model
         plugin.set_auto_wrap_policy(model)
         if not callable(plugin.auto_wrap_policy):
             return []
         return without_shared_params(model, find_units(model, plugin.auto_wrap_policy))
 
     def _ignored_params(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters that stay whole, in the order of the model: the same on all ranks."""
+        """Returns the parameters of `ignored_modules`, in the same order on all ranks."""
         modules = resolve_modules(self.plugin.ignored_modules, model)
         ignored = {param for module in modules for param in module.parameters()}
         return [param for param in model.parameters() if param in ignored]
 
     def apply_activation_checkpointing(self, find_units: Iterable[nn.Module]) -> None:
-        """Has units recompute their activations in the backward, where that was asked for."""
+        """Wraps the forward of units in activation checkpointing, if the plugin enables it."""
         if self.plugin.activation_checkpointing:
             for unit in find_units:
                 if not isinstance(unit.forward, CheckpointedForward):
                     wrap_forward(unit, CheckpointedForward(self._saved_tensors_context()))
 
     def _saved_tensors_context(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Where recomputing units keep their inputs: in the device's memory, or in the CPU's."""
+        """Returns the context factory for saved inputs of units: in device memory, or offloaded to the CPU."""
         device = self.world.device.type
-        if not self.plugin.activation_checkpointing_offload or device == "cpu":  # there, that is the same
+        if not self.plugin.activation_checkpointing_offload or device == "cpu":  # nothing to offload
             return nullcontext
         return functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=True, device_type=device)
 
     def _reduce_ignored_grads(self, model: nn.Module, ignored: Iterable[nn.Parameter]) -> None:
-        """Has the gradients of parameters that stay whole averaged over the ranks, which FSDP leaves to each."""
+        """Registers the all-reduce of ignored parameters' gradients, which FSDP leaves local."""
         kept = [param for param in ignored if not isinstance(param, DTensor)]
         if kept and self.world.size > 1:
             peers = flatten_dims(self.config.mesh, GRAD_REDUCE_DIMS)
             register_grad_all_reduce(model, kept, None if peers is None else peers.get_group(), all_used=False)
 
     def _shard_groups(self, param: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
-        """The groups whose ranks hold different pieces of a parameter; none for one that each rank has whole."""
+        """Returns the process groups over which a parameter is sharded; empty for an unsharded one."""
         return shard_groups_of(param)
 
     # Step and state --------------------------------------------------------------------------------------------------
@@ -141,19 +140,19 @@ class FSDPStrategy(ShardedStateStrategy, ABC):
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
         if self.world.size > 1:
             raise ValueError(
-                "join_uneven_inputs does not work with fully sharded training: a rank without a batch would not take part "
-                "when the others gather parameters. Leave even_batches=True."
+                "join_uneven_inputs does not work with fully sharded training: a rank without a batch would not join the "
+                "all-gathers of the others. Leave even_batches=True."
             )
         yield
 
 
 def find_units(model: nn.Module, policy: Callable[..., bool]) -> list[nn.Module]:
-    """The modules inside `model` that `policy` makes units of their own, inner ones first."""
+    """Returns the submodules that a wrap policy selects as units, inner ones first."""
     found: list[nn.Module] = []
     seen: set[nn.Module] = set()
 
     def walk(module: nn.Module) -> int:
-        """How many parameters of `module` are in units by now."""
+        """Selects units in `module`, and returns the number of its elements that units hold."""
         if module in seen:
             return 0
         seen.add(module)
@@ -173,7 +172,7 @@ def find_units(model: nn.Module, policy: Callable[..., bool]) -> list[nn.Module]
 
 
 def parameters_by_unit(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """Each unit (and last the model) with the parameters that are in no unit inside it, by their names in the model."""
+    """Maps each unit, and last the model, to the parameters that no inner unit holds, by FQN."""
     names = {param: name for name, param in model.named_parameters()}
     taken: set[nn.Parameter] = set()
     by_unit: dict[nn.Module, dict[str, nn.Parameter]] = {}
@@ -185,9 +184,9 @@ def parameters_by_unit(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.
 
 
 def without_shared_params(model: nn.Module, found: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of some modules whose parameters are used inside them only.
+    """Drops units that share a parameter with modules outside of them.
 
-    Two units that share a parameter would gather and free it under each other's feet; it stays with what is around both.
+    Two units that share a parameter would race on its all-gather, so the parent owns it.
     """
     users: dict[nn.Parameter, set[nn.Module]] = {}
     for module in model.modules():
@@ -202,15 +201,15 @@ def without_shared_params(model: nn.Module, found: Iterable[nn.Module]) -> list[
 
 
 def is_half(param: torch.Tensor) -> bool:
-    """Whether the parameter is in a format that mixed precision computes in, and that no optimizer should step in."""
+    """Returns whether a parameter is fp16 or bf16, in which optimizers should not step."""
     return param.dtype in (torch.float16, torch.bfloat16)
 
 
 class CheckpointedForward(ForwardWrapper):
-    """A forward that keeps its inputs only, and runs again in the backward.
+    """Runs a forward under activation checkpointing.
 
     Args:
-        saving: Gives the context in which inputs are kept.
+        saved_tensors_context: Returns the context in which inputs are saved.
     """
 
     def __init__(self, saved_tensors_context: Callable[[], AbstractContextManager[Any]]) -> None:

@@ -1,7 +1,6 @@
-"""Tensor parallelism: neighbouring ranks share each layer's tensors and read the same data.
+"""Tensor parallelism: adjacent ranks hold shards of each layer's tensors and read the same data.
 
-With replicas besides, gradients are averaged over them when a backward ends. Shards besides are the business of fully
-sharded training, which shares tensors in the same way.
+Gradients are all-reduced over replicas, if the mesh has any. Combined with FSDP, `fsdp2` applies tensor parallelism.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .sharded_checkpoint import ShardedStateStrategy, guard_save_pretrained
 
 
 class TensorParallelStrategy(ShardedStateStrategy):
-    """Ranks of one group hold parts of each tensor; groups are replicas of each other."""
+    """Shards tensors over the ranks of a group; groups are replicas of each other."""
 
     supports_local_sgd = False
     optimizer_class = UniformGroupsOptimizer
@@ -37,11 +36,11 @@ class TensorParallelStrategy(ShardedStateStrategy):
         super().__init__(world, config)
         if config.precision.scaler is not None:
             raise ValueError(
-                "mixed_precision='fp16' scales losses, which ranks that share tensors would do apart: use 'bf16', or FSDP 2 "
-                "besides (--use_fsdp --fsdp_version 2)."
+                "mixed_precision='fp16' would scale losses differently on tensor-parallel ranks: use 'bf16', or add FSDP 2 "
+                "(--use_fsdp --fsdp_version 2)."
             )
         self._param_map = param_remap.ParamMap()
-        self._unsharded = WeakIdKeyDictionary()  # a set of the prepared parameters that the plan leaves whole
+        self._unsharded = WeakIdKeyDictionary()  # set of prepared parameters outside of the plan
         self._grad_mesh = mesh.flatten_dims(config.mesh, mesh.GRAD_REDUCE_DIMS)
 
     # Prepare ---------------------------------------------------------------------------------------------------------
@@ -61,11 +60,11 @@ class TensorParallelStrategy(ShardedStateStrategy):
         before = dict(model.named_parameters(remove_duplicate=False))
         planned_params = tp_plan.planned_params(model, self.config.parallelism_config)
         if planned_params is not None:
-            # Shard first, then move: no device ever holds the whole model, and ranks but 0 need no values.
+            # Shard, then move: no device holds the whole model, and only rank 0 needs values.
             originals = move_to_meta(model, only=planned_params)
             tp_plan.parallelize(model, self.config.mesh, self.config.parallelism_config)
             materialize_and_broadcast(model, originals, self.world.collectives, self.world.device, offload=False)
-        else:  # came sharded, as transformers loads models
+        else:  # transformers loaded it sharded
             if on_device:
                 model = model.to(self.world.device)
             mesh.broadcast_model(model, self.world, self.config.mesh)
@@ -83,7 +82,7 @@ class TensorParallelStrategy(ShardedStateStrategy):
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         if self._grad_mesh is not None:
-            # Replicas have no other collectives in a backward; ranks that share sequences do.
+            # Replicas run no other collectives in a backward; ranks that share sequences do.
             overlap = self._grad_mesh.mesh_dim_names == ("dp_replicate",)
             group = self._grad_mesh.get_group()
             register_grad_all_reduce(model, model.parameters(), group, all_used=True, overlap=overlap)
@@ -113,7 +112,7 @@ class TensorParallelStrategy(ShardedStateStrategy):
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
         raise ValueError(
-            "join_uneven_inputs does not work with tensor parallelism, whose ranks take every step together: leave "
+            "join_uneven_inputs does not work with tensor parallelism, whose ranks run every step together: leave "
             "even_batches=True."
         )
         yield

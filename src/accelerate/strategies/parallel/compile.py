@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def compile_model(model: nn.Module, plugin: TorchDynamoPlugin) -> nn.Module:
-    """The model compiled as the plugin says; a model that is compiled already is left alone."""
+    """Compiles a model with the plugin's options, whole or by region; a compiled model is returned unchanged."""
     if is_compiled_module(model) or has_compiled_regions(model):
         return model
     if plugin.use_regional_compilation:
@@ -24,22 +24,19 @@ def compile_model(model: nn.Module, plugin: TorchDynamoPlugin) -> nn.Module:
 
 
 def allow_tf32() -> None:
-    """Lets matrix products of fp32 tensors use TensorFloat-32, as the documented library does for compiled models.
-
-    Sets torch's precision of fp32 matrix products to ``high`` where it is the default; another choice stays.
-    """
+    """Allows TensorFloat-32 in fp32 matrix products: changes torch's default precision to ``high``, and no other setting."""
     if torch.get_float32_matmul_precision() == "highest":
         torch.set_float32_matmul_precision("high")
 
 
 def compile_regions(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
-    """Compiles the blocks that a model repeats, each once, and leaves the rest as it is.
+    """Compiles the repeated blocks of a model in place.
 
-    A block is a child of an ``nn.ModuleList`` whose class occurs more than once there: they share one compiled graph,
-    so that compiling takes as long as for one block. A model without such blocks is compiled whole.
+    A block is a child of an ``nn.ModuleList`` whose class occurs more than once there. Blocks share one compiled graph, so
+    compilation takes as long as for one block. A model without repeated blocks is compiled whole.
 
     Returns:
-        The same module, its blocks compiled in place; or the compiled module.
+        The same module with compiled blocks, or the compiled module.
     """
     blocks = repeated_blocks(extract_model_from_parallel(module))
     if not blocks:
@@ -50,20 +47,20 @@ def compile_regions(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
 
 
 def compile_regions_fsdp2(module: nn.Module, **compile_kwargs: Any) -> nn.Module:
-    """See `compile_regions`, which serves modules sharded by ``fully_shard`` too: their gathering stays outside the graphs.
+    """Compiles the repeated blocks of a model for ``fully_shard``, with all-gathers outside of the graphs.
 
     Args:
-        module: A model whose blocks are sharded, or are about to be.
+        module: Model, before or after its blocks are sharded.
         **compile_kwargs: For `torch.compile`.
     """
     return compile_regions(module, **compile_kwargs)
 
 
 def compile_regions_deepspeed(module: nn.Module, **compile_kwargs: Any) -> None:
-    """See `compile_regions`; always in place, since an engine keeps the module it was given.
+    """Compiles the repeated blocks, or the module, in place, as DeepSpeed's engine keeps a reference. See `compile_regions`.
 
     Args:
-        module: A model that DeepSpeed's engine holds, or is about to.
+        module: Model, before or after DeepSpeed's engine wraps it.
         **compile_kwargs: For `torch.compile`.
     """
     for region in repeated_blocks(extract_model_from_parallel(module)) or [module]:
@@ -71,7 +68,7 @@ def compile_regions_deepspeed(module: nn.Module, **compile_kwargs: Any) -> None:
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The children of module lists whose class occurs more than once in their list."""
+    """Returns the children of module lists whose class occurs more than once in their list."""
     blocks: list[nn.Module] = []
     for child in module.modules():
         if isinstance(child, nn.ModuleList):
@@ -81,5 +78,5 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def has_compiled_regions(module: nn.Module) -> bool:
-    """Whether any submodule has been compiled in place."""
+    """Returns whether any submodule is compiled in place."""
     return any(child._compiled_call_impl is not None for child in module.modules())

@@ -1,7 +1,7 @@
-"""Averages gradients over ranks in each backward, whatever the parameters are: whole, or parts that other ranks complete.
+"""Averages gradients over replicas by bucketed all-reduce, for parameters that DistributedDataParallel does not serve.
 
-DistributedDataParallel does this for whole parameters, and while the backward runs. It cannot for those that tensor
-parallelism has cut, and does not for those that were frozen when it was made, and are trained since.
+These are DTensors of tensor parallelism, parameters that FSDP ignores, and parameters that were frozen when DDP wrapped the
+model and are trained later.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ def register_grad_all_reduce(
     overlap: bool = False,
     enabled: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Has gradients of a model averaged. Parameters that are frozen cost nothing until they are trained.
+    """Registers hooks that all-reduce gradients of a model in each backward. Frozen parameters cost nothing.
 
     Args:
-        model: The model; see `grad_sync_enabled`.
-        params: Parameters of it, in the same order on all ranks.
-        group: The ranks that have seen different data; None: all.
-        all_used: Every backward comes by one of the parameters, on all ranks; else all that go through the model average.
-        overlap: Average while the backward runs, not at its end. Only where ranks of `group` have no other collectives
-            in a backward: ranks that use different parts of the model would call them in different orders.
-        enabled: Asked in each backward besides `grad_sync_enabled`.
+        model: The model, which `grad_sync_enabled` refers to.
+        params: Its parameters to synchronize, in the same order on all ranks.
+        group: Ranks with different data; None means all.
+        all_used: Every backward reaches at least one of `params`, on all ranks. Otherwise a hook on the model's outputs
+            makes each backward through the model take part.
+        overlap: All-reduce buckets during the backward instead of at its end. Only valid where ranks of `group` run no
+            other collectives in a backward: ranks that use different parts of the model would order them differently.
+        enabled: Called in each backward; gradients stay local where it returns False.
     """
     reducer = _reducers[model] = BucketedGradReducer(params, group, enabled, overlap)
     if reducer.params and not all_used:
@@ -52,7 +53,7 @@ def register_grad_all_reduce(
 
 @contextmanager
 def grad_sync_enabled(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """A context in which those gradients of a model are averaged, or are not."""
+    """Returns a context that enables or disables the all-reduces of `register_grad_all_reduce` for a model."""
     reducer = _reducer_of(model)
     if reducer is None:
         yield
@@ -65,31 +66,31 @@ def grad_sync_enabled(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def has_grad_all_reduce(model: nn.Module) -> bool:
-    """Whether backwards through a model average gradients here, as it is now."""
+    """Returns whether backwards through a model all-reduce gradients here, given which parameters are trained now."""
     reducer = _reducer_of(model)
     return reducer is not None and any(param.requires_grad for param in reducer.params)
 
 
 def _reducer_of(model: nn.Module) -> BucketedGradReducer | None:
-    inner: nn.Module = getattr(model, "_orig_mod", model)  # what a compiled one was made of
+    inner: nn.Module = getattr(model, "_orig_mod", model)  # of a compiled model
     return _reducers.get(inner)
 
 
 class BucketedGradReducer:
     """Hooks on parameters that all-reduce their gradients over a group in each backward.
 
-    As in DistributedDataParallel, gradients travel in buckets, in an order that is the same on all ranks. If overlapped, a
-    bucket is sent as soon as its gradients are complete and those before it were sent, while the backward runs on. The
-    rest is sent at its end, where all are waited for; until then each `grad` holds this rank's own values.
+    As in DistributedDataParallel, gradients are reduced in buckets, in the same order on all ranks. With `overlap`, a bucket
+    is reduced as soon as its gradients are ready and all buckets before it were launched. Remaining buckets are launched at
+    the end of the backward, which then waits for all; until then each `grad` holds local values.
 
     Attributes:
-        active: False: gradients stay as each rank has them, and are averaged by the next backward that finds this True.
-        params: The parameters that can be trained.
+        active: If False, gradients stay local until the next backward in which it is True.
+        params: Parameters that can be trained.
 
     Args:
-        params: The parameters, in the same order on all ranks.
-        group: The ranks that have seen different data; None: all.
-        enabled: Asked in each backward besides `active`.
+        params: Parameters, in the same order on all ranks.
+        group: Ranks with different data; None means all.
+        enabled: Called in each backward, besides `active`.
         overlap: See `register_grad_all_reduce`.
     """
 
@@ -105,22 +106,22 @@ class BucketedGradReducer:
         self._group = group
         self._enabled = enabled
         self._overlap = overlap
-        self._reduction: _BackwardReduction | None = None  # of the backward that is running, or has failed
+        self._reduction: _BackwardReduction | None = None  # of the current backward, or one that failed
         self._bucket_signature: list[tuple[bool, torch.dtype]] = []
         self._buckets: list[list[Tensor]] = []
         grad_ready = weakref.WeakMethod(self._grad_ready)  # a strong reference would be a cycle through the parameters
         for param in self.params:
             trained = param.requires_grad
-            param.requires_grad_(True)  # one that is frozen takes no hook, and its hook counts once it is trained
+            param.requires_grad_(True)  # torch registers no hook on a frozen parameter
             param.register_post_accumulate_grad_hook(functools.partial(_call_weak_method, grad_ready))
             param.requires_grad_(trained)
 
     def __reduce__(self) -> Any:
-        # A copy of the model (pickled, or in memory) brings its hooks along; nobody has prepared it.
+        # A copy of the model copies its hooks, but is not a prepared model: the copied hooks do nothing.
         return BucketedGradReducer, ((), None, bool)
 
     def register_output_hook(self, model: nn.Module) -> None:
-        """Has every backward through the model average, also one that on this rank comes by none of the parameters."""
+        """Makes every backward through the model all-reduce, even if it reaches none of the parameters on this rank."""
         model.register_forward_hook(self._hook_outputs)
 
     def _hook_outputs(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -134,21 +135,21 @@ class BucketedGradReducer:
             self._reduction.grad_ready(param)
 
     def _start_reduction(self, _: Tensor) -> None:
-        backward = torch._C._current_graph_task_id()  # a flag would stay when a backward fails
+        backward = torch._C._current_graph_task_id()  # a flag would stay set after a failed backward
         before = self._reduction
         if (before is not None and before.backward == backward) or not (self.active and self._enabled()):
             return
         if before is not None and self._overlap:
-            # That one failed, or this one runs inside it (reentrant checkpoints), where parameters may get gradients after
-            # their bucket was sent. Ranks send all buckets or none; what came of them is dropped, for the gradients are
-            # still each rank's own.
+            # The previous backward failed, or this one is nested in it (reentrant checkpointing), where a gradient may
+            # change after its bucket was launched. Launch the remaining buckets, as other ranks do, and discard the
+            # results: gradients are still local.
             self._overlap = False
             before.wait()
         reduction = self._reduction = _BackwardReduction(backward, self._current_buckets(), self._group)
         torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._finish, reduction))
 
     def _finish(self, reduction: _BackwardReduction) -> None:
-        if self._reduction is reduction:  # else another backward has begun inside this one, and averaged all there was
+        if self._reduction is reduction:  # else a nested backward has reduced all gradients
             self._reduction = None
             reduction.finish()
 
@@ -166,9 +167,9 @@ class _BackwardReduction:
     """The all-reduces of one backward.
 
     Args:
-        backward: The number of autograd's task.
-        buckets: Parameters whose gradients are sent together, in the order of sending.
-        group: The ranks that take part; None: all.
+        backward: Number of autograd's graph task.
+        buckets: Parameters whose gradients are reduced together, in launch order.
+        group: Participating ranks; None means all.
     """
 
     def __init__(self, backward: int, buckets: list[list[Tensor]], group: ProcessGroup | None) -> None:
@@ -180,7 +181,7 @@ class _BackwardReduction:
         self._launched: list[tuple[Tensor, dist.Work | None]] = []
 
     def grad_ready(self, param: Tensor) -> None:
-        """Sends the buckets that are complete with this parameter's gradient, in order."""
+        """Launches, in order, the buckets that this gradient completes."""
         number = self._bucket_of.get(id(param))
         if number is not None:
             self._pending[number] -= 1
@@ -189,7 +190,7 @@ class _BackwardReduction:
 
     @torch.no_grad()
     def _reduce_next_bucket(self) -> None:
-        # A parameter may be out of use on some ranks. They add nothing, but take part.
+        # A rank that does not use a parameter contributes zeros.
         params = self._buckets[len(self._launched)]
         gradients = [reduced_grad(param) for param in params]
         pieces = [
@@ -199,12 +200,12 @@ class _BackwardReduction:
         used = pieces[0].new_ones(len(params))
         for place, gradient in enumerate(gradients):
             if gradient is None:
-                used[place].zero_()  # made on the device: a list of Python's numbers would wait for it
+                used[place].zero_()  # no tensor from Python values, which would synchronize the device
         flat = torch.cat([*pieces, used])
         self._launched.append((flat, dist.all_reduce(flat, group=self._group, async_op=True)))
 
     def wait(self) -> None:
-        """Sends what is left, and waits for all: on an accelerator its stream does, not the process."""
+        """Launches the remaining buckets and waits for all; on an accelerator the stream waits, not the process."""
         while len(self._launched) < len(self._buckets):
             self._reduce_next_bucket()
         for _, work in self._launched:
@@ -213,7 +214,7 @@ class _BackwardReduction:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Gives the parameters the averages."""
+        """Waits for all buckets and writes the averages to the gradients."""
         self.wait()
         self._create_missing_grads()
         for params, (flat, _) in zip(self._buckets, self._launched, strict=True):
@@ -226,7 +227,7 @@ class _BackwardReduction:
                 torch._foreach_copy_([place for place, _ in given], [average for _, average in given])
 
     def _create_missing_grads(self) -> None:
-        """Gives a gradient to parameters that have none here and are in use on another rank: the one look at the device."""
+        """Creates gradients of parameters that only other ranks used. Only then it synchronizes with the device."""
         lacking = [
             (param, flat[place - len(params)])
             for params, (flat, _) in zip(self._buckets, self._launched, strict=True)
@@ -242,7 +243,7 @@ class _BackwardReduction:
 
 
 def _buckets(params: list[Tensor]) -> list[list[Tensor]]:
-    """Parameters by device and dtype, in buckets of `_BUCKET_BYTES`, about in the order in which a backward comes by."""
+    """Groups parameters by device and dtype into buckets of `_BUCKET_BYTES`, in reverse order, as backward reaches them."""
     buckets: list[list[Tensor]] = []
     open_: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], int]] = {}
     with torch.no_grad():

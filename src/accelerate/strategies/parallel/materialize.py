@@ -1,6 +1,6 @@
-"""How the weights of rank 0 come to ranks that hold pieces of them: block by block, each rank keeping what is its own.
+"""Materializes sharded models: the weights of rank 0 are broadcast block by block, and each rank keeps its shards.
 
-So no rank but rank 0 ever holds more than its pieces and a block, or with FSDP 1 the unit that is being cut.
+No rank but rank 0 holds more than its shards and one block; with FSDP 1, its shards and the unit that is being wrapped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def check_weights(models: Iterable[nn.Module], collectives: Collectives) -> None
     """Raises unless every rank can start from the weights of rank 0. Collective.
 
     Raises:
-        ValueError: If parameters of rank 0 are on the meta device, or those of another rank which cannot be sent.
+        ValueError: if parameters of rank 0 are on the meta device, or tensor subclasses of another rank are.
     """
     empty = [(name, param) for model in models for name, param in model.named_parameters() if param.is_meta]
     lacking = next((name for name, _ in empty), None)
@@ -36,20 +36,20 @@ def check_weights(models: Iterable[nn.Module], collectives: Collectives) -> None
     for rank, (_, name) in enumerate(found):
         if name is not None:
             raise ValueError(
-                f"parameter {name!r} is on the meta device of rank {rank} and made of several tensors, which cannot be "
-                "sent: load it on every rank (cpu_ram_efficient_loading=False)."
+                f"parameter {name!r} is on the meta device of rank {rank} and a tensor subclass, which cannot be "
+                "broadcast: load it on every rank (cpu_ram_efficient_loading=False)."
             )
 
 
 def move_to_meta(
     model: nn.Module, upcast: Container[nn.Parameter] = (), only: Container[nn.Parameter] | None = None
 ) -> dict[str, nn.Parameter]:
-    """Puts the model's parameters on the meta device, tied ones still tied, and gives back those it had, by name.
+    """Replaces a model's parameters with meta tensors, and returns the original parameters by FQN. Tied ones stay tied.
 
     Args:
-        model: The model. What is a piece already, or stands for several tensors, stays as it is.
-        wide: Parameters that become float32.
-        only: Leave all other parameters as they are; None: lift every parameter.
+        model: The model. Parameters that are tensor subclasses, such as DTensors, are kept.
+        upcast: Parameters that become float32.
+        only: Parameters to move; None means all.
     """
     originals: dict[str, nn.Parameter] = {}
     meta_params: dict[nn.Parameter, nn.Parameter] = {}
@@ -69,27 +69,27 @@ def move_to_meta(
 def materialize_and_broadcast(
     model: nn.Module, originals: dict[str, nn.Parameter], collectives: Collectives, device: torch.device, offload: bool
 ) -> None:
-    """Gives a lifted model, sharded by now, its memory, and the values that rank 0 had. Collective.
+    """Allocates a sharded model that is on the meta device, and broadcasts the values of rank 0 to it. Collective.
 
-    No rank holds more on the device than its shards, what stays whole, and a block of `BLOCK_BYTES`.
+    On the device, a rank holds its shards, unsharded parameters and one block of `BLOCK_BYTES`.
 
     Args:
-        model: The model. Whole parameters that were not lifted go to the device as the objects they are.
-        lifted: What `move_to_meta` gave back; emptied on the way, so that rank 0 can release it.
-        collectives: Of the run.
-        device: Where parameters and buffers go.
-        offload: Pieces go to the CPU.
+        model: The model. Unsharded parameters that were not moved to the meta device keep their identity.
+        originals: Parameters that `move_to_meta` returned; emptied on the way, to free memory of rank 0.
+        collectives: Collectives of the run.
+        device: Target device of parameters and buffers.
+        offload: Whether shards stay on the CPU.
     """
     there = torch.device("cpu") if offload else device
     broadcast_buffers(model, collectives, device)
     here = dict(model.named_parameters(remove_duplicate=False))
     sent = {here[name] for name in originals}
-    for param in model.parameters():  # those that stay whole
+    for param in model.parameters():  # unsharded ones
         if not isinstance(param, DTensor):
             materialize_param(param, device)
             if param not in sent:
                 broadcast_shard(param, param, collectives, device)
-    # torch keeps a second reference to each piece, which follows on this road only.
+    # fully_shard keeps a second reference to each shard, which only _apply updates.
     model._apply(lambda tensor: torch.empty_like(tensor, device=there) if tensor.is_meta else tensor)
     here = dict(model.named_parameters(remove_duplicate=False))
     for name in list(originals):
@@ -100,13 +100,13 @@ def materialize_and_broadcast(
 def broadcast_shard(
     source: torch.Tensor | None, target: torch.Tensor, collectives: Collectives, device: torch.device
 ) -> None:
-    """Fills every rank's piece of a tensor with the values that rank 0 has of the whole. Collective.
+    """Broadcasts a full tensor of rank 0 block by block; each rank copies the rows of its own shard. Collective.
 
     Args:
-        source: The whole tensor; looked at on rank 0 only.
-        target: A sharded tensor, or one that every rank has whole.
-        collectives: Of the run.
-        device: On which blocks are sent.
+        source: Full tensor; read on rank 0 only.
+        target: DTensor or plain tensor of the same global shape.
+        collectives: Collectives of the run.
+        device: Device of the blocks.
     """
     if target.ndim == 0:
         target, source = target.view(1), source if source is None else source.view(1)
@@ -120,7 +120,7 @@ def broadcast_shard(
         if sends and source is not None:
             block = source.detach()[start:stop].to(device, target.dtype).contiguous()
         elif mine is not None and mine.shape == (stop - start, *target.shape[1:]) and mine.device == device:
-            block = mine  # all of it stays here
+            block = mine  # received in place
         else:
             block = torch.empty((stop - start, *target.shape[1:]), dtype=target.dtype, device=device)
         collectives.broadcast(block)
@@ -130,12 +130,12 @@ def broadcast_shard(
 
 
 def _local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
-    """What this rank holds of a tensor, and where in the whole that lies."""
+    """Returns the local tensor of this rank, and its range in each dimension of the full tensor."""
     ranges = [(0, size) for size in tensor.shape]
     if not isinstance(tensor, DTensor):
         return tensor.detach(), tuple(slice(*limits) for limits in ranges)
     mesh, placements = tensor.device_mesh, tensor.placements
-    # A strided piece is one of what the dimensions after it have left: it comes last.
+    # A strided shard divides the result of the mesh dimensions after it, so it comes last.
     for dim in sorted(range(mesh.ndim), key=lambda dim: isinstance(placements[dim], _StridedShard)):
         cut = getattr(placements[dim], "dim", None)
         if cut is not None:
@@ -147,15 +147,15 @@ def _local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]
 
 
 def broadcast_params(params: Iterable[nn.Parameter], collectives: Collectives, device: torch.device) -> None:
-    """Gives whole parameters their memory on a device, and the values of rank 0. Collective."""
+    """Moves or allocates unsharded parameters on a device, and broadcasts the values of rank 0. Collective."""
     for param in params:
         materialize_param(param, device)
         broadcast_shard(param, param, collectives, device)
 
 
 def broadcast_buffers(model: nn.Module, collectives: Collectives, device: torch.device) -> None:
-    """Gives the buffers of a model their memory on a device, and the values of rank 0. Collective."""
-    fresh: dict[torch.Tensor, torch.Tensor] = {}  # a buffer may be in several places
+    """Moves or allocates the buffers of a model on a device, and broadcasts the values of rank 0. Collective."""
+    fresh: dict[torch.Tensor, torch.Tensor] = {}  # a buffer may be registered in several modules
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -170,15 +170,15 @@ def broadcast_buffers(model: nn.Module, collectives: Collectives, device: torch.
 
 
 def is_tensor_subclass(param: torch.Tensor) -> bool:
-    """Whether it stands for other tensors: a piece, or a number format that is made of several."""
+    """Returns whether a parameter is a wrapper of other tensors: a DTensor, or a quantized tensor."""
     return is_traceable_wrapper_subclass(param.data)
 
 
 def materialize_param(param: nn.Parameter, device: torch.device) -> None:
-    """Puts a whole parameter on a device; one of the meta device gets any values, and stays the object it is."""
+    """Moves an unsharded parameter to a device; a meta parameter gets uninitialized memory. The object stays the same."""
     if param.is_meta:
         torch.utils.swap_tensors(param, nn.Parameter(_empty(param, device), param.requires_grad))
-    else:  # a layout of another order cannot be cut
+    else:  # other memory formats cannot be sharded
         param.data = param.data.to(device).contiguous()
 
 
@@ -189,7 +189,7 @@ def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def initialize_meta_modules(
     model: nn.Module, param_init_fn: Callable[[nn.Module], object], device: torch.device
 ) -> None:
-    """Has `param_init_fn` initialise each module that is on the meta device; parameters stay the objects they are."""
+    """Calls `param_init_fn` for each module on the meta device; parameters keep their identity."""
     locations = {param: places for param, places in _param_locations(model).items() if param.is_meta}
     initialize = ensure_weights_retied(param_init_fn, model, device)
     for module in model.modules():
@@ -207,12 +207,12 @@ def initialize_meta_modules(
 def ensure_weights_retied(
     param_init_fn: Callable[[nn.Module], object], model: nn.Module, device: torch.device
 ) -> Callable[[nn.Module], None]:
-    """A function that initialises a module of `model` as `param_init_fn` does, and leaves tied parameters tied.
+    """Wraps `param_init_fn` so that tied parameters stay tied.
 
     Args:
-        param_init_fn: Initialises one module, and may replace its parameters.
-        model: The model as it is, tied.
-        device: Where tied parameters go.
+        param_init_fn: Initializes one module, and may replace its parameters.
+        model: Model with tied parameters.
+        device: Target device of tied parameters.
     """
     tied = {place: param for param, places in _param_locations(model).items() if len(places) > 1 for place in places}
     fresh: dict[nn.Parameter, nn.Parameter] = {}
@@ -229,7 +229,7 @@ def ensure_weights_retied(
 
 
 def _param_locations(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """The places of each parameter: module and name there."""
+    """Maps each parameter to its modules, and its name in each."""
     locations: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, param in module._parameters.items():

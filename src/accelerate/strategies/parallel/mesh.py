@@ -1,7 +1,7 @@
-"""What strategies need to know of a device mesh: who averages gradients with whom, and norms over shards of all kinds.
+"""Device-mesh helpers: flattened dimensions, broadcasts along them, and gradient norms over shards of all kinds.
 
-A dimension that is not there is one of a single rank. Gradients are averaged over every dimension along which ranks see
-different tokens; along the others they hold parts of one model.
+A missing dimension counts as one of size 1. Gradients are averaged over the dimensions along which ranks see different
+tokens; along ``tp`` they hold shards of one model.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ...runtime.collective_backend import Collectives, TorchCollectives
 from ...runtime.tensors.dtensor import is_dtensor
 from ...runtime.world import World
 
-# Ranks that differ along these see different samples, or different tokens of the same.
+# Along these dimensions, ranks see different samples, or different tokens of one sample.
 GRAD_REDUCE_DIMS = tuple(name for name in MESH_DIMS if name != "tp")
 
 
 def flatten_dims(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | None:
-    """The part of the mesh along some dimensions, as one dimension; None when there are no ranks along them."""
+    """Flattens some dimensions of a mesh into a one-dimensional submesh; None if the mesh has none of them."""
     there = tuple(name for name in names if mesh is not None and name in (mesh.mesh_dim_names or ()))
     if mesh is None or not there:
         return None
@@ -34,7 +34,7 @@ def flatten_dims(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | 
 
 
 def broadcast_model(model: nn.Module, world: World, mesh: DeviceMesh | None = None) -> None:
-    """Gives every rank the values of rank 0; of a parameter that is cut over ranks, those of the first with that part."""
+    """Broadcasts parameters and buffers of rank 0; DTensors, from the first rank with the same shard. Collective."""
     if world.size == 1:
         return
     averaged = flatten_dims(mesh, GRAD_REDUCE_DIMS)
@@ -47,7 +47,7 @@ def broadcast_model(model: nn.Module, world: World, mesh: DeviceMesh | None = No
 
 
 def sync_rng(world: World, mesh: DeviceMesh | None) -> None:
-    """Has ranks that share tensors draw the same numbers from torch, so that they drop out the same activations."""
+    """Broadcasts torch's RNG state along ``tp``, so that these ranks draw the same dropout masks. Collective."""
     sharing = flatten_dims(mesh, ("tp",))
     if sharing is None:
         return
@@ -83,23 +83,23 @@ def clip_grad_norm_(
     device: torch.device,
     shard_groups: Callable[[Tensor], tuple[ProcessGroup, ...]] | None = None,
 ) -> Tensor:
-    """As ``torch.nn.utils.clip_grad_norm_``, for gradients that are cut over ranks in whatever ways.
+    """Clips the gradient norm as ``torch.nn.utils.clip_grad_norm_`` does, over shards of any kind. Collective.
 
     Args:
-        parameters: Whose gradients are scaled, in the same order on all ranks.
-        max_norm: The largest norm of all gradients together.
-        norm_type: The exponent of the norm.
-        device: On which ranks add up.
-        cut_over: The groups whose ranks hold different pieces of a parameter; None: `shard_groups` of its gradient.
+        parameters: Parameters whose gradients are clipped, in the same order on all ranks.
+        max_norm: Maximum norm of all gradients together.
+        norm_type: Exponent of the norm.
+        device: Device of the all-reduces.
+        shard_groups: Returns the groups over which a parameter is sharded; None means `shard_groups_of` its gradient.
 
     Returns:
-        The norm before, the same on all ranks.
+        The norm before clipping, the same on all ranks.
     """
     params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not params:
         return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
     by_groups: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
-    for param in params:  # a rank without gradients of a group takes part all the same
+    for param in params:  # a rank without gradients still joins the all-reduce
         gradient = reduced_grad(param)
         groups = (
             shard_groups(param)
@@ -109,7 +109,7 @@ def clip_grad_norm_(
         found = by_groups.setdefault(groups, [])
         if gradient is not None and gradient.numel():
             found.append(local_tensor(gradient))
-    trained = [param.dtype for param in params if param.requires_grad]  # frozen ones may be packed bits, in any format
+    trained = [param.dtype for param in params if param.requires_grad]  # frozen ones may be quantized, of any dtype
     dtype = functools.reduce(torch.promote_types, trained or [params[0].dtype])
     total = _total_norm(by_groups, float(norm_type), device).to(dtype)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grads_with_norm_ does
@@ -120,7 +120,7 @@ def clip_grad_norm_(
 
 @torch.no_grad()
 def clip_grad_value_(parameters: Any, clip_value: float) -> None:
-    """As ``torch.nn.utils.clip_grad_value_``, for gradients that are cut over ranks in whatever ways."""
+    """Clamps gradients as ``torch.nn.utils.clip_grad_value_`` does, over shards of any kind."""
     for param in [parameters] if isinstance(parameters, Tensor) else list(parameters):
         gradient = reduced_grad(param)
         if gradient is not None:
@@ -142,7 +142,7 @@ def _total_norm(
 
 
 def shard_groups_of(tensor: Tensor) -> tuple[ProcessGroup, ...]:
-    """The groups whose ranks hold different pieces of a tensor; none for one that each rank has whole."""
+    """Returns the process groups over which a tensor is sharded; empty for a plain or replicated tensor."""
     if not is_dtensor(tensor):
         return ()
     cut = (dim for dim, placement in enumerate(tensor.placements) if hasattr(placement, "dim"))
@@ -150,12 +150,12 @@ def shard_groups_of(tensor: Tensor) -> tuple[ProcessGroup, ...]:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be cut; changing it changes the tensor."""
+    """Returns the local tensor of a DTensor, which shares its memory; a plain tensor is returned as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def reduced_grad(param: Tensor) -> Tensor | None:
-    """A parameter's gradient; where ranks hold summands of it, it is added up first."""
+    """Returns a parameter's gradient; one with partial placements is all-reduced first."""
     gradient = param.grad
     if is_dtensor(gradient) and any(placement.is_partial() for placement in gradient.placements):
         from torch.distributed.tensor import Replicate

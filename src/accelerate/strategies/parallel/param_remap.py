@@ -1,4 +1,4 @@
-"""Parameters that `prepare` replaces, and the optimizers that were made of those before."""
+"""Remaps optimizers to the parameters that `prepare` puts in place of the original ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...checkpointing.sharded.compat import unwrap_optimizer
 
 ParamMap = WeakIdKeyDictionary
-"""Parameter before -> the one in its place."""
+"""Original parameter -> its replacement."""
 
 
 def check_optimizers(
@@ -20,16 +20,16 @@ def check_optimizers(
     param_map: ParamMap,
     is_replacement: Callable[[torch.Tensor], bool],
 ) -> None:
-    """Refuses optimizers that cannot follow when parameters are replaced.
+    """Raises for optimizers that cannot be remapped to replaced parameters.
 
     Args:
-        models: Models whose parameters are about to be replaced.
+        models: Models whose parameters will be replaced.
         optimizers: Optimizers prepared in the same call.
         replaced: Replaced parameters of models prepared before.
         is_new: Returns whether a parameter is a replacement.
 
     Raises:
-        ValueError: saying what to prepare when.
+        ValueError: naming which objects to prepare together.
     """
     here = {id(param) for model in models for param in model.parameters()}
     for optimizer in optimizers:
@@ -37,8 +37,8 @@ def check_optimizers(
         params = [param for group in inner.param_groups for param in group["params"]]
         if inner.state and not all(map(is_replacement, params)):
             raise ValueError(
-                f"{type(inner).__name__} has stepped already, and its states cannot follow parameters that are about to "
-                "be sharded: prepare model and optimizer before the first step."
+                f"{type(inner).__name__} has stepped already, and its state does not fit parameters that will be "
+                "sharded: prepare model and optimizer before the first step."
             )
         if not all(id(param) in here or param in param_map or is_replacement(param) for param in params):
             raise ValueError(
@@ -48,7 +48,9 @@ def check_optimizers(
 
 
 def remap_optimizer(optimizer: torch.optim.Optimizer, param_map: ParamMap) -> None:
-    """Has the optimizer step the parameters that are now in the model."""
+    """Replaces the optimizer's parameters by those that are now in the model."""
     for group in unwrap_optimizer(optimizer).param_groups:
         new = [param_map.get(param, param) for param in group["params"]]
-        group["params"] = list({id(param): param for param in new}.values())  # several may have become one
+        group["params"] = list(
+            {id(param): param for param in new}.values()
+        )  # FSDP 1 may have flattened several into one

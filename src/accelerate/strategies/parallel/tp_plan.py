@@ -1,7 +1,7 @@
-"""Cuts a model's tensors over ranks by a plan: names of modules, and the style in which each is cut.
+"""Applies a tensor-parallel plan to a model: patterns of module names, with a parallel style for each.
 
-A plan is a dict of patterns (``"layers.*.mlp.up_proj"``) to styles: torch's (``ColwiseParallel()``), or the words that
-transformers' models have in their ``_tp_plan``. Everything that cannot be cut is refused before anything changes.
+A plan maps patterns (``"layers.*.mlp.up_proj"``) to torch's styles (``ColwiseParallel()``), or to the names that
+transformers' models use in their ``_tp_plan``. `check` raises for a plan that does not fit, before anything changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...runtime.system.availability import is_torch_version
 if TYPE_CHECKING:
     from ...parallelism_config import ParallelismConfig
 
-# What plans call the styles, and torch's equivalent.
+# Names of styles in transformers' plans -> torch's styles.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
     "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
@@ -38,7 +38,7 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "embedding_colwise": lambda: ColwiseParallel(output_layouts=Replicate()),
     "sequence_parallel": SequenceParallel,
 }
-# Which dimension of the weight a style cuts.
+# Style and module -> dimension along which the weight is sharded.
 _SHARD_DIMS: dict[tuple[type[ParallelStyle], type[nn.Module]], int] = {
     (ColwiseParallel, nn.Linear): 0,
     (RowwiseParallel, nn.Linear): 1,
@@ -48,16 +48,16 @@ _SHARD_DIMS: dict[tuple[type[ParallelStyle], type[nn.Module]], int] = {
 
 
 def check(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | None, sharded: bool = False) -> None:
-    """Refuses a model that `parallelize` could not share out; does nothing without ranks that share tensors.
+    """Raises for a model that `parallelize` cannot shard; does nothing on a mesh without ``tp``.
 
     Args:
         model: The model.
         mesh: The device mesh.
-        sizes: Its sizes, and perhaps a plan.
-        sharded: What a rank gets is to be cut further, over other dimensions of the same mesh.
+        sizes: Sizes of the mesh, with an optional plan.
+        sharded: Whether FSDP shards the parameters further, over other dimensions of the same mesh.
 
     Raises:
-        ValueError: saying what does not fit.
+        ValueError: naming the module or parameter that does not fit.
     """
     if mesh is None or sizes is None or not _has_dim(mesh, "tp"):
         return
@@ -66,36 +66,36 @@ def check(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | 
         _check_plan(model, _expand_plan(model, sizes), sizes.tp_size)
     elif there["tp"].size() != sizes.tp_size or (sharded and there != mesh["tp"]):
         raise ValueError(
-            f"{type(model).__name__} came with its tensors shared out on {there}, which is not the dimension 'tp' of this "
-            f"run's mesh (tp_size={sizes.tp_size}): load it whole, and `prepare` shares its tensors out."
+            f"{type(model).__name__} is already sharded over {there}, which is not the dimension 'tp' of this run's mesh "
+            f"(tp_size={sizes.tp_size}): load it unsharded, and `prepare` shards it."
         )
 
 
 def planned_params(model: nn.Module, sizes: ParallelismConfig | None) -> set[nn.Parameter] | None:
-    """Returns the parameters that `parallelize` may replace; None for a model that came sharded."""
+    """Returns the parameters that `parallelize` may replace; None for a model that is sharded already."""
     if next(_tp_meshes(model), None) is not None:
         return None
     return {param for path in _expand_plan(model, sizes) for param in model.get_submodule(path).parameters()}
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> None:
-    """Gives each rank its part of the tensors, of which every rank has the same values. Tied ones stay tied.
+    """Shards the model's parameters over ``tp`` by its plan. Tied parameters stay tied.
 
     Args:
-        model: The model; one that came cut, as transformers loads them, is left as it is.
-        mesh: The device mesh; without a dimension ``tp``, nothing is done.
-        sizes: May hold the plan.
+        model: Model with the same values on all ranks. A model that transformers loaded sharded is left unchanged.
+        mesh: The device mesh; nothing is done without a dimension ``tp``.
+        sizes: Sizes of the mesh, with an optional plan.
     """
     if mesh is None or not _has_dim(mesh, "tp") or next(_tp_meshes(model), None) is not None:
         return
     shared = _tied_names(model)
     trained = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
-    # Before torch 2.7, rank 0 sends each rank its shard of values that all of them have.
+    # Skips the scatter from rank 0: all ranks have the same values. torch 2.6 has no such option.
     options: dict[str, Any] = {"src_data_rank": None} if is_torch_version(">=", "2.7.0") else {}
     parallelize_module(model, mesh["tp"], dict(_expand_plan(model, sizes)), **options)
     for name, param in model.named_parameters(remove_duplicate=False):
-        param.requires_grad_(trained[name])  # torch 2.6 makes shards of frozen parameters trainable
-    for first, *others in shared:  # each module was cut on its own
+        param.requires_grad_(trained[name])  # torch 2.6 sets requires_grad of all shards
+    for first, *others in shared:  # each module was sharded separately
         param = model.get_parameter(first)
         for name in others:
             path, _, leaf = name.rpartition(".")
@@ -107,23 +107,23 @@ def _has_dim(mesh: DeviceMesh | None, dimension: str) -> bool:
 
 
 def _tp_meshes(model: nn.Module) -> Iterator[DeviceMesh]:
-    """The meshes on which ranks share tensors of a model that came so."""
+    """Yields the meshes with a dimension ``tp`` of the model's DTensors."""
     meshes = (param.device_mesh for param in model.parameters() if isinstance(param, DTensor))
     return (mesh for mesh in meshes if _has_dim(mesh, "tp"))
 
 
 def _expand_plan(model: nn.Module, sizes: ParallelismConfig | None) -> dict[str, ParallelStyle]:
-    """The style of each module that is to be cut, by its full name.
+    """Expands the patterns of a plan to a style for each module FQN.
 
     Raises:
-        ValueError: for a model without a plan, or one that the plan does not fit.
+        ValueError: for a model without a plan, or a pattern without a match.
     """
     handler = sizes.tp_handler if sizes is not None else None
     given: dict[str, Any] = (handler.plan if handler is not None else None) or getattr(model, "_tp_plan", None) or {}
     kind = type(model).__name__
     if not given:
         raise ValueError(
-            f"{kind} does not say how its tensors are to be shared out: load it with "
+            f"{kind} has no plan for tensor parallelism: load it with "
             "from_pretrained(..., tp_plan='auto', device_mesh=accelerator.torch_device_mesh['tp']), or pass "
             "ParallelismConfig(tp_handler=TorchTensorParallelConfig(plan={'layers.*.mlp.up_proj': 'colwise', ...}))."
         )
@@ -138,10 +138,10 @@ def _expand_plan(model: nn.Module, sizes: ParallelismConfig | None) -> dict[str,
 
 
 def _check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int | None) -> None:
-    """Refuses what the plan would tear apart.
+    """Checks divisibility and tied parameters of a plan.
 
     Raises:
-        ValueError: when a tensor cannot be cut evenly, or modules that share one are not cut in the same way.
+        ValueError: if a tensor is not divisible by the ranks, or modules with a tied parameter have different shardings.
     """
     for path, style in plan.items():
         module = model.get_submodule(path)
@@ -150,19 +150,19 @@ def _check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int | N
             size = module.out_features if isinstance(style, ColwiseParallel) else module.in_features
             if between.is_shard() and ranks is not None and size % ranks:
                 raise ValueError(
-                    f"{path} cannot be shared by {ranks} ranks (tp_size={ranks}), since {size} = {size // ranks} x {ranks} "
+                    f"{path} cannot be sharded over {ranks} ranks (tp_size={ranks}): {size} = {size // ranks} x {ranks} "
                     f"+ {size % ranks}: choose a tp_size that divides {size}, or leave the module out of the plan."
                 )
     for names in _tied_names(model):
         shardings = {name: _weight_sharding(model, name.rpartition(".")[0], plan) for name in names}
         if len(set(shardings.values())) > 1:
             listed = ", ".join(
-                f"{name}: {'whole' if sharding is None else f'along dimension {sharding}'}"
+                f"{name}: {'unsharded' if sharding is None else f'along dimension {sharding}'}"
                 for name, sharding in shardings.items()
             )
             raise ValueError(
-                f"the plan of tensor parallelism tears a shared parameter apart ({listed}): cut all of them in the same "
-                "way, or none."
+                f"the plan of tensor parallelism gives a tied parameter different shardings ({listed}): use one style for "
+                "all of its modules, or leave all out."
             )
 
 
@@ -184,7 +184,7 @@ def _resolve_style(style: Any, pattern: str) -> ParallelStyle:
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of parameters that are one and the same."""
+    """Returns the FQNs of each group of tied parameters."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         names.setdefault(param, []).append(name)
@@ -192,7 +192,7 @@ def _tied_names(model: nn.Module) -> list[list[str]]:
 
 
 def _weight_sharding(model: nn.Module, path: str, plan: dict[str, ParallelStyle]) -> Any:
-    """How a module's weight is cut: along which dimension, or by which other style; None: it stays whole."""
+    """Returns the dimension along which a module's weight is sharded, or its other style; None if it is not in the plan."""
     style = plan.get(path)
     if style is None:
         return None

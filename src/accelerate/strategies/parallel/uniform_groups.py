@@ -1,7 +1,7 @@
 """`UniformGroupsOptimizer`: steps where some parameters are DTensors and others are not.
 
 torch's foreach and fused kernels take lists of plain tensors, or of DTensors of one mesh. A parameter group that holds
-both is split for the length of a step; who looks at the optimizer at another time finds the groups as they were made.
+both is split during a step only; at all other times the optimizer has its original groups.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from ...optimizer import AcceleratedOptimizer
 
 
 class UniformGroupsOptimizer(AcceleratedOptimizer):
-    """An `AcceleratedOptimizer` that steps each parameter group in parts of one kind of tensor."""
+    """An `AcceleratedOptimizer` that splits parameter groups by device mesh for the length of a step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._uniform_lists: list[
-            tuple[int, int]
-        ] = []  # the lists of parameters that were of one kind, and their lengths
+        self._uniform_lists: list[tuple[int, int]] = []  # ids and lengths of parameter lists that need no split
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """See `AcceleratedOptimizer.step`."""
@@ -34,13 +32,13 @@ class UniformGroupsOptimizer(AcceleratedOptimizer):
         with self._split_groups() as parts:
             if parts is None:
                 super().zero_grad(set_to_none)
-            for part in parts or ():  # one call for all would put the gradients of all into one list again
+            for part in parts or ():  # a single call would collect all gradients in one list
                 self.optimizer.param_groups = [part]
                 super().zero_grad(set_to_none)
 
     @contextmanager
     def _split_groups(self) -> Iterator[list[dict[str, Any]] | None]:
-        """Replaces groups of several kinds by their parts, and yields these; None where there is nothing to split."""
+        """Replaces mixed groups by uniform ones, and yields these; yields None if there is nothing to split."""
         groups = self.optimizer.param_groups
         lists = [(id(group["params"]), len(group["params"])) for group in groups]
         if lists == self._uniform_lists or not self.gradient_state.sync_gradients:
@@ -57,11 +55,11 @@ class UniformGroupsOptimizer(AcceleratedOptimizer):
         finally:
             self.optimizer.param_groups = groups
             for group, (part, *_) in zip(groups, parts, strict=True):
-                group.update({name: value for name, value in part.items() if name != "params"})  # a count, say
+                group.update({name: value for name, value in part.items() if name != "params"})  # such as a step count
 
 
 def _by_mesh(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Sorts parameters into lists for torch's kernels; an empty list stays one."""
+    """Groups parameters by device mesh; plain tensors form a list of their own."""
     lists: dict[Any, list[torch.Tensor]] = {}
     for param in params:
         lists.setdefault(getattr(param, "device_mesh", None), []).append(param)

@@ -1,7 +1,7 @@
-"""The two ways in which ranks that share sequences attend to the whole of them, and what each cannot do.
+"""Backends of attention over sharded sequences, and checks of models and masks that they do not support.
 
-Under context parallelism (``cp``) keys and values travel to the queries; under sequence parallelism (``sp``) heads are
-exchanged for pieces of the sequence. The block in `context_parallel` cuts tensors and replaces attention for either.
+`RingBackend` serves context parallelism (``cp``): keys and values are communicated. `UlyssesBackend` serves sequence
+parallelism (``sp``): heads are exchanged for sequence shards. `manager` shards tensors and patches attention for both.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ torch_sdpa = functional.scaled_dot_product_attention
 
 
 class SequenceParallelBackend(ABC):
-    """What the two have in common.
+    """Interface of a backend.
 
     Attributes:
-        called: Its name, for messages.
+        display_name: Name in error messages.
 
     Args:
-        mesh: The ranks that share a sequence.
+        mesh: One-dimensional mesh of the ranks that share a sequence.
     """
 
     display_name: ClassVar[str]
@@ -44,55 +44,55 @@ class SequenceParallelBackend(ABC):
 
     @abstractmethod
     def sharding(self, length: int) -> SequenceSharding:
-        """Who has which part of sequences of this length.
+        """Returns the sharding of sequences of this length.
 
         Raises:
-            ValueError: when they cannot be cut into equal parts, or are not those that were announced.
+            ValueError: if the length is not divisible by the number of ranks, or is not the configured one.
         """
 
     @abstractmethod
     def attention(self, sharding: SequenceSharding, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
-        """Attention of this rank's tokens to those of all ranks, from the arguments that torch's takes."""
+        """Computes the attention of this rank's tokens to those of all ranks; takes the arguments of torch's attention."""
 
     @abstractmethod
     def normalize_mask(self, mask: Tensor, length: int) -> dict[str, Any]:
-        """What attention is given in place of a mask that a model has passed to it.
+        """Returns the arguments of attention that replace a mask: ``is_causal``, or a mask of the whole sequence.
 
         Args:
-            mask: The mask.
-            length: How many tokens this rank has.
+            mask: Mask that the model passes to attention.
+            length: Number of tokens of this rank's shard.
 
         Raises:
-            ValueError: for a mask that cannot be shared.
+            ValueError: for a mask that the backend does not support.
         """
 
-    def check_model(self, model: nn.Module) -> None:  # noqa: B027 - cp takes what sp refuses
-        """Refuses what can be seen of a model before it runs.
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027 - nothing to check by default
+        """Raises if the model does not support this backend, as far as its configuration shows.
 
         Raises:
-            ValueError: saying what does not fit.
+            ValueError: naming the unsupported setting.
         """
 
     def check_data_loader(self) -> None:  # noqa: B027 - as above
-        """Refuses to have a loader cut sequences.
+        """Raises if the backend needs a data loader of DeepSpeed.
 
         Raises:
-            ValueError: where that is asked for.
+            ValueError: for sequence parallelism.
         """
 
     def native_kernel(
         self, sharding: SequenceSharding, length: int | None
     ) -> AbstractContextManager[Callable[..., Tensor] | None]:
-        """A context that gives an implementation of the device's own, or None."""
+        """Returns a context that yields torch's own context-parallel attention where the device has one, else None."""
         return nullcontext()
 
 
 class RingBackend(SequenceParallelBackend):
-    """Context parallelism: each rank keeps its queries, and attends to all keys and values.
+    """Context parallelism: each rank keeps its queries and attends to the keys and values of all ranks.
 
     Args:
-        mesh: The ranks that share a sequence.
-        method: How they travel: ``allgather`` or ``alltoall``.
+        mesh: One-dimensional mesh of the ranks that share a sequence.
+        method: ``allgather`` for a KV all-gather, ``alltoall`` for ring attention.
     """
 
     display_name = "context parallelism"
@@ -123,20 +123,20 @@ class RingBackend(SequenceParallelBackend):
 
     def normalize_mask(self, mask: Tensor, length: int) -> dict[str, Any]:
         causal = _causal_mask(mask)
-        # Positions jump from one chunk to the next, which models may take for the start of another sequence.
+        # Position ids jump between the two chunks. Models with packed sequences take a jump for the start of a document.
         half = causal.shape[0] // 2
         apart = causal.clone()
         apart[half:, :half] = False
         if not _matches_any(mask, [causal, apart]):
             raise ValueError(
-                "context parallelism takes causal attention and attention without a mask; this mask is another. Leave the "
+                "context parallelism supports causal attention and attention without a mask, not this mask. Leave the "
                 "attention mask out, and pack or truncate sequences instead of padding them."
             )
         return {"is_causal": True}
 
     @contextmanager
     def native_kernel(self, sharding: SequenceSharding, length: int | None) -> Iterator[Callable[..., Tensor] | None]:
-        """Torch's own attention over the same chunks, which uses the fused kernels of CUDA."""
+        """Enters torch's context_parallel, whose attention over head-tail shards uses fused CUDA kernels."""
         if self.mesh.device_type != "cuda" or length is None or not sharding.head_tail:
             yield None
             return
@@ -144,18 +144,18 @@ class RingBackend(SequenceParallelBackend):
         from torch.distributed.tensor.experimental._attention import set_rotate_method
 
         set_rotate_method(self._method)
-        example = torch.empty(length, device=self.mesh.device_type)  # what it is to cut, which has been done already
+        example = torch.empty(length, device=self.mesh.device_type)  # a dummy: buffers are sharded already
         with context_parallel(self.mesh, buffers=[example], buffer_seq_dims=[0], no_restore_buffers={example}):
             yield functional.scaled_dot_product_attention
 
 
 class UlyssesBackend(SequenceParallelBackend):
-    """Sequence parallelism: each rank attends with some of the heads, over the whole sequence.
+    """Sequence parallelism: each rank computes some of the heads, over the whole sequence.
 
     Args:
-        mesh: The ranks that share a sequence.
-        fixed: The length of all sequences; None: they differ.
-        tensor_ranks: How many ranks share a layer's tensors, and with them its heads.
+        mesh: One-dimensional mesh of the ranks that share a sequence.
+        seq_length: Length of all sequences; None if it varies.
+        tp_size: Number of tensor-parallel ranks, which divide the heads as well.
     """
 
     display_name = "sequence parallelism"
@@ -181,14 +181,14 @@ class UlyssesBackend(SequenceParallelBackend):
         whole = length * self.mesh.size()
         if tuple(mask.shape[-2:]) in ((whole, whole), (1, whole)):
             return {"attn_mask": mask}
-        # What a model makes of this rank's tokens tells nothing of the others: it may only have meant that tokens see those
-        # before them.
+        # A mask that the model builds from this rank's shard has no information about the other shards. Only a causal mask
+        # can be extended to the whole sequence.
         if not _matches_any(mask, [_causal_mask(mask)]):
             raise ValueError(
-                "sequence parallelism takes causal attention, attention without a mask, and masks of the whole sequence, "
-                f"(..., {whole}, {whole}) or (..., 1, {whole}) for {self.mesh.size()} ranks with {length} tokens each. This "
-                f"one, {tuple(mask.shape)}, is another. Leave masks out of buffers, and pass them whole: to models of "
-                "transformers with four dimensions. Causal attention needs none for padding at the end."
+                "sequence parallelism supports causal attention, no mask, and masks of the whole sequence, "
+                f"(..., {whole}, {whole}) or (..., 1, {whole}) for {self.mesh.size()} ranks with {length} tokens; "
+                f"found a mask of shape {tuple(mask.shape)}. Leave masks out of buffers and pass them whole, to models of "
+                "transformers with four dimensions. Causal attention needs no mask for padding at the end."
             )
         return {"is_causal": True}
 
@@ -201,7 +201,7 @@ class UlyssesBackend(SequenceParallelBackend):
                 "with attn_implementation='sdpa'."
             )
         heads = getattr(config, "num_attention_heads", None)
-        if not isinstance(heads, int) or heads % self._tp_size:  # the latter, tensor parallelism says itself
+        if not isinstance(heads, int) or heads % self._tp_size:  # tensor parallelism reports the latter
             return
         here = heads // self._tp_size
         if here % self.mesh.size():
@@ -209,19 +209,19 @@ class UlyssesBackend(SequenceParallelBackend):
             if self._tp_size > 1:
                 shared = f"{shared} / tp_size {self._tp_size} = {here}"
             raise ValueError(
-                f"{name} cannot share out the heads of its attention: {divisibility_error(shared, here, self.mesh.size())}."
+                f"{name} cannot divide its attention heads over ranks: {divisibility_error(shared, here, self.mesh.size())}."
             )
 
     def check_data_loader(self) -> None:
         raise ValueError(
-            "deepspeed_ulysses_dl_adapter belongs to DeepSpeed, as the way in which transformers' Trainer computes losses "
-            "with sp_size above 1 does, and this run is without DeepSpeed: write the loop, and cut each batch with "
-            "`accelerator.maybe_context_parallel`; or set cp_size instead of sp_size, with which the Trainer works."
+            "deepspeed_ulysses_dl_adapter needs DeepSpeed, and so does transformers' Trainer with sp_size above 1; this run "
+            "is without DeepSpeed. Write the training loop, and shard each batch with `accelerator.maybe_context_parallel`; "
+            "or set cp_size instead of sp_size, which the Trainer supports."
         )
 
 
 def select_backend(mesh: DeviceMesh, sizes: ParallelismConfig) -> SequenceParallelBackend | None:
-    """How ranks of this run share sequences; None where they have whole ones."""
+    """Returns the backend for a mesh; None for a mesh without ``cp`` and ``sp``."""
     names = mesh.mesh_dim_names or ()
     if "cp" in names:
         contexts = sizes.cp_handler or TorchContextParallelConfig()
@@ -234,10 +234,10 @@ def select_backend(mesh: DeviceMesh, sizes: ParallelismConfig) -> SequenceParall
 
 
 def validate_config(sizes: ParallelismConfig) -> None:
-    """Refuses what the settings ask of sequence parallelism and it cannot do without DeepSpeed.
+    """Raises for settings of sequence parallelism that are not supported without DeepSpeed.
 
     Raises:
-        ValueError: saying what.
+        ValueError: naming the setting.
     """
     handler = sizes.sp_handler
     if handler is None or not sizes.sp_enabled:
@@ -245,13 +245,12 @@ def validate_config(sizes: ParallelismConfig) -> None:
     if handler.sp_attn_implementation not in (None, "sdpa"):
         raise ValueError(
             f"sp_attn_implementation={handler.sp_attn_implementation!r} needs DeepSpeed, which is not part of this version: "
-            f"without it, ranks exchange heads around torch's {SDPA_NAME}, which has kernels of flash attention itself. Set "
-            "'sdpa'."
+            f"without it, ranks exchange heads around torch's {SDPA_NAME}, which has flash attention kernels. Set 'sdpa'."
         )
     size, length = sizes.sp_size or 1, handler.sp_seq_length
     if length is not None and not handler.sp_seq_length_is_variable and length % size:
         why = divisibility_error(f"sp_seq_length={length}", length, size)
-        raise ValueError(f"sequences of one length cannot be cut into equal parts: {why}.")
+        raise ValueError(f"sequences cannot be split into equal shards: {why}.")
 
 
 def _causal_mask(mask: Tensor) -> Tensor:
@@ -260,7 +259,7 @@ def _causal_mask(mask: Tensor) -> Tensor:
 
 
 def _matches_any(mask: Tensor, patterns: Sequence[Tensor]) -> bool:
-    """Whether all matrices of a mask say the same as one of some others."""
+    """Returns whether each matrix of a mask equals one of the patterns."""
     if mask.shape[-2:] != patterns[0].shape:
         return False
     seen = mask if mask.dtype == torch.bool else mask == 0

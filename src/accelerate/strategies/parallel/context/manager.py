@@ -1,7 +1,7 @@
-"""A block in which ranks of one group share each sequence, by context or by sequence parallelism.
+"""`ContextParallelManager`: a block in which tensors are sharded along the sequence and attention spans all ranks.
 
-Tensors are cut along it, and ``torch.nn.functional.scaled_dot_product_attention`` is replaced by one in which tokens see
-those of the other ranks. A model whose attention goes another way would silently see its own part only: it is refused.
+In the block, ``torch.nn.functional.scaled_dot_product_attention`` is patched with that of a backend. A model that computes
+attention in another way would silently attend to its own shard only; hooks and call counts detect that and raise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .unshard_outputs import ShardedSequence, unshard_outputs
 if TYPE_CHECKING:
     from ....parallelism_config import ParallelismConfig
 
-# What a model that is refused may be told to use instead.
+# Remedy in errors about unsupported models.
 _ADVICE = (
     "call `torch.nn.functional.scaled_dot_product_attention` through its module (with transformers: "
     "attn_implementation='sdpa')."
@@ -37,16 +37,16 @@ _ADVICE = (
 
 
 def context_parallel_manager(mesh: DeviceMesh | None, sizes: ParallelismConfig | None) -> ContextParallelManager | None:
-    """What a run shares sequences with; None where ranks have whole ones."""
+    """Returns the manager of a run; None for a mesh without context or sequence parallelism."""
     backend = None if mesh is None or sizes is None else select_backend(mesh, sizes)
     return None if backend is None else ContextParallelManager(backend)
 
 
 class ContextParallelManager:
-    """What a run with context or sequence parallelism shares sequences with.
+    """Shards sequences over ranks, checks that models support it, and unshards their outputs.
 
     Args:
-        way: How tokens come to see those of other ranks.
+        backend: Computes attention over sharded sequences.
     """
 
     def __init__(self, backend: SequenceParallelBackend) -> None:
@@ -61,7 +61,7 @@ class ContextParallelManager:
         self._sdpa = _as_sdpa(self._intercept_sdpa)
         self._mask_cache: tuple[weakref.ref[Tensor], int, int, dict[str, Any]] | None = None
 
-    # Models hold on to this by their hooks: a copy is watched as well, and one that was pickled shares nothing.
+    # Hooks of models refer to this object: copies of a model share it, and a pickled model gets an inactive one.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallelManager:
         return self
@@ -70,21 +70,21 @@ class ContextParallelManager:
         return ContextParallelManager, (None,)
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuses a model of which can be seen that its sequences cannot be shared.
+        """Raises if the model does not support context parallelism.
 
         Raises:
-            ValueError: saying why.
+            ValueError: naming the reason.
         """
         self.backend.check_model(unwrap_module(model))
 
     def register_hooks(self, model: nn.Module) -> None:
-        """Has the model's forwards counted, and looked at for what a part of a sequence would be misunderstood by."""
+        """Registers pre-forward hooks that count calls and reject inputs that a sequence shard would misinterpret."""
         if model not in self._models:
             self._models.add(model)
             self._unchecked.add(model)
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             for name, module in model.named_modules():
-                if name.rpartition(".")[2] == "self_attn":  # as transformers calls them
+                if name.rpartition(".")[2] == "self_attn":  # the name in transformers
                     module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
     def _check_models(self) -> None:
@@ -92,7 +92,7 @@ class ContextParallelManager:
             holder = find_captured_function(torch_sdpa, model)
             if holder is not None:
                 raise ValueError(
-                    f"{holder} holds the function {SDPA_NAME} itself, so that its attention cannot be shared over ranks: "
+                    f"{holder} refers to the function {SDPA_NAME} itself, so that its attention cannot be replaced: "
                     f"{_ADVICE}"
                 )
         self._unchecked.clear()
@@ -100,25 +100,24 @@ class ContextParallelManager:
     def _before_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._forward_calls += 1
         bare = unwrap_module(model)
-        if not self._active or not hasattr(bare, "config"):  # as transformers' models are called
+        if not self._active or not hasattr(bare, "config"):  # only transformers' models have one
             return
         taken = inspect.signature(bare.forward)
         given = {**taken.bind_partial(*args, **kwargs).arguments, **kwargs}
         inside: Any = getattr(bare, "get_base_model", None)
-        base = bare if inside is None else inside()  # peft's models hand on what they are given
+        base = bare if inside is None else inside()  # peft's models forward their arguments
         if "position_ids" in inspect.signature(base.forward).parameters and given.get("position_ids") is None:
             raise ValueError(
-                f"{type(bare).__name__} was given no position_ids and would count those of each rank's part from 0: pass "
-                "positions of the whole sequence, cut like the tokens (maybe_context_parallel's buffers)."
+                f"{type(bare).__name__} got no position_ids and would count them from 0 on each rank: pass positions of the "
+                "whole sequence, sharded like the tokens (maybe_context_parallel's buffers)."
             )
         mask, sequence = given.get("attention_mask"), self._sequence
         if sequence is None or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != sequence.length:
             return
         if not bool(mask.all()):
             raise ValueError(
-                f"{type(bare).__name__} was given an attention_mask of all {sequence.length} tokens and would take its "
-                "beginning for that of each rank's part: leave it out, or cut it like the tokens (maybe_context_parallel's "
-                "buffers)."
+                f"{type(bare).__name__} got an attention_mask of all {sequence.length} tokens and would apply its beginning "
+                "to the shard of each rank: leave it out, or shard it like the tokens (maybe_context_parallel's buffers)."
             )
 
     def _before_attention(
@@ -127,7 +126,7 @@ class ContextParallelManager:
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         if not self._active or not isinstance(hidden, Tensor):
             return None
-        # Each rank may have made another mask of its positions, or none, and what is sent along depends on it.
+        # Ranks may have built different masks, or none. Communication depends on the mask, so it is normalized here.
         mask = kwargs.get("attention_mask")
         instead = self._normalize_mask(mask, hidden.shape[-2]) if isinstance(mask, Tensor) else {}
         if "attn_mask" in instead:
@@ -137,24 +136,24 @@ class ContextParallelManager:
 
     def _normalize_mask(self, mask: Tensor, length: int) -> dict[str, Any]:
         """Caches `SequenceParallelBackend.normalize_mask`, which reads the mask's values, for layers that share a mask."""
-        if mask.is_inference():  # has no version that would show a change
+        if mask.is_inference():  # has no version counter
             return self.backend.normalize_mask(mask, length)
         latest = self._mask_cache
         if latest is not None and latest[0]() is mask and latest[1:3] == (mask._version, length):
             return latest[3]
         instead = self.backend.normalize_mask(mask, length)
-        kept = {} if "attn_mask" in instead else instead  # which would keep the mask
+        kept = {} if "attn_mask" in instead else instead  # a result with the mask would keep it alive
         self._mask_cache = (weakref.ref(mask), mask._version, length, instead) if kept else None
         return instead
 
     def _check_sliding_window(self, module: nn.Module) -> None:
-        """Models narrow attention by masks, which they leave out where a rank's part is no longer than the window."""
+        """Raises for a sliding window that the model drops because a shard is no longer than the window."""
         window = getattr(module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None))
         if isinstance(window, int) and self._sequence is not None and window < self._sequence.length:
             raise ValueError(
-                f"{type(module).__name__} lets a token see {window} tokens (sliding_window), and sequences have "
-                f"{self._sequence.length}: {self.backend.display_name} would have them see all before them. Cut "
-                f"sequences to {window} tokens."
+                f"{type(module).__name__} limits attention to {window} tokens (sliding_window), and sequences have "
+                f"{self._sequence.length}: under {self.backend.display_name} tokens would attend to all earlier ones. "
+                f"Truncate sequences to {window} tokens."
             )
 
     @contextmanager
@@ -164,11 +163,16 @@ class ContextParallelManager:
         dims: Sequence[int] | None,
         no_restore: Iterable[Tensor] | None,
     ) -> Iterator[None]:
-        """A block in which `buffers` are this rank's part, and attention goes over the whole sequence.
+        """Shards `buffers` in place for a block, in which attention spans the whole sequence.
+
+        Args:
+            buffers: Tensors of equal sequence length.
+            dims: Sequence dimension of each buffer.
+            no_restore: Buffers that stay sharded after the block.
 
         Raises:
-            ValueError: for tensors that cannot be cut; nothing has been changed then.
-            RuntimeError: when the block ends and the models' attention has gone past the one that is shared.
+            ValueError: for tensors that cannot be sharded; nothing has changed then.
+            RuntimeError: at the end of the block, if models ran without calling the patched attention.
         """
         buffers, dims = list(buffers or ()), list(dims or ())
         kept = _check_buffers(buffers, dims, list(no_restore or ()))
@@ -191,7 +195,7 @@ class ContextParallelManager:
         if self._forward_calls and not self._sdpa_calls:
             raise RuntimeError(
                 f"the model ran under {self.backend.display_name}, but its attention did not go through "
-                f"torch's {SDPA_NAME}, so each rank has seen its own part of the sequence only: {_ADVICE}"
+                f"torch's {SDPA_NAME}, so each rank attended to its own shard of the sequence only: {_ADVICE}"
             )
 
     def _remember_sharding(self, length: int | None, sharding: SequenceSharding) -> None:
@@ -200,21 +204,21 @@ class ContextParallelManager:
         self._loader = _no_loader if loader is None else weakref.ref(loader)
 
     def unshard_outputs(self, data: Any, device: torch.device) -> Any:
-        """What ranks made of their parts, put together as the latest block has cut them; all that share them call this."""
+        """Unshards outputs that were computed in the latest block. Collective over the ranks that share sequences."""
         loader = GradientState().active_dataloader
-        # Another loop, evaluation after training say, may have been without blocks.
+        # The outputs of another loop (evaluation after training) may come from whole sequences.
         sequence = self._sequence if loader is None or loader is self._loader() else None
         return unshard_outputs(data, TorchCollectives(device, self.backend.mesh.get_group()), sequence)
 
     def _intercept_sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._sdpa_calls += 1
         given = dict(kwargs)
-        for position, value_given in enumerate(args):  # torch 2.6 cannot compile a dict of a zip
+        for position, value_given in enumerate(args):  # torch 2.6 cannot compile dict(zip(...))
             given[("attn_mask", "dropout_p", "is_causal")[position]] = value_given
         if query.shape[-2] != key.shape[-2]:
             raise ValueError(
-                f"{self.backend.display_name} shares self-attention: {query.shape[-2]} queries and {key.shape[-2]} keys are "
-                "not of one sequence."
+                f"{self.backend.display_name} supports self-attention only, found {query.shape[-2]} queries and "
+                f"{key.shape[-2]} keys."
             )
         mask = given.pop("attn_mask", None)
         if mask is not None:
@@ -223,7 +227,7 @@ class ContextParallelManager:
 
 
 def _no_loader() -> None:
-    """In the place of a reference to a loader, outside of any loop."""
+    """Stands for a weak reference to a loader, outside of any loop."""
 
 
 @contextmanager
@@ -232,7 +236,7 @@ def _sharded_buffers(
 ) -> Iterator[None]:
     whole = [buffer.data for buffer in buffers]
     parts = [sharding.shard(data, dim, rank) for data, dim in zip(whole, dims, strict=True)]
-    # Other memory rather than less of the same: buffers may be views of one tensor.
+    # Buffers may be views of one tensor: replace their data instead of resizing it.
     for buffer, part in zip(buffers, parts, strict=True):
         buffer.data = part
     try:
@@ -244,7 +248,7 @@ def _sharded_buffers(
 
 
 def _as_sdpa(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function, the same for all blocks: torch's compiler takes no other in this place, and compiles anew for each."""
+    """Wraps attention in a plain function for torch.compile; all blocks use the same, to avoid recompiling."""
 
     @functools.wraps(torch_sdpa)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -263,11 +267,11 @@ def _patched_sdpa(attention: Callable[..., Tensor]) -> Iterator[None]:
         setattr(functional, SDPA_NAME, before)
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Checks --------------------------------------------------------------------------------------------------------------
 
 
 def _check_buffers(buffers: Sequence[Any], dims: Sequence[Any], no_restore: Sequence[Any]) -> list[bool]:
-    """For each buffer, whether it stays cut afterwards."""
+    """Checks the arguments of `shard_buffers`, and returns for each buffer whether it stays sharded."""
     if len(buffers) != len(dims):
         raise ValueError(
             f"maybe_context_parallel needs the dimension of the sequence for each buffer: buffers has {len(buffers)} "
@@ -277,7 +281,7 @@ def _check_buffers(buffers: Sequence[Any], dims: Sequence[Any], no_restore: Sequ
     for buffer, dim in zip(buffers, dims, strict=True):
         if not isinstance(buffer, Tensor) or buffer.requires_grad:
             what = "a tensor that requires gradients" if isinstance(buffer, Tensor) else type(buffer).__name__
-            raise ValueError(f"maybe_context_parallel cuts tensors of data, found {what}: leave it out of buffers.")
+            raise ValueError(f"maybe_context_parallel shards tensors of data, found {what}: leave it out of buffers.")
         if not -buffer.dim() <= dim < buffer.dim():
             raise ValueError(f"buffer_seq_dims names dimension {dim} of a tensor of shape {tuple(buffer.shape)}.")
         lengths.add(buffer.shape[dim])

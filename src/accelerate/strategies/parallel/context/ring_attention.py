@@ -1,7 +1,8 @@
-"""Attention over a sequence that is cut over ranks: each rank has the queries, keys and values of its own tokens.
+"""Context-parallel attention: each rank holds the queries, keys and values of its shard of the sequence.
 
-`SequenceSharding` maps chunks of the sequence to ranks. `allgather_kv_attention` all-gathers keys and values;
-`ring_attention` passes them from rank to rank and merges the partial results. Both are exact, forwards and backwards.
+`SequenceSharding` maps chunks of the sequence to ranks. `allgather_kv_attention` all-gathers keys and values.
+`ring_attention` sends them around a ring and merges partial results by their log-sum-exp, as flash attention merges blocks
+(Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context", 2023). Both are exact.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# The names since torch 2.13, and before.
+# torch 2.13 renamed these functions.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _QUERY_BLOCK = 256
-"""Queries for which scores and masks are in memory at a time: that many by the length of the sequence, not its square."""
+"""Queries per block: scores and masks take _QUERY_BLOCK x sequence length in memory, not the length squared."""
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
 class SequenceSharding:
-    """Which chunks of a sequence each rank has.
+    """Maps the chunks of a sequence to ranks.
 
     Attributes:
-        ranks: How many share the sequence.
-        balanced: Each rank has two chunks, one from the head and one from the tail, so that a causal mask leaves all ranks
-            the same work. False: one chunk each, in order.
+        ranks: Number of ranks that share the sequence.
+        head_tail: Whether each rank has two chunks, one from the head and one from the tail, which balances the work of
+            a causal mask. Otherwise each rank has one chunk, in order of rank.
     """
 
     ranks: int
@@ -39,16 +40,16 @@ class SequenceSharding:
     def for_length(
         cls, length: int, ranks: int, *, setting: str = "cp_size", contiguous: bool = False
     ) -> SequenceSharding:
-        """The layout for sequences of this length.
+        """Returns the sharding of a sequence: head-tail if its length allows it.
 
         Args:
-            length: The number of tokens.
-            ranks: How many share them.
-            setting: What has set that number, for the message.
-            in_order: Each rank has one piece, whatever the length.
+            length: Number of tokens.
+            ranks: Number of ranks that share them.
+            setting: Name of the setting of `ranks`, for the error.
+            contiguous: Give each rank one chunk, whatever the length.
 
         Raises:
-            ValueError: when it cannot be cut into equal parts, showing the arithmetic.
+            ValueError: if `ranks` does not divide `length`; shows the arithmetic.
         """
         if length % ranks:
             best = "" if contiguous else f", best of {2 * ranks}, which shares the work evenly as well"
@@ -60,20 +61,20 @@ class SequenceSharding:
 
     @property
     def num_chunks(self) -> int:
-        """How many chunks the sequence has."""
+        """Number of chunks of the sequence."""
         return self.ranks * (2 if self.head_tail else 1)
 
     def chunks_of_rank(self, rank: int) -> tuple[int, ...]:
-        """The numbers of a rank's chunks, in the order in which it holds them."""
+        """Returns the chunk numbers of a rank, in the order in which it holds them."""
         return (rank, self.num_chunks - 1 - rank) if self.head_tail else (rank,)
 
     def shard(self, tensor: Tensor, dim: int, rank: int) -> Tensor:
-        """A copy of the rank's part of a tensor with the whole sequence along `dim`."""
+        """Copies a rank's shard out of a tensor with the whole sequence along `dim`."""
         chunks = tensor.chunk(self.num_chunks, dim)
         return torch.cat([chunks[number] for number in self.chunks_of_rank(rank)], dim)
 
     def unshard(self, parts: list[Tensor], dim: int) -> Tensor:
-        """The whole sequence in its order, from all ranks' parts."""
+        """Restores the whole sequence, in order, from the shards of all ranks."""
         chunks: dict[int, Tensor] = {}
         for rank, part in enumerate(parts):
             numbers = self.chunks_of_rank(rank)
@@ -81,11 +82,11 @@ class SequenceSharding:
         return torch.cat([chunks[number] for number in range(self.num_chunks)], dim)
 
 
-# All keys and values on every rank -----------------------------------------------------------------------------------
+# KV all-gather -------------------------------------------------------------------------------------------------------
 
 
 class _AllGather(torch.autograd.Function):
-    """Stacks all ranks' tensors; in the backward, each rank receives the sum of what all ranks say of its own."""
+    """All-gathers and stacks a tensor of each rank; the backward reduce-scatters the gradients."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -112,15 +113,17 @@ def allgather_kv_attention(
     is_causal: bool,
     **more: Any,
 ) -> Tensor:
-    """Attention of this rank's queries to all keys and values.
+    """All-gathers keys and values, and computes the attention of this rank's queries to all of them.
+
+    A causal mask is applied block by block of queries: each block attends to the keys up to its last row only.
 
     Args:
-        attention: What computes it, as ``torch.nn.functional.scaled_dot_product_attention`` does.
-        query, key, value: This rank's, the sequence in the last dimension but one.
-        group: The ranks that share the sequence.
-        layout: Which of it each has.
-        is_causal: A token sees itself and those before it, in the order of the whole sequence.
-        **more: For `attention`.
+        attention: Function with the signature of ``torch.nn.functional.scaled_dot_product_attention``.
+        query, key, value: This rank's shard, of shape (..., heads, tokens, width).
+        group: Ranks that share the sequence.
+        sharding: Chunks of each rank.
+        is_causal: Whether a token attends only to itself and earlier tokens of the whole sequence.
+        **more: Passed to `attention`.
     """
     width = key.shape[-1]
     both = sharding.unshard(list(_AllGather.apply(torch.cat([key, value], -1), group)), -2)
@@ -129,10 +132,10 @@ def allgather_kv_attention(
         return attention(query, keys, values, **more)
     numbers = sharding.chunks_of_rank(dist.get_rank(group))
     length = query.shape[-2] // len(numbers)
-    if length > _QUERY_BLOCK and more.pop("enable_gqa", False):  # once, instead of in every block
+    if length > _QUERY_BLOCK and more.pop("enable_gqa", False):  # here once, not in every block
         keys, values = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (keys, values))
     rows = min(_QUERY_BLOCK, length)
-    # The masks of all blocks are parts of this one, right-aligned: a block's last row sees all keys up to itself.
+    # The mask of each block is a right-aligned slice of this bias: its last row attends to all keys up to itself.
     bias = torch.full((rows, keys.shape[-2]), -torch.inf, dtype=query.dtype, device=query.device)
     bias = bias.triu(keys.shape[-2] - rows + 1)
     results = []
@@ -148,11 +151,11 @@ def allgather_kv_attention(
 
 
 def _query_blocks(length: int) -> Iterator[tuple[int, int]]:
-    """Start and end of the blocks of a chunk's queries that see keys together."""
+    """Yields start and stop of each block of queries in a chunk."""
     return ((start, min(start + _QUERY_BLOCK, length)) for start in range(0, length, _QUERY_BLOCK))
 
 
-# Keys and values in a ring -------------------------------------------------------------------------------------------
+# Ring attention ------------------------------------------------------------------------------------------------------
 
 
 def ring_attention(
@@ -165,10 +168,17 @@ def ring_attention(
     is_causal: bool,
     scale: float | None = None,
 ) -> Tensor:
-    """The same, with one other rank's keys and values in memory at a time. See `allgather_kv_attention`.
+    """Computes ring attention: keys and values of one other rank are in memory at a time.
+
+    At step *i* a rank holds the keys and values of rank ``rank - i``, attends to them, merges the partial result into its
+    own, and sends them to the next rank. The backward runs the same ring, and gradients travel along with their tensors.
 
     Args:
-        scale: Factor on the products of queries and keys; None: one over the root of their width.
+        query, key, value, group, sharding, is_causal: See `allgather_kv_attention`; of four dimensions.
+        scale: Factor of the scores; None means ``query.shape[-1] ** -0.5``.
+
+    Raises:
+        ValueError: if keys and values have different shapes, or queries not four dimensions.
     """
     own = torch.stack([key, value]) if key.shape == value.shape else None
     if own is None or query.dim() != 4:
@@ -176,15 +186,15 @@ def ring_attention(
             f"cp_comm_strategy='alltoall' takes queries of four dimensions, and keys and values of one shape; found "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}. Use 'allgather'."
         )
-    grouped = query.unflatten(1, (key.shape[1], -1))  # several heads of queries may share a head of keys
+    grouped = query.unflatten(1, (key.shape[1], -1))  # grouped-query attention
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):  # it would round what is computed exactly here
+    with torch.autocast(query.device.type, enabled=False):  # autocast would round the float32 accumulation
         result: Tensor = _RingAttention.apply(grouped, own.unsqueeze(3), group, sharding, is_causal, factor)
     return result.flatten(1, 2)
 
 
 class _RingAttention(torch.autograd.Function):
-    """Merges what each rank's keys and values give by the logarithms of their sums of exponentials."""
+    """Merges partial results of the ring steps, weighted by the exponentials of their log-sum-exps."""
 
     @staticmethod
     def forward(
@@ -244,15 +254,19 @@ class _RingAttention(torch.autograd.Function):
                     of_asked.add_(of_score @ key)
                     of_key.add_((of_score.mT @ asked).sum(2, keepdim=True))
                     of_value.add_((weight.mT @ given).sum(2, keepdim=True))
-            of_there = _ring_shift(of_there, group)  # along with what it belongs to; after the last step it is home
+            of_there = _ring_shift(
+                of_there, group
+            )  # after the last shift, gradients are on the rank that owns the keys
         return of_query.to(query.dtype), of_there.to(own.dtype), None, None, None, None
 
 
 def _visible_chunk_pairs(
     sharding: SequenceSharding, rank: int, step: int, causal: bool
 ) -> Iterator[tuple[int, int, bool]]:
-    """Of this rank's chunks and those it holds at a step of the ring, the places of the pairs that see each other, and
-    whether they are the same chunk under a causal mask."""
+    """Yields the pairs of local query chunk and visiting key chunk that attend at a step of the ring.
+
+    The third item is True for the diagonal: both are the same chunk, under a causal mask.
+    """
     source = (rank - step) % sharding.ranks
     for mine, here in enumerate(sharding.chunks_of_rank(rank)):
         for theirs, there in enumerate(sharding.chunks_of_rank(source)):
@@ -267,7 +281,7 @@ def _chunk(tensor: Tensor, place: int, sharding: SequenceSharding) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, diagonal: bool) -> Tensor:
-    """Scores of a block of queries; on the diagonal, the last of them sees all keys, and those before one less each."""
+    """Computes the scores of a block of queries; on the diagonal, the causal mask is right-aligned."""
     score = query @ key.mT * scale
     if diagonal:
         rows = score.shape[-2]
@@ -277,7 +291,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, diagonal: bool) -> Tensor:
 
 
 def _ring_shift(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """The tensor of the rank before, while the one after receives this."""
+    """Sends a tensor to the next rank, and returns the one of the previous rank."""
     rank, size = dist.get_rank(group), group.size()
     sent, received = tensor.contiguous().view(-1), tensor.new_empty(tensor.numel())
     to, come = [0] * size, [0] * size

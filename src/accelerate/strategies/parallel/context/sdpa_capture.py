@@ -1,7 +1,7 @@
-"""Finds code of a model that holds a function itself, so that putting another in its place would go unnoticed.
+"""Finds references to a function in a model's code that patching the function in its module would miss.
 
-``from torch.nn.functional import scaled_dot_product_attention`` binds the function to a name of the importing module. What
-methods reach by name is followed: globals, helper functions, closures, defaults, attributes.
+``from torch.nn.functional import scaled_dot_product_attention`` binds the function to a name of the importing module. The
+search follows names that methods use: globals, helper functions, closures, defaults and attributes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import nn
 
 
 def find_captured_function(function: Any, model: nn.Module) -> str | None:
-    """Where a module of `model` holds `function` itself, for a message; None when none does.
+    """Returns a description of the first reference to `function` in a model, or None.
 
     Args:
-        function: What is to be replaced in its own module.
-        model: The model.
+        function: Function that is to be patched in its own module.
+        model: Model whose modules, classes and methods are searched.
     """
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -36,7 +36,7 @@ def find_captured_function(function: Any, model: nn.Module) -> str | None:
 
 
 def _reaches(value: Any, function: Any, seen: set[int]) -> str | None:
-    """How `value` comes to `function`; "" when it is the function, None when it does not."""
+    """Returns the path from `value` to `function`: "" if it is the function, None if there is none."""
     if value is function:
         return ""
     if not isinstance(value, FunctionType) or _is_from_torch(value) or id(value) in seen:
@@ -49,7 +49,7 @@ def _reaches(value: Any, function: Any, seen: set[int]) -> str | None:
 
 
 def _references(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function's code may call, by name."""
+    """Yields names and values that a function's code may refer to."""
     yield from ((f"a default of {function.__name__}", value) for value in function.__defaults__ or ())
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         yield from ((name, held) for held in _cell_contents(cell))
@@ -64,7 +64,7 @@ def _references(function: FunctionType) -> Iterator[tuple[str, Any]]:
 def _cell_contents(cell: Any) -> Iterator[Any]:
     try:
         yield cell.cell_contents
-    except ValueError:  # empty as yet
+    except ValueError:  # an empty cell
         return
 
 

@@ -1,7 +1,8 @@
-"""Attention over a sequence that is cut over ranks in order: they exchange its pieces for heads, and back (Ulysses).
+"""Ulysses attention: an all-to-all turns sequence shards into head shards, and another turns the result back.
 
-Each rank then attends with some heads over the whole sequence, with the function, the mask and the dropout that one rank
-alone would use. Two exchanges carry a layer's attention, and two its backward.
+Between the two, each rank computes some heads of the attention over the whole sequence, with the function, mask and
+dropout of a single process. A layer takes two all-to-alls in its forward and two in its backward (Jacobs et al.,
+"DeepSpeed Ulysses", 2023).
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ def ulysses_attention(
     attn_mask: Tensor | None = None,
     **more: Any,
 ) -> Tensor:
-    """Attention of this rank's tokens to those of all ranks.
+    """Computes the attention of this rank's tokens to those of all ranks, with heads exchanged by all-to-all.
 
     Args:
-        attention: What computes it, as ``torch.nn.functional.scaled_dot_product_attention`` does.
-        query, key, value: Of this rank's tokens: heads in the last dimension but two, tokens in the last but one.
-        group: The ranks that share the sequence, in its order.
-        attn_mask: Of the whole sequence, for all heads or for each.
-        **more: For `attention`.
+        attention: Function with the signature of ``torch.nn.functional.scaled_dot_product_attention``.
+        query, key, value: This rank's sequence shard, of shape (..., heads, tokens, width).
+        group: Ranks that share the sequence, in order of their shards.
+        attn_mask: Mask of the whole sequence, one for all heads or one for each.
+        **more: Passed to `attention`.
 
     Raises:
-        ValueError: when the heads of queries cannot be shared out, showing the arithmetic.
+        ValueError: if the number of ranks does not divide the query heads; shows the arithmetic.
     """
     ranks, heads = group.size(), query.shape[-3] if query.dim() > 2 else 1
     if heads % ranks:
         raise ValueError(
-            f"sequence parallelism shares out a layer's heads, and {divisibility_error(f'{heads} heads', heads, ranks)}: "
+            f"sequence parallelism divides heads over ranks, and {divisibility_error(f'{heads} heads', heads, ranks)}: "
             "choose a sp_size that does."
         )
     key, value = (_repeat_kv_heads(part, ranks) for part in (key, value))
@@ -55,34 +56,35 @@ def ulysses_attention(
 
 
 def divisibility_error(what: str, number: int, ranks: int) -> str:
-    """The arithmetic of a number that ranks cannot share."""
+    """Formats the arithmetic of a number that ranks do not divide."""
     return f"sp_size={ranks} does not divide {what}, {number} = {number // ranks} x {ranks} + {number % ranks}"
 
 
 def _repeat_kv_heads(part: Tensor, ranks: int) -> Tensor:
-    """Keys or values whose heads can be shared out. Where several heads of queries have one of them, it may have to go to
-    several ranks. As `ranks` divides the heads of queries, these stay with their own."""
+    """Repeats KV heads until the number of ranks divides them (grouped-query attention).
+
+    As `ranks` divides the query heads, each query head stays on the rank of its KV head.
+    """
     copies = ranks // math.gcd(part.shape[-3], ranks)
     return part if copies == 1 else part.repeat_interleave(copies, -3)
 
 
 def _seq_to_heads(parts: Sequence[Tensor], group: ProcessGroup) -> Sequence[Tensor]:
-    """This rank's heads of the whole sequence, from all heads of its tokens."""
+    """Exchanges sequence shards for head shards: from all heads of this rank's tokens to some heads of all tokens."""
     by_rank = [part.unflatten(-3, (group.size(), -1)).movedim(-4, 0) for part in parts]
     received: Tensor = _AllToAll.apply(torch.cat(by_rank, -3), group)
     return received.movedim(0, -3).flatten(-3, -2).split([part.shape[-3] for part in by_rank], -3)
 
 
 def _heads_to_seq(result: Tensor, group: ProcessGroup) -> Tensor:
-    """All heads of this rank's tokens, from its heads of the whole sequence."""
+    """Exchanges head shards for sequence shards: the inverse of `_seq_to_heads`."""
     by_rank = result.unflatten(-2, (group.size(), -1)).movedim(-3, 0)
     received: Tensor = _AllToAll.apply(by_rank, group)
     return received.movedim(0, -4).flatten(-4, -3)
 
 
 class _AllToAll(torch.autograd.Function):
-    """Sends the i-th piece along the first dimension to rank i. Its backward is the same: gradients go where pieces came
-    from."""
+    """Sends the i-th slice along dimension 0 to rank i. The backward is the same all-to-all."""
 
     @staticmethod
     def forward(ctx: Any, pieces: Tensor, group: ProcessGroup) -> Tensor:

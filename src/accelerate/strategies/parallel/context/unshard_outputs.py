@@ -1,7 +1,7 @@
-"""What ranks that share sequences made of a batch, as one rank would have made it of the whole sequences.
+"""Unshards per-rank outputs of context parallelism for metrics.
 
-Pieces of sequences are put together and losses averaged. What is neither, and differs over the ranks, is refused: no one
-rank's would be right, and nobody would notice.
+Sequence shards are all-gathered and joined, and floats (losses) averaged. Other tensors must be equal on all ranks: if they
+differ, an error is raised, since the value of any one rank would be wrong.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .ring_attention import SequenceSharding
 
 @dataclass(frozen=True)
 class ShardedSequence:
-    """How sequences were cut.
+    """Length and sharding of the sequences of a batch.
 
     Attributes:
-        length: Of whole ones.
-        layout: Who has which part.
+        length: Number of tokens of a whole sequence.
+        sharding: Chunks of each rank.
     """
 
     length: int
@@ -32,24 +32,25 @@ class ShardedSequence:
 
     @property
     def local_length(self) -> int:
-        """The length of a rank's part."""
+        """Number of tokens of a rank's shard."""
         return self.length // self.sharding.ranks
 
 
 def unshard_outputs(data: Any, peers: Collectives, sequence: ShardedSequence | None) -> Any:
-    """The same on each of the ranks that share sequences.
+    """Unshards data over the ranks that share sequences. Collective.
 
     Args:
-        data: A tree of tensors with a row for each sample, or of a value for all of them; or any picklable objects.
-        peers: Those ranks, in the order of their parts. All of them call this, with trees of one structure.
-        cut: How the sequences were cut that `data` was made of; None: they were whole.
+        data: Tree of tensors, with a row for each sample or a value for all; or any picklable objects. The structure is
+            the same on all ranks.
+        peers: Ranks that share sequences, in order of their shards.
+        sequence: Sharding of the sequences that `data` was computed from; None if they were whole.
 
     Returns:
-        Tensors with a part's length in dimension 1: those of all ranks, joined along it. Floats, one for each sample or one
-        for all, Python's too: the means over the ranks. Everything else: that of the first rank.
+        Tensors whose dimension 1 is a sequence shard are joined along it. Floats, one for each sample or one for all, are
+        averaged over the ranks. Everything else is the first rank's.
 
     Raises:
-        ValueError: when something of the latter is a tensor, was made of parts, and is not the same on all ranks.
+        ValueError: if a tensor that was computed from shards is neither, and differs between the ranks.
     """
     if contains_only_tensors(data):
         return recursively_apply(_unshard_tensor, data, peers, sequence)
@@ -57,7 +58,7 @@ def unshard_outputs(data: Any, peers: Collectives, sequence: ShardedSequence | N
 
 
 def _has_tokens(tensor: Tensor, length: int) -> bool:
-    """Whether a tensor with a row for each sample has so many tokens in each."""
+    """Returns whether dimension 1 of a tensor is a sequence of this length."""
     return tensor.ndim > 1 and tensor.shape[1] == length
 
 
@@ -77,7 +78,7 @@ def _unshard_tensor(tensor: Tensor, peers: Collectives, sequence: ShardedSequenc
 
 
 def _require_equal(tensor: Tensor, peers: Collectives, sequence: ShardedSequence) -> Tensor:
-    found = peers.all_gather(tensor[None]).unsqueeze(-1).view(torch.uint8)  # as bytes, for NaN is not the same as NaN
+    found = peers.all_gather(tensor[None]).unsqueeze(-1).view(torch.uint8)  # compared as bytes, since NaN != NaN
     if (found == found[0]).all():
         return tensor
     raise ValueError(
@@ -89,7 +90,7 @@ def _require_equal(tensor: Tensor, peers: Collectives, sequence: ShardedSequence
 
 
 def _merge_objects(found: Sequence[Any]) -> Any:
-    """What the ranks' objects come to."""
+    """Averages floats, and lists of floats; returns other objects of the first rank."""
     first = found[0]
     if isinstance(first, float):
         return sum(found) / len(found)
