@@ -13,7 +13,6 @@ PENDING = [
     "checkpointing",
     "launch",
     "launchers",
-    "strategies",
     "docs",
     "tests/cli",
     "tests/clients",

@@ -383,7 +383,7 @@ def _shared_before() -> tuple[float, str]:
 
 def test_a_model_that_comes_with_shared_tensors_is_taken_as_it_is(run_ranks):
     for gap, said in run_ranks(4, _shared_before):
-        assert gap < 1e-6 and "(tp_size=2): load it whole" in said
+        assert gap < 1e-6 and "(tp_size=2): load it unsharded" in said
 
 
 def _older_plugin() -> list[tuple[int, int, str]]:

@@ -65,10 +65,10 @@ def select_strategy(
     """Returns the strategy class for a distributed type.
 
     Args:
-        kind: The way.
-        mesh: The sizes of the device mesh, which the strategy must serve.
-        plugins: How it is to be done, which the strategy must be able to.
-        fsdp: Of the plugins, the one that says which version; for a run whose plugins have been checked.
+        kind: The distributed type.
+        parallelism_config: Sizes of the device mesh, which the strategy must support.
+        plugins: Plugins of the run, which the strategy must support.
+        fsdp: FSDP plugin with the version, for a run whose plugins were checked before.
 
     Raises:
         ValueError: if neither this version nor an installed distribution has one.

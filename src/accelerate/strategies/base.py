@@ -1,7 +1,6 @@
-"""What a way of distributing decides: `Strategy`. The base class is the single process; a subclass says what differs.
+"""`Strategy`: prepares objects, synchronizes gradients and lists checkpoint entries. The base class is a single process.
 
-`Bundle` carries the objects of one ``prepare`` call through ``check`` and ``prepare`` and gives them back in the order
-they came in.
+`Bundle` carries the objects of one ``prepare`` call through ``check`` and ``prepare`` and returns them in order.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ _UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
 
 @dataclass
 class Bundle:
-    """The objects of one ``prepare`` call, by kind and by the place they came in.
+    """The objects of one ``prepare`` call, by type and position.
 
     Attributes:
-        models, optimizers, schedulers, loaders, others: Position in the call -> object. `others` are given back untouched.
-        on_device: Positions of the objects that are to be moved to the run's device.
-        evaluation: Models are used without gradients: nothing is set up to synchronise them.
+        models, optimizers, schedulers, loaders, others: Position in the call -> object. `others` are returned unchanged.
+        on_device: Positions of the objects to move to the device of the run.
+        evaluation: Whether models are used without gradients, and need no synchronization.
     """
 
     models: dict[int, nn.Module] = field(default_factory=dict)
@@ -62,26 +61,26 @@ class Bundle:
     evaluation: bool = False
 
     def in_order(self) -> list[Any]:
-        """Every object, in the order of the call."""
+        """Returns all objects in the order of the call."""
         everything = {**self.models, **self.optimizers, **self.schedulers, **self.loaders, **self.others}
         return [everything[index] for index in sorted(everything)]
 
 
 @dataclass
 class StrategyConfig:
-    """What a strategy needs to know of the run besides the `World`.
+    """Configuration of a run, besides its `World`.
 
     Attributes:
-        precision: The number format models compute in.
-        device_placement: Move models, optimizers and batches to the run's device unless told otherwise.
-        step_scheduler_with_optimizer: Schedulers step when their optimizers did.
-        schedule_per_update: Schedulers step once an update, whatever the number of processes.
+        precision: Precision in which models compute.
+        device_placement: Default of moving models, optimizers and batches to the device of the run.
+        step_scheduler_with_optimizer: Whether schedulers step only if their optimizers did.
+        schedule_per_update: Whether schedulers step once per update, whatever the number of processes.
         ddp: Arguments for DistributedDataParallel.
-        dynamo: How models are compiled.
-        fsdp: How models are sharded.
+        dynamo: Options of torch.compile.
+        fsdp: Options of FSDP.
         mesh: The device mesh.
-        sizes: What the mesh was built from, and details of its dimensions.
-        loading: How data is shared between the processes.
+        parallelism_config: Sizes of the mesh, and options of its dimensions.
+        dataloader_config: How data is divided over processes.
         rng_types: Random number generators to synchronize at the start of each epoch.
     """
 
@@ -99,36 +98,36 @@ class StrategyConfig:
 
 
 class Strategy:
-    """One process on its own, and the default of every step for the others.
+    """Strategy of a single process, and base of the others.
 
     Args:
         world: This process and its peers.
-        config: What the user chose.
+        config: Configuration of the run.
     """
 
     distributed_types: ClassVar[tuple[DistributedType, ...]] = (DistributedType.NO,)
     optimizer_class: ClassVar[type[AcceleratedOptimizer]] = AcceleratedOptimizer
     scheduler_class: ClassVar[type[AcceleratedScheduler]] = AcceleratedScheduler
     supports_local_sgd: bool = True
-    """Whether each rank holds a whole model that it could train on its own for a while."""
+    """Whether each rank holds a whole model that it can train without communication."""
     can_save_mid_accumulation: ClassVar[bool] = True
-    """Whether gradients that are being accumulated can be part of a checkpoint."""
+    """Whether a checkpoint can hold partly accumulated gradients."""
     supported_mesh_dims: ClassVar[frozenset[str]] = frozenset({"dp_replicate"})
-    """Of the device mesh, those in which this way of distributing can divide a run."""
+    """Dimensions of the device mesh that this strategy supports."""
 
     def __init__(self, world: World, config: StrategyConfig) -> None:
         self.world = world
         self.config = config
         self._cp_manager = _make_cp_manager(config)
         if self._cp_manager is not None:
-            self.supports_local_sgd = False  # ranks that share a sequence have to have the same weights
+            self.supports_local_sgd = False  # ranks that share a sequence need equal weights
 
     @classmethod
     def check_plugins(cls, plugins: Plugins) -> None:
-        """Every "you can't" of the plugins, before the run is joined.
+        """Raises if this strategy does not support the plugins, before the process group is initialized.
 
         Raises:
-            ValueError: saying what this version does not have.
+            ValueError: naming the unsupported option.
         """
 
     @classmethod
@@ -136,7 +135,7 @@ class Strategy:
         """Raises if this strategy does not support details of the device mesh, before the process group is initialized.
 
         Raises:
-            ValueError: saying what this way of distributing does not have.
+            ValueError: naming the unsupported option.
         """
         from .parallel.context.backends import validate_config
 
@@ -145,10 +144,10 @@ class Strategy:
     # Prepare ---------------------------------------------------------------------------------------------------------
 
     def check(self, bundle: Bundle) -> None:
-        """Every "you can't" of `prepare`, before anything changes.
+        """Raises if an object cannot be prepared, before anything changes.
 
         Raises:
-            ValueError: saying what cannot be prepared and what to do.
+            ValueError: naming the object and the remedy.
         """
         _check_placeholders(bundle.others.values())
         for index, model in bundle.models.items():
@@ -161,7 +160,7 @@ class Strategy:
             _check_optimizer(optimizer, bundle.models.values(), moves=index in bundle.on_device)
 
     def prepare(self, bundle: Bundle) -> Bundle:
-        """The bundle with every object made ready for this way of distributing."""
+        """Prepares the models, optimizers and loaders of a bundle, and returns it."""
         for index, model in bundle.models.items():
             bundle.models[index] = self.prepare_model(model, index in bundle.on_device, bundle.evaluation)
             if self._cp_manager is not None:
@@ -186,24 +185,24 @@ class Strategy:
         plugin = self.config.dynamo
         if plugin is None or plugin.backend is DynamoBackend.NO:
             return model
-        from .parallel.compile import allow_tf32, compile_model  # brings torch's compiler along
+        from .parallel.compile import allow_tf32, compile_model  # imports torch's compiler
 
         if self.config.precision.name == "no" and self.world.device.type == "cuda":
             allow_tf32()
         return compile_model(model, plugin)
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
-        """The model in the container that keeps its gradients in step with the peers'."""
+        """Wraps a model so that its gradients are synchronized between ranks."""
         return model
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer, on_device: bool) -> AcceleratedOptimizer:
-        """Wraps one optimizer; one that is wrapped already stays."""
+        """Wraps an optimizer; a wrapped one is returned unchanged."""
         if isinstance(optimizer, AcceleratedOptimizer):
             return optimizer
         return self.optimizer_class(optimizer, device_placement=on_device, scaler=self.config.precision.scaler)
 
     def prepare_scheduler(self, scheduler: Any, optimizers: Sequence[AcceleratedOptimizer]) -> AcceleratedScheduler:
-        """Wraps one scheduler, tied to its own optimizer where that is among `optimizers`, else to all of them."""
+        """Wraps a scheduler, tied to its own optimizer if that is among `optimizers`, else to all of them."""
         own = getattr(scheduler, "optimizer", None)
         matching = [optimizer for optimizer in optimizers if own is optimizer or own is optimizer.optimizer]
         return self.scheduler_class(
@@ -215,12 +214,12 @@ class Strategy:
         )
 
     def prepare_data_loader(self, loader: Any, on_device: bool, slice_fn: Any = None) -> Any:
-        """Builds the loader of this rank's share; one that is prepared already stays.
+        """Builds the loader of this rank's shard of the data; a prepared one is returned unchanged.
 
         Args:
             loader: A torch ``DataLoader``.
-            on_device: Move its batches to the run's device.
-            slice_fn: Cuts a batch into the ranks' parts where rank 0 reads for all; None cuts along dimension 0.
+            on_device: Whether to move its batches to the device of the run.
+            slice_fn: Slices a batch for the ranks if rank 0 reads for all; None slices along dimension 0.
         """
         from ..data_loader import DataLoaderDispatcher, DataLoaderShard, build_loader, plan_data
         from ..data_loader.stream_shards import supports_lockstep
@@ -241,27 +240,27 @@ class Strategy:
         return build_loader(plan, self.world.device, config.mesh)
 
     def data_shard(self) -> DataShard:
-        """Who reads which part of the data."""
+        """Returns the shard of the data that this rank reads."""
         if self.config.mesh is not None:
             return data_shard_of_mesh(self.config.mesh)
         return DataShard(self.world.rank, self.world.size)
 
     def sync_rng(self) -> None:
-        """Has ranks that hold parts of one model draw the same numbers; a load may have given them different states."""
+        """Broadcasts RNG states between ranks that hold parts of one model; a load may have made them differ."""
         sync_rng(self.world, self.config.mesh)
 
     # Step ------------------------------------------------------------------------------------------------------------
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """A context whose backward leaves gradients local."""
-        # A model that the user put into a container himself has its own way.
+        """Returns a context whose backward leaves gradients local."""
+        # A model that the user has wrapped has its own method.
         own: Callable[[], AbstractContextManager[Any]] | None = getattr(model, "no_sync", None)
         return own() if own is not None else nullcontext()
 
     @staticmethod
     @contextmanager
     def sync_in_backward(model: nn.Module) -> Iterator[None]:
-        """A context whose backward synchronises gradients of forwards that ran under `no_sync`."""
+        """Returns a context whose backward synchronizes gradients although the forward ran under `no_sync`."""
         yield
 
     def backward(self, loss: torch.Tensor, *, steps: int, **kwargs: Any) -> None:
@@ -269,7 +268,7 @@ class Strategy:
 
         Args:
             loss: A scalar.
-            steps: Micro-steps that one update accumulates; 1 leaves the loss as it is.
+            steps: Micro-steps per update.
             **kwargs: For ``Tensor.backward``.
         """
         if steps > 1:
@@ -280,7 +279,7 @@ class Strategy:
         loss.backward(**kwargs)
 
     def unscale_gradients(self, optimizer: AcceleratedOptimizer) -> None:
-        """Divides the optimizer's gradients by the scaler's factor, once a step."""
+        """Divides the optimizer's gradients by the loss scale, once per step."""
         scaler = self.config.precision.scaler
         if scaler is None:
             return
@@ -300,15 +299,15 @@ class Strategy:
         dims: Sequence[int] | None,
         no_restore: Iterable[torch.Tensor] | None,
     ) -> AbstractContextManager[Any]:
-        """A context that cuts sequences over ranks, in a run whose mesh has a dimension for it."""
+        """Returns a context that shards sequences over ranks, if the mesh has a dimension for it."""
         return nullcontext() if self._cp_manager is None else self._cp_manager.shard_buffers(buffers, dims, no_restore)
 
     def unshard_outputs(self, data: Any) -> Any:
-        """What ranks that hold parts of the same samples made of them, the same on each: see `shared_results`."""
+        """Unshards outputs of ranks that share sequences, equally on each; see `unshard_outputs`."""
         return data if self._cp_manager is None else self._cp_manager.unshard_outputs(data, self.world.device)
 
     def sequence_parallel_loader(self, loader: Any, model: nn.Module) -> Any:
-        """The loader that cuts sequences over ranks for DeepSpeed; here the block of `context_parallel` does.
+        """Returns the loader unchanged: only DeepSpeed needs a loader that shards sequences.
 
         Raises:
             ValueError: in a run with sequence parallelism.
@@ -319,17 +318,17 @@ class Strategy:
 
     @contextmanager
     def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
-        """A context in which ranks may bring different numbers of batches."""
+        """Returns a context in which ranks may have different numbers of batches."""
         yield
 
     # State -----------------------------------------------------------------------------------------------------------
 
     def unwrap(self, model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
-        """The model inside the containers that `prepare` put around it."""
+        """Returns the model inside the wrappers of `prepare`."""
         return extract_model_from_parallel(model, keep_fp32_wrapper, keep_torch_compile)
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
-        """The model's full state, as one would save it."""
+        """Returns the model's full state dict."""
         state: dict[str, Any] = self.unwrap(model, keep_torch_compile=False).state_dict()
         return state
 
@@ -348,7 +347,7 @@ class Strategy:
         """Creates the items of a checkpoint that save models and optimizers.
 
         Args:
-            models: Prepared models, to which the optimizers' parameters belong.
+            models: Prepared models, which own the optimizers' parameters.
             optimizers: Prepared optimizers.
             weights: The models' states, as `state_to_save` returns them.
             safe: Save whole models as safetensors.
@@ -362,7 +361,7 @@ class Strategy:
         """Creates the items that load models, from the layout that the checkpoint has.
 
         Args:
-            folder: The checkpoint.
+            folder: Checkpoint folder.
             models: Prepared models.
             options: For ``load_state_dict`` of whole models.
         """
@@ -397,12 +396,12 @@ def _make_cp_manager(config: StrategyConfig) -> ContextParallelManager | None:
 
 
 def _is_dispatched(model: nn.Module) -> bool:
-    """Returns whether the model's parts were placed on devices one by one or offloaded, which a move would undo."""
+    """Returns whether the model has a device map over several devices or offloaded weights, which a move would undo."""
     return _has_device_map(model) or any(map(_is_offloaded, model.modules()))
 
 
 def is_dispatched(models: Iterable[nn.Module]) -> bool:
-    """Returns whether any module of these models was spread over several devices by a device map, or is offloaded."""
+    """Returns whether any module of these models has a device map over several devices, or is offloaded."""
     return any(_has_device_map(module) or _is_offloaded(module) for model in models for module in model.modules())
 
 
@@ -413,13 +412,13 @@ def _has_device_map(model: nn.Module) -> bool:
 def _is_offloaded(module: nn.Module) -> bool:
     if "_hf_hook" not in module.__dict__:
         return False
-    from ..offload.hooks.align import has_offloaded_params  # which attached the hook
+    from ..offload.hooks.align import has_offloaded_params  # imported by whoever attached the hook
 
     return has_offloaded_params(module)
 
 
 def _check_placeholders(objects: Iterable[Any]) -> None:
-    """Raises for objects that stand for what an engine would make, in a run without that engine."""
+    """Raises for placeholders of optimizers and schedulers of an engine, in a run without that engine."""
     placeholders = loaded_classes(
         "accelerate.settings.plugins.deepspeed:DummyOptim",
         "accelerate.settings.plugins.deepspeed:DummyScheduler",
@@ -450,14 +449,14 @@ def _check_parameters(model: nn.Module, moves: bool) -> None:
 
 
 def _check_quantized(model: nn.Module, world: World) -> None:
-    """Refuses to train what bitsandbytes quantised: its weights have no gradients; what was added to them may be trained."""
+    """Raises for training a model whose weights are all quantized, or on another device. Adapters can be trained."""
     bits = next((n for n in (8, 4) if getattr(model, f"is_loaded_in_{n}bit", False)), None)
     if bits is None:
         return
-    name = f"{type(model).__name__}, which is quantised to {bits} bits,"
+    name = f"{type(model).__name__}, which is quantized to {bits} bits,"
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"{name} has no weights that can be trained: quantised ones cannot. Add adapters to it (peft), or prepare it "
+            f"{name} has no trainable weights, since quantized ones are frozen. Add adapters to it (peft), or prepare it "
             "without an optimizer, for inference."
         )
     devices = {with_index(d) if d != "disk" else d for d in getattr(model, "hf_device_map", {}).values()}
@@ -508,10 +507,10 @@ def _check_optimizer(optimizer: Any, models: Iterable[nn.Module], moves: bool) -
 
 
 def check_device_map(models: Iterable[nn.Module]) -> None:
-    """Refuses models whose parts lie on several devices: each rank needs the whole model on its own.
+    """Raises for models on several devices: each rank needs a whole model of its own.
 
     Raises:
-        ValueError: naming the way out. ``ACCELERATE_BYPASS_DEVICE_MAP=true`` skips the check.
+        ValueError: for a device map or offloaded weights. ``ACCELERATE_BYPASS_DEVICE_MAP=true`` skips the check.
     """
     if is_dispatched(models) and not env.flag("ACCELERATE_BYPASS_DEVICE_MAP"):
         raise ValueError(

@@ -1,6 +1,6 @@
-"""State that ranks share: `ShardedStateStrategy`, for strategies whose models or optimizers no rank holds as a whole.
+"""`ShardedStateStrategy`: checkpoints of models and optimizers that no rank holds as a whole.
 
-It asks what a rank holds (`checkpointing.sharded.local_state`), not which version of FSDP or which mesh made it so.
+It reads the local shards from `checkpointing.sharded.local_state`, whatever FSDP version or mesh made them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class ShardedStateStrategy(Strategy, ABC):
-    """A base for strategies whose ranks hold parts of a state."""
+    """Base of strategies with sharded state."""
 
     can_save_mid_accumulation = False
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
-        """The model's full state on the CPU of rank 0, and an empty one elsewhere. Collective."""
+        """Returns the full state dict on the CPU of rank 0, and an empty one elsewhere. Collective."""
         return gather_full_state(local_state.model_state(unwrap_module(model)))
 
     def state_to_save(self, model: nn.Module) -> dict[str, Any]:
@@ -78,9 +78,9 @@ def _unwrap(models: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def guard_save_pretrained(model: nn.Module) -> None:
-    """Has a model's `save_pretrained` ask for the whole state: what it would save by itself is this rank's part."""
+    """Makes `save_pretrained` require a state dict: by itself it would save this rank's shards."""
     save = getattr(model, "save_pretrained", None)
-    # Those that transformers has cut, it also puts together.
+    # transformers gathers models that it has sharded itself.
     if save is not None and not getattr(model, "is_distributed_loading_by_transformers", False):
         model.__dict__["save_pretrained"] = functools.partial(_save_whole, save)
 
@@ -88,7 +88,7 @@ def guard_save_pretrained(model: nn.Module) -> None:
 def _save_whole(save: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> Any:
     if len(args) < 2 and kwargs.get("state_dict") is None:  # the third argument, in transformers
         raise ValueError(
-            "save_pretrained of a model whose tensors lie in parts on several ranks needs its whole state: pass "
+            "save_pretrained of a model that is sharded over ranks needs its full state dict: pass "
             "state_dict=accelerator.get_state_dict(model), which all ranks call together. transformers' Trainer does that "
             "with FSDP 2 (FULL_STATE_DICT), which may have tensor parallelism only (tp_size, no dp_shard_size)."
         )
