@@ -1,6 +1,6 @@
-"""Starts ranks from inside a running Python: a notebook, a test. The function need not be importable: ranks are forked.
+"""Launches functions on several processes from a notebook or a test. Ranks are forked, so functions need not be importable.
 
-Ranks meet at a store on 127.0.0.1; an error in one ends the others and is raised here with the rank's own traceback.
+Ranks use a store on 127.0.0.1. An error in one ends the others, and is raised here with the rank's own traceback.
 """
 
 from __future__ import annotations
@@ -50,37 +50,37 @@ def notebook_launcher(
     monitor_interval: float = 0.1,
     log_line_prefix_template: str | None = None,
 ) -> None:
-    """Runs a training function on several processes of this machine, or of several.
+    """Runs a training function on several processes of this machine, or of several machines.
 
-    Processes are forked from this one, so that `function` may be defined in a notebook's cell. Nothing in this process
-    may have used an accelerator before: create `Accelerator`, and import what uses the device, inside `function`. A
-    forked process computes with one thread unless OMP_NUM_THREADS says otherwise: the pool of threads of this process
-    does not survive a fork.
+    Processes are forked from this one, so that `function` may be defined in a notebook's cell. This process must not have
+    used an accelerator before: create `Accelerator`, and import modules that use the device, inside `function`. A forked
+    process computes with one thread unless OMP_NUM_THREADS is set: the thread pool of this process does not survive a
+    fork.
 
     Args:
-        function: What each process runs.
+        function: The function that each process calls.
         args: Its arguments.
-        num_processes: How many processes this machine starts; None takes one for each accelerator.
-        mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``: what `Accelerator` uses unless told otherwise.
-        use_port: Port at which processes meet; one that is taken, or 0, means any free one on a single machine.
+        num_processes: Number of processes on this machine; None: one per accelerator.
+        mixed_precision: ``no``, ``fp16``, ``bf16`` or ``fp8``: the default of `Accelerator`.
+        use_port: Port of the rendezvous; on a single machine, one that is taken, or 0, selects any free port.
         master_addr: Address of the first machine.
-        node_rank: Number of this machine, from 0.
-        num_nodes: How many machines take part, each with a notebook that calls this.
-        rdzv_backend: How machines find each other: ``static`` or ``c10d``.
-        rdzv_endpoint: Where they find each other; empty takes `master_addr` and `use_port`.
-        rdzv_conf: More for the rendezvous.
-        rdzv_id: Name of the run, the same on all machines.
-        max_restarts: How often processes are started again after one has failed.
-        monitor_interval: Seconds between looks at the processes, where several machines take part.
-        log_line_prefix_template: Prefix of lines that torch's agent copies, where several machines take part.
+        node_rank: Rank of this machine, from 0.
+        num_nodes: Number of machines, each with a notebook that calls this function.
+        rdzv_backend: Rendezvous backend of several machines: ``static`` or ``c10d``.
+        rdzv_endpoint: Rendezvous endpoint; empty: `master_addr` and `use_port`.
+        rdzv_conf: Further options of the rendezvous.
+        rdzv_id: Id of the run, the same on all machines.
+        max_restarts: Number of restarts after failures.
+        monitor_interval: Seconds between checks of the processes, with several machines.
+        log_line_prefix_template: Prefix of log lines of torch's agent, with several machines.
 
     Raises:
-        TypeError: for a `function` that cannot be called with `args`.
-        ValueError: for numbers of processes or machines, a precision or a port that cannot be used; when this process has
-            an `Accelerator`.
-        RuntimeError: when this process has used its accelerator already.
-        torch.multiprocessing.ProcessRaisedException: when `function` raised, with the traceback of the first to fail.
-        torch.multiprocessing.ProcessExitedException: when a process was killed or left with another exit code.
+        TypeError: if `function` cannot be called with `args`.
+        ValueError: for an invalid number of processes or machines, precision or port; if this process has an
+            `Accelerator`.
+        RuntimeError: if this process has used its accelerator already.
+        torch.multiprocessing.ProcessRaisedException: if `function` raised, with the traceback of the first to fail.
+        torch.multiprocessing.ProcessExitedException: if a process was killed or exited with another code than 0.
 
     Example:
         ```python
@@ -94,8 +94,8 @@ def notebook_launcher(
     _check_arguments("notebook_launcher", function, args)
     if num_nodes < 1 or not 0 <= node_rank < num_nodes:
         raise ValueError(
-            f"node_rank={node_rank}, num_nodes={num_nodes}: machines are numbered from 0 to num_nodes - 1, and the ranks "
-            "of this one would wait for others that never come."
+            f"node_rank={node_rank}, num_nodes={num_nodes}: expected a rank from 0 to num_nodes - 1, or the ranks of this "
+            "machine would wait for others until the timeout."
         )
     if max_restarts < 0:
         raise ValueError(f"max_restarts={max_restarts}: expected 0 or more.")
@@ -137,18 +137,18 @@ def notebook_launcher(
 
 
 def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_processes: int = 2) -> None:
-    """Runs a function on several CPU processes of this machine, for a test of what happens between ranks.
+    """Runs a function on several CPU processes of this machine, to test communication between ranks.
 
     Args:
-        function: What each process runs; forked, it need not be importable.
+        function: The function that each process calls; it need not be importable.
         args: Its arguments.
-        num_processes: How many processes.
+        num_processes: Number of processes.
 
     Raises:
-        TypeError: for a `function` that cannot be called with `args`.
-        ValueError: for fewer than one process, or when this process is part of a process group itself.
-        torch.multiprocessing.ProcessRaisedException: when `function` raised, with the traceback of the first to fail.
-        torch.multiprocessing.ProcessExitedException: when a process was killed or left with another exit code.
+        TypeError: if `function` cannot be called with `args`.
+        ValueError: for fewer than one process, or if this process is part of a process group.
+        torch.multiprocessing.ProcessRaisedException: if `function` raised, with the traceback of the first to fail.
+        torch.multiprocessing.ProcessExitedException: if a process was killed or exited with another code than 0.
     """
     _check_arguments("debug_launcher", function, args)
     if num_processes < 1:
@@ -158,12 +158,12 @@ def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_p
     _fork_ranks(function, args, num_processes, variables, port=0)
 
 
-# Before ----------------------------------------------------------------------------------------------------------------
+# Checks ----------------------------------------------------------------------------------------------------------------
 
 
 def _device_and_count(wanted: int | None) -> tuple[devices.DeviceKind, int]:
-    """The kind of device and how many processes to start."""
-    # torch counts GPUs through NVML then: a driver that is initialised here cannot be used in a forked process.
+    """Returns the device type and the number of processes to start."""
+    # Has torch count GPUs through NVML: once CUDA is initialized here, forked processes cannot use it.
     with env.patch_environment(pytorch_nvml_based_cuda_check=1):
         kind = devices.DEVICES["cpu"] if env.flag("ACCELERATE_USE_CPU") else devices.default_kind()
         if kind.name == "xla":
@@ -171,7 +171,7 @@ def _device_and_count(wanted: int | None) -> tuple[devices.DeviceKind, int]:
         if wanted is None:
             if kind.name == "cpu":
                 raise ValueError(
-                    "there is no accelerator here that would say how many processes to start: give num_processes."
+                    "this machine has no accelerator, so the number of processes is not determined: give num_processes."
                 )
             return kind, kind.count()
     if wanted < 1:
@@ -183,7 +183,7 @@ def _check_arguments(launcher: str, function: Any, args: Any) -> None:
     """Raises a TypeError if ``function(*args)`` cannot be called."""
     if not callable(function):
         raise TypeError(
-            f"{launcher} takes the function that each process runs, found {type(function).__name__} {function!r}: pass the "
+            f"{launcher} expected a function, found {type(function).__name__} {function!r}: pass the "
             f"function itself, without calling it, and its arguments in `args`: {launcher}(train, args=(1, 2))."
         )
     try:
@@ -231,7 +231,7 @@ def _require_unused_device(kind: devices.DeviceKind) -> None:
         return
     if module.is_initialized():
         raise RuntimeError(
-            f"{kind.name} has been initialised in this process, and a forked process cannot use it then. Restart the "
+            f"{kind.name} has been initialized in this process, and a forked process cannot use it then. Restart the "
             "notebook, and keep everything that touches the device inside the function that you launch. "
             "ACCELERATE_DEBUG_MODE=yes looks for the cause."
         )
@@ -242,7 +242,7 @@ def _require_unused_device(kind: devices.DeviceKind) -> None:
         if probe.exitcode != 0:
             raise RuntimeError(
                 f"a forked process cannot use {kind.name} (its traceback is above): something imported in this process "
-                f"has initialised the driver. Import it inside the function that you launch."
+                f"has initialized the driver. Import it inside the function that you launch."
             )
 
 
@@ -258,7 +258,7 @@ def _fork_ranks(
     attempt: int = 0,
     max_restarts: int = 0,
 ) -> None:
-    """Runs `function` on `count` forked ranks and waits for them; see `notebook_launcher` for what is raised."""
+    """Runs `function` on `count` forked ranks and waits for them; raises as `notebook_launcher` does."""
     if not hasattr(os, "fork"):
         raise RuntimeError("this system cannot fork: put the function into a script and use `accelerate launch`.")
     rendezvous = LoopbackRendezvous(port) if count > 1 else None
@@ -282,7 +282,7 @@ def _fork_ranks(
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="accelerate_") as folder:
         error_files = [Path(folder) / str(index) for index in range(count)]
-        # The store's threads start after the fork; ranks that are faster wait at the bound port.
+        # The store's threads start after the fork; faster ranks wait on the bound port.
         ranks = [
             context.Process(
                 target=_run_rank,
@@ -311,10 +311,10 @@ def _run_rank(
     common: Mapping[str, Any],
     error_file: Path,
 ) -> None:
-    """The life of a forked rank."""
+    """Runs in a forked rank."""
     if sys.platform == "linux":
         set_parent_death_signal(parent)
-    for state in (AcceleratorState, PartialState, GradientState):  # what the parent was
+    for state in (AcceleratorState, PartialState, GradientState):  # inherited from the parent
         state._shared_state.clear()
     world.forget()
     env.publish(common)
@@ -335,7 +335,7 @@ def _run_rank(
 
 
 def _wait(ranks: Sequence[BaseProcess], error_files: Sequence[Path]) -> None:
-    """Waits until all ranks have ended well, or one has not."""
+    """Waits until all ranks have succeeded; raises if one fails."""
     running = {rank.sentinel: rank for rank in ranks}
     while running:
         for sentinel in multiprocessing.connection.wait(list(running)):
@@ -348,7 +348,7 @@ def _wait(ranks: Sequence[BaseProcess], error_files: Sequence[Path]) -> None:
 def _wait_for_root_cause(
     running: Sequence[BaseProcess], ranks: Sequence[BaseProcess], error_files: Sequence[Path]
 ) -> None:
-    """Waits a moment for the rank to blame to end, while those that ended badly only lost a peer."""
+    """Waits briefly for the rank with the root cause, while all failed ranks have only lost a peer."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while any(rank.is_alive() for rank in running) and time.monotonic() < deadline:
         if not all(lost_peer(_read_error(error_files[index])) for index, rank in enumerate(ranks) if rank.exitcode):
@@ -361,7 +361,7 @@ def _read_error(error_file: Path) -> str:
 
 
 def _raise_first_failure(ranks: Sequence[BaseProcess], error_files: Sequence[Path]) -> NoReturn:
-    """Raises the error of the rank that failed first, and of itself: others often fail because it is gone."""
+    """Raises the error of the rank that failed first with a cause of its own: others often fail because they lost it."""
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
     def blame_key(index: int) -> tuple[bool, int]:
@@ -381,7 +381,7 @@ def _raise_first_failure(ranks: Sequence[BaseProcess], error_files: Sequence[Pat
 
 
 def _terminate(ranks: Sequence[BaseProcess]) -> None:
-    """Ends what is still running: asked first, then killed."""
+    """Terminates running ranks, and kills those that do not end."""
     alive = [rank for rank in ranks if rank.pid is not None and rank.is_alive()]
     for rank in alive:
         rank.terminate()
@@ -405,7 +405,7 @@ def _rank_errors() -> tuple[type[Exception], ...]:
 def _launch_with_agent(
     function: Callable[..., Any], args: Sequence[Any], config: Mapping[str, Any], variables: Mapping[str, str]
 ) -> None:
-    """Runs `function` through torch's elastic agent, whose handlers of signals do not outlive the call."""
+    """Runs `function` through torch's elastic agent; restores the signal handlers that the agent replaces."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     def forked(*inner: Any) -> None:

@@ -11,8 +11,6 @@ from tests.architecture import prose
 
 PENDING = [
     "checkpointing",
-    "launch",
-    "launchers",
     "docs",
     "tests/cli",
     "tests/clients",

@@ -164,7 +164,7 @@ def test_devices_that_are_not_there_are_named(accelerate: Run, script: Write) ->
     [
         (["--num_processes", "-1", "s.py"], "--num_processes: expected at least 1"),
         (["--mixed_precision", "zz", "s.py"], "expected one of no, fp16, bf16, fp8"),
-        ([], "which script?"),
+        ([], "no script given"),
         (["--cpu", "nothing.py"], "script nothing.py does not exist"),
         (["--cpu", "../none"], "script ../none does not exist (looked in {here})."),
         (
@@ -205,7 +205,7 @@ def test_what_cannot_be_used_is_one_line_and_code_2(
 def test_a_missing_script_is_not_blamed_on_the_file(accelerate: Run, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("distributed_type: NO\n")
     done = accelerate("launch", "--config_file", "c.yaml")
-    assert done.returncode == 2 and "which script?" in done.stderr and "c.yaml" not in done.stderr
+    assert done.returncode == 2 and "no script given" in done.stderr and "c.yaml" not in done.stderr
 
 
 def test_the_help_shows_what_matters(accelerate: Run) -> None:

@@ -148,7 +148,7 @@ def test_keys_as_flags_are_shown_nowhere(aws: Aws) -> None:
         ({"iam_role_name": "nobody"}, "Amazon SageMaker: .*Role nobody not found"),
         ({"transformers_version": "4.1.0"}, "Amazon SageMaker: Unsupported huggingface version: 4.1.0"),
         ({"additional_args": {"use_spot_instance": True}}, "no argument use_spot_instance. Did you mean use_spot_"),
-        ({"keys": False}, "nobody said who is asking AWS: set `profile` in the configuration file"),
+        ({"keys": False}, "no AWS credentials found: set `profile` in the configuration file"),
         ({"keys": False, "profile": "none"}, r"AWS: The config profile \(none\) could not be found"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_refusal_is_one_line_and_code_2(changes: dict[str, Any], message: str,
 def test_a_job_that_fails_is_one_line_and_code_1(aws: Aws) -> None:
     done, _ = aws.launch(distributed_type="NO", status="Failed")
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("accelerate launch: ")]
-    assert done.returncode == 1 and "the job did not end well" in said and "the script raised" in said
+    assert done.returncode == 1 and "the job failed" in said and "the script raised" in said
     assert "You can find your model data" not in done.stdout
 
 

@@ -89,7 +89,7 @@ def test_gclouds_exit_code_is_ours(accelerate: Run, gcloud: Gcloud) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "what is to run there? Give --command, --command_file or --install_accelerate"),
+        ([], "nothing to run: give --command, --command_file or --install_accelerate"),
         (["--command", "ls"], "which TPU? Missing is tpu_name and tpu_zone: give --tpu_name and --tpu_zone"),
         (["--command", "ls", "--tpu_name", "a"], "Missing is tpu_zone"),
         ([*WHERE, "--command_file", "none.sh"], "file of commands none.sh cannot be read"),

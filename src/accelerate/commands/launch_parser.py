@@ -32,7 +32,7 @@ class LaunchParser(argparse.ArgumentParser):
             print(format_help(words.flags))
             sys.exit(0)
         if not words.script:
-            self.error("which script? Write it after the launcher's flags.")
+            self.error("no script given. Write it after the launcher's flags.")
         namespace = argparse.Namespace() if namespace is None else namespace
         for entry in option_specs(LaunchSettings):
             setattr(namespace, entry.dest, words.flags.get(entry.dest, entry.option.default))

@@ -1,1 +1,1 @@
-"""From words to running processes: parse, look at the machine, plan, run. Only starting several imports torch."""
+"""`accelerate launch`: parses the command line, inspects the host, plans, runs. Imports torch for several processes only."""

@@ -1,6 +1,6 @@
-"""Names under ``accelerate.utils`` that other programs build their own launchers with; here they are views of a plan.
+"""Documented functions of ``accelerate.utils`` for programs with launchers of their own, implemented as views of a plan.
 
-`args` is what `accelerate.commands.launch.launch_command_parser` gives.
+`args` comes from the parser of `accelerate.commands.launch.launch_command_parser`.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ def _settings(args: argparse.Namespace) -> LaunchSettings:
 
 
 def prepare_simple_launcher_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """Command and whole environment of a launch.
+    """Returns command and whole environment of a launch.
 
     Raises:
-        ValueError: when the settings cannot be used.
+        ValueError: if the settings cannot be used.
     """
     plan = build_plan(_settings(args))
     return plan.command, plan.merged_environment(env.snapshot())
 
 
 def prepare_multi_gpu_env(args: argparse.Namespace) -> dict[str, str]:
-    """The whole environment of a launch of several processes.
+    """Returns the whole environment of a launch of several processes.
 
     Raises:
-        ValueError: when the settings cannot be used.
+        ValueError: if the settings cannot be used.
     """
     return build_plan(_settings(args)).merged_environment(env.snapshot())
 
 
 def prepare_deepspeed_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """Command and whole environment of a launch with DeepSpeed.
+    """Returns command and whole environment of a launch with DeepSpeed.
 
     Raises:
-        ValueError: when the settings cannot be used.
+        ValueError: if the settings cannot be used.
     """
     plan = build_plan(_settings(args).replace(use_deepspeed=True))
     return plan.command, plan.merged_environment(env.snapshot())
@@ -53,7 +53,7 @@ def prepare_deepspeed_cmd_env(args: argparse.Namespace) -> tuple[list[str], dict
 def prepare_tpu(
     args: argparse.Namespace, current_env: dict[str, str], pod: bool = False
 ) -> tuple[argparse.Namespace, dict[str, str]]:
-    """`args` and `current_env` with what TPUs need; for a pod, `args.env` becomes that environment."""
+    """Returns `args`, and `current_env` with the variables for TPUs; for a pod, sets `args.env` to that environment."""
     settings = _settings(args)
     host = settings.replace(tpu=True, tpus=settings.tpus.replace(tpu_use_cluster=False))
     current_env = build_plan(host).merged_environment(current_env)
@@ -65,16 +65,16 @@ def prepare_tpu(
 def prepare_sagemager_args_inputs(
     sagemaker_config: Any, args: argparse.Namespace
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """What Amazon SageMaker's estimator is called with, and where the data lies.
+    """Returns the arguments of Amazon SageMaker's estimator, and the location of the data.
 
-    This process's AWS variables are set to what `sagemaker_config` and `args` say.
+    Sets the AWS variables of this process from `sagemaker_config` and `args`.
 
     Args:
         sagemaker_config: A `SageMakerConfig`.
-        args: The launcher's flags, the script and its arguments; a configuration file that they name is not read.
+        args: The launcher's flags, the script and its arguments; a configuration file that they name is ignored.
 
     Raises:
-        ValueError: when they cannot be used.
+        ValueError: if they cannot be used.
     """
     import argparse
 
@@ -90,12 +90,12 @@ def prepare_sagemager_args_inputs(
 
 
 class PrepareForLaunch:
-    """Makes a function the body of a forked rank: tells the process its place, then calls the function.
+    """Wraps a function as the target of a forked rank: sets the rank's variables, then calls the function.
 
     Args:
         launcher: The function.
-        distributed_type: Kept for those who read it.
-        debug: Join a group of CPU processes that meet at the file ACCELERATE_DEBUG_RDV_FILE names.
+        distributed_type: Kept as an attribute.
+        debug: Whether to join a group of CPU processes, with the file ACCELERATE_DEBUG_RDV_FILE as rendezvous.
     """
 
     def __init__(self, launcher: Callable[..., Any], distributed_type: str = "NO", debug: bool = False) -> None:
@@ -104,7 +104,7 @@ class PrepareForLaunch:
         self.debug = debug
 
     def __call__(self, index: int, *args: Any) -> None:
-        """Runs as process `index` of those that this machine starts (NPROC many, on machine NODE_RANK)."""
+        """Runs as process `index` of the NPROC processes on machine NODE_RANK."""
         rank = env.integer("NODE_RANK", 0) * env.integer("NPROC", 1) + index
         env.publish({"LOCAL_RANK": index, "RANK": rank, "FORK_LAUNCHED": 1})
         if self.debug:

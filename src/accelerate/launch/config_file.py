@@ -1,6 +1,6 @@
-"""The configuration file: where it is, how it is read, which option each of its keys means.
+"""Finds and parses the configuration file, and maps its keys to options.
 
-Every message names the file and the key. Keys of earlier releases that the documentation still shows are understood.
+Every error names the file and the key. Keys of earlier releases that the documentation still shows are accepted.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from .config_io import load, printable
 
 _T = TypeVar("_T")
 
-# Keys that no option stands for: they say where the job runs, and how its processes share the work.
+# Keys without an option: where the job runs, and how it is distributed.
 _ROUTING_KEYS = ("compute_environment", "distributed_type")
 # Sections of earlier releases whose keys are options at the file's top level.
 LEGACY_SECTIONS = {"ipex_config": ("ipex", "use_xpu")}
 _MAX_LISTED = 20
-"""How many of a file's problems a message lists."""
-# Values of distributed_type in earlier releases, and what they are today.
+"""Maximum number of problems that an error lists."""
+# Values of distributed_type in earlier releases -> their replacements.
 LEGACY_DISTRIBUTED_TYPES = {"TPU": "XLA", "MPS": "NO"}
 _COMMAND_LINE_ONLY = frozenset({"config_file", "quiet", "module", "no_python", "dry_run"})
 
 
 class ConfigFile(NamedTuple):
-    """A configuration file, read.
+    """A parsed configuration file.
 
     Attributes:
-        path: Where it is.
+        path: Its path.
         values: Converted values by `OptionSpec.dest`.
-        keys: Where each of them stands, by `OptionSpec.dest`: ``fsdp_config.fsdp_version``.
+        keys: The key of each value in the file, by `OptionSpec.dest`: ``fsdp_config.fsdp_version``.
         compute_environment: ``LOCAL_MACHINE`` or ``AMAZON_SAGEMAKER``.
-        distributed_type: The file's key of that name, a member of `DistributedType` (or SageMaker's) by value; "" where
-            the file leaves it to the machine and to flags.
-        sections: Names of the sections that hold something.
+        distributed_type: The value of that key, one of `DistributedType` (or SageMaker's); "" if the file leaves it to
+            the host and to flags.
+        sections: Names of the sections that are not empty.
         deepspeed_fields: Keys of the DeepSpeed section.
     """
 
@@ -53,21 +53,21 @@ class ConfigFile(NamedTuple):
 
 
 def cache_home() -> str:
-    """The folder of Hugging Face's caches: HF_HOME, else XDG_CACHE_HOME/huggingface, else ~/.cache/huggingface."""
+    """Returns the folder of Hugging Face's caches: HF_HOME, else XDG_CACHE_HOME/huggingface, else ~/.cache/huggingface."""
     home = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return os.path.expanduser(home)
 
 
 def default_path() -> str:
-    """Where the configuration file is when nobody names another."""
+    """Returns the path of the default configuration file."""
     return os.path.join(cache_home(), "accelerate", "default_config.yaml")
 
 
 def load_config(path: str | None) -> ConfigFile | None:
-    """Reads the file named, else the default one, else gives None.
+    """Loads the given file, or the default file; returns None if that does not exist.
 
     Raises:
-        SettingsError: when the file named does not exist, or its content cannot be used.
+        SettingsError: if the given file does not exist, or its content cannot be used.
     """
     if path is None:
         default = default_path()
@@ -81,14 +81,14 @@ def load_config(path: str | None) -> ConfigFile | None:
 
 
 def parse_content(content: Mapping[str, Any], path: str) -> ConfigFile:
-    """What a file's content says.
+    """Parses a file's content.
 
     Args:
-        content: As `load` gives it.
-        path: For the messages.
+        content: From `config_io.load`.
+        path: The file's path, for errors.
 
     Raises:
-        SettingsError: for unknown keys and values of the wrong kind, all of them in one message.
+        SettingsError: for unknown keys and invalid values, all of them in one message.
     """
     found = _ContentParser()
     top, inside = key_tables()
@@ -101,7 +101,7 @@ def parse_content(content: Mapping[str, Any], path: str) -> ConfigFile:
     kind = found.attempt(_distributed_type, content, environment, found.sections)
     if found.problems:
         raise SettingsError(f"configuration file {path}{_format_problems(found.problems)}")
-    if found.values.get("num_processes") == -1:  # how earlier releases wrote "not said"
+    if found.values.get("num_processes") == -1:  # the default of earlier releases, "not given"
         del found.values["num_processes"]
     deepspeed = content.get("deepspeed_config") or {}
     return ConfigFile(
@@ -116,7 +116,7 @@ def parse_content(content: Mapping[str, Any], path: str) -> ConfigFile:
 
 
 class _ContentParser:
-    """What a file says and what is wrong with it, gathered key by key."""
+    """Collects values and problems key by key."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -143,15 +143,15 @@ class _ContentParser:
         elif value is not None:
             other = self.keys.get(entry.dest)
             if other is not None and value != self.raw[entry.dest]:
-                self.problems.append(f"{other} and {where} are one option, and say two things: keep one.")
+                self.problems.append(f"{other} and {where} are the same option with different values: keep one.")
                 return
             self.raw[entry.dest] = value
-            unsaid = entry.dest == "num_processes" and value == -1
+            not_given = entry.dest == "num_processes" and value == -1
             self.keys[entry.dest] = where
-            self.values[entry.dest] = -1 if unsaid else self.attempt(entry.convert, value, where)
+            self.values[entry.dest] = -1 if not_given else self.attempt(entry.convert, value, where)
 
     def attempt(self, function: Callable[..., _T], *arguments: Any) -> _T | None:
-        """What `function` gives, or None and its complaint among the problems."""
+        """Calls a function; collects its error among the problems, and returns None."""
         try:
             return function(*arguments)
         except SettingsError as error:
@@ -160,7 +160,7 @@ class _ContentParser:
 
 
 def key_tables() -> tuple[dict[str, OptionSpec], dict[str, dict[str, OptionSpec]]]:
-    """Options by the keys of the file's top level, and of each section."""
+    """Returns the options by key: those at the top level, and those of each section."""
     top: dict[str, OptionSpec] = {}
     inside: dict[str, dict[str, OptionSpec]] = {}
     for settings in (SageMakerSettings, TpuCommandSettings, LaunchSettings):
@@ -171,7 +171,7 @@ def key_tables() -> tuple[dict[str, OptionSpec], dict[str, dict[str, OptionSpec]
                 top.update(dict.fromkeys(entry.keys, entry))
             else:
                 inside.setdefault(entry.section.key, {}).update(dict.fromkeys(entry.keys, entry))
-                if entry.dest == "dynamo_backend":  # earlier releases wrote it at the top
+                if entry.dest == "dynamo_backend":  # at the top level in earlier releases
                     top[entry.dest] = entry
     for name, keys in LEGACY_SECTIONS.items():
         inside[name] = {key: top[key] for key in keys}
@@ -181,7 +181,7 @@ def key_tables() -> tuple[dict[str, OptionSpec], dict[str, dict[str, OptionSpec]
 def _unknown_key_message(key: Any, where: str, near: Iterable[str]) -> str:
     if any(entry.option.secret and key in entry.keys for entry in option_specs(LaunchSettings)):
         return (
-            f"{where}: nothing secret belongs in this file. Name a profile of the AWS command line (`profile: NAME`), "
+            f"{where}: secrets do not belong in this file. Name a profile of the AWS command line (`profile: NAME`), "
             f"give --{key}, or set {str(key).upper()}."
         )
     home = _expected_location(key)
@@ -194,7 +194,7 @@ def _unknown_key_message(key: Any, where: str, near: Iterable[str]) -> str:
 
 
 def _expected_location(key: Any) -> str | None:
-    """Where a key belongs that stands in the wrong place."""
+    """Returns where a misplaced key belongs."""
     top, inside = key_tables()
     if key in top or key in inside:
         return "at the top of the file"

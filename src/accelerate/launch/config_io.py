@@ -1,7 +1,7 @@
-"""A configuration file as text: yaml or json to a mapping, and back.
+"""Reads and writes configuration files in YAML or JSON.
 
-Whatever the bytes are, reading gives a mapping with words as keys or one `SettingsError` that names the file and the
-place. Writing lands whole or not at all.
+Reading returns a mapping with string keys, or raises one `SettingsError` with file and line, for any bytes. Writing is
+atomic.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ..settings.option import SettingsError, short_repr
 if TYPE_CHECKING:
     import yaml
 
-# A configuration has a few kilobytes. What is far beyond is something else, and costs memory or the C stack.
+# A configuration has a few kilobytes. Much larger input is rejected before it exhausts memory or the C stack.
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 32
 _TOO_DEEP = f"nested more than {_MAX_DEPTH} deep."
 _MAX_DIGITS = 100
 _MAX_VALUES = 100_000
-# What yaml's constructors raise for scalars that are not what they claim to be: !!int x, 2020-99-99.
+# Raised by yaml's constructors for invalid scalars: !!int x, 2020-99-99.
 _CONSTRUCTOR_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
 def load(path: str) -> dict[str, Any]:
-    """The file's content, yaml or json, as a mapping.
+    """Loads a YAML or JSON file that contains a mapping.
 
     Raises:
-        SettingsError: when it cannot be read, is neither, or is no mapping.
+        SettingsError: if it cannot be read, is not valid, or does not contain a mapping.
     """
     data = read(path)
     try:
@@ -48,10 +48,10 @@ def load(path: str) -> dict[str, Any]:
 
 
 def read(path: str) -> bytes:
-    """The file's bytes.
+    """Reads a file.
 
     Raises:
-        SettingsError: when it cannot be read, or is too large to be a configuration.
+        SettingsError: if it cannot be read, or is too large to be a configuration.
     """
     try:
         with open(path, "rb") as file:
@@ -66,10 +66,10 @@ def read(path: str) -> bytes:
 
 
 def parse(data: bytes, as_json: bool = False) -> Any:
-    """What yaml or json text says; nothing for an empty file.
+    """Parses YAML or JSON; returns an empty mapping for an empty file.
 
     Raises:
-        ValueError: when it is not valid or nested too deeply, or a key stands twice in one mapping.
+        ValueError: if it is not valid or nested too deeply, or a mapping has duplicate keys.
     """
     return _json(data) if as_json else _yaml(data)
 
@@ -82,7 +82,9 @@ def _json(data: bytes) -> Any:
         return dict(pairs)
 
     def integer(text: str) -> int | str:
-        return int(text) if len(text) <= _MAX_DIGITS else text  # Python refuses the largest; as text its key is told
+        return (
+            int(text) if len(text) <= _MAX_DIGITS else text
+        )  # Python rejects larger ones; as text, the error names its key
 
     try:
         content = json.loads(data, object_pairs_hook=mapping, parse_int=integer)
@@ -127,7 +129,7 @@ def _yaml(data: bytes) -> Any:
 
 
 def _format_yaml_error(error: yaml.YAMLError) -> str:
-    """What is wrong with a text, and where: yaml's own words tell where the block around it begins as well."""
+    """Formats the problem and its position, without the context that yaml adds."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return str(error).replace('in "<byte string>", ', "at ")
@@ -135,7 +137,7 @@ def _format_yaml_error(error: yaml.YAMLError) -> str:
 
 
 def _check_depth(data: bytes, loader_type: Any) -> None:
-    # The composer of libyaml's binding recurses without a limit: deep nesting would end the process.
+    # The composer of libyaml's binding recurses without a limit: deep nesting would crash the process.
     import yaml
 
     depth = 0
@@ -146,18 +148,17 @@ def _check_depth(data: bytes, loader_type: Any) -> None:
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int], path: str) -> int:
-    """How many values `node` stands for once aliases are followed; refuses keys that stand twice on the way.
+    """Counts the values of `node` with aliases expanded, and checks for duplicate keys.
 
     Raises:
-        ValueError: when it refers to itself, a few aliases stand for a flood of values, or a number is no number
-            for a configuration.
+        ValueError: if it refers to itself, aliases expand to too many values, or an integer is too long.
     """
     import yaml
 
     line = f"line {_line(node)}"
     if counts.setdefault(id(node), 0):
         return counts[id(node)]
-    counts[id(node)] = -1  # being weighed
+    counts[id(node)] = -1  # in progress
     inner: list[tuple[str, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         words = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -191,24 +192,24 @@ def _key_path(path: str, key: yaml.Node) -> str:
 
 
 def printable(key: Any) -> str:
-    """A key for a message: as it is where it can be printed on one line."""
+    """Formats a key for a message: unchanged if it is short and printable."""
     return key if isinstance(key, str) and key.isprintable() and len(key) <= 80 else short_repr(key)
 
 
 def _reject_duplicates(keys: Iterable[tuple[object, str]]) -> None:
-    """Raises for the second of two equal keys, each given with the words that name it."""
+    """Raises for duplicate keys; each is given with its name for the message."""
     seen: set[object] = set()
     for key, name in keys:
         if key in seen:
-            raise ValueError(f"key {name}: stands in it twice, keep one.")
+            raise ValueError(f"key {name}: duplicate, keep one.")
         seen.add(key)
 
 
 def _find_invalid_scalar(loader: Any, node: yaml.Node) -> str | None:
-    """The first scalar below `node` that cannot be constructed, in words."""
+    """Returns a message about the first scalar below `node` that cannot be constructed."""
     import yaml
 
-    loader.recursive_objects = {}  # the failed attempt left what it was at
+    loader.recursive_objects = {}  # left over from the failed attempt
     todo: list[tuple[str, yaml.Node]] = [("", node)]
     while todo:
         path, node = todo.pop(0)
@@ -229,12 +230,12 @@ def _find_invalid_scalar(loader: Any, node: yaml.Node) -> str | None:
 
 
 def dump(content: Mapping[str, Any], as_json: bool = False, sort: bool = True) -> str:
-    """`content` as yaml or json.
+    """Formats `content` as YAML or JSON.
 
     Args:
         content: Plain values.
-        as_json: Which of the two.
-        sort: Keys in alphabetical order, else as they come.
+        as_json: Whether to format as JSON.
+        sort: Whether to sort keys.
     """
     if as_json:
         import json
@@ -246,23 +247,23 @@ def dump(content: Mapping[str, Any], as_json: bool = False, sort: bool = True) -
 
 
 def write(path: str | os.PathLike[str], text: str | bytes) -> None:
-    """Writes beside the target and renames: an interruption leaves no half of a file. A link's target is written.
+    """Writes a file atomically, by renaming a temporary file; follows symbolic links.
 
     Raises:
-        OSError: when the folder or the file cannot be written.
+        OSError: if the folder or the file cannot be written.
     """
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
     os.makedirs(folder, exist_ok=True)
-    beside = os.path.join(folder, f".{name}.{os.getpid()}")
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(text.encode() if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         if os.path.exists(target):
-            os.chmod(beside, stat.S_IMODE(os.stat(target).st_mode))
-        os.replace(beside, target)
+            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
+        os.replace(temporary, target)
     finally:
-        if os.path.exists(beside):
-            os.unlink(beside)
+        if os.path.exists(temporary):
+            os.unlink(temporary)

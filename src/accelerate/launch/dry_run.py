@@ -1,4 +1,4 @@
-"""A plan as text that a shell takes: variables, then the command, quoted so that pasting it starts the same run."""
+"""Formats a plan for a shell: variables, then the command, quoted so that pasting it starts the same run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .plan import LaunchPlan
 
 
 def format_plan(plan: LaunchPlan, settings: LaunchSettings, here: Mapping[str, str]) -> str:
-    """`plan` as one would type it: a ``NAME=value`` line for each variable, then the command.
+    """Formats `plan` as a ``NAME=value`` line for each variable, then the command.
 
     Args:
-        plan: What would be started.
-        settings: What it was made of.
-        here: The environment that it would be typed in: what gives way to a value there is left out.
+        plan: The plan.
+        settings: The settings of which it was built.
+        here: The environment of the shell; variables that it overrides are left out.
 
     Raises:
-        SettingsError: when what the settings name cannot be read.
+        SettingsError: if a file that the settings name cannot be read.
     """
     if plan.launcher == "sagemaker":
         from .engines.sagemaker import format_job, prepare_job

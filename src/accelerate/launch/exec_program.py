@@ -1,4 +1,4 @@
-"""Programs of others that start the ranks, mpirun and deepspeed: looked at beforehand, then this process becomes them."""
+"""Replaces this process by the script, or by an external launcher (mpirun, deepspeed) after checking the host."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Runner = Callable[[str, Sequence[str], Mapping[str, str]], int]
 
 
 def exec_program(program: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Replaces this process: signals, exit code and last words are the program's own.
+    """Replaces this process, so that signals, exit code and output are the program's own.
 
     Args:
-        program: Its path.
-        command: The words it is called with.
-        environment: All of its environment.
+        program: Path of the program.
+        command: Its argument vector.
+        environment: Its whole environment.
 
     Raises:
-        SettingsError: when it cannot be started.
+        SettingsError: if it cannot be started.
     """
-    if os.name == "nt":  # there, exec starts another process and leaves
+    if os.name == "nt":  # there, exec starts another process and exits
         return run_subprocess(program, command, environment)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -39,18 +39,18 @@ def exec_program(program: str, command: Sequence[str], environment: Mapping[str,
 
 
 def run_subprocess(program: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs the program in a child process and waits for it: the caller is somebody's Python, and goes on.
+    """Runs the program in a child process and waits for it, for callers that continue in Python.
 
     Args:
-        program: Its path.
-        command: The words it is called with.
-        environment: All of its environment.
+        program: Path of the program.
+        command: Its argument vector.
+        environment: Its whole environment.
 
     Returns:
-        Its exit code; 128 plus the number of the signal that ended it.
+        Its exit code; 128 plus the number of the signal that killed it.
 
     Raises:
-        SettingsError: when it cannot be started.
+        SettingsError: if it cannot be started.
     """
     import subprocess
 
@@ -64,10 +64,10 @@ def run_subprocess(program: str, command: Sequence[str], environment: Mapping[st
 
 
 def start_mpirun(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
-    """Runs ``mpirun`` through `start`; it starts the processes and looks after them.
+    """Runs ``mpirun`` through `start`.
 
     Raises:
-        SettingsError: when it cannot be used here.
+        SettingsError: if it cannot be used on this host.
     """
     import shutil
 
@@ -88,17 +88,17 @@ def start_mpirun(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> i
 
 
 def start_deepspeed(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
-    """Runs ``deepspeed`` through `start`; it starts the processes on all machines.
+    """Runs ``deepspeed``, which starts the processes on all machines, through `start`.
 
     Raises:
-        SettingsError: when it cannot be used here.
+        SettingsError: if it cannot be used on this host.
     """
     import shutil
 
     from .engines import deepspeed
 
     environment = plan.merged_environment(env.snapshot())
-    # Beside this interpreter first: the environment that has both need not be the one that is activated.
+    # In the folder of this interpreter first, as its virtual environment may not be activated.
     path = os.pathsep.join((os.path.dirname(sys.executable), environment.get("PATH", os.defpath)))
     program = shutil.which("deepspeed", path=path)
     if program is None:
@@ -114,7 +114,7 @@ def start_deepspeed(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -
 
 
 def _memory_file(text: str) -> str:
-    """The path of a file that exists for this process and its children only: nothing is left over when they end."""
+    """Returns the path of an in-memory file, which disappears with this process and its children."""
     descriptor = os.memfd_create("deepspeed_env", 0)  # kept open over exec
     with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as file:
         file.write(text)
@@ -122,7 +122,7 @@ def _memory_file(text: str) -> str:
 
 
 def _free_port(wanted: int, quiet: bool) -> int:
-    """`wanted` on 127.0.0.1, or any free one where that is taken or 0."""
+    """Returns `wanted`, or any free port on 127.0.0.1 if that is taken or 0."""
     from .local.local_rendezvous import listen_on_loopback
 
     try:

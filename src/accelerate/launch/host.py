@@ -1,6 +1,6 @@
-"""Looks at the machine, so that the plan does not have to: devices, cores, interfaces. torch is asked last, if at all.
+"""Detects the host: devices, cores, network interfaces, scheduler. Imports torch only to count several devices.
 
-`detect_host` gathers facts, `resolve_settings` writes them into settings where nothing else decided.
+`detect_host` collects facts, `resolve_settings` fills them into the settings that are not given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..settings import env
 from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError
 
-# Kinds of device that come with a package of their own, in the order in which the library prefers them.
+# Device types with a package of their own, in order of preference.
 _DEVICE_PACKAGES = {
     "mlu": "torch_mlu",
     "sdaa": "torch_sdaa",
@@ -28,22 +28,22 @@ _DEVICE_PACKAGES = {
 
 
 class HostInfo(NamedTuple):
-    """Facts about the machine and this process.
+    """Facts about the host and this process.
 
     Attributes:
-        device: The kind of device that processes use unless told otherwise.
-        devices: How many of them a run would use.
-        cores: Processor cores that this process may use.
-        interface: The network interface over which ranks reach each other, or None when that cannot be said.
-        directory: The current folder.
-        python: The interpreter and the options it was started with.
-        rank_info: This process's place among those that MPI or SLURM started, if each is to be one process of the run.
-        slurm_step: The SLURM step with one task on each of several nodes of which this process is one.
-        batch_nodes: How many nodes a SLURM job has whose batch script runs this command itself, else 1.
-        hosts: The hosts of the file for mpirun.
-        mpi: Whose ``mpirun`` is installed, a row of `launch.mpi`.
+        device: The default device type.
+        devices: Number of devices that a launch would use.
+        cores: Physical cores that this process may use.
+        interface: The network interface between ranks, or None if it cannot be determined.
+        directory: The current directory.
+        python: The interpreter and its options.
+        rank_info: The rank of this process, if MPI or SLURM has started one launcher per process.
+        slurm_step: The SLURM step of this process, if it has one task on each of several nodes.
+        batch_nodes: Number of nodes of a SLURM job whose batch script runs this command without srun, else 1.
+        hosts: The hosts of the hostfile for mpirun.
+        mpi: The ``mpirun`` that is installed, a key of `engines.mpi.MPI_FLAVORS`.
         elsewhere: Whether one of the hosts may be another machine.
-        peer_access: Whether the GPUs here may talk to each other directly.
+        peer_access: Whether the GPUs support peer-to-peer access.
     """
 
     device: str
@@ -62,10 +62,10 @@ class HostInfo(NamedTuple):
 
 
 def detect_host(settings: LaunchSettings) -> HostInfo:
-    """Gathers what `resolve_settings` needs for `settings`; devices are counted only if nobody said how many processes.
+    """Collects the facts that `resolve_settings` needs; counts devices only if the number of processes is not given.
 
     Raises:
-        SettingsError: when the variables of MPI or SLURM contradict each other.
+        SettingsError: if the variables of MPI or SLURM contradict each other.
     """
     device = "cpu" if settings.cpu else _default_device()
     rank_info, step, batch_nodes = _detect_scheduler()
@@ -82,7 +82,7 @@ def detect_host(settings: LaunchSettings) -> HostInfo:
         batch_nodes=batch_nodes,
         peer_access=_peer_access(device),
     )
-    if rank_info is not None:  # its peers on this machine want cores as well, unless it has been bound to its own
+    if rank_info is not None:  # it shares the cores of the machine with its peers, unless it is bound to its own
         facts = facts._replace(cores=min(facts.cores, max(1, cores(bound=False) // rank_info.local_size)))
     elif settings.mpirun.hostfile is not None and step is None:
         from .engines import mpi
@@ -93,11 +93,11 @@ def detect_host(settings: LaunchSettings) -> HostInfo:
 
 
 def resolve_settings(settings: LaunchSettings, machine: HostInfo) -> LaunchSettings:
-    """`settings` with the machine's facts where they say nothing."""
+    """Returns `settings` with facts about the host where they are not given."""
     settings = _apply_slurm_step(settings, machine.slurm_step)
     processes, machines, rank = settings.num_processes, settings.num_machines, settings.machine_rank
     address, rank_info = settings.main_process_ip, machine.rank_info
-    if rank_info is not None:  # one of us has been started for each process already
+    if rank_info is not None:  # the scheduler has started one launcher per process
         processes, machines, rank = 1, 1, 0
     else:
         if machines is None and machine.hosts:
@@ -105,10 +105,10 @@ def resolve_settings(settings: LaunchSettings, machine: HostInfo) -> LaunchSetti
         if address is None and len(machine.hosts) > 1 and not machine.hosts[0].startswith(("localhost", "127.")):
             address = machine.hosts[0]
     elsewhere = settings.compute_environment != "LOCAL_MACHINE"
-    if processes is None and not settings.tpu and not elsewhere:  # torch_xla starts one on each TPU device by itself
+    if processes is None and not settings.tpu and not elsewhere:  # torch_xla starts one process per TPU device itself
         here = machine.devices if machine.device not in ("cpu", "mps") else 1
         processes = max(1, here) * (machines or 1)
-    # A file's MULTI_… value says more than what happens to be found.
+    # A MULTI_… value of the file overrides the detected device.
     device = settings.device if settings.multi_gpu and machine.device == "cpu" else machine.device
     resolved = settings.replace(
         num_processes=processes,
@@ -121,7 +121,7 @@ def resolve_settings(settings: LaunchSettings, machine: HostInfo) -> LaunchSetti
         python=machine.python,
         cores=machine.cores,
         placed_by="" if rank_info is None else rank_info.source,
-        quiet=settings.quiet or (rank_info is not None and rank_info.rank > 0),  # one of them speaks for all
+        quiet=settings.quiet or (rank_info is not None and rank_info.rank > 0),  # rank 0 prints for all
         mpi=machine.mpi,
         elsewhere=machine.elsewhere,
         peer_access=machine.peer_access,
@@ -130,37 +130,39 @@ def resolve_settings(settings: LaunchSettings, machine: HostInfo) -> LaunchSetti
 
 
 def host_warnings(asked: LaunchSettings, machine: HostInfo) -> list[str]:
-    """Where the machine and what was asked for do not agree, and which was taken: lines for the person who launched."""
-    said = []
+    """Returns lines about settings that differ from the host or the scheduler, and which of both is used."""
+    warnings = []
     rank_info, step = machine.rank_info, machine.slurm_step
     if rank_info is not None and asked.num_processes not in (None, rank_info.size):
-        said.append(
+        warnings.append(
             f"num_processes {asked.num_processes} is not used: {rank_info.source} has started {rank_info.size} processes, "
             "and each is one of the run"
         )
     if step is not None and asked.num_machines not in (None, step.nodes):
-        said.append(
+        warnings.append(
             f"this SLURM step has {step.nodes} nodes, but num_machines is {asked.num_machines}: each node runs by itself"
         )
     elif step is not None and asked.machine_rank not in (None, step.node):
-        said.append(f"machine_rank {asked.machine_rank} is taken as given; SLURM counts this node as {step.node}")
+        warnings.append(f"machine_rank {asked.machine_rank} is taken as given; SLURM counts this node as {step.node}")
     if step is not None and asked.mpirun.hostfile is not None:
-        said.append("the file for mpirun is not used: SLURM has started this command on each node already")
+        warnings.append("the file for mpirun is not used: SLURM has started this command on each node already")
     if machine.batch_nodes > 1 and asked.num_machines is None:
-        said.append(
+        warnings.append(
             f"this SLURM job has {machine.batch_nodes} nodes, and this launch uses one: "
             "`srun --ntasks-per-node=1 accelerate launch ...` uses all of them"
         )
-    return said
+    return warnings
 
 
 # MPI and SLURM -------------------------------------------------------------------------------------------------------
 
 
 def _detect_scheduler() -> tuple[RankInfo | None, slurm.SlurmStep | None, int]:
-    """What MPI and SLURM say: this process's place, or its step, and how many nodes a batch script has to itself."""
+    """Returns this process's rank by MPI or SLURM, or its SLURM step, and the number of nodes of a batch script."""
     try:
         rank_info = cluster_env.from_scheduler()
+        if rank_info is None and not any(name.startswith("SLURM_") for name in env.snapshot()):
+            return None, None, 1
         step = slurm.current_step()
         if rank_info is None:
             return None, None, slurm.batch_job_node_count()
@@ -172,7 +174,7 @@ def _detect_scheduler() -> tuple[RankInfo | None, slurm.SlurmStep | None, int]:
 
 
 def _apply_slurm_step(settings: LaunchSettings, step: slurm.SlurmStep | None) -> LaunchSettings:
-    """`settings` with what a step of one task per node says about machines, where they say nothing themselves."""
+    """Returns `settings` with the machines of a step with one task per node, where they are not given."""
     elsewhere = settings.tpu or settings.compute_environment != "LOCAL_MACHINE"
     if step is None or elsewhere or settings.num_machines not in (None, step.nodes):
         return settings
@@ -182,7 +184,7 @@ def _apply_slurm_step(settings: LaunchSettings, step: slurm.SlurmStep | None) ->
         machine_rank=step.node if settings.machine_rank is None else settings.machine_rank,
         main_process_ip=settings.main_process_ip or slurm.first_host(step.nodelist),
         main_process_port=step.port if settings.main_process_port is None else settings.main_process_port,
-        # Every node has a launcher of its own: nobody needs to reach the others.
+        # Every node has a launcher of its own, so that DeepSpeed need not start the others.
         deepspeed=settings.deepspeed.replace(deepspeed_multinode_launcher=given or "standard"),
         mpirun=settings.mpirun.replace(hostfile=None),
     )
@@ -192,7 +194,7 @@ def _apply_slurm_step(settings: LaunchSettings, step: slurm.SlurmStep | None) ->
 
 
 def _default_device() -> str:
-    """The kind of device that `runtime.devices` would choose, found without torch."""
+    """Returns the device type that `runtime.devices` would select, without importing torch."""
     wanted = env.get("ACCELERATE_TORCH_DEVICE")
     if wanted:
         return wanted.split(":")[0]
@@ -209,24 +211,24 @@ def _default_device() -> str:
 
 
 def _has_cuda_driver() -> bool:
-    # NVIDIA's driver, AMD's, WSL's, Jetson's; on Windows only torch can tell.
+    # NVIDIA's driver, AMD's, WSL's, Jetson's; on Windows, the build of torch decides.
     nodes = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-ctrl")
     return any(map(os.path.exists, nodes)) or (os.name == "nt" and "+cu" in _torch_version())
 
 
 def _hides_all_devices(visible: str | None) -> bool:
-    """Whether a list of visible devices hides all of them: it ends at the first that there cannot be."""
+    """Returns whether a list of visible devices hides all: CUDA ignores an invalid index and all after it."""
     return visible is not None and (visible.strip() == "" or visible.strip().startswith("-"))
 
 
 def _peer_access(device: str) -> bool:
-    """Whether NVIDIA's cards may talk to each other directly; asked without torch, which takes a second to import."""
+    """Returns whether NVIDIA GPUs support peer-to-peer access; without torch, whose import takes a second."""
     if device != "cuda":
         return True
     folder = "/proc/driver/nvidia/gpus"
     cards = os.listdir(folder) if os.path.isdir(folder) else []
-    told = [_read(f"{folder}/{card}/information") for card in cards]
-    names = [line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model")]
+    texts = [_read(f"{folder}/{card}/information") for card in cards]
+    names = [line.partition(":")[2].strip() for text in texts for line in text.splitlines() if line.startswith("Model")]
     if not any("RTX 40" in name for name in names):
         return True
     from ..runtime.system.system_info import p2p_supported
@@ -235,7 +237,7 @@ def _peer_access(device: str) -> bool:
 
 
 def _torch_version() -> str:
-    """torch's version, from the file it stands in: importing torch takes a second or more."""
+    """Reads torch's version from its file, as importing torch takes a second or more."""
     found = find_spec("torch")
     if found is None or found.origin is None:
         return ""
@@ -247,7 +249,7 @@ def _torch_version() -> str:
 
 
 def _device_count(device: str, gpu_ids: str | None) -> int:
-    """How many devices a run would use."""
+    """Returns the number of devices that a launch would use."""
     if device == "cpu":
         return 0
     if gpu_ids not in (None, "all"):
@@ -259,7 +261,7 @@ def _device_count(device: str, gpu_ids: str | None) -> int:
     )
     if device == "cuda" and len(nodes) == 1:
         return 1
-    # Several processes are started through torch anyway, so that its import is not lost.
+    # Several processes are started by torch, which has to be imported then anyway.
     from ..runtime.devices import DEVICES
 
     return DEVICES[device].count() if device in DEVICES else 1
@@ -269,10 +271,10 @@ def _device_count(device: str, gpu_ids: str | None) -> int:
 
 
 def cores(bound: bool = True) -> int:
-    """Processor cores (not hardware threads) this process may use, within the limit of its container.
+    """Returns the number of physical cores that this process may use, within the limit of its container.
 
     Args:
-        bound: Leave out those that this process has been kept from (taskset, mpirun, srun).
+        bound: Whether to respect the process's CPU affinity (taskset, mpirun, srun).
     """
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
@@ -282,7 +284,7 @@ def cores(bound: bool = True) -> int:
 
 
 def _container_limit() -> int | None:
-    """Processors that the container may keep busy (cgroup version 2), or None without a limit."""
+    """Returns the CPU limit of the container (cgroup version 2), or None without one."""
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     return -(-int(quota) // int(period)) if quota.isdigit() and period.isdigit() else None
 
@@ -291,12 +293,12 @@ def _read(path: str) -> str:
     try:
         with open(path, encoding="ascii") as file:
             return file.read().strip()
-    except OSError:  # not every system tells
+    except OSError:  # not available on every system
         return ""
 
 
 def _network_interface(settings: LaunchSettings, rank_info: RankInfo | None) -> str | None:
-    """The network interface over which ranks find each other: gloo is bound to it by name."""
+    """Returns the network interface between ranks, for gloo, which binds to it by name."""
     if rank_info is not None and rank_info.local_size < rank_info.size:
         towards = settings.main_process_ip or rank_info.address or None
     elif settings.machines > 1:
@@ -309,7 +311,7 @@ def _network_interface(settings: LaunchSettings, rank_info: RankInfo | None) -> 
 
 
 def interpreter_options(orig_argv: list[str]) -> list[str]:
-    """The options between ``python`` and what it runs: -u and -X dev of ``python -u -X dev -m accelerate…``."""
+    """Returns the interpreter's options: -u and -X dev of ``python -u -X dev -m accelerate…``."""
     options: list[str] = []
     words = iter(orig_argv[1:])
     for word in words:
@@ -320,7 +322,7 @@ def interpreter_options(orig_argv: list[str]) -> list[str]:
             if word in ("-X", "-W", "--check-hash-based-pycs"):
                 options.append(next(words, ""))
             continue
-        before = word[1:].partition("m")[0].partition("c")[0]  # -um: what -m and -c take is not an option
+        before = word[1:].partition("m")[0].partition("c")[0]  # -um: arguments of -m and -c are not options
         if before:
             options.append("-" + before)
         if before != word[1:]:

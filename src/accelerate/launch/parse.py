@@ -1,7 +1,7 @@
-"""Words to settings: the command line, the configuration file and the defaults, in that order of precedence.
+"""Parses the command line, and merges it with the configuration file and the defaults, in that order of precedence.
 
-`split_args` reads argv, `merge_settings` joins it with a file, `parse` does both.
-What follows the script's name is the script's.
+`split_args` parses argv, `merge_settings` merges it with a file, `parse` does both. Launcher flags go before the script;
+everything after it is passed to the script.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from ..settings.option import OptionSpec, SettingsError, build, option_specs
 from . import config_file
 from .config_file import ConfigFile
 
-# Flags that choose how the processes share the work: one of them on the command line overrules the file's choice.
+# Flags that select a training paradigm: one of them on the command line overrides distributed_type of the file.
 _PARADIGMS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
 
 
 class ParsedArgs(NamedTuple):
-    """A command line, split.
+    """A parsed command line.
 
     Attributes:
         flags: Converted values of the flags that were given, by `OptionSpec.dest`.
-        script: The script, or "" when there is none.
-        script_args: Its arguments, untouched.
+        script: The script, or "" if there is none.
+        script_args: Its arguments, unchanged.
         help: Whether ``-h`` is among the flags.
     """
 
@@ -36,10 +36,10 @@ class ParsedArgs(NamedTuple):
 
 
 def parse(argv: Sequence[str]) -> LaunchSettings:
-    """Settings from the words after ``accelerate launch`` and the configuration file they lead to.
+    """Returns the settings of the arguments after ``accelerate launch`` and of their configuration file.
 
     Raises:
-        SettingsError: when they cannot be used.
+        SettingsError: if they cannot be used.
     """
     return resolve_args(split_args(argv))[0]
 
@@ -48,7 +48,7 @@ def split_args(argv: Sequence[str]) -> ParsedArgs:
     """Separates the launcher's flags from the script and its arguments.
 
     Raises:
-        SettingsError: for an unknown flag, a missing or a wrong value.
+        SettingsError: for an unknown flag, or a missing or invalid value.
     """
     table = _flag_table()
     flags: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def split_args(argv: Sequence[str]) -> ParsedArgs:
 
 
 def from_namespace(args: Any) -> ParsedArgs:
-    """What `args`, from the launcher's argparse parser, say; options that hold their defaults were not given."""
+    """Converts the result of the launcher's argparse parser; options with their default count as not given."""
     given = getattr(args, "_given", ())
     flags: dict[str, Any] = {}
     for entry in option_specs(LaunchSettings):
@@ -100,17 +100,17 @@ def from_namespace(args: Any) -> ParsedArgs:
 
 
 def resolve_args(words: ParsedArgs) -> tuple[LaunchSettings, ConfigFile | None]:
-    """Settings from a command line and the configuration file that it leads to, which is given as well.
+    """Returns the settings of a command line and its configuration file, and that file.
 
     Raises:
-        SettingsError: when they cannot be used.
+        SettingsError: if they cannot be used.
     """
     file = config_file.load_config(words.flags.get("config_file"))
     return merge_settings(words.flags, file, words.script, words.script_args), file
 
 
 def _flag_table() -> dict[str, tuple[OptionSpec, bool | None]]:
-    """Every spelling with underscores -> its option, and the value of a flag that takes none."""
+    """Returns flag (with underscores) -> its option, and the value of a flag without an argument."""
     table: dict[str, tuple[OptionSpec, bool | None]] = {}
     for entry in option_specs(LaunchSettings):
         table.update(dict.fromkeys(entry.flags, (entry, True if entry.option.switch else None)))
@@ -139,10 +139,10 @@ def _lookup_flag(table: Mapping[str, tuple[OptionSpec, bool | None]], name: str)
 def merge_settings(
     flags: Mapping[str, Any], file: ConfigFile | None, script: str, script_args: Iterable[str]
 ) -> LaunchSettings:
-    """Settings from flags and a file, by `OptionSpec.dest`: a flag wins over the file, the file over the default.
+    """Merges flags and a file, by `OptionSpec.dest`: a flag overrides the file, and the file the default.
 
     Raises:
-        SettingsError: when flags contradict each other.
+        SettingsError: if flags contradict each other.
     """
     values = {dest: chosen.value for dest, chosen in merge_values(flags, file).items()}
     rest: dict[str, Any] = {}
@@ -157,7 +157,7 @@ def merge_settings(
 
 
 class SourcedValue(NamedTuple):
-    """A value that somebody chose, and where: by a ``flag``, or in the ``file`` under a key, which is the detail."""
+    """A value and its source, ``flag`` or ``file``; the detail is the key in the file."""
 
     value: Any
     source: str
@@ -165,10 +165,10 @@ class SourcedValue(NamedTuple):
 
 
 def merge_values(flags: Mapping[str, Any], file: ConfigFile | None) -> dict[str, SourcedValue]:
-    """What flags and a file say, by `OptionSpec.dest`; a flag wins over the file.
+    """Returns the values of flags and a file, by `OptionSpec.dest`; a flag overrides the file.
 
     Raises:
-        SettingsError: when flags contradict each other.
+        SettingsError: if flags contradict each other.
     """
     if flags.get("cpu") and flags.get("multi_gpu"):
         raise SettingsError("--cpu and --multi_gpu contradict each other: give one of them.")
@@ -177,7 +177,7 @@ def merge_values(flags: Mapping[str, Any], file: ConfigFile | None) -> dict[str,
 
 
 def _file_values(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, SourcedValue]:
-    """The file's values, with what its distributed_type stands for, where no flag overrules it."""
+    """Returns the file's values, with those that its distributed_type implies, unless a flag overrides it."""
     chosen = {dest: SourcedValue(value, "file", file.keys[dest]) for dest, value in file.values.items()}
 
     def imply(dest: str, value: Any, key: str) -> None:
@@ -193,7 +193,7 @@ def _file_values(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, Source
     on_cpu = flags.get("cpu") or file.values.get("cpu")
     key = f"distributed_type {kind}"
     if kind == "NO" and file.compute_environment == "LOCAL_MACHINE":
-        imply("num_processes", 1, key)  # whatever else the file says: it is about one process
+        imply("num_processes", 1, key)  # takes precedence over other keys of the file
     elif kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         imply(f"use_{kind.lower()}", True, key)
     elif kind == "MULTI_CPU":
@@ -206,13 +206,13 @@ def _file_values(flags: Mapping[str, Any], file: ConfigFile) -> dict[str, Source
 
 
 def _cloud_settings(file: ConfigFile) -> dict[str, Any]:
-    """The file's part on Amazon SageMaker, and on the pod that a run may be started on."""
+    """Returns the file's settings for Amazon SageMaker, or for a TPU pod."""
     if file.compute_environment == "AMAZON_SAGEMAKER":
         return {"sagemaker": build(SageMakerSettings, file.values, distributed=file.distributed_type)}
     return {"pod": build(TpuCommandSettings, file.values)}
 
 
 def _device_type(distributed_type: str) -> str:
-    """The kind of device, as in `runtime.devices`, that a MULTI_… value of the file's key stands for."""
+    """Returns the device type, as in `runtime.devices`, of a MULTI_… value of distributed_type."""
     name = distributed_type.removeprefix("MULTI_").lower()
     return "cuda" if name == "gpu" else name

@@ -1,7 +1,7 @@
-"""Settings to a plan: the command and the variables of a launch, as values.
+"""Builds a plan from settings: the command and the variables of a launch, as values.
 
-`plan(argv) = build_plan(parse(argv))`. `build_plan` touches no file, no device and no variable: what the machine is like
-comes in through the settings (`launch.host`), so a plan can be printed, compared and tested without starting anything.
+`plan(argv) = build_plan(parse(argv))`. `build_plan` is pure: facts about the host come from the settings (`launch.host`), so
+a plan can be printed, compared and tested without starting a process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..settings.launcher import LaunchSettings
 from ..settings.option import SettingsError, option_specs
 from .parse import parse
 
-# The variable that says which devices a process may see, by kind of device (the rows of runtime.devices, which this
-# module does without: importing it costs more than a plan).
+# Device type -> the variable that restricts the visible devices. runtime.devices has them too, but takes longer to import
+# than a plan takes to build.
 _VISIBLE_DEVICES = {
     "cuda": "CUDA_VISIBLE_DEVICES",
     "xpu": "ZE_AFFINITY_MASK",
@@ -27,23 +27,23 @@ _VISIBLE_DEVICES = {
     "hpu": "HABANA_VISIBLE_MODULES",
     "neuron": "NEURON_RT_VISIBLE_CORES",
 }
-# Options of torch.distributed.run that are ours under the same name; left out where they hold the default.
+# Options of torch.distributed.run that have the same name here; passed on unless they have their default.
 _TORCHRUN_OPTIONS = ("tee", "log_dir", "role", "rdzv_conf", "max_restarts", "monitor_interval")
 
 
 class LaunchPlan(NamedTuple):
-    """What to start, and how.
+    """The command, variables and launcher of a launch.
 
     Attributes:
-        starter: Who starts it: ``python``, ``torch``, ``mpirun``, ``deepspeed``, ``tpu``, ``tpu-pod``, ``sagemaker``.
-        command: The command, as one could type it.
-        environment: Variables added to those that are there.
-        yields: Names in `environment` that give way to a value that is already there.
-        worker: The command of one process, where `command` starts several.
-        processes: How many processes this machine starts.
-        machines: How many machines take part.
-        notes: Lines for the person who launched.
-        beside: Commands that are started at the same time, where there is more than one.
+        launcher: ``python``, ``torch``, ``mpirun``, ``deepspeed``, ``tpu``, ``tpu-pod`` or ``sagemaker``.
+        command: The command, as typed into a shell.
+        environment: Variables to add.
+        overridable: Names in `environment` whose existing value has precedence.
+        worker: The command of one process, if `command` starts several.
+        processes: Number of processes on this machine.
+        machines: Number of machines.
+        notices: Lines to print.
+        parallel_commands: Further commands to start in parallel.
     """
 
     launcher: str
@@ -57,19 +57,19 @@ class LaunchPlan(NamedTuple):
     parallel_commands: tuple[tuple[str, ...], ...] = ()
 
     def merged_environment(self, here: Mapping[str, str]) -> dict[str, str]:
-        """The child's whole environment, where the launcher's is `here`."""
+        """Returns the child's whole environment, given the launcher's."""
         kept = self.overridable & here.keys()
         return {**here, **{name: value for name, value in self.environment.items() if name not in kept}}
 
 
 def plan(argv: Sequence[str]) -> LaunchPlan:
-    """The plan for a command line, without a look at the machine.
+    """Builds the plan for a command line, without inspecting the host.
 
     Args:
-        argv: The words after ``accelerate launch``.
+        argv: The arguments after ``accelerate launch``.
 
     Raises:
-        SettingsError: when they cannot be used.
+        SettingsError: if they cannot be used.
 
     Example:
         >>> plan(["--mixed_precision", "bf16", "train.py"]).environment["ACCELERATE_MIXED_PRECISION"]
@@ -79,10 +79,10 @@ def plan(argv: Sequence[str]) -> LaunchPlan:
 
 
 def build_plan(settings: LaunchSettings) -> LaunchPlan:
-    """The plan for `settings`.
+    """Builds the plan for `settings`, and chooses the launcher.
 
     Raises:
-        SettingsError: when settings contradict each other.
+        SettingsError: if settings contradict each other.
     """
     launcher = select_launcher(settings)
     validate(settings, launcher)
@@ -95,7 +95,7 @@ def build_plan(settings: LaunchSettings) -> LaunchPlan:
         from .engines import tpu
 
         command = tpu.host_command(settings)
-        if launcher == "tpu-pod":  # its variables are part of what ssh is told
+        if launcher == "tpu-pod":  # its variables are part of the remote command
             command, *parallel_commands = tpu.pod_commands(settings, environment)
             environment = {}
     elif launcher == "mpirun":
@@ -122,20 +122,24 @@ def build_plan(settings: LaunchSettings) -> LaunchPlan:
 
 
 def require_script(settings: LaunchSettings) -> None:
-    """Looks whether anything is to be started.
+    """Checks that the command line names a script.
 
     Raises:
-        SettingsError: when the command line names no script.
+        SettingsError: if it does not.
     """
     if not settings.script:
-        raise SettingsError("which script? Write it after the launcher's flags: accelerate launch [flags] script.py")
+        raise SettingsError("no script given. Write it after the launcher's flags: accelerate launch [flags] script.py")
 
 
 def validate(settings: LaunchSettings, launcher: str) -> None:
-    """Compares settings with each other.
+    """Checks settings against each other.
+
+    Args:
+        settings: The settings.
+        launcher: The launcher that they select.
 
     Raises:
-        SettingsError: when they contradict each other.
+        SettingsError: if they contradict each other.
     """
     machines, processes, rank = settings.machines, settings.processes, settings.machine_rank or 0
     require_script(settings)
@@ -167,18 +171,18 @@ def validate(settings: LaunchSettings, launcher: str) -> None:
 
 
 def select_launcher(settings: LaunchSettings) -> str:
-    """Which starter the settings ask for."""
+    """Returns the launcher that the settings select."""
     if settings.compute_environment == "AMAZON_SAGEMAKER":
         return "sagemaker"
     if settings.tpu:
         return "tpu-pod" if settings.tpus.tpu_use_cluster else "tpu"
-    if settings.placed_by:  # whoever did has started one of us for each process
+    if settings.placed_by:  # a scheduler has started one launcher per process
         return "python"
     if settings.use_deepspeed and settings.machines > 1:
         return "torch" if settings.deepspeed.deepspeed_multinode_launcher == "standard" else "deepspeed"
     if settings.mpirun.hostfile is not None:
         return "mpirun"
-    # The engines need a process group, even of one; and who becomes the script cannot start it again.
+    # Engines need a process group, even of one; and a launcher that execs the script cannot restart it.
     grouped = settings.use_deepspeed or settings.use_fsdp or settings.use_megatron_lm or settings.max_restarts > 0
     return "torch" if grouped or settings.processes > 1 or settings.machines > 1 else "python"
 
@@ -197,7 +201,7 @@ def _environment(settings: LaunchSettings, launcher: str) -> tuple[dict[str, str
         added[_VISIBLE_DEVICES[settings.device]] = str(settings.gpu_ids)
     if settings.num_cpu_threads_per_process is not None:
         added["OMP_NUM_THREADS"] = str(settings.num_cpu_threads_per_process)
-    elif settings.threads is not None and launcher not in ("tpu", "tpu-pod", "sagemaker"):  # they know better
+    elif settings.threads is not None and launcher not in ("tpu", "tpu-pod", "sagemaker"):  # they set it themselves
         overridable["OMP_NUM_THREADS"] = str(settings.threads)
     if launcher == "sagemaker":
         return {**added, **_sagemaker_environment(settings)}, frozenset()
@@ -207,11 +211,11 @@ def _environment(settings: LaunchSettings, launcher: str) -> tuple[dict[str, str
         return {**overridable, **added, **_section_variables(settings)}, frozenset(overridable)
     if settings.cpu or launcher in ("python", "mpirun"):
         added["ACCELERATE_USE_CPU"] = "True" if settings.cpu else "False"
-    if settings.cpu:  # what Intel advises for its OpenMP; others do not read these
+    if settings.cpu:  # recommended by Intel for its OpenMP; other implementations ignore these
         overridable["KMP_BLOCKTIME"] = "1"
         if (
             settings.processes_here == 1 and not settings.placed_by
-        ):  # several processes would all be bound to the same cores
+        ):  # several processes would be bound to the same cores
             overridable["KMP_AFFINITY"] = "granularity=fine,compact,1,0"
     added |= _rendezvous_variables(settings, launcher)
     overridable |= _interface_variables(settings, launcher)
@@ -226,19 +230,19 @@ def _environment(settings: LaunchSettings, launcher: str) -> tuple[dict[str, str
 
 
 def _interface_variables(settings: LaunchSettings, launcher: str) -> dict[str, str]:
-    """Which network interface the ranks use among themselves; nothing where they must find out by themselves."""
-    # mpirun gives all machines one environment, and an interface may have another name on each.
-    known = launcher == "torch" or settings.placed_by or (launcher == "mpirun" and settings.machines == 1)
-    if not known or settings.interface is None:
+    """Returns the variables that select the ranks' network interface; none if each rank must detect its own."""
+    # mpirun passes one environment to all machines, and an interface may have another name on each.
+    same_on_all = launcher == "torch" or settings.placed_by or (launcher == "mpirun" and settings.machines == 1)
+    if not same_on_all or settings.interface is None:
         return {}
     names = {"GLOO_SOCKET_IFNAME": settings.interface}
     if settings.interface.startswith("lo") and settings.device == "cuda" and not settings.cpu:
-        names["NCCL_SOCKET_IFNAME"] = settings.interface  # between machines it uses all there are, as it should
+        names["NCCL_SOCKET_IFNAME"] = settings.interface  # between machines, NCCL uses all interfaces
     return names
 
 
 def _rendezvous_variables(settings: LaunchSettings, launcher: str) -> dict[str, str]:
-    """Where ranks meet that somebody else starts."""
+    """Returns the rendezvous variables of ranks that an external launcher or a scheduler starts."""
     if launcher == "mpirun":
         from .engines import mpi
 
@@ -249,13 +253,13 @@ def _rendezvous_variables(settings: LaunchSettings, launcher: str) -> dict[str, 
         return deepspeed.environment(settings)
     if not settings.placed_by:
         return {}
-    # What was given; else they find out from the variables of MPI or SLURM.
+    # Without these settings, ranks use the variables of MPI or SLURM.
     given = {"MASTER_ADDR": settings.main_process_ip, "MASTER_PORT": settings.main_process_port or None}
     return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def _sagemaker_environment(settings: LaunchSettings) -> dict[str, str]:
-    """What a job on Amazon SageMaker finds in its environment beside what every run does."""
+    """Returns the further variables of a job on Amazon SageMaker."""
     added = {"ACCELERATE_USE_SAGEMAKER": "true"}
     if settings.sagemaker.distributed != SageMakerDistributedType.NO.value:
         added["ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE"] = settings.sagemaker.distributed
@@ -267,7 +271,7 @@ def _sagemaker_environment(settings: LaunchSettings) -> dict[str, str]:
 
 
 def _section_variables(settings: LaunchSettings) -> dict[str, str]:
-    """The variables of the sections that are in use."""
+    """Returns the variables of the sections in use."""
     added: dict[str, str] = {}
     if settings.deepspeed.gradient_accumulation_steps is not None:
         added["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(settings.deepspeed.gradient_accumulation_steps)
@@ -289,7 +293,7 @@ def _section_variables(settings: LaunchSettings) -> dict[str, str]:
 
 
 def _option_variables(settings: LaunchSettings, section: str) -> dict[str, str]:
-    """The variables of one section's options; an option without a value has none."""
+    """Returns the variables of a section's options that have a value."""
     return {
         entry.variable: entry.render(value)
         for entry in option_specs(LaunchSettings)
@@ -298,7 +302,7 @@ def _option_variables(settings: LaunchSettings, section: str) -> dict[str, str]:
 
 
 def _mesh_variables(settings: LaunchSettings) -> dict[str, str]:
-    """The mesh's variables: details of a dimension only where it has more than one rank."""
+    """Returns the mesh's variables; options of a dimension only if its size is more than 1."""
     added = _option_variables(settings, "parallelism")
     details: dict[str, tuple[int, tuple[str, ...]]] = {"CP": (settings.parallelism.cp_size, ("COMM_STRATEGY",))}
     details["SP"] = (settings.parallelism.sp_size, ("SEQ_LENGTH", "SEQ_LENGTH_IS_VARIABLE", "ATTN_IMPLEMENTATION"))
@@ -314,17 +318,17 @@ def _mesh_variables(settings: LaunchSettings) -> dict[str, str]:
 
 
 def _worker_command(settings: LaunchSettings, unbuffered: bool) -> tuple[str, ...]:
-    """The command of one process."""
+    """Returns the command of one process."""
     if settings.no_python:
         return (settings.script, *settings.script_args)
-    # Several processes share one output: what a rank printed must not be lost in its buffer when it is killed.
+    # Unbuffered, so that a rank that is killed does not lose the output in its buffer.
     options = ("-u",) if unbuffered and "-u" not in settings.python else ()
     module = ("-m",) if settings.module else ()
     return (*settings.python, *options, *module, settings.script, *settings.script_args)
 
 
 def _torchrun_arguments(settings: LaunchSettings) -> list[str]:
-    """Arguments of torch.distributed.run."""
+    """Returns the arguments of torch.distributed.run."""
     port = DEFAULT_PORT if settings.main_process_port is None else settings.main_process_port
     arguments = ["--nnodes", str(settings.machines), "--nproc_per_node", str(settings.processes_here)]
     if settings.machines == 1 and settings.rdzv_backend == "static":
@@ -352,6 +356,6 @@ def _notices(settings: LaunchSettings) -> tuple[str, ...]:
     notices = []
     if settings.ipex or settings.use_xpu:
         notices.append(
-            "--ipex and --use_xpu have no effect: Intel's extension has ended, and PyTorch itself has what it did."
+            "--ipex and --use_xpu have no effect: PyTorch itself has replaced Intel's extension, which is discontinued."
         )
     return tuple(notices)

@@ -1,6 +1,7 @@
-"""Carries a plan out: becomes the script, or starts ranks and looks after them. Ways to start are rows of a table.
+"""Runs a plan through its launcher, one row of a table for each.
 
-One process replaces this one. Several go through torch's elastic agent: `launch.local.worker_group`, all that imports torch.
+A single process replaces this one by exec. Several are started by torch's elastic agent (`launch.local.worker_group`), which
+imports torch.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ _FP8_PACKAGES = {"te": "transformer_engine", "ao": "torchao", "msamp": "msamp"}
 
 
 def launch(settings: LaunchSettings, file: str | None = None, *, replace: bool = True) -> int:
-    """Plans for this machine and starts.
+    """Builds the plan for this host and runs it.
 
     Args:
-        settings: What was asked for.
-        file: The configuration file that took part.
-        replace: A single process takes this one's place, as the command line wants it; False: it is a child.
+        settings: From the command line and the configuration file.
+        file: Path of the configuration file, for errors.
+        replace: Whether a single process replaces this one by exec; otherwise, it is a child process.
 
     Returns:
-        The exit code, where this process was not replaced.
+        The exit code, unless this process was replaced.
 
     Raises:
-        SettingsError: when the settings cannot be used here.
+        SettingsError: if the settings cannot be used on this host.
     """
-    require_script(settings)  # which has nothing to do with the file
+    require_script(settings)  # before errors that name the file
     try:
         machine = detect_host(settings)
         resolved = resolve_settings(settings, machine)
@@ -60,7 +61,7 @@ def launch(settings: LaunchSettings, file: str | None = None, *, replace: bool =
 
 
 def _print_plan(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    """Prints what would be started, for a shell: its packages and devices may be on another machine."""
+    """Prints the plan for a shell; its packages and devices need not be on this host."""
     from .dry_run import format_plan
 
     text = format_plan(plan, settings, env.snapshot()) + "\n"
@@ -71,13 +72,13 @@ def _print_plan(plan: LaunchPlan, settings: LaunchSettings) -> int:
 
 
 def check_script(plan: LaunchPlan, settings: LaunchSettings) -> None:
-    """Looks whether there is something to run, before anything is started.
+    """Checks that the script exists, before anything is started.
 
     Raises:
-        SettingsError: when there is not.
+        SettingsError: if it does not.
     """
     if settings.module or plan.launcher == "tpu-pod":
-        return  # python finds modules, or says why not; what a pod holds is seen there
+        return  # python finds modules; the files of a pod are checked there
     if settings.no_python:
         _find_program(settings.script)
     elif not os.path.exists(settings.script):
@@ -92,21 +93,21 @@ def check_script(plan: LaunchPlan, settings: LaunchSettings) -> None:
 
 
 def check_engines(settings: LaunchSettings) -> None:
-    """Says beforehand what every rank would say: the work is shared in one way.
+    """Checks that at most one engine is enabled, before every rank raises for it.
 
     Raises:
-        SettingsError: when more than one was asked for.
+        SettingsError: if there are several.
     """
-    asked = [name for name in ("use_deepspeed", "use_fsdp", "use_megatron_lm") if getattr(settings, name)]
-    if len(asked) > 1:
-        raise SettingsError(f"{' and '.join(asked)} contradict each other: choose one of them.")
+    enabled = [name for name in ("use_deepspeed", "use_fsdp", "use_megatron_lm") if getattr(settings, name)]
+    if len(enabled) > 1:
+        raise SettingsError(f"{' and '.join(enabled)} contradict each other: choose one of them.")
 
 
 def check_packages(plan: LaunchPlan, settings: LaunchSettings) -> None:
-    """Looks whether the libraries that the settings ask for are installed, without importing them.
+    """Checks that the libraries that the settings require are installed, without importing them.
 
     Raises:
-        SettingsError: when one is not.
+        SettingsError: if one is not.
     """
     if plan.launcher == "tpu" and find_spec("torch_xla") is None:
         from .engines.tpu import INSTALL
@@ -138,14 +139,14 @@ def _find_program(name: str) -> str:
 
 
 def _missing_device_notice(asked: LaunchSettings, machine: HostInfo, plan: LaunchPlan) -> list[str]:
-    """That processes on this machine will not find the devices that they were asked to use."""
+    """Returns a line if this host lacks the devices that the settings require."""
     if plan.launcher not in ("python", "torch") or not asked.multi_gpu or machine.device != "cpu":
         return []
     return [f"found no {asked.device} device: without one, processes use the CPU"]
 
 
 def _defaults_notice(asked: LaunchSettings, resolved: LaunchSettings, machine: HostInfo) -> list[str]:
-    """What was chosen where nobody chose: one line, not one warning a value."""
+    """Returns one line about the default number of processes and precision, if no setting chooses them."""
     if asked.num_processes is not None or resolved.placed_by or resolved.num_processes is None:
         return []
     processes = f"{resolved.processes} process{'' if resolved.processes == 1 else 'es'}"
@@ -154,7 +155,7 @@ def _defaults_notice(asked: LaunchSettings, resolved: LaunchSettings, machine: H
 
 
 def _run_single(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
-    """Runs the script; where this process becomes it, its signals, its exit code and its last words are its own."""
+    """Runs the script as a single process."""
     environment = plan.merged_environment(env.snapshot())
     program = _find_program(plan.command[0]) if settings.no_python else plan.command[0]
     return start(program, plan.command, environment)
@@ -167,15 +168,15 @@ def _run_workers(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> i
 
 
 def _pod(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
-    from .engines.tpu import start_pod
+    from .engines.tpu import run_remotely
 
-    return start_pod(plan, settings)
+    return run_remotely([plan.command, *plan.parallel_commands])
 
 
 def _sagemaker(plan: LaunchPlan, settings: LaunchSettings, start: Runner) -> int:
     from .engines.sagemaker import start as start_job
 
-    return start_job(plan, settings)
+    return start_job(plan.environment, settings)
 
 
 _LAUNCHERS: dict[str, Callable[[LaunchPlan, LaunchSettings, Runner], int]] = {

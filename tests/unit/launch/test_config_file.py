@@ -54,7 +54,7 @@ def test_a_key_means_what_its_flag_means(entry: OptionSpec, tmp_path: Path) -> N
             launched(tmp_path, content)
         return
     if entry.option.secret:
-        with pytest.raises(SettingsError, match=f"{entry.dest}: nothing secret belongs in this file"):
+        with pytest.raises(SettingsError, match=f"{entry.dest}: secrets do not belong in this file"):
             launched(tmp_path, content)
         return
     assert entry.get(launched(tmp_path, content)) == value

@@ -134,7 +134,7 @@ def laughs(levels: int, merge: bool = False) -> bytes:
 
 # What a message says where no key can be named: the text is no yaml or json, or no mapping.
 PLACE = re.compile(
-    r"line \d+|position \d+|char \d+|column \d+|keys and values such|as key|stands in it twice|is larger|nested more"
+    r"line \d+|position \d+|char \d+|column \d+|keys and values such|as key|duplicate|is larger|nested more"
 )
 
 
@@ -220,10 +220,10 @@ HOSTILE = {
     ),
     "zero byte": (b'distributed_type: NO\ngpu_ids: "\\0"', "gpu_ids: expected a word, found '\\x00'"),
     "a python object": (b"gpu_ids: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
-    "twice": (b"num_machines: 1\nuse_cpu: no\nnum_machines: 2\n", "key num_machines (line 3): stands in it twice"),
+    "twice": (b"num_machines: 1\nuse_cpu: no\nnum_machines: 2\n", "key num_machines (line 3): duplicate"),
     "twice inside": (
         b"fsdp_config: {fsdp_version: 1, fsdp_version: 2}",
-        "key fsdp_config.fsdp_version (line 1): stands in it twice",
+        "key fsdp_config.fsdp_version (line 1): duplicate",
     ),
     "latin-1": ("main_process_ip: müller".encode("latin-1"), "position 18"),
     "two spellings": (
@@ -249,7 +249,7 @@ def test_hostile_yaml(name: str, tmp_path: Path) -> None:
         ("[" * 200_000, "nested more than"),
         ('{"additional_args": ' + '{"a": ' * 900 + "1" + "}" * 901, "nested more than"),
         ('{"distributed_type": "NO", "log_dir": "\\ud800"}', "log_dir: expected a word"),
-        ('{"distributed_type": "NO", "num_processes": 1, "num_processes": 2}', "key num_processes: stands in it twice"),
+        ('{"distributed_type": "NO", "num_processes": 1, "num_processes": 2}', "key num_processes: duplicate"),
         ('{"num_machines": ' + "9" * 5000 + "}", "num_machines: expected a whole number, found '999"),
     ],
     ids=["brackets", "braces", "half a character", "twice", "long number"],

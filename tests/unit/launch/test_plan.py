@@ -244,7 +244,7 @@ def test_fp8_variables_only_where_fp8_is_used() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "which script?"),
+        ("", "no script given"),
         ("-m --no_python s.py", "--module and --no_python contradict"),
         ("--num_processes 3 --num_machines 2 --main_process_ip h s.py", "cannot be shared evenly by 2 machines"),
         ("--num_processes 2 --machine_rank 1 s.py", "numbered 0 to 0"),

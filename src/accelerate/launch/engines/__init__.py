@@ -1,3 +1,3 @@
-"""Launchers that start the processes themselves: MPI, DeepSpeed, SageMaker, pods of TPUs."""
+"""External launchers that start the processes: MPI, DeepSpeed, SageMaker, TPU pods."""
 
 from __future__ import annotations

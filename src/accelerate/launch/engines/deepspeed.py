@@ -1,6 +1,7 @@
-"""DeepSpeed's own launcher, for several machines: its command line, and what it needs here before it is started.
+"""DeepSpeed's own launcher, for several machines: its command line, and checks of the host before it starts.
 
-Its launchers differ: pdsh, SLURM and the one without ssh choose devices; those that use an MPI take all of the hostfile.
+Its multi-node launchers differ: pdsh, SLURM and nossh can filter hosts and devices; those that use an MPI take the whole
+hostfile.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from . import mpi
 
 
 class MultinodeLauncher(NamedTuple):
-    """One of DeepSpeed's ways to reach other machines.
+    """One of DeepSpeed's multi-node launchers.
 
     Attributes:
-        flags: How DeepSpeed is told to use it.
-        program: What must be installed.
-        package: Where that comes from.
-        chooses: Whether it can leave out hosts or devices of the hostfile.
-        carries: Whether processes elsewhere get this environment without more ado.
-        splits: Whether a shell reads the script's arguments once more.
-        meets: Whether DeepSpeed tells the processes where they meet; an MPI or SLURM tells them ranks only.
-        modules: Whether it can run a module, or a program that is not Python.
+        flags: Flags that select it.
+        program: The program that must be installed.
+        package: The package of that program.
+        filters_hosts: Whether it can exclude hosts or devices of the hostfile.
+        forwards_environment: Whether it forwards this environment to other machines.
+        reparses_arguments: Whether a shell parses the script's arguments once more.
+        sets_rendezvous: Whether it sets the processes' rendezvous address; MPI and SLURM set ranks only.
+        runs_modules: Whether it can run modules, and programs other than Python.
     """
 
     flags: tuple[str, ...]
@@ -63,22 +64,22 @@ LAUNCHERS: dict[str, MultinodeLauncher] = {
     ),
     "nossh": MultinodeLauncher(("--no_ssh",), filters_hosts=True, forwards_environment=True, sets_rendezvous=True),
 }
-# What DeepSpeed leaves as it is in a variable's value; it puts others between quotes, which not every way takes off again.
+# Characters of a variable's value that DeepSpeed does not quote; not every launcher removes the quotes.
 _UNQUOTED = "_@%+=:,./-"
-# What a shell would not leave as it is, the blank aside: DeepSpeed puts arguments with blanks between quotes.
+# Characters that a shell interprets, except for the space: DeepSpeed quotes arguments with spaces.
 _SHELL_SPECIAL = frozenset("$`\"'\\;|&<>()*?[]{}~#!\n\t")
 
 
 def multinode_launcher(settings: LaunchSettings) -> MultinodeLauncher:
-    """The row of the launcher asked for."""
+    """Returns the multi-node launcher of `settings`."""
     return LAUNCHERS[settings.deepspeed.deepspeed_multinode_launcher or "pdsh"]
 
 
 def check(settings: LaunchSettings) -> None:
-    """Compares what was asked for with what DeepSpeed's launchers can do.
+    """Checks that the multi-node launcher supports the settings.
 
     Raises:
-        SettingsError: when they cannot.
+        SettingsError: if it does not.
     """
     options, launcher = settings.deepspeed, multinode_launcher(settings)
     name = options.deepspeed_multinode_launcher or "pdsh"
@@ -113,7 +114,7 @@ def check(settings: LaunchSettings) -> None:
 
 
 def command(settings: LaunchSettings) -> list[str]:
-    """``deepspeed`` with all its arguments."""
+    """Returns ``deepspeed`` with its arguments."""
     options, launcher = settings.deepspeed, multinode_launcher(settings)
     words = ["deepspeed", "--hostfile", str(options.deepspeed_hostfile), "--no_local_rank", *launcher.flags]
     if launcher.flags == ("--no_ssh",):
@@ -132,26 +133,26 @@ def command(settings: LaunchSettings) -> list[str]:
 
 
 def environment(settings: LaunchSettings) -> dict[str, str]:
-    """Where processes meet that an MPI or SLURM starts for DeepSpeed."""
+    """Returns the rendezvous variables, unless DeepSpeed sets them."""
     if multinode_launcher(settings).sets_rendezvous:
         return {}
     address = {} if settings.main_process_ip is None else {"MASTER_ADDR": settings.main_process_ip}
     return {**address, "MASTER_PORT": str(settings.main_process_port or DEFAULT_PORT)}
 
 
-# Looks at the machine ------------------------------------------------------------------------------------------------
+# Inspection of the host ----------------------------------------------------------------------------------------------
 
 
 def check_host(settings: LaunchSettings, root: bool, variables: Mapping[str, str]) -> None:
-    """Looks whether DeepSpeed can do here what it is about to be told.
+    """Checks the hostfile and the programs on this host before DeepSpeed starts.
 
     Args:
-        settings: What was asked for.
+        settings: The settings of the launch.
         root: Whether this process belongs to root.
         variables: The environment.
 
     Raises:
-        SettingsError: when it cannot.
+        SettingsError: if DeepSpeed would fail.
     """
     import shutil
 
@@ -178,14 +179,14 @@ def check_host(settings: LaunchSettings, root: bool, variables: Mapping[str, str
 
 
 def environment_file(added: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """The content of the file from which DeepSpeed takes variables for other machines: a person's own, then ours.
+    """Returns the content of the DS_ENV_FILE, whose variables DeepSpeed forwards: the user's own, then those of the plan.
 
     Args:
         added: Variables of the plan.
         here: The environment.
 
     Raises:
-        SettingsError: when DeepSpeed would not hand a value on as it is.
+        SettingsError: if DeepSpeed would change a value.
     """
     name = here.get("DS_ENV_FILE", ".deepspeed_env")
     lines = []
@@ -194,7 +195,7 @@ def environment_file(added: Mapping[str, str], here: Mapping[str, str]) -> str:
             with open(path, encoding="utf-8") as file:
                 lines += [line.strip() for line in file if line.strip()]
     for variable, value in added.items():
-        if variable.startswith("PYTHON"):  # DeepSpeed hands these on by itself
+        if variable.startswith("PYTHON"):  # DeepSpeed forwards these by itself
             continue
         if not all(character.isalnum() or character in _UNQUOTED for character in value):
             raise SettingsError(

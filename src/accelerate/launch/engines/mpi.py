@@ -1,6 +1,6 @@
-"""mpirun as four MPIs spell it: the command, its hostfile, and a look at which of them is installed.
+"""mpirun of four MPI implementations: the command line, the hostfile, and detection of the one that is installed.
 
-Open MPI's ``mpirun`` hands variables to other hosts only when each is named; those that descend from MPICH hand on all.
+Open MPI's ``mpirun`` forwards to other hosts only the variables that are named; those that descend from MPICH forward all.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ...settings.option import SettingsError
 
 
 class MpiFlavor(NamedTuple):
-    """How one MPI's ``mpirun`` is told things.
+    """Options of one implementation's ``mpirun``.
 
     Attributes:
         title: Its name.
-        sign: Words in what ``mpirun --version`` prints.
+        version_marker: Text in the output of ``mpirun --version``.
         hostfile: The flag for the file of hosts.
         per_host: The flag for processes per host.
         binding: Flags that bind each process to a processor socket.
-        export: The flag that names one variable for the other hosts; "" where all variables go there.
-        slots: How the hostfile says how many processes a host takes.
+        export: The flag that forwards one variable to other hosts; "" if all variables are forwarded.
+        hostfile_format: A line of the hostfile: a host and its number of processes.
     """
 
     title: str
@@ -37,7 +37,7 @@ class MpiFlavor(NamedTuple):
 
 
 _HYDRA = ("-f", "-ppn")
-# Looked through in this order: the process manager of the first two calls itself HYDRA, as that of MPICH does.
+# In this order, as the output of the first two contains HYDRA as well, the process manager of MPICH.
 MPI_FLAVORS: dict[str, MpiFlavor] = {
     "intel": MpiFlavor("Intel MPI", "Intel(R) MPI", *_HYDRA, ("-genv", "I_MPI_PIN_DOMAIN", "socket"), "", "HOST:N"),
     "mvapich": MpiFlavor("MVAPICH", "MVAPICH", *_HYDRA, ("-bind-to", "socket"), "", "HOST:N"),
@@ -47,17 +47,17 @@ MPI_FLAVORS: dict[str, MpiFlavor] = {
 
 
 def command(settings: LaunchSettings, variables: Collection[str]) -> list[str]:
-    """``mpirun`` and its flags; what each process runs comes after them.
+    """Returns ``mpirun`` and its flags; the command of each process follows them.
 
     Args:
-        settings: What was asked for.
-        variables: Names of variables that the processes need.
+        settings: The settings of the launch.
+        variables: Names of the variables to forward.
     """
     mpi = MPI_FLAVORS[settings.mpi]
     words = ["mpirun", mpi.hostfile, str(settings.mpirun.hostfile), mpi.per_host, str(settings.processes_here)]
     words += ["-n", str(settings.processes)]
-    crowded = settings.cores is not None and settings.processes_here > settings.cores
-    if mpi.export and crowded:  # Open MPI refuses to bind more processes than there are cores
+    oversubscribed = settings.cores is not None and settings.processes_here > settings.cores
+    if mpi.export and oversubscribed:  # Open MPI refuses to bind more processes than there are cores
         words += ["--bind-to", "none"]
     else:
         words += mpi.binding
@@ -67,8 +67,8 @@ def command(settings: LaunchSettings, variables: Collection[str]) -> list[str]:
 
 
 def environment(settings: LaunchSettings) -> dict[str, str]:
-    """What the processes need beside what every run does: where they meet, and how many threads oneCCL may use."""
-    port = settings.main_process_port or DEFAULT_PORT  # 0: the start looks for a free one
+    """Returns the rendezvous variables of the processes, and the number of oneCCL's threads."""
+    port = settings.main_process_port or DEFAULT_PORT  # 0: a free port is found at the start
     address = str(settings.main_process_ip) if settings.machines > 1 else LOOPBACK
     added = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     if settings.mpirun.ccl is not None:
@@ -77,10 +77,10 @@ def environment(settings: LaunchSettings) -> dict[str, str]:
 
 
 def check(settings: LaunchSettings) -> None:
-    """Looks at what was asked for mpirun.
+    """Checks the settings for mpirun.
 
     Raises:
-        SettingsError: when it cannot be used.
+        SettingsError: if they cannot be used.
     """
     if settings.machine_rank:
         raise SettingsError(
@@ -91,28 +91,28 @@ def check(settings: LaunchSettings) -> None:
         raise SettingsError(f"mpirun_ccl: expected the number of oneCCL's threads, found {settings.mpirun.ccl!r}.")
 
 
-# Looks at the machine ------------------------------------------------------------------------------------------------
+# Inspection of the host ----------------------------------------------------------------------------------------------
 
 
 def detect_flavor() -> str:
-    """Whose ``mpirun`` is found first, a key of `MPI_FLAVORS`; Open MPI's if there is none, or one that nobody knows."""
+    """Returns the key in `MPI_FLAVORS` of the first ``mpirun`` on the PATH; ``openmpi`` if there is none, or by default."""
     import shutil
     import subprocess
 
     if shutil.which("mpirun") is None:
         return "openmpi"
     try:
-        asked = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):  # starting it will say more
+        done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # starting it will raise with the reason
         return "openmpi"
-    said = asked.stdout + asked.stderr
-    found = next((name for name, mpi in MPI_FLAVORS.items() if mpi.version_marker in said), "openmpi")
-    # MVAPICH's own starter lies beside; what its mpirun says does not always name it.
+    output = done.stdout + done.stderr
+    found = next((name for name, mpi in MPI_FLAVORS.items() if mpi.version_marker in output), "openmpi")
+    # MVAPICH installs mpirun_rsh as well; the output of its mpirun does not always name it.
     return "mvapich" if found == "mpich" and shutil.which("mpirun_rsh") is not None else found
 
 
 def read_hostfile(path: str) -> tuple[str, ...]:
-    """The hosts of a file for mpirun, each once; none where there is no such file."""
+    """Returns the distinct hosts of a hostfile; none if there is no such file."""
     if not os.path.isfile(path):
         return ()
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -121,7 +121,7 @@ def read_hostfile(path: str) -> tuple[str, ...]:
 
 
 def any_remote(names: Iterable[str]) -> bool:
-    """Whether any of the hosts may be another machine: its name is none of those that are certainly this one's."""
+    """Returns whether any of the hosts may be another machine, as it is not a name of this one."""
     own = os.uname().nodename if hasattr(os, "uname") else ""
     return any(name not in ("localhost", own, own.partition(".")[0]) and name[:4] != "127." for name in names)
 
@@ -132,15 +132,15 @@ def _host(word: str) -> str:
 
 
 def check_host(settings: LaunchSettings, root: bool, variables: Collection[str]) -> None:
-    """Looks whether ``mpirun`` can do here what it is about to be told.
+    """Checks the hostfile and the user on this host before ``mpirun`` starts.
 
     Args:
-        settings: What was asked for.
+        settings: The settings of the launch.
         root: Whether this process belongs to root.
         variables: Names of the variables that are set here.
 
     Raises:
-        SettingsError: when it cannot.
+        SettingsError: if ``mpirun`` would fail.
     """
     mpi, path = MPI_FLAVORS[settings.mpi], str(settings.mpirun.hostfile)
     if not os.path.isfile(path):
@@ -162,10 +162,10 @@ def check_host(settings: LaunchSettings, root: bool, variables: Collection[str])
 
 
 def check_root(root: bool, variables: Collection[str]) -> None:
-    """Says beforehand that Open MPI will not run for root.
+    """Checks that Open MPI accepts the user.
 
     Raises:
-        SettingsError: when this is root, and nobody has told Open MPI that it is meant.
+        SettingsError: if this is root, and the variables that permit it are not set.
     """
     wanted = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
     if root and not all(name in variables for name in wanted):

@@ -1,4 +1,4 @@
-"""A training job on Amazon SageMaker: settings to the estimator's arguments, and one function that hands them over.
+"""Training jobs on Amazon SageMaker: converts settings to the arguments of an estimator, and starts it.
 
 `build_job` is pure; `prepare_job` reads the tables that the settings name; `start` needs the SDK.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ...settings import env
 from ...settings.enums import SageMakerDistributedType
@@ -16,15 +16,12 @@ from ...settings.launcher import LaunchSettings
 from ...settings.option import SettingsError
 from ..console import log_line
 
-if TYPE_CHECKING:
-    from ..plan import LaunchPlan
-
 INSTALL = 'Amazon SageMaker needs its SDK: pip install "accelerate[sagemaker]".'
 _CREDENTIALS_HINT = (
     "set `profile` in the configuration file, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give them as flags"
 )
 _SCRIPT_MODE = "https://sagemaker.readthedocs.io/en/stable/frameworks/pytorch/using_pytorch.html"
-# How long a job may run when additional_args does not say: the estimator's own default, in seconds.
+# Default of the estimator's max_run, in seconds.
 _MAX_RUN = 86400
 _NUMBER = re.compile(r"-\d|-\.\d")
 _INTEGER = re.compile(r"-?(0|[1-9]\d*)")
@@ -32,11 +29,11 @@ _SMALL_NUMBER = re.compile(r"-?\d+(\.\d+)?[eE]-\d+")
 
 
 class TrainingJob(NamedTuple):
-    """A training job as a value.
+    """Arguments of a training job.
 
     Attributes:
         estimator: The arguments of ``sagemaker.huggingface.HuggingFace``.
-        inputs: Where the data lies, by channel, or None.
+        inputs: Channel -> location of its data, or None.
     """
 
     estimator: dict[str, Any]
@@ -44,11 +41,11 @@ class TrainingJob(NamedTuple):
 
 
 class JobTables(NamedTuple):
-    """What the files that the settings name hold.
+    """Contents of the tables that the settings name.
 
     Attributes:
-        inputs: Channel -> where its data lies.
-        metrics: Name of a number -> the regular expression that finds it in the output.
+        inputs: Channel -> location of its data.
+        metrics: Name of a metric -> the regular expression that extracts it from the output.
     """
 
     inputs: dict[str, str] | None = None
@@ -56,10 +53,10 @@ class JobTables(NamedTuple):
 
 
 def prepare_job(settings: LaunchSettings, environment: Mapping[str, str]) -> TrainingJob:
-    """The job for `settings`, whose tables are read.
+    """Reads the tables that `settings` names, and builds the job.
 
     Raises:
-        SettingsError: when settings, arguments of the script or a table cannot be used.
+        SettingsError: if settings, arguments of the script or a table cannot be used.
     """
     there = settings.sagemaker
     inputs = read_table(there.sagemaker_inputs_file, ("channel_name", "data_location"))
@@ -68,15 +65,15 @@ def prepare_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Tra
 
 
 def build_job(settings: LaunchSettings, environment: Mapping[str, str], tables: JobTables | None = None) -> TrainingJob:
-    """The job for `settings`.
+    """Builds the job for `settings`.
 
     Args:
-        settings: What was asked for.
+        settings: The settings of the launch.
         environment: Variables of the job's processes.
-        tables: What the files hold that the settings name.
+        tables: Contents of the tables that the settings name.
 
     Raises:
-        SettingsError: when settings contradict each other, or the script's arguments cannot be handed on.
+        SettingsError: if settings contradict each other, or the script's arguments cannot be passed on.
     """
     check(settings)
     tables = tables or JobTables()
@@ -95,10 +92,10 @@ def build_job(settings: LaunchSettings, environment: Mapping[str, str], tables: 
         "base_job_name": there.base_job_name,
         "instance_count": settings.machines,
         "instance_type": there.ec2_instance_type,
-        "debugger_hook_config": False,  # it looks into training loops that it knows
+        "debugger_hook_config": False,  # it hooks into training loops of other frameworks
         "distribution": _distribution(there.distributed),
         "metric_definitions": [{"Name": name, "Regex": regex} for name, regex in (tables.metrics or {}).items()],
-        # A flag wins over the file, and what the file says of its own accord over what the launcher adds.
+        # Flags override the file, and the file overrides the variables of the launcher.
         "hyperparameters": {**_mapping(more.pop("hyperparameters", None), "hyperparameters"), **hyperparameters},
         "environment": {**environment, **_words(_mapping(more.pop("environment", None), "environment"))},
     }
@@ -119,10 +116,10 @@ def _words(variables: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check(settings: LaunchSettings) -> None:
-    """Looks whether a job can be made of `settings`.
+    """Checks the settings of a job.
 
     Raises:
-        SettingsError: when not.
+        SettingsError: if they are incomplete, or contradict each other.
     """
     there = settings.sagemaker
     more = there.additional_args or {}
@@ -138,7 +135,7 @@ def check(settings: LaunchSettings) -> None:
         raise SettingsError("--aws_access_key_id and --aws_secret_access_key belong together: give both, or neither.")
     if there.distributed == SageMakerDistributedType.MODEL_PARALLEL.value and "distribution" not in more:
         raise SettingsError(
-            f"distributed_type MODEL_PARALLEL: {where} must say what SageMaker's model parallelism needs, in "
+            f"distributed_type MODEL_PARALLEL: {where} must configure SageMaker's model parallelism in "
             "additional_args: distribution."
         )
     spot, max_wait, max_run = more.get("use_spot_instances"), more.get("max_wait"), more.get("max_run", _MAX_RUN)
@@ -171,10 +168,10 @@ def _distribution(distributed: str) -> dict[str, Any] | None:
 
 
 def parse_hyperparameters(words: Sequence[str]) -> dict[str, Any]:
-    """The script's arguments by name, as SageMaker takes them; there the script gets ``--name value`` of each.
+    """Converts the script's arguments to SageMaker's hyperparameters, which the script receives as ``--name value``.
 
-    A number or True or False becomes one where the script gets back the same word (or a small number in another
-    spelling: 1e-3, 0.001); anything else stays text. Several values become a list, which the script gets as one word.
+    Numbers and booleans are converted if SageMaker formats them as the same string (or a small number in another notation:
+    1e-3, 0.001); other values stay strings. Several values become a list, which the script receives as one argument.
 
     Raises:
         SettingsError: for an argument without a name or a value, or a name that comes twice.
@@ -210,7 +207,7 @@ def parse_hyperparameters(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_flag(word: str) -> bool:
-    """Whether a word names an argument; ``-3`` and ``-.5`` are numbers."""
+    """Returns whether a word names an argument; ``-3`` and ``-.5`` are numbers."""
     return len(word) > 1 and word.startswith("-") and word != "--" and not _NUMBER.match(word)
 
 
@@ -231,14 +228,14 @@ def _typed(text: str) -> Any:
 
 
 def read_table(path: str | None, columns: tuple[str, str]) -> dict[str, str] | None:
-    """A table of two columns, with a tab between them and their names in the first line.
+    """Reads a table of two tab-separated columns, with their names in the first line.
 
     Args:
         path: The file, or None for no table.
         columns: The columns' names.
 
     Raises:
-        SettingsError: when the file cannot be read or a line is no such pair, naming file and line.
+        SettingsError: if the file cannot be read, or a line is not a pair; the message names file and line.
     """
     if path is None:
         return None
@@ -265,7 +262,7 @@ def read_table(path: str | None, columns: tuple[str, str]) -> dict[str, str] | N
 
 
 def format_job(job: TrainingJob) -> str:
-    """The job as the Python that would start it."""
+    """Formats the job as the Python code that starts it."""
     arguments = "".join(f"    {name}={value!r},\n" for name, value in job.estimator.items())
     inputs = f"inputs={job.inputs!r}" if job.inputs else ""
     return f"from sagemaker.huggingface import HuggingFace\n\nHuggingFace(\n{arguments}).fit({inputs})"
@@ -275,11 +272,11 @@ def format_job(job: TrainingJob) -> str:
 
 
 def credentials(settings: LaunchSettings) -> dict[str, str | None]:
-    """Variables that tell AWS's libraries, in this process only, who is asking and where. None removes one."""
+    """Returns the variables with AWS credentials and region for this process; None removes a variable."""
     aws = settings.aws
     variables: dict[str, str | None] = {"AWS_DEFAULT_REGION": settings.sagemaker.region}
     if aws.aws_access_key_id is not None:
-        # The keys on the command line win over a profile, and must not meet the token of another login.
+        # Keys on the command line override a profile, and must not be combined with the token of another login.
         variables |= {"AWS_PROFILE": None, "AWS_SESSION_TOKEN": None}
         variables["AWS_ACCESS_KEY_ID"] = aws.aws_access_key_id
         variables["AWS_SECRET_ACCESS_KEY"] = aws.aws_secret_access_key
@@ -288,30 +285,34 @@ def credentials(settings: LaunchSettings) -> dict[str, str | None]:
     return variables
 
 
-def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
+def start(environment: Mapping[str, str], settings: LaunchSettings) -> int:
     """Starts the job and follows it to its end.
 
+    Args:
+        environment: Variables of the job's processes.
+        settings: The settings of the launch.
+
     Returns:
-        0 when the job ended well, 1 when it failed, 130 when Ctrl-C ended the watching (the job itself goes on).
+        0 if the job succeeded, 1 if it failed, 130 after Ctrl-C, which does not end the job.
 
     Raises:
-        SettingsError: when the job cannot be made or is refused.
+        SettingsError: if the job cannot be built, or is rejected.
     """
 
-    def tell(line: str) -> None:
+    def show(line: str) -> None:
         if not settings.quiet:
             print(line, flush=True)
 
-    job = prepare_job(settings, plan.environment)
-    tell("Configuring Amazon SageMaker environment")
+    job = prepare_job(settings, environment)
+    show("Configuring Amazon SageMaker environment")
     env.publish({**credentials(settings), "SAGEMAKER_SUPPRESS_V2_WARNING": "1"})
-    tell("Converting Arguments to Hyperparameters")
+    show("Converting Arguments to Hyperparameters")
     try:
         import boto3
         from botocore.exceptions import BotoCoreError, ClientError
 
         if boto3.Session().get_credentials() is None:
-            raise SettingsError(f"nobody said who is asking AWS: {_CREDENTIALS_HINT}")
+            raise SettingsError(f"no AWS credentials found: {_CREDENTIALS_HINT}")
         from sagemaker.exceptions import UnexpectedStatusException
         from sagemaker.huggingface import HuggingFace
     except ImportError as error:
@@ -319,7 +320,7 @@ def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
     except BotoCoreError as error:  # a profile that does not exist, for instance
         raise SettingsError(f"AWS: {_first_line(error)} ({_CREDENTIALS_HINT})") from None
     _check_names(job, HuggingFace)
-    tell("Creating Estimator")
+    show("Creating Estimator")
     estimator: Any = None
     try:
         estimator = HuggingFace(**job.estimator)
@@ -329,7 +330,7 @@ def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
             raise KeyboardInterrupt
         estimator.latest_training_job.wait()
     except UnexpectedStatusException as error:
-        log_line(f"the job did not end well: {_first_line(error)}")
+        log_line(f"the job failed: {_first_line(error)}")
         return 1
     except (BotoCoreError, ClientError, ValueError, ImportError, OSError) as error:
         raise SettingsError(f"Amazon SageMaker: {_first_line(error)}") from None
@@ -337,15 +338,15 @@ def start(plan: LaunchPlan, settings: LaunchSettings) -> int:
         started = getattr(estimator, "latest_training_job", None)
         stop = f"`aws sagemaker stop-training-job --training-job-name {started.name}` ends it" if started else ""
         log_line(
-            f"no longer watching, but the job goes on: {stop}" if started else "interrupted before a job was started"
+            f"stopped watching, but the job continues: {stop}" if started else "interrupted before a job was started"
         )
         return 130
-    tell(f"\nYou can find your model data at: {estimator.model_data}")
+    show(f"\nYou can find your model data at: {estimator.model_data}")
     return 0
 
 
 def _check_names(job: TrainingJob, kind: type) -> None:
-    """The SDK takes no notice of an argument that it does not know: a misspelt one would be lost."""
+    """Rejects misspelled arguments, which the SDK would silently ignore."""
     import difflib
     import inspect
 

@@ -1,7 +1,7 @@
-"""TPUs: one host starts a process for each of its devices, a pod is reached through gcloud's ssh.
+"""TPUs: a host starts one process per device; the hosts of a pod are reached through gcloud's ssh.
 
-`remote_script` and the `…_command` functions are pure. What a command does on the other side is one text, because
-ssh hands it to a shell there; here, no shell takes part.
+`remote_script` and the `…_command` functions are pure. A remote command is one string, because ssh passes it to a shell on
+the host; no local shell takes part.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...settings.launcher import LaunchSettings
 from ...settings.option import SettingsError
-
-if TYPE_CHECKING:
-    from ..plan import LaunchPlan
 
 INSTALL = "TPUs need torch_xla, of the version of your torch: pip install 'torch_xla[tpu]'."
 _WORKER = "accelerate.launch.engines.tpu_worker"
@@ -28,37 +25,37 @@ _WORKER = "accelerate.launch.engines.tpu_worker"
 
 
 def host_command(settings: LaunchSettings, python: Sequence[str] = ()) -> list[str]:
-    """The command that starts the training function on the devices of one host.
+    """Returns the command that starts the training function on each device of a host.
 
-    A single process is the script itself: it needs no function to call.
+    A single process runs the script itself, and needs no training function.
 
     Args:
-        settings: What was asked for.
-        python: The interpreter there, if it is not this one.
+        settings: The settings of the launch.
+        python: The interpreter on the host, if it is not this one.
 
     Raises:
-        SettingsError: when the script is no Python.
+        SettingsError: if the script is not Python.
     """
     if settings.no_python:
         raise SettingsError("--no_python does not go with --tpu: each process imports the script and calls a function.")
     python = python or settings.python
-    what = [*(["-m"] if settings.module else []), settings.script, *settings.script_args]
+    script = [*(["-m"] if settings.module else []), settings.script, *settings.script_args]
     if settings.num_processes == 1:
-        return [*python, *what]
+        return [*python, *script]
     count = [] if settings.num_processes is None else ["--processes", str(settings.processes_here)]
-    return [*python, "-m", _WORKER, "--function", training_function(settings), *count, *what]
+    return [*python, "-m", _WORKER, "--function", training_function(settings), *count, *script]
 
 
 def training_function(settings: LaunchSettings) -> str:
-    """The name of the script's function that each process calls."""
+    """Returns the name of the script's function that each process calls."""
     return settings.tpus.main_training_function or "main"
 
 
 def check_function(settings: LaunchSettings) -> None:
-    """Looks for the training function in the script, without running it.
+    """Checks that the script defines the training function, without running it.
 
     Raises:
-        SettingsError: when the script cannot be read as Python, or binds no such name.
+        SettingsError: if the script is not valid Python, or binds no such name.
     """
     if settings.module or settings.num_processes == 1:
         return
@@ -89,15 +86,15 @@ def check_function(settings: LaunchSettings) -> None:
 
 
 def ssh_command(name: str | None, zone: str | None, script: str, alpha: bool = False) -> list[str]:
-    """gcloud's command that runs a shell's text on all workers of a TPU.
+    """Returns gcloud's command that runs a shell script on all workers of a TPU.
 
     Raises:
-        SettingsError: when the name or the zone is missing.
+        SettingsError: if the name or the zone is missing.
     """
-    missing = [what for what, value in (("tpu_name", name), ("tpu_zone", zone)) if not value]
+    missing = [key for key, value in (("tpu_name", name), ("tpu_zone", zone)) if not value]
     if missing:
         raise SettingsError(
-            f"which TPU? Missing is {' and '.join(missing)}: give {' and '.join(f'--{what}' for what in missing)} to "
+            f"which TPU? Missing is {' and '.join(missing)}: give {' and '.join(f'--{key}' for key in missing)} to "
             "`accelerate tpu-config`, or write the key into the configuration file."
         )
     track = ["alpha"] if alpha else []
@@ -106,14 +103,14 @@ def ssh_command(name: str | None, zone: str | None, script: str, alpha: bool = F
 
 
 def pod_commands(settings: LaunchSettings, environment: Mapping[str, str]) -> list[list[str]]:
-    """The commands that start the script on a pod: one for all its workers, or one for each VM that was named.
+    """Returns the commands that start the script on a pod: one for all its workers, or one for each VM given by --vm.
 
     Args:
-        settings: What was asked for.
-        environment: Variables of the processes there.
+        settings: The settings of the launch.
+        environment: Variables of the remote processes.
 
     Raises:
-        SettingsError: when the TPU's name or zone is missing, or a variable is not NAME=value.
+        SettingsError: if the TPU's name or zone is missing, or a variable is not NAME=value.
     """
     variables = [f"{name}={value}" for name, value in environment.items()]
     for word in settings.tpus.env:
@@ -131,30 +128,30 @@ def pod_commands(settings: LaunchSettings, environment: Mapping[str, str]) -> li
 
 
 def remote_script(commands: Iterable[str], install: str | None = None) -> str:
-    """Commands as one text for the shell of each worker, which stops at the first that fails.
+    """Joins commands into one script for the shell of each worker, which stops at the first that fails.
 
     Args:
-        commands: What to run, in order.
+        commands: The commands, in order.
         install: The version of accelerate to install first: ``latest`` (the one installed here), ``dev`` or a number.
 
     Raises:
-        SettingsError: when there is nothing to run, or no such version.
+        SettingsError: if there is nothing to run, or no such version.
     """
     lines = [command for command in commands if command.strip()]
     if install is not None:
         lines.insert(0, shlex.join(["python3", "-m", "pip", "install", "--upgrade", _requirement(install)]))
     if not lines:
         raise SettingsError(
-            "what is to run there? Give --command, --command_file or --install_accelerate, or write commands or "
+            "nothing to run: give --command, --command_file or --install_accelerate, or write commands or "
             "command_file into the configuration file."
         )
     return "\n".join(["set -e", *lines]) if len(lines) > 1 or "\n" in lines[0] else lines[0]
 
 
 def _requirement(version: str) -> str:
-    """Returns what pip is to install: this distribution, from where it was installed here.
+    """Returns the requirement for pip: this distribution, from where it was installed here.
 
-    The name alone would bring another distribution: on PyPI, ``accelerate`` is the project whose interface this one has.
+    The name alone would install another distribution: on PyPI, ``accelerate`` is the project whose interface this one has.
     """
     from packaging.version import InvalidVersion, Version
 
@@ -192,10 +189,10 @@ def _origin() -> dict[str, Any]:
 
 
 def read_commands(path: str) -> str:
-    """The text of a file of commands.
+    """Reads a file of commands.
 
     Raises:
-        SettingsError: when it cannot be read.
+        SettingsError: if it cannot be read.
     """
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
@@ -208,13 +205,13 @@ def read_commands(path: str) -> str:
 
 
 def run_remotely(commands: Sequence[Sequence[str]]) -> int:
-    """Runs gcloud's commands side by side; when one fails, the others are ended.
+    """Runs gcloud's commands in parallel; if one fails, terminates the others.
 
     Returns:
-        0, or the exit code of the first that was seen to fail.
+        0, or the exit code of the first failure that was detected.
 
     Raises:
-        SettingsError: when gcloud is not there.
+        SettingsError: if gcloud is not installed.
     """
     program = shutil.which("gcloud")
     if program is None:
@@ -234,12 +231,7 @@ def run_remotely(commands: Sequence[Sequence[str]]) -> int:
                     for other in running:
                         other.terminate()
     finally:
-        for process in running:  # interrupted: Ctrl-C has reached them as well
+        for process in running:  # interrupted: they have received Ctrl-C as well
             process.terminate()
             process.wait()
     return code
-
-
-def start_pod(plan: LaunchPlan, settings: LaunchSettings) -> int:
-    """Starts the script on a pod; see `run_remotely`."""
-    return run_remotely([plan.command, *plan.parallel_commands])

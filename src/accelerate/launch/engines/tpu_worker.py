@@ -2,8 +2,8 @@
 
 ``python -m accelerate.launch.engines.tpu_worker --function main [--processes N] script.py …``
 
-torch_xla starts one process for each device; each imports the script, which is not its main program, and calls the
-function. Knows nothing of the launcher: a pod's workers have no configuration of their own.
+torch_xla starts one process per device; each imports the script, which is not its main module, and calls the function.
+Independent of the launcher, as the workers of a pod have no configuration of their own.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 
 class TpuWorker(NamedTuple):
-    """The body of a process: torch_xla pickles it, and calls it with the process's number on this host.
+    """The target of each process: torch_xla pickles it, and calls it with the process's index on this host.
 
     Attributes:
         script: The script's path, or a module's name.
-        module: Whether it is a module's name.
+        module: Whether `script` is a module's name.
         function: Name of the function to call.
-        processes: How many processes were asked for, or None for one on each device.
-        arguments: What ``sys.argv`` holds after the script.
+        processes: Number of processes, or None for one on each device.
+        arguments: ``sys.argv`` after the script.
     """
 
     script: str
@@ -49,12 +49,12 @@ class TpuWorker(NamedTuple):
         function = getattr(self.load(), self.function, None)
         if not callable(function):
             sys.exit(f"accelerate launch: {self.script} has no function {self.function} (--main_training_function).")
-        # torch_xla's own convention is a function of the process's number; ours takes nothing.
-        wants = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
-        function(*([index] if len(wants) == 1 and wants[0].kind is wants[0].POSITIONAL_OR_KEYWORD else []))
+        # torch_xla calls functions with the process's index; ours take no argument.
+        required = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+        function(*([index] if len(required) == 1 and required[0].kind is required[0].POSITIONAL_OR_KEYWORD else []))
 
     def load(self) -> ModuleType:
-        """Imports the script, under a name by which its classes can be pickled."""
+        """Imports the script under its own name, so that its classes can be pickled."""
         if self.module:
             sys.path.insert(0, "")
             return importlib.import_module(self.script)
@@ -70,7 +70,7 @@ class TpuWorker(NamedTuple):
 
 
 def parse(words: Sequence[str]) -> TpuWorker:
-    """The rank that the command line describes; the script's own words stay as they are."""
+    """Parses the command line; arguments of the script stay unchanged."""
     rest = list(words)
     options = {"--function": "main", "--processes": ""}
     while rest and rest[0] in options:
@@ -83,7 +83,7 @@ def parse(words: Sequence[str]) -> TpuWorker:
 
 
 def main(words: Sequence[str]) -> None:
-    """Starts a process for each device, or one, and waits for them."""
+    """Starts one process per device, or a single one, and waits for them."""
     rank = parse(words)
     try:
         import torch_xla.distributed.xla_multiprocessing as xmp
@@ -95,7 +95,7 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Under the module's own name, so that the processes can unpickle what is sent to them.
+    # Under the module's own name, so that the processes can unpickle `TpuWorker`.
     from accelerate.launch.engines.tpu_worker import main as start
 
     start(sys.argv[1:])

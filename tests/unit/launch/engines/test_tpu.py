@@ -198,7 +198,7 @@ class TestRemoteScripts:
             tpu.remote_script([], "1; reboot")
 
     def test_nothing_to_run(self) -> None:
-        with pytest.raises(SettingsError, match="what is to run there?"):
+        with pytest.raises(SettingsError, match="nothing to run: give"):
             tpu.remote_script([" "])
 
 
