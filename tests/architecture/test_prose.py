@@ -10,7 +10,6 @@ import pytest
 from tests.architecture import prose
 
 PENDING = [
-    "checkpointing",
     "docs",
     "tests/cli",
     "tests/clients",

@@ -1,4 +1,4 @@
-"""Which folders are checkpoints, which are whole, and which is the newest."""
+"""Finds checkpoints in a project folder, and the problems of a checkpoint by itself."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .storage.filenames import (
 
 @dataclass
 class Found:
-    """The newest valid checkpoint of a project.
+    """Result of a search for the latest valid checkpoint.
 
     Attributes:
-        folder: The checkpoint; None when there is none.
-        passed_over: Newer folders that are not valid, each with what is wrong with it.
+        folder: The checkpoint; None if there is none.
+        passed_over: Newer folders that are not valid, each with its problems.
     """
 
     folder: Path | None
@@ -34,13 +34,11 @@ class Found:
 
 
 def latest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None = None) -> Found:
-    """Looks through the numbered checkpoints of a project, newest first.
-
-    Replacements that were interrupted are finished first.
+    """Searches the numbered checkpoints of a project, newest first, after finishing interrupted replacements.
 
     Args:
         project: The project's folder.
-        inspect: What is wrong with a folder; None: `problems_of`.
+        inspect: Returns the problems of a folder; None: `problems_of`.
     """
     recover_all(project)
     found = Found(None)
@@ -54,7 +52,7 @@ def latest_valid(project: Path, inspect: Callable[[Path], list[Problem]] | None 
 
 
 def recover_all(project: Path) -> None:
-    """Finishes the replacements in a project that were committed and then interrupted."""
+    """Finishes the replacements in a project that were interrupted after their commit."""
     folder = project / CHECKPOINTS_FOLDER
     if folder.is_dir():
         for entry in sorted(folder.iterdir()):
@@ -64,7 +62,7 @@ def recover_all(project: Path) -> None:
 
 
 def problems_of(folder: Path) -> list[Problem]:
-    """What is wrong with a checkpoint by itself: not one, unfinished, or files that are not as they were saved."""
+    """Returns the problems of a checkpoint by itself: no checkpoint, incomplete, or files that differ from the manifest."""
     if not folder.is_dir():
         text = "it is a file; a checkpoint is a folder" if folder.exists() else "there is no such folder"
         return [Problem(str(folder), "missing", text)]
@@ -78,7 +76,7 @@ def problems_of(folder: Path) -> list[Problem]:
 
 
 def problems_without_manifest(folder: Path) -> list[Problem]:
-    """The same for a folder without a manifest: it may come from another release, whose files are all that can be seen."""
+    """Returns the problems of a folder without a manifest, which another library may have saved: reads all its files."""
     from .items.state_item import SAFETENSORS, TORCH
 
     names = sorted(path.name for path in folder.iterdir() if not path.is_dir() and is_checkpoint_file(path.name))
@@ -91,7 +89,7 @@ def problems_without_manifest(folder: Path) -> list[Problem]:
         try:
             require_regular_file(folder / name)
             state = (SAFETENSORS if name.endswith(".safetensors") else TORCH).read(folder / name)
-        except Exception as error:  # noqa: BLE001 - whatever a damaged file makes a reader raise
+        except Exception as error:  # noqa: BLE001 - a damaged file may raise anything in a reader
             problems.append(Problem(name, "corrupt", f"it cannot be read ({_first_line(error)})"))
             continue
         if name.startswith("random_states_") and isinstance(state, dict) and "format" in state:
@@ -111,7 +109,7 @@ def _first_line(error: Exception) -> str:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint looks whole: by its manifest and the sizes of its files, without reading them."""
+    """Returns whether a checkpoint is complete by its manifest and the sizes of its files, without reading them."""
     try:
         manifest = manifests.read(folder)
     except FileNotFoundError:

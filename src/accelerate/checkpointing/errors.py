@@ -1,8 +1,8 @@
-"""What can go wrong with a checkpoint, and the list of findings that one error shows.
+"""Errors of checkpoints, each with the list of all findings.
 
 CheckpointError(RuntimeError)
-├── SaveError            nothing was committed: what was there before is untouched
-└── LoadError            `problems` lists everything that was found, `changed` what has been changed all the same
+├── SaveError            nothing was committed, and existing checkpoints are untouched
+└── LoadError            `problems` lists all findings, `changed` everything that has changed nevertheless
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ class CheckpointError(RuntimeError):
 
 
 class SaveError(CheckpointError):
-    """Saving failed on some rank. Raised on every rank; the checkpoint that was there before is untouched."""
+    """A save failed on some rank. Raised on every rank; existing checkpoints are untouched."""
 
 
 class LoadError(CheckpointError, ValueError):
-    """A checkpoint does not fit, or is damaged. Raised on every rank, as a rule before anything was changed.
+    """A checkpoint is damaged or does not match the run. Raised on every rank, usually before anything changes.
 
     Attributes:
-        problems: Everything that was found.
-        changed: What has a new state, or a part of one, on some rank; empty where everything is as it was.
+        problems: All findings.
+        changed: Objects that have a new state, or part of one, on some rank; empty if nothing has changed.
     """
 
     def __init__(self, message: str, problems: Sequence[Problem] = (), changed: Sequence[str] = ()) -> None:
@@ -39,8 +39,8 @@ class Problem:
 
     Attributes:
         file: The file it is about, by its path in the checkpoint.
-        kind: ``missing``, ``extra``, ``shape``, ``corrupt``, ``version`` or ``state`` (it does not fit in another way).
-        text: What was found, and what was expected.
+        kind: ``missing``, ``extra``, ``shape``, ``corrupt``, ``version`` or ``state`` (any other mismatch).
+        text: The value found, and the value expected.
     """
 
     file: str
@@ -52,7 +52,7 @@ class Problem:
 
 
 def bullet_list(problems: Sequence[object], most: int = 40) -> str:
-    """Findings as lines of a message; of very many, the first ones and their number."""
+    """Formats findings as lines of a message: the first ones, and the number of the others."""
     lines = [f"  - {problem}" for problem in problems[:most]]
     if len(problems) > most:
         lines.append(f"  - … and {len(problems) - most} more")

@@ -1,6 +1,6 @@
-"""Weights and optimizer states of sharded models by themselves: whole in one file, or each rank's shards in a folder.
+"""Saves and loads weights and optimizer states of sharded models: full in one file, or as each rank's shards in a folder.
 
-The files are those of a checkpoint (see `forms`), without its manifest. All ranks call these functions together.
+The files are those of a checkpoint (see `items.model_items`), without a manifest. All functions are collective.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def save_fsdp_model(
     """Saves a sharded model's weights.
 
     Args:
-        fsdp_plugin: Says by its ``state_dict_type`` whether in one file or in shards.
+        fsdp_plugin: Its ``state_dict_type`` selects one file or shards.
         accelerator: Not needed; part of the documented signature.
         model: The model.
         output_dir: The folder.
@@ -67,7 +67,7 @@ def load_fsdp_model(
     adapter_only: bool = False,
     use_dcp: bool = True,
 ) -> Any:
-    """Loads what `save_fsdp_model` saved; arguments as there.
+    """Loads the files of `save_fsdp_model`, with the same arguments.
 
     Returns:
         The names that were missing and unexpected, as ``load_state_dict`` does.
@@ -110,7 +110,7 @@ def load_fsdp_optimizer(
     adapter_only: bool = False,
     use_dcp: bool = True,
 ) -> None:
-    """Loads what `save_fsdp_optimizer` saved; arguments and errors as for `load_fsdp_model`."""
+    """Loads the files of `save_fsdp_optimizer`; arguments and errors as for `load_fsdp_model`."""
     folder, full = Path(input_dir), model_items.saves_full_state(fsdp_plugin)
     models = [unwrap_module(model)]
     item = model_items.load_optimizer(folder, optimizer_index, optimizer, models, sharded=True, full=full)

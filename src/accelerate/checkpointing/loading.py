@@ -207,7 +207,7 @@ def verify_files(world: World, folder: Path, manifest: manifests.Manifest, items
 
 @dataclass
 class ReadResult:
-    """Items that were read, and what was found.
+    """Items that were read, and findings.
 
     Attributes:
         states: Items with their states.
@@ -272,7 +272,7 @@ def _class_problems(item: LoadItem, manifest: manifests.Manifest | None) -> list
 
 
 def _reason(error: Exception) -> str:
-    # torch.load's message explains at length how to turn its protection off, which nobody should do.
+    # torch.load's message explains at length how to turn its protection off, which would be unsafe.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     relevant = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
     return (relevant or lines or [""])[0][:300]

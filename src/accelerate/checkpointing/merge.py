@@ -1,6 +1,6 @@
-"""Sharded weights to files that other programs read: `merge_fsdp_weights`.
+"""Merges sharded weights to files for other programs: `merge_fsdp_weights`.
 
-Values go from the shards to the output one tensor at a time (with pickled output, one file at a time).
+Tensors are copied one at a time (with pickled output, one file at a time).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _write(weights: Weights, target: Path, safe: bool, limit: int) -> None:
 
 
 def _verify(source: Path) -> None:
-    """Compares the shards with the manifest of the checkpoint they lie in, where there is one."""
+    """Compares the shards with the manifest of their checkpoint, if there is one."""
     try:
         manifest = manifests.read(source.resolve().parent)
     except (OSError, ValueError):
@@ -121,7 +121,7 @@ class Weights(Mapping[str, torch.Tensor]):
     """The tensors of a model in a folder of shards, by the names they have in its state; each is read when asked for.
 
     Attributes:
-        extra: What else its state holds (``_extra_state`` of modules), by the keys that lead there.
+        extra: Other entries of its state (``_extra_state`` of modules), with their paths.
 
     Raises:
         LoadError: when the folder holds something else than a model.
@@ -155,12 +155,12 @@ class Weights(Mapping[str, torch.Tensor]):
         return len(self._names)
 
     def described(self) -> dict[str, torch.Tensor]:
-        """The tensors without their values (device meta)."""
+        """Returns the tensors without values, on the meta device."""
         entries = {name: self._reader.entries[key] for name, key in self._names.items()}
         return {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
 
     def read_extra(self) -> dict[str, Any]:
-        """What else the state holds, in the dictionaries it was in."""
+        """Reads the entries that are not tensors, in their nested dictionaries."""
         state: dict[str, Any] = {}
         for name, path in self.extra.items():
             inner = state

@@ -1,4 +1,4 @@
-"""Weights as files that other programs read: `save_model`, `save` and `load`, and tensors that share memory."""
+"""Weights in files for other programs: `save_model`, `save` and `load`."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from .storage.formats import (
 )
 from .storage.remote import open_url
 
-logger = logging.getLogger(__name__)  # usable before a process knows its rank
+logger = logging.getLogger(__name__)  # works before a process has a rank
 
 
 def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state that the safetensors format can hold: each tensor once, contiguous, in memory of its own.
+    """Converts a state to one that the safetensors format can hold: each tensor once, contiguous, in memory of its own.
 
     Args:
-        state_dict: A model's state. Of names that stand for one tensor (tied weights) only the first is kept; loading into
-            a model that ties them restores all.
+        state_dict: A model's state. Tied weights are kept under their first name; loading into a model that ties them
+            restores all.
 
     Returns:
         A new dictionary.
@@ -61,7 +61,7 @@ def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, An
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
             value = value.contiguous()
             storage = value.untyped_storage().data_ptr()
-            if storage in storages and value.numel():  # a view of what another name holds
+            if storage in storages and value.numel():  # a view of another name's tensor
                 value = value.clone()
             storages.add(storage)
         clean[name] = value
@@ -72,15 +72,15 @@ def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, An
 
 
 def save(obj: Any, f: Any, save_on_each_node: bool = False, safe_serialization: bool = False) -> None:
-    """Saves an object once: on the main process, or on the first of each machine. Other processes do nothing.
+    """Saves an object on the main process, or on the first of each machine. Other processes do nothing.
 
-    A path is replaced only when the new file is whole and on disk.
+    An existing file is replaced only after the new one is complete and synced to disk.
 
     Args:
-        obj: What to save.
+        obj: The object.
         f: A path, a URL, or a file opened for writing in binary mode.
         save_on_each_node: The first process of each machine saves.
-        safe_serialization: As safetensors: `obj` is then a dictionary of tensors. Else as `torch.save` does.
+        safe_serialization: Save `obj`, a dictionary of tensors, as safetensors. Otherwise use `torch.save`'s format.
     """
     here = world.current()
     if here.rank != 0 and not (save_on_each_node and here.local_rank == 0):
@@ -106,7 +106,7 @@ def _save_to_file(obj: Any, file: Any, safe: bool) -> None:
 
 
 def atomic_write(path: Path, write: Callable[[FileWriter], None]) -> None:
-    """Writes a file beside its place, and moves it there when it is whole and on disk."""
+    """Writes a temporary file, syncs it to disk, and renames it to `path`."""
     unfinished = path.with_name(path.name + ".incomplete")
     unfinished.unlink(missing_ok=True)
     try:
@@ -119,7 +119,7 @@ def atomic_write(path: Path, write: Callable[[FileWriter], None]) -> None:
 
 
 def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
-    """Loads what `save` (or `torch.save`, or safetensors) wrote, without running code from the file.
+    """Loads a file of `save`, `torch.save` or safetensors, without running code from it.
 
     Args:
         f: A path or an open file. A path that ends in ``.safetensors`` is read as that.
@@ -142,7 +142,7 @@ def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
 
 
 def split(state: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
-    """Names of a state in groups of at most `limit` bytes. A tensor larger than that is alone; tied ones stay together."""
+    """Groups names by at most `limit` bytes. A larger tensor is a group of its own; tied ones stay together."""
     tied = {name: names for names in shared_tensor_names(state) for name in names}
     groups: list[list[str]] = []
     open_group: list[str] = []
@@ -166,20 +166,20 @@ def split(state: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
 def save_model(
     model: nn.Module, state: dict[str, Any], folder: Path, max_shard_size: int | str = "10GB", safe: bool = True
 ) -> list[str]:
-    """Writes a model's weights, in several files where they are larger than `max_shard_size`, with an index of them.
+    """Writes a model's weights: in one file, or in several of at most `max_shard_size` with an index.
 
     Args:
         model: Named in messages.
         state: Its full state.
-        folder: Where; made if it is not there. Weights of an earlier call that the new ones do not replace are removed.
+        folder: The folder, created if needed. Files of an earlier call that are not replaced are removed.
         max_shard_size: Largest size of a file.
-        safe: As safetensors; else as `torch.save` does.
+        safe: Write safetensors, otherwise `torch.save`'s format.
 
     Returns:
         The names of the files.
 
     Raises:
-        RuntimeError: when a tensor lies on the meta device and has no values to save.
+        RuntimeError: if a tensor is on the meta device and has no values.
     """
     state = fill_offloaded(extract_model_from_parallel(model), state)
     empty = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
@@ -204,7 +204,7 @@ def save_model(
 
 
 def shard_file_names(count: int, safe: bool) -> list[str]:
-    """The names of the files that hold a model's weights in `count` pieces."""
+    """Returns the names of the files of a model's weights in `count` shards."""
     if count < 2:
         return [SAFE_WEIGHTS_NAME if safe else WEIGHTS_NAME]
     pattern = SAFE_WEIGHTS_PATTERN_NAME if safe else WEIGHTS_PATTERN_NAME
@@ -214,11 +214,11 @@ def shard_file_names(count: int, safe: bool) -> list[str]:
 def write_shard_index(
     folder: Path, pieces: Mapping[str, Iterable[str]], tensors: Mapping[str, torch.Tensor], safe: bool
 ) -> None:
-    """Writes the index of pieces that are all there, if they are several, and removes those of an earlier call.
+    """Writes the index of several shards, after the shards themselves, and removes the files of an earlier call.
 
     Args:
-        folder: Where the pieces are.
-        pieces: The names of the tensors in each file.
+        folder: The folder of the shards.
+        pieces: Names of the tensors in each file.
         tensors: The tensors, with or without values.
         safe: Whether the files are safetensors.
     """
