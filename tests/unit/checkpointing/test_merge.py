@@ -152,7 +152,7 @@ def test_a_file_outside_the_folder_is_not_read(shards: Path) -> None:
     path = shards / ".metadata"
     name = next(shards.glob("*.distcp")).name
     path.write_bytes(path.read_bytes().replace(name.encode(), b"../" + name[3:].encode()))
-    refused(shards, "no name of a file in the folder")
+    refused(shards, "not the name of a file in the folder")
 
 
 def test_a_manifest_around_the_shards_is_held_to(tmp_path: Path) -> None:
