@@ -1,9 +1,9 @@
-"""What GPT-2 XL takes in memory when its 6.2 GB of float32 are quantised while they are read, and how exact it is.
+"""What GPT-2 XL takes in memory when its 6.2 GB of float32 are quantized while they are read, and how exact it is.
 
     python benchmarks/quantized.py            # makes the weights in a temporary folder (6.2 GB), removed afterwards
 
 Each case runs in a process of its own. "held" is what its tensors and scales take, "process" its anonymous memory beside
-that of an empty model, "peak" the most of that while loading. Every quantised layer is then compared with what
+that of an empty model, "peak" the most of that while loading. Every quantized layer is then compared with what
 bitsandbytes' own functions make of the same weight: values and scales must be equal, and the error is theirs.
 """
 

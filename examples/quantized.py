@@ -1,4 +1,4 @@
-"""Quantises a small GPT-2 in 8 and in 4 bits while its weights are read, and shows what it takes and how well it agrees.
+"""Quantizes a small GPT-2 in 8 and in 4 bits while its weights are read, and shows what it takes and how well it agrees.
 
 The weights are random, made from a configuration and saved in shards first.
 
@@ -38,7 +38,7 @@ def megabytes(model: Any) -> float:
 
 
 def main() -> None:
-    """Saves a model, loads it quantised, and compares the words that it finds likeliest."""
+    """Saves a model, loads it quantized, and compares the words that it finds likeliest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     width = parser.parse_args().width

@@ -14,7 +14,7 @@ import yaml
 from tests.cli.conftest import Run
 
 CASES: list[dict[str, Any]] = json.loads(
-    (Path(__file__).resolve().parents[1] / "data" / "launch_behaviours.json").read_text()
+    (Path(__file__).resolve().parents[1] / "data" / "launch_behaviors.json").read_text()
 )
 COMMANDS = ["config", "env", "estimate-memory", "launch", "merge-weights", "test", "to-fsdp2", "tpu-config"]
 MODULES = {"estimate-memory": "estimate", "merge-weights": "merge", "to-fsdp2": "to_fsdp2", "tpu-config": "tpu"}

@@ -93,9 +93,9 @@ def keys(prompt: Prompt, line: str) -> str:
     """The keys that give the answer `line`: arrows to a choice, letters otherwise."""
     if not prompt.choices:
         return line + ENTER
-    spelt = [{choice.label.lower(), str(choice.value).lower(), str(choice.number)} for choice in prompt.choices]
+    spelled = [{choice.label.lower(), str(choice.value).lower(), str(choice.number)} for choice in prompt.choices]
     here = next((i for i, choice in enumerate(prompt.choices) if choice.value == prompt.default), 0)
-    there = next(i for i, words in enumerate(spelt) if line.lower() in words) if line else here
+    there = next(i for i, words in enumerate(spelled) if line.lower() in words) if line else here
     return (DOWN * (there - here) if there >= here else UP * (here - there)) + ENTER
 
 

@@ -17,7 +17,7 @@ from tests.cli.conftest import Run
 
 Write = Callable[[str], str]
 CASES: list[dict[str, Any]] = json.loads(
-    (Path(__file__).resolve().parents[1] / "data" / "launch_behaviours.json").read_text()
+    (Path(__file__).resolve().parents[1] / "data" / "launch_behaviors.json").read_text()
 )
 REPORT = (
     "import json, os, sys\nprint(json.dumps({'argv': sys.argv[1:], 'env': dict(os.environ), 'pid': os.getpid()}))\n"

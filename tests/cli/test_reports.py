@@ -17,7 +17,7 @@ from accelerate.commands import accelerate_cli
 from tests.cli.conftest import Run
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-CASES: list[dict[str, Any]] = json.loads((DATA / "launch_behaviours.json").read_text())
+CASES: list[dict[str, Any]] = json.loads((DATA / "launch_behaviors.json").read_text())
 needs_transformers = pytest.mark.skipif(
     find_spec("transformers") is None, reason="transformers is not installed (the extra estimate)"
 )

@@ -13,7 +13,7 @@ from tests.helpers.releases import fsdp
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'accelerate[clients]'")
 peft = pytest.importorskip("peft", reason="needs peft: pip install 'accelerate[clients]'")
-pytest.importorskip("bitsandbytes", reason="quantisation needs it: pip install 'accelerate[quantization]'")
+pytest.importorskip("bitsandbytes", reason="quantization needs it: pip install 'accelerate[quantization]'")
 pytestmark = pytest.mark.slow
 
 # FSDP's version, and in which elements the 4-bit numbers lie; adapters are in float32.
@@ -103,7 +103,7 @@ def _refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="packed anew for inference"):
         accelerator.prepare(model)
     layer.weight.SCB = None
-    with pytest.raises(ValueError, match="quantised to 8 bits, and its scales would be lost"):
+    with pytest.raises(ValueError, match="quantized to 8 bits, and its scales would be lost"):
         accelerator.prepare(model)
 
 

@@ -81,9 +81,9 @@ def test_pipelined_inference() -> None:
     assert all(float(difference) < 1e-5 for _, difference in differences)
 
 
-def test_quantised_model() -> None:
+def test_quantized_model() -> None:
     pytest.importorskip("transformers", reason="the model is transformers': pip install 'accelerate[clients]'")
-    pytest.importorskip("bitsandbytes", reason="it quantises: pip install 'accelerate[quantization]'")
+    pytest.importorskip("bitsandbytes", reason="it quantizes: pip install 'accelerate[quantization]'")
     lines = start("quantized.py").stdout.splitlines()
     whole, eight, four = (float(re.search(r": ([\d.]+) MB", line)[1]) for line in lines)  # type: ignore[index]
     assert four < eight < 0.3 * whole

@@ -21,7 +21,7 @@ class Blk(nn.Module):
 
 
 class Net(nn.Module):
-    """The model of the observed behaviours: an embedding, three blocks, a norm with buffers, a head."""
+    """The model of the observed behaviors: an embedding, three blocks, a norm with buffers, a head."""
 
     def __init__(self) -> None:
         super().__init__()

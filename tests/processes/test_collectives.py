@@ -1,4 +1,4 @@
-"""Collectives on real gloo ranks: the observed behaviours, every dtype, ragged sizes, and debug mode's errors."""
+"""Collectives on real gloo ranks: the observed behaviors, every dtype, ragged sizes, and debug mode's errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from accelerate.runtime.collectives import (
     reduce,
 )
 from accelerate.state import AcceleratorState
-from tests.helpers.behaviours import encode, outputs, per_rank
+from tests.helpers.behaviors import encode, outputs, per_rank
 
 RunRanks = Callable[..., list[Any]]
 
@@ -57,11 +57,11 @@ def raised(function: Callable[[], Any]) -> BaseException:
     raise AssertionError("nothing was raised")
 
 
-# Observed behaviours ------------------------------------------------------------------------------------------------
+# Observed behaviors ------------------------------------------------------------------------------------------------
 
 
 def observed_here() -> dict[str, Any]:
-    """What each call of the data file gives on this rank, spelt as there."""
+    """What each call of the data file gives on this rank, spelled as there."""
     here = world.join(cpu=True)
     rank = here.rank
     t = torch.full((rank + 1, rank + 2), float(rank))
@@ -94,7 +94,7 @@ def observed_here() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_observed_behaviours(run_ranks: RunRanks, size: int) -> None:
+def test_observed_behaviors(run_ranks: RunRanks, size: int) -> None:
     ranks = run_ranks(size, observed_here)
     two_only = {"pad_input_tensors"}
     three_only = {"reduce.accelerator_default", "copy_tensor_to_devices"}
@@ -225,18 +225,18 @@ def tensors_of_another_device() -> None:
     """
     here = world.join(cpu=True)
     comm = here.collectives
-    travelled: list[torch.device] = []
+    traveled: list[torch.device] = []
 
     class PeerExitError(type(comm)):  # type: ignore[misc]
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-            travelled.append(tensor.device)
+            traveled.append(tensor.device)
             return torch.empty(self.size * tensor.shape[0], device="meta")
 
     there = PeerExitError(torch.device("meta"))
     from accelerate.runtime import collectives
 
     error = raised(lambda: collectives._gather_one(torch.ones(2), there))
-    assert travelled == [torch.device("meta")]
+    assert traveled == [torch.device("meta")]
     assert isinstance(error, NotImplementedError)  # torch: nothing can be copied back out of meta
 
 

@@ -1,4 +1,4 @@
-"""The recorded behaviours of prepared loaders on two and three ranks, against ours."""
+"""The recorded behaviors of prepared loaders on two and three ranks, against ours."""
 
 from __future__ import annotations
 

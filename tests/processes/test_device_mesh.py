@@ -1,4 +1,4 @@
-"""The device mesh on real ranks: who is whose neighbour, and the dimensions that are one for some purpose."""
+"""The device mesh on real ranks: who is whose neighbor, and the dimensions that are one for some purpose."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _groups(**sizes: int) -> dict[str, list[int]]:
     return {name: dist.get_process_group_ranks(mesh[name].get_group()) for name in names}
 
 
-def test_neighbours_share_tensors_then_sequences_then_shards(run_ranks):
+def test_neighbors_share_tensors_then_sequences_then_shards(run_ranks):
     found = run_ranks(4, _groups, dp_shard_size=2, tp_size=2)
     assert found[0] == {"dp_shard": [0, 2], "tp": [0, 1], "dp": [0, 2], "dp_shard_cp": [0, 2], "dp_cp": [0, 2]}
     assert found[3] == {"dp_shard": [1, 3], "tp": [2, 3], "dp": [1, 3], "dp_shard_cp": [1, 3], "dp_cp": [1, 3]}

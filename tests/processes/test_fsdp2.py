@@ -105,7 +105,7 @@ def test_ranks_without_weights_receive_them(run_ranks):
 
 
 def _held_back() -> tuple[bool, bool]:
-    """Whether gradients differ between the ranks: after a backward under `no_sync`, and after one that synchronises."""
+    """Whether gradients differ between the ranks: after a backward under `no_sync`, and after one that synchronizes."""
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin())
     model = accelerator.prepare(nn.Sequential(Block(4)))
     inputs = torch.full((2, 4), float(accelerator.process_index + 1))

@@ -337,12 +337,12 @@ def test_units_are_recomputed_if_asked_for(version, run_ranks):
 def _made_by_a_function() -> tuple[list[float], bool]:
     """No rank has weights: rank 0 makes them, the others receive them; the optimizer was there before."""
 
-    def initialise(module: nn.Module) -> None:
+    def initialize(module: nn.Module) -> None:
         module.to_empty(device="cpu", recurse=False)
         for param in module.parameters(recurse=False):
             nn.init.constant_(param, 0.5 + current().rank)
 
-    accelerator = Accelerator(cpu=True, fsdp_plugin=flexible(1, param_init_fn=initialise))
+    accelerator = Accelerator(cpu=True, fsdp_plugin=flexible(1, param_init_fn=initialize))
     with torch.device("meta"):
         model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -18,7 +18,7 @@ from tests.cli.conftest import left_over
 
 CASES: dict[str, dict[str, Any]] = {
     case["name"]: case
-    for case in json.loads((Path(__file__).resolve().parents[1] / "data" / "launch_behaviours.json").read_text())
+    for case in json.loads((Path(__file__).resolve().parents[1] / "data" / "launch_behaviors.json").read_text())
 }
 # What a notebook's cell is: functions that nobody can import, in a process that has imported everything.
 CELL = """
@@ -210,7 +210,7 @@ def test_what_cannot_be_launched_is_said(cell: Any) -> None:
     assert [name for name, _ in errors] == ["ValueError"] * 5
     assert (
         CASES["launchers.notebook_none"]["output"]["raises"]
-        == CASES["notebook_launcher.initialised"]["output"]["raises"]
+        == CASES["notebook_launcher.initialized"]["output"]["raises"]
     )
     for (_, text), words in zip(
         errors, ["num_processes", "num_processes=-1", "fp15", "use_port", "Accelerator"], strict=True

@@ -15,7 +15,7 @@ from accelerate.local_sgd import LocalSGD
 from accelerate.runtime import world
 from accelerate.runtime.collective_backend import TorchCollectives
 from accelerate.runtime.collectives import gather
-from tests.helpers.behaviours import outputs, per_rank
+from tests.helpers.behaviors import outputs, per_rank
 
 RunRanks = Callable[..., list[Any]]
 

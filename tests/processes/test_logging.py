@@ -11,7 +11,7 @@ import pytest
 
 from accelerate.logging import get_logger
 from accelerate.state import PartialState
-from tests.helpers.behaviours import outputs, per_rank
+from tests.helpers.behaviors import outputs, per_rank
 
 RunRanks = Callable[..., list[Any]]
 

@@ -1,4 +1,4 @@
-"""Random states over real ranks: alike after synchronising, apart after a device-specific seed."""
+"""Random states over real ranks: alike after synchronizing, apart after a device-specific seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate.runtime import world
 from accelerate.runtime.collectives import gather
 from accelerate.runtime.rng import set_seed, synchronize_rng_state, synchronize_rng_states
 from accelerate.settings.enums import RNGType
-from tests.helpers.behaviours import outputs, per_rank
+from tests.helpers.behaviors import outputs, per_rank
 
 RunRanks = Callable[..., list[Any]]
 

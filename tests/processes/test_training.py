@@ -172,7 +172,7 @@ def joined_and_triggered() -> dict[str, object]:
     with accelerator.join_uneven_inputs([wrapped], even_batches=False):
         for _ in range(1 + accelerator.process_index):
             accelerator.backward(wrapped(torch.ones(1, 1)).sum())
-    # Forwards under no_sync, synchronised by the last backward.
+    # Forwards under no_sync, synchronized by the last backward.
     wrapped.zero_grad()
     with accelerator.no_sync(wrapped):
         loss = wrapped(torch.full((1, 1), float(accelerator.process_index))).sum()

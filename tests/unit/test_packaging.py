@@ -22,7 +22,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f'version = "{accelerate.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_libraries_recognise_the_distribution() -> None:
+def test_libraries_recognize_the_distribution() -> None:
     metadata = importlib.metadata.metadata("accelerate")
     assert metadata["Name"] == "accelerate"
     # sentence-transformers takes a distribution without this for another package of the same name.

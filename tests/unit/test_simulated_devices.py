@@ -294,13 +294,13 @@ def dispatch_with_offload(place: Place) -> None:
 def device_map_auto(place: Place) -> None:
     save_file(_net().state_dict(), place.folder / "model.safetensors")
     model = load_checkpoint_and_dispatch(_net(), place.folder, device_map="auto")
-    assert {_spelt(device) for device in model.hf_device_map.values()} <= {*range(place.machine.count), "cpu"}
+    assert {_spelled(device) for device in model.hf_device_map.values()} <= {*range(place.machine.count), "cpu"}
     with torch.no_grad():
         got = model(torch.ones(2, 8, device=place.device))
         assert torch.equal(got.cpu(), _net()(torch.ones(2, 8)))
 
 
-def _spelt(device: Any) -> Any:
+def _spelled(device: Any) -> Any:
     return device.index if isinstance(device, torch.device) and device.type == "cuda" else device
 
 

@@ -66,7 +66,7 @@ def test_flags_that_turn_groups_on_are_shown_as_one_types_them() -> None:
         assert split_args([*typed.replace("FILE", "f").replace("WORD", "w").split(), "s.py"]).script == "s.py", typed
 
 
-def test_defaults_are_spelt_as_one_types_them() -> None:
+def test_defaults_are_spelled_as_one_types_them() -> None:
     text = shown(" ".join(GROUPS))
     assert "(default false)" in text and "true,false,true (default false,false,false)" in text
     assert "False" not in text and "True" not in text

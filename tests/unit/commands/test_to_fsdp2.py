@@ -14,7 +14,7 @@ from accelerate.launch.parse import parse
 from accelerate.settings.option import SettingsError
 
 CASES: list[dict[str, Any]] = json.loads(
-    (Path(__file__).resolve().parents[2] / "data" / "to_fsdp2_behaviours.json").read_text()
+    (Path(__file__).resolve().parents[2] / "data" / "to_fsdp2_behaviors.json").read_text()
 )
 
 

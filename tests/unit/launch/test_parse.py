@@ -106,7 +106,7 @@ def test_a_mistake_is_one_message(words: list[str], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_misspelt_backend_of_older_releases_is_understood() -> None:
+def test_a_misspelled_backend_of_older_releases_is_understood() -> None:
     for spelling in ("torhchxla_trace_once", "torchxla_trace_once", "TORCHXLA_TRACE_ONCE"):
         assert parse.parse(["--dynamo_backend", spelling, "s.py"]).dynamo.backend == "torchxla_trace_once"
 

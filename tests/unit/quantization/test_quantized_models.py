@@ -1,4 +1,4 @@
-"""Quantised models: the same numbers as bitsandbytes' own functions, wherever weights come from, wait and go."""
+"""Quantized models: the same numbers as bitsandbytes' own functions, wherever weights come from, wait and go."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import BnbQuantizationConfig, has_4bit_bnb_layers, load_and_quantize_model
 
-bnb = pytest.importorskip("bitsandbytes", reason='quantisation needs it: pip install "accelerate[quantization]"')
+bnb = pytest.importorskip("bitsandbytes", reason='quantization needs it: pip install "accelerate[quantization]"')
 # It says for each product that a float32 input is converted, and that an optional kernel is missing.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -124,7 +124,7 @@ def test_numbers_are_those_of_bitsandbytes(name: str, weights: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_loaded_model_is_quantised_where_it_is(name: str, weights: Path) -> None:
+def test_a_loaded_model_is_quantized_where_it_is(name: str, weights: Path) -> None:
     whole = resident(weights)
     model = load_and_quantize_model(whole, config(name))
     assert model is whole
@@ -132,7 +132,7 @@ def test_a_loaded_model_is_quantised_where_it_is(name: str, weights: Path) -> No
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_layers_on_disk_are_quantised_and_fetched(name: str, weights: Path, tmp_path: Path) -> None:
+def test_layers_on_disk_are_quantized_and_fetched(name: str, weights: Path, tmp_path: Path) -> None:
     places = {"words": "cpu", "blocks.0": "disk", "blocks.1": "cpu", "mix": "disk", "head": "cpu"}
     model = load_and_quantize_model(
         empty(), config(name), weights, device_map=places, offload_folder=tmp_path / "waiting"
@@ -187,14 +187,14 @@ def test_saved_and_loaded(name: str, weights: Path, tmp_path: Path) -> None:
     assert torch.equal(output(copy.deepcopy(prepared)), expected)
 
 
-def test_which_modules_are_quantised(weights: Path) -> None:
-    def quantised(**more: Any) -> list[str]:
+def test_which_modules_are_quantized(weights: Path) -> None:
+    def quantized(**more: Any) -> list[str]:
         model = load_and_quantize_model(empty(), config("8 bits", **more), weights)
         assert output(model).isfinite().all()
         return [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear8bitLt)]
 
-    assert quantised() == LAYERS
-    assert quantised(skip_modules=["blocks.1", "down"]) == ["blocks.0.up", "mix"]
+    assert quantized() == LAYERS
+    assert quantized(skip_modules=["blocks.1", "down"]) == ["blocks.0.up", "mix"]
     kept = load_and_quantize_model(
         empty(), config("8 bits", keep_in_fp32_modules=["mix"], torch_dtype=torch.float32), weights
     )
@@ -215,9 +215,9 @@ def test_layers_of_gpt2_are_turned_upright(weights: Path) -> None:
     convolution = pytest.importorskip("transformers.pytorch_utils", reason="Conv1D is transformers'").Conv1D
     model = nn.Sequential(convolution(48, 64), nn.Linear(48, 48), nn.Linear(48, 2)).eval()
     weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone()
-    quantised = load_and_quantize_model(model, config("8 bits", skip_modules=["2"]))
+    quantized = load_and_quantize_model(model, config("8 bits", skip_modules=["2"]))
     values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.t().half().contiguous())
-    assert torch.equal(quantised[0].weight.data, values) and torch.equal(quantised[0].bias, bias.half())
+    assert torch.equal(quantized[0].weight.data, values) and torch.equal(quantized[0].bias, bias.half())
     restored = bnb.functional.int8_vectorwise_dequant(values, scales)
     assert (restored - weight.t()).abs().max() <= 0.51 / 127 * scales.max()
 

@@ -21,7 +21,7 @@ from accelerate.runtime.collectives import (
     reduce,
 )
 from accelerate.runtime.tensors import pytree
-from tests.helpers.behaviours import encode, outputs
+from tests.helpers.behaviors import encode, outputs
 
 
 def test_one_process_gets_back_what_it_gave() -> None:

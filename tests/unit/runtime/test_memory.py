@@ -16,7 +16,7 @@ from accelerate.runtime.memory import (
     release_memory,
     should_reduce_batch_size,
 )
-from tests.helpers.behaviours import outputs
+from tests.helpers.behaviors import outputs
 
 
 def fitting(limit: int, tried: list[int], message: str = "CUDA out of memory.") -> Callable[[int], int]:

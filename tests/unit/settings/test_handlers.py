@@ -216,7 +216,7 @@ class TestTorchDynamoPlugin:
         for name in ("inductor", "INDUCTOR", DynamoBackend.INDUCTOR):
             assert TorchDynamoPlugin(backend=name).backend is DynamoBackend.INDUCTOR
 
-    def test_the_misspelt_backend_of_old_files(self):
+    def test_the_misspelled_backend_of_old_files(self):
         with env.patch_environment(ACCELERATE_DYNAMO_BACKEND="TORHCHXLA_TRACE_ONCE"):
             assert TorchDynamoPlugin().backend is DynamoBackend.TORCHXLA_TRACE_ONCE
 

@@ -117,8 +117,8 @@ class TestGeneralTracker:
 class TestOnMainProcess:
     def test_the_main_process_runs_it(self):
         tracker = Tracker("a")
-        assert tracker.log({"x": 1}, 2, colour="red") == "logged"
-        assert tracker.calls == [("log", {"x": 1}, 2, {"colour": "red"})]
+        assert tracker.log({"x": 1}, 2, color="red") == "logged"
+        assert tracker.calls == [("log", {"x": 1}, 2, {"color": "red"})]
         assert Tracker.log.__name__ == "log"
 
     def test_the_others_do_not(self):

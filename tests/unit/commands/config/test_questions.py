@@ -276,7 +276,7 @@ def test_sagemaker_with_everything() -> None:
     }
 
 
-def test_paths_that_launch_must_find_are_spelt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_that_launch_must_find_are_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/user")
     content = filled_in({"machine": "multi-CPU", "mpirun": "yes"})
     assert content["mpirun_config"] == {"mpirun_ccl": "1", "mpirun_hostfile": "/home/user/hostfile"}

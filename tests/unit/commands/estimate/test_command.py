@@ -17,7 +17,7 @@ from accelerate.commands.estimate.empty_model import EstimateError, ModelSource
 from accelerate.commands.estimate.step import TraceError, trace_step
 from accelerate.utils import convert_to_fp32
 
-CASES = json.loads((Path(__file__).resolve().parents[3] / "data" / "estimate_behaviours.json").read_text())
+CASES = json.loads((Path(__file__).resolve().parents[3] / "data" / "estimate_behaviors.json").read_text())
 needs_transformers = pytest.mark.skipif(
     find_spec("transformers") is None, reason="transformers is not installed (the extra estimate)"
 )

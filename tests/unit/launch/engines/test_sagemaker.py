@@ -150,7 +150,7 @@ class TestTheEstimator:
         exec(text.split("\n", 1)[1], {"HuggingFace": Estimator})
         assert calls == [job(tmp_path, "train.py", "--lr", "2").estimator]
 
-    def test_a_misspelt_argument_is_named(self) -> None:
+    def test_a_misspelled_argument_is_named(self) -> None:
         class Base:
             def __init__(self, max_run: int = 0, **others: Any) -> None: ...
 

@@ -18,7 +18,7 @@ from accelerate.runtime import devices
 from accelerate.runtime.system import availability
 from accelerate.settings import env
 
-CASES = json.loads((Path(__file__).parents[3] / "data" / "settings_behaviours.json").read_text())
+CASES = json.loads((Path(__file__).parents[3] / "data" / "settings_behaviors.json").read_text())
 ON_A_CPU_BOX = next(case["output"] for case in CASES if case["name"] == "is_available_functions_cpu_box")
 # Installed for these tests, but not where the case was observed.
 INSTALLED_HERE = {

@@ -1,4 +1,4 @@
-"""Trees of tensors: the observed behaviours, properties over nested structures, and the odd containers of real code."""
+"""Trees of tensors: the observed behaviors, properties over nested structures, and the odd containers of real code."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from accelerate.runtime.tensors.pytree import (
     send_to_device,
     slice_tensors,
 )
-from tests.helpers.behaviours import encode, outputs
+from tests.helpers.behaviors import encode, outputs
 
 Point = namedtuple("Point", ["x", "y"])
 
-# Observed behaviours ------------------------------------------------------------------------------------------------
+# Observed behaviors ------------------------------------------------------------------------------------------------
 
 
-def test_observed_behaviours() -> None:
+def test_observed_behaviors() -> None:
     t = torch.ones(2)
 
     def devices(tree: dict[str, torch.Tensor]) -> dict[str, str]:

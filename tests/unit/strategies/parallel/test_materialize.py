@@ -1,4 +1,4 @@
-"""Parameters that leave for the meta device and come back, and initialisation that keeps ties."""
+"""Parameters that leave for the meta device and come back, and initialization that keeps ties."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_lifted_and_lowered_a_model_is_what_it_was(monkeypatch):
         assert torch.equal(value, before[name].to(value.dtype))
 
 
-def test_initialisation_keeps_ties_and_objects():
+def test_initialization_keeps_ties_and_objects():
     with torch.device("meta"):
         model = tied()
     there = model[1].weight

@@ -1,4 +1,4 @@
-"""Reads observed behaviours from tests/data and writes results the way they are written there."""
+"""Reads observed behaviors from tests/data and writes results the way they are written there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _cases(file: str) -> list[dict[str, Any]]:
     return loaded
 
 
-def outputs(name: str, file: str = "runtime_behaviours.json", **given: Any) -> list[Any]:
+def outputs(name: str, file: str = "runtime_behaviors.json", **given: Any) -> list[Any]:
     """The observed outputs of the cases of that name whose input contains `given`, without their wrapping."""
     found = [
         _unwrapped(case["output"])

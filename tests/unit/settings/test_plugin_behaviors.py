@@ -1,4 +1,4 @@
-"""Observed results of the documented plugins (tests/data/plugin_behaviours.json), run against ours.
+"""Observed results of the documented plugins (tests/data/plugin_behaviors.json), run against ours.
 
 `DECIDED` lists where ours answers differently on purpose, and why.
 """
@@ -18,7 +18,7 @@ import pytest
 
 from accelerate import utils
 
-CASES = json.loads((Path(__file__).parents[2] / "data" / "plugin_behaviours.json").read_text())
+CASES = json.loads((Path(__file__).parents[2] / "data" / "plugin_behaviors.json").read_text())
 
 _UNKNOWN_NAME = "an unknown name is a ValueError that lists the known ones, in every field"
 _ON_CPU = "FSDP is not for accelerators only: the plugin can be made on a CPU"

@@ -1,4 +1,4 @@
-"""Observed results of the documented interface (tests/data/settings_behaviours.json), run against ours.
+"""Observed results of the documented interface (tests/data/settings_behaviors.json), run against ours.
 
 `RUN` says how each case is called here; `DECIDED` lists where ours answers differently on purpose, and why.
 """
@@ -23,7 +23,7 @@ from accelerate import Accelerator, utils
 from accelerate.runtime.system import availability
 from accelerate.tracking import GeneralTracker, filter_trackers
 
-CASES = json.loads((Path(__file__).parents[2] / "data" / "settings_behaviours.json").read_text())
+CASES = json.loads((Path(__file__).parents[2] / "data" / "settings_behaviors.json").read_text())
 
 DECIDED = {
     "filter_trackers('tensorboard')": "a tracker asked for by name that cannot be used is an error: silence would lose a "

@@ -1,4 +1,4 @@
-"""Observed behaviours of the documented interface (tests/data/accelerator_behaviours.json), run against ours."""
+"""Observed behaviors of the documented interface (tests/data/accelerator_behaviors.json), run against ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from accelerate.settings.handlers import TorchDynamoPlugin
 from tests.processes.test_training import observed_steps
 from tests.unit.test_accelerator import ListTracker, accumulated
 
-CASES = json.loads((Path(__file__).parents[1] / "data" / "accelerator_behaviours.json").read_text())
+CASES = json.loads((Path(__file__).parents[1] / "data" / "accelerator_behaviors.json").read_text())
 
 DECIDED = {
     "Accelerator.bad_rng": (ValueError, "an unknown generator would only fail at the first epoch: refused at once"),

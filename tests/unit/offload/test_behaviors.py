@@ -1,4 +1,4 @@
-"""The observed behaviours of sizes, device maps, hooks and offloading; where ours decides otherwise, the reason is here."""
+"""The observed behaviors of sizes, device maps, hooks and offloading; where ours decides otherwise, the reason is here."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import nn
 import accelerate
 from accelerate import big_modeling, hooks
 from accelerate.utils import CustomDtype, modeling
-from tests.helpers.behaviours import DATA, encode
+from tests.helpers.behaviors import DATA, encode
 from tests.helpers.nets import Net, Tied
 
-CASES: list[dict[str, Any]] = json.loads((DATA / "big_modeling_behaviours.json").read_text())
+CASES: list[dict[str, Any]] = json.loads((DATA / "big_modeling_behaviors.json").read_text())
 
 
 def cases(*names: str) -> list[Any]:
@@ -214,7 +214,7 @@ def test_a_hook_leaves_gradients_on() -> None:
     assert hooks.ModelHook.no_grad is observed("ModelHook.no_grad")
 
 
-def test_every_observed_behaviour_is_compared() -> None:
+def test_every_observed_behavior_is_compared() -> None:
     source = Path(__file__).read_text()
     assert [case["name"] for case in CASES if case["name"].split(".")[0] not in source] == []
 
