@@ -1,7 +1,7 @@
 """Rules for the prose of the tree: openings of docstrings, verbs, relative "what", American spelling, retired names.
 
 `python -m tests.architecture.prose` prints every finding, grouped by part; with names of parts or paths (`launch`, `docs`,
-`src/accelerate/launch/plan.py`) only theirs, and no list of pending parts hides any.
+`src/accelerate/launch/plan.py`) only theirs.
 """
 
 from __future__ import annotations
