@@ -1,4 +1,6 @@
-"""Documented functions of ``accelerate.utils`` for programs with launchers of their own, implemented as views of a plan.
+"""Documented functions of ``accelerate.utils`` that return commands and variables, for programs that launch themselves.
+
+Each builds a `LaunchPlan` and returns a part of it.
 
 `args` comes from the parser of `accelerate.commands.launch.launch_command_parser`.
 """

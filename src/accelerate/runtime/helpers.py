@@ -1,4 +1,4 @@
-"""Documented helpers of ``utils.other`` over plain values."""
+"""Small documented helpers: sizes in bytes, nested dicts and attributes, readable names of objects."""
 
 from __future__ import annotations
 

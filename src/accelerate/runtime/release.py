@@ -12,7 +12,7 @@ from typing import Any
 
 
 def drop_group_references(held: list[Any]) -> None:
-    """Replaces every reference to some objects that the garbage collector can find by None, also those of the list itself.
+    """Sets to None every reference to the given objects that the garbage collector can find, including those of the list.
 
     Call it at process exit only: users of the objects break. References held by C++ are not found.
 

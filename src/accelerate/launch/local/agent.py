@@ -1,4 +1,4 @@
-"""torch's elastic agent: its configuration, and a subclass. All that depends on torch's internals is in this module.
+"""Configures and subclasses torch's elastic agent; all uses of the agent's internals are in this module.
 
 The subclass reports the processes it has started, ends ranks sooner once one has failed, and monitors the other machines.
 """

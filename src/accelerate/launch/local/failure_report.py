@@ -1,7 +1,7 @@
 """Determines the rank that failed first, and the line that reports it. Pure, except that it reads ranks' error files.
 
 If one rank fails, others often fail a moment later because they lost it. The first failure with a cause of its own is
-reported: failures after the launcher began to terminate ranks, lost connections and timeouts rank behind it.
+reported: failures after the launcher began to terminate ranks, lost connections and timeouts have lower priority.
 """
 
 from __future__ import annotations
