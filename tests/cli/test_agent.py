@@ -62,7 +62,7 @@ def test_a_script_that_has_saved_on_request_is_not_started_again(
     done = accelerate(*TWO, "--max_restarts", "2", name)
     assert done.returncode == 75
     assert sorted(done.stdout.splitlines()) == ["saved 0", "saved 1"]
-    assert "exited with code 75 (it was asked to stop and has saved: start it again)" in done.stderr
+    assert "exited with code 75 (it was stopped and has saved: start it again)" in done.stderr
     assert len(lines_of(done)) == 1 and left_over(tmp_path) == []
 
 

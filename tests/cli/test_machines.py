@@ -259,7 +259,7 @@ SAID: dict[str, list[tuple[int, str]]] = {
         (2, "machine 1 ({1}) has --num_machines 3, but machine 0 ({0}) has --num_machines 2: it must be the same"),
     ],
     "another rendezvous": [
-        (1, "--rdzv_backend c10d, and machine 0 ({0}) --rdzv_backend static"),
+        (1, "--rdzv_backend c10d, but machine 0 ({0}) has --rdzv_backend static"),
         (2, "the same on all"),
     ],
     "a port that is taken": [
@@ -317,7 +317,7 @@ def test_a_rank_that_was_given_twice(lab: Lab) -> None:
         _, errors = launcher.communicate(timeout=120)
         assert launcher.returncode in (1, 2), errors  # 2 where it was noticed
         assert "accelerate launch: --machine_rank 1 was given twice, on acc" in errors.splitlines()[-1]
-        assert "each of the 3 machines needs a number of its own, from 0" in errors and "Traceback" not in errors
+        assert "each of the 3 machines needs a rank of its own, from 0" in errors and "Traceback" not in errors
 
 
 # They part -------------------------------------------------------------------------------------------------------------

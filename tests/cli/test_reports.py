@@ -109,6 +109,6 @@ def test_shards_are_merged(accelerate: Run, tmp_path: Path, capfd: pytest.Captur
     capfd.readouterr()
     assert accelerate_cli.main(merge) == 2
     errors = capfd.readouterr().err
-    assert "0: there is no such folder." in errors and len(errors.splitlines()) == 1
+    assert "0: no such folder." in errors and len(errors.splitlines()) == 1
     assert accelerate_cli.main([*merge, "--max_shard_size", "much"]) == 2
     assert "'much'" in capfd.readouterr().err

@@ -100,7 +100,7 @@ def _refused(folder: Path) -> None:
         accelerator.prepare(model)
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
     layer.weight.quant_state.packing_format_for_cpu = True  # as a forward in eval mode leaves it on some processors
-    with pytest.raises(ValueError, match="packed anew for inference"):
+    with pytest.raises(ValueError, match="repacked for inference"):
         accelerator.prepare(model)
     layer.weight.SCB = None
     with pytest.raises(ValueError, match="quantized to 8 bits, and its scales would be lost"):

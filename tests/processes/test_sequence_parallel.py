@@ -171,7 +171,7 @@ def _masks() -> None:
     assert torch.equal(x, rows)
     with accelerator.maybe_context_parallel([x], [1]), pytest.raises(ValueError) as caught:
         model(x, kept[:, None, None, :4] & triangle[:4, :4].logical_not())
-    assert "(..., 8, 8) or (..., 1, 8) for 2 ranks with 4 tokens each" in str(caught.value)
+    assert "(..., 8, 8) or (..., 1, 8) for 2 ranks with 4 tokens" in str(caught.value)
     assert "(2, 1, 4, 4). Leave masks out of buffers" in str(caught.value)
 
 

@@ -339,7 +339,9 @@ def set_a_tensor(place: Place) -> None:
 def launch_from_a_notebook(place: Place) -> None:
     seen: list[Any] = []
     forked: list[int] = []
-    place.monkeypatch.setattr(accelerate.launchers, "_fork", lambda function, args, count, *more: forked.append(count))
+    place.monkeypatch.setattr(
+        accelerate.launchers, "_fork_ranks", lambda function, args, count, *more: forked.append(count)
+    )
     if not place.machine.count:
         with pytest.raises(ValueError, match="give num_processes"):
             notebook_launcher(lambda: None)
@@ -465,5 +467,5 @@ def test_entry_point(place: Place, entry_point: str) -> None:
 def test_bf16_on_a_device_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with simulated_cuda(1, capability=(6, 0)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)  # torch would emulate it here
-        with pytest.raises(ValueError, match=r"cuda:0 does not compute in bfloat16: use 'fp16' or 'no'"):
+        with pytest.raises(ValueError, match=r"cuda:0 does not support bfloat16: use 'fp16' or 'no'"):
             Accelerator(mixed_precision="bf16")

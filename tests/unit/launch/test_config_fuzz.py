@@ -228,7 +228,7 @@ HOSTILE = {
     "latin-1": ("main_process_ip: müller".encode("latin-1"), "position 18"),
     "two spellings": (
         b"distributed_type: FSDP\nfsdp_config: {fsdp_cpu_offload: true, fsdp_offload_params: false}",
-        "fsdp_config.fsdp_cpu_offload and fsdp_config.fsdp_offload_params are one option",
+        "fsdp_config.fsdp_cpu_offload and fsdp_config.fsdp_offload_params are the same option",
     ),
 }
 

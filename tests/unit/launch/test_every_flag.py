@@ -163,13 +163,13 @@ def test_where_there_is_one_choice_it_is_read_and_others_are_refused(dest, monke
 
 @pytest.mark.parametrize("how", ["flag", "file"])
 def test_the_mesh_is_used_when_asked_for(how, tmp_path, monkeypatch):
-    from accelerate.parallelism_config import requested
+    from accelerate.parallelism_config import resolve_parallelism_config
 
     path = tmp_path / "config.yaml"
     sizes = {"parallelism_config": {"parallelism_config_tp_size": 2}} if how == "file" else {}
     path.write_text(yaml.safe_dump({**FILE, **sizes}))
     words = ["--use_parallelism_config", "--parallelism_config_tp_size", "2"] if how == "flag" else []
-    row = Row(lambda _: requested())
+    row = Row(lambda _: resolve_parallelism_config())
     found = read(["--config_file", str(path), *words, "train.py"], row, monkeypatch)
     assert found is not None and found.tp_size == 2 and found.tp_handler is not None
     path.write_text(yaml.safe_dump(FILE))

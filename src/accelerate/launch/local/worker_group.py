@@ -104,14 +104,17 @@ class WorkerGroup:
         self.peers: PeerMonitor | None = None
 
     def run(self) -> int:
-        with _quiet_torch_logs(torch=not self.settings.debug):
-            if self.plan.machines > 1:
-                self.rendezvous = self._join_rendezvous()
-            config = agent.launch_config(self.plan, self.scratch)
-            self.handler = self._rendezvous_handler(config)
-            spec = agent.worker_spec(self.plan, config, self.handler)
-            elastic_agent = agent.create_agent(spec, config, self, self.rendezvous)
-        report = self._run_agent(elastic_agent)
+        quiet = not self.settings.debug
+        with _quiet_torch_logs(quiet):
+            level = env.get("TORCH_CPP_LOG_LEVEL") or ("FATAL" if quiet else "WARNING")
+            with env.patch_environment(torch_cpp_log_level=level):  # read when torch is imported; not for the ranks
+                if self.plan.machines > 1:
+                    self.rendezvous = self._join_rendezvous()
+                config = agent.launch_config(self.plan, self.scratch)
+                self.handler = self._rendezvous_handler(config)
+                spec = agent.worker_spec(self.plan, config, self.handler)
+                elastic_agent = agent.create_agent(spec, config, self, self.rendezvous)
+            report = self._run_agent(elastic_agent)
         if report.line:
             log_line(report.line, self.quiet)
         return report.code
@@ -332,15 +335,20 @@ def _dynamic_handler(config: LaunchConfig, rendezvous: StaticRendezvous) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_torch_logs(torch: bool) -> Iterator[None]:
-    """Suppresses torch's report of a failure in the launcher, not in its ranks, as ours replaces it."""
-    if torch and env.get("LOGLEVEL") is None:
-        import logging
+def _quiet_torch_logs(quiet: bool) -> Iterator[None]:
+    """Suppresses torch's report of a failure in the launcher, not in its ranks, as ours replaces it.
 
+    The logs of a program that launches from Python are restored afterwards.
+    """
+    import logging
+
+    disabled = logging.root.manager.disable
+    if quiet and env.get("LOGLEVEL") is None:
         logging.disable(logging.CRITICAL)
-    level = env.get("TORCH_CPP_LOG_LEVEL") or ("FATAL" if torch else "WARNING")
-    with env.patch_environment(torch_cpp_log_level=level):  # torch reads it when it is imported, in the block
+    try:
         yield
+    finally:
+        logging.disable(disabled)
 
 
 def _ignore_signals() -> None:
