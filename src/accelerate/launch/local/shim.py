@@ -12,7 +12,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def set_parent_death_signal(parent: int) -> None:
-    """Has the kernel kill this process when `parent`, its parent process, ends; survives exec."""
+    """Requests SIGKILL from the kernel when `parent`, the parent process, exits; the request survives exec."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
         os._exit(128 + signal.SIGKILL)
